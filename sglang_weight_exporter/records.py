@@ -1,0 +1,343 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""The data model: what a rank knows about its weights and KV pool, as files carry it.
+
+Every room shares these records and they import none of the rooms. All are frozen. Bytes are
+bytes, times are Unix seconds (floats), durations are seconds. A value that could not be read is
+``None`` or missing from its list, never zero.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import msgspec
+
+#: Raised when a reader of the previous version could misread a file. Files of another version
+#: are reported and left alone.
+SCHEMA_VERSION = 1
+
+Source = Literal["disk", "distributed", "tensor", "ipc", "p2p", "eplb", "external"]
+SOURCES: tuple[Source, ...] = get_args(Source)
+
+Kind = Literal["parameter", "buffer"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+Change = Literal["added", "removed", "resized", "device"]
+CHANGES: tuple[Change, ...] = get_args(Change)
+
+#: What an update did to the weights: "undefined" means that some tensors may hold new values,
+#: some old ones, and nobody can tell which (SGLang's rollback reads the new checkpoint again).
+Effect = Literal["changed", "unchanged", "undefined"]
+
+#: ``installed``: the hook sits on its target. ``pending``: SGLang has not imported the module
+#: yet. ``absent``: this SGLang release has no such target. ``failed``: it is there, and wrapping
+#: it failed.
+HookStatus = Literal["installed", "pending", "absent", "failed"]
+HOOK_STATUSES: tuple[HookStatus, ...] = get_args(HookStatus)
+
+#: Upper bounds in seconds of ``sglang_weight_update_duration_seconds``: from a tiny model's
+#: reload to a checkpoint of a terabyte over a network file system.
+DURATION_BUCKETS: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all records: immutable, named fields, unknown fields ignored on reading."""
+
+
+class Device(Record, frozen=True, kw_only=True):
+    """One device that holds weights or KV pool of a rank."""
+
+    #: torch's name in this process: ``cuda:0``, ``cpu``.
+    name: str
+    #: With NVML's prefix, ``GPU-…`` or ``MIG-…``; empty where the device is no GPU.
+    uuid: str = ""
+    product: str = ""
+    pci_bus_id: str = ""
+
+
+class WeightUsage(Record, frozen=True, kw_only=True):
+    """Bytes and tensors of one device, kind and dtype.
+
+    ``nbytes`` sums unique storages, each counted once, under the first tensor that uses it
+    (parameters before buffers); ``tensors`` counts names, so a tied tensor counts twice here.
+    """
+
+    device: str
+    kind: Kind
+    dtype: str
+    nbytes: int
+    tensors: int
+
+
+class KvPoolUsage(Record, frozen=True, kw_only=True):
+    """Bytes and capacity of one KV pool on one device."""
+
+    device: str
+    pool: str
+    nbytes: int
+    #: Capacity in tokens; ``None`` for state pools (Mamba), which hold requests, not tokens.
+    tokens: int | None = None
+
+
+class LoraUsage(Record, frozen=True, kw_only=True):
+    """Preallocated adapter slots on one device, and adapters that are loaded."""
+
+    device: str
+    nbytes: int
+    adapters: int
+
+
+class TableRef(Record, frozen=True, kw_only=True):
+    """Where the pointer table of a role lies, and what is in it."""
+
+    #: File name inside the rank's directory.
+    file: str
+    #: Of the table's canonical form (``capture.weights``), hexadecimal.
+    sha256: str
+    rows: int
+    #: Device name to number of contiguous regions.
+    regions: dict[str, int]
+    captured_at: float
+
+
+class Histogram(Record, frozen=True, kw_only=True):
+    """Observations of a duration; ``counts`` has one entry a bucket and one for +Inf."""
+
+    counts: tuple[int, ...] = (0,) * (len(DURATION_BUCKETS) + 1)
+    sum: float = 0.0
+
+    def observe(self, seconds: float) -> Histogram:
+        """This histogram with one more observation."""
+        counts = list(self.counts)
+        for index, bound in enumerate((*DURATION_BUCKETS, float("inf"))):
+            if seconds <= bound:
+                counts[index] += 1
+                break
+        return Histogram(counts=tuple(counts), sum=self.sum + seconds)
+
+
+class UpdateCounts(Record, frozen=True, kw_only=True):
+    """Totals of one source since the process started."""
+
+    updates: int = 0
+    failures: int = 0
+    calls: int = 0
+    duration: Histogram = Histogram()
+    #: Of the last update that counted: when, and the trace of its span (32 hexadecimal digits).
+    trace_id: str = ""
+    updated_at: float | None = None
+
+
+class OperationCounts(Record, frozen=True, kw_only=True):
+    """Totals of one operation that reads, saves, sends or checks weights."""
+
+    calls: int = 0
+    failures: int = 0
+
+
+class TableChanges(Record, frozen=True, kw_only=True):
+    """How the table after an update differs from the table before it.
+
+    The name lists are cut at :data:`NAMED_CHANGES` entries; the counts are complete.
+    """
+
+    moved: int = 0
+    added: int = 0
+    removed: int = 0
+    resized: int = 0
+    device: int = 0
+    names: dict[str, tuple[str, ...]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self.moved or self.added or self.removed or self.resized or self.device)
+
+
+#: How many names of changed tensors an event carries for each change.
+NAMED_CHANGES = 100
+
+
+class Update(Record, frozen=True, kw_only=True):
+    """One logical load or update of a role's weights that has ended."""
+
+    #: ``load`` for the first load, ``update`` for everything after it.
+    action: Literal["load", "update"]
+    source: Source | None = None
+    #: Counts loads and updates of this role, failed ones included, from 1. Ranks of one engine
+    #: go through the same sequence, so the number names the same update on every rank.
+    sequence: int
+    started_at: float
+    ended_at: float
+    calls: int = 1
+    succeeded: bool
+    effect: Effect
+    #: SGLang's message, or the exception; empty where there was none.
+    message: str = ""
+    model_path: str = ""
+    weight_version: str = ""
+    trace_id: str = ""
+    changes: TableChanges = TableChanges()
+
+
+class UpdateInProgress(Record, frozen=True, kw_only=True):
+    """An update or session that has begun and not ended: the table may be a mixture."""
+
+    source: Source | None
+    started_at: float
+    last_call_at: float
+    calls: int = 0
+    #: SGLang before 0.5.21 has no end of an update made of several calls: such an update counts
+    #: as ended once no call came for this many seconds. ``None``: an end will be reported.
+    idle_seconds: float | None = None
+
+
+class Role(Record, frozen=True, kw_only=True):
+    """One model of a rank: the target, or a draft."""
+
+    #: ``target``, ``draft``, ``draft_1``, …
+    name: str
+    #: The device of the model runner.
+    device: str
+    architecture: str = ""
+    quantization: str = ""
+    #: Of the checkpoint being served, as SGLang was last told.
+    model_path: str = ""
+    weights: tuple[WeightUsage, ...] | None = None
+    #: Physical bytes by device. The same as the sum of ``weights``, or 0 while released.
+    resident: dict[str, int] | None = None
+    table: TableRef | None = None
+    kv_pools: tuple[KvPoolUsage, ...] | None = None
+    kv_resident: dict[str, int] | None = None
+    lora: tuple[LoraUsage, ...] = ()
+    loaded_at: float | None = None
+    load_seconds: float | None = None
+    updated_at: float | None = None
+    updates: dict[Source, UpdateCounts] = {}
+    moved: int = 0
+    changes: dict[Change, int] = {}
+    in_progress: UpdateInProgress | None = None
+    last_update: Update | None = None
+
+
+class HookState(Record, frozen=True, kw_only=True):
+    """One line of ``status``: a hook target and whether it is hooked."""
+
+    target: str
+    status: HookStatus
+    reason: str = ""
+
+
+class Engine(Record, frozen=True, kw_only=True):
+    """Facts about the engine that hold while the process lives."""
+
+    #: The label: the HTTP port in SGLang's settings, with ``-2`` and so on for a further engine
+    #: of this host that has the same.
+    name: str
+    #: Tells two engines apart that had the same name one after the other.
+    instance: str
+    model_name: str = ""
+    model_path: str = ""
+    sglang_version: str = ""
+    torch_version: str = ""
+
+
+class Ranks(Record, frozen=True, kw_only=True):
+    """Parallel ranks as SGLang's own metrics have them; ``None`` where SGLang has no such rank."""
+
+    tp: int = 0
+    pp: int = 0
+    dp: int | None = None
+    moe_ep: int | None = None
+
+
+class Snapshot(Record, frozen=True, kw_only=True):
+    """All that a rank says of itself; one file, replaced atomically."""
+
+    schema: int = SCHEMA_VERSION
+    rank_id: str
+    pid: int
+    #: Grows by one with every snapshot of this process.
+    generation: int
+    written_at: float
+    started_at: float
+    engine: Engine
+    ranks: Ranks = Ranks()
+    devices: tuple[Device, ...] = ()
+    roles: tuple[Role, ...] = ()
+    weight_version: str = ""
+    hooks: tuple[HookState, ...] = ()
+    #: Exceptions of our own that were caught in the engine, by the hook they came from.
+    hook_errors: dict[str, int] = {}
+    operations: dict[str, OperationCounts] = {}
+    update_groups: int = 0
+    #: Seconds the engine spent on the last capture and on writing it.
+    snapshot_seconds: float | None = None
+    events_dropped: int = 0
+
+
+class WeightTable(Record, frozen=True, kw_only=True):
+    """The pointer table of one role: one row a named tensor, stored as columns.
+
+    Numeric columns are little-endian arrays: ``u64`` for addresses and bytes, ``u32`` for codes
+    into the ``*_values`` beside them. Values are numbered by first appearance. ``names`` is UTF-8,
+    one name a line.
+    """
+
+    schema: int = SCHEMA_VERSION
+    role: str
+    captured_at: float
+    sha256: str
+    rows: int
+    names: bytes
+    data_ptr: bytes
+    nbytes: bytes
+    storage_ptr: bytes
+    storage_nbytes: bytes
+    dtype: bytes
+    dtype_values: tuple[str, ...]
+    shape: bytes
+    shape_values: tuple[tuple[int, ...], ...]
+    stride: bytes
+    stride_values: tuple[tuple[int, ...], ...]
+    device: bytes
+    device_values: tuple[str, ...]
+    kind: bytes
+    kind_values: tuple[str, ...]
+    #: Contiguous runs inside one allocation: ``u64`` addresses and bytes, ``u32`` codes into
+    #: ``device_values``.
+    region_ptr: bytes = b""
+    region_nbytes: bytes = b""
+    region_device: bytes = b""
+
+
+class Event(Record, frozen=True, kw_only=True):
+    """One ended load or update, waiting to be exported as a span."""
+
+    schema: int = SCHEMA_VERSION
+    #: Numbers the events of one rank, from 1.
+    number: int
+    rank_id: str
+    pid: int
+    engine: Engine
+    ranks: Ranks
+    role: str
+    device: Device
+    update: Update
+    weights: tuple[WeightUsage, ...] | None = None
+    #: The table after the update; ``file`` lies in the rank's directory of events.
+    table: TableRef | None = None
+    #: Of the table in the event before this one of the same role; equal when nothing changed.
+    previous_sha256: str = ""
+
+
+class Endpoint(Record, frozen=True, kw_only=True):
+    """What the exporter process says of itself in ``exporter.json``."""
+
+    schema: int = SCHEMA_VERSION
+    pid: int
+    started_at: float
+    version: str
+    #: ``None`` until the port could be bound.
+    url: str | None = None
+    #: Why there is no URL, as one sentence.
+    problem: str = ""

@@ -1,0 +1,100 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every setting of our own, in one place: ``SGLANG_WEIGHT_EXPORTER_*``.
+
+The engine process reads them once when SGLang is hooked, the exporter process once when it starts
+(where a flag of the same name wins). ``OTEL_*`` variables are OpenTelemetry's and are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+PREFIX = "SGLANG_WEIGHT_EXPORTER_"
+
+#: dcgm-exporter's default too: where both run in one network namespace, one has to move.
+DEFAULT_PORT = 9400
+
+
+def _switch(text: str) -> bool:
+    """As SGLang reads its own: 1/true/yes/on and 0/false/no/off, in any case."""
+    word = text.lower()
+    if word in {"1", "true", "yes", "on", "auto"}:
+        return True
+    if word in {"0", "false", "no", "off"}:
+        return False
+    raise ValueError("is neither on nor off")
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 < port < 65536:
+        raise ValueError("is not a port between 1 and 65535")
+    return port
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 <= seconds < float("inf"):
+        raise ValueError("is not a number of seconds")
+    return seconds
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser().absolute()
+
+
+def _setting(default: Any, parse: Callable[[str], Any], description: str) -> Any:
+    return field(default=default, metadata={"parse": parse, "description": description})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings in force. Field names are the variables' without the prefix, in lower case."""
+
+    disabled: bool = _setting(
+        False, _switch, "switch everything off; read before anything else is imported"
+    )
+    port: int = _setting(DEFAULT_PORT, _port, "port of the metrics endpoint")
+    address: str = _setting("0.0.0.0", str, "address of the metrics endpoint")  # noqa: S104
+    tls_cert_file: Path | None = _setting(None, _path, "serve HTTPS with this certificate (PEM)")
+    tls_key_file: Path | None = _setting(None, _path, "the private key of the certificate (PEM)")
+    tls_client_ca_file: Path | None = _setting(
+        None, _path, "ask clients for a certificate signed by one of these (PEM)"
+    )
+    serve: bool = _setting(
+        True, _switch, "auto: ranks start the exporter process; off: somebody else runs it"
+    )
+    runtime_dir: Path | None = _setting(
+        None, _path, "directory of snapshots, events and locks; of mode 0700 and owned by the user"
+    )
+    metadata_dir: Path | None = _setting(
+        None, _path, "keep weights_metadata files current in this directory"
+    )
+    reader_wait_seconds: float = _setting(
+        0.0, _seconds, "how long an update waits for readers of the table"
+    )
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> tuple[Settings, list[str]]:
+        """The settings in force, and a sentence for each variable that could not be used.
+
+        An unusable value never stops anything: the default takes its place.
+        """
+        settings, complaints = cls(), []
+        for setting in fields(cls):
+            variable = PREFIX + setting.name.upper()
+            text = environ.get(variable, "").strip()
+            if not text:
+                continue
+            try:
+                settings = replace(settings, **{setting.name: setting.metadata["parse"](text)})
+            except ValueError as error:
+                complaints.append(
+                    f"{variable}={text!r} cannot be used ({error}); "
+                    f"the default, {setting.default!r}, is used instead."
+                )
+        return settings, complaints
