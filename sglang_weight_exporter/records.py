@@ -9,7 +9,9 @@ bytes, times are Unix seconds (floats), durations are seconds. A value that coul
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -186,6 +188,8 @@ class UpdateInProgress(Record, frozen=True, kw_only=True):
     started_at: float
     last_call_at: float
     calls: int = 0
+    #: Whether one of the calls has failed already.
+    failed: bool = False
     #: SGLang before 0.5.21 has no end of an update made of several calls: such an update counts
     #: as ended once no call came for this many seconds. ``None``: an end will be reported.
     idle_seconds: float | None = None
@@ -308,6 +312,41 @@ class WeightTable(Record, frozen=True, kw_only=True):
     region_ptr: bytes = b""
     region_nbytes: bytes = b""
     region_device: bytes = b""
+
+
+#: What the fingerprint of a table covers, in this order.
+_FINGERPRINTED = (
+    "names",
+    "data_ptr",
+    "nbytes",
+    "storage_ptr",
+    "storage_nbytes",
+    "dtype",
+    "dtype_values",
+    "shape",
+    "shape_values",
+    "stride",
+    "stride_values",
+    "device",
+    "device_values",
+    "kind",
+    "kind_values",
+)
+
+
+def table_sha256(fields: Mapping[str, Any]) -> str:
+    """The fingerprint of a table's rows, hexadecimal; ``fields`` are those of `WeightTable`.
+
+    SHA-256 over each column's length (``u64``, little-endian) and content; the ``*_values`` as
+    compact JSON. Role, time and regions are not part of it.
+    """
+    digest = hashlib.sha256()
+    for name in _FINGERPRINTED:
+        column = fields[name]
+        content = column if isinstance(column, bytes) else msgspec.json.encode(column)
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()
 
 
 class Event(Record, frozen=True, kw_only=True):

@@ -1,0 +1,128 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Keeps one exporter process alive for all ranks of this user on this host.
+
+Each rank has one thread that is blocked in ``flock`` on the exporter's lock. Whoever gets it
+starts the exporter and hands the lock over; when that process dies, the kernel wakes the next.
+No thread runs between the two.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from sglang_weight_exporter.store.locks import FileLock
+from sglang_weight_exporter.store.runtime_dir import VARIABLE, RuntimeDir
+
+logger = logging.getLogger("sglang_weight_exporter")
+
+#: An exporter that ends sooner than this could not do its work: the next one waits, each time
+#: twice as long.
+_HEALTHY_SECONDS = 10.0
+_LONGEST_PAUSE_SECONDS = 60.0
+
+
+class Supervisor:
+    """One rank's share in keeping the exporter process alive."""
+
+    def __init__(self, runtime_dir: RuntimeDir, environ: Mapping[str, str]) -> None:
+        self._runtime_dir = runtime_dir
+        self._environ = environ
+
+    def start(self) -> None:
+        threading.Thread(
+            target=self._run, name="sglang-weight-exporter-supervisor", daemon=True
+        ).start()
+
+    def _run(self) -> None:
+        pause = 0.0
+        while True:
+            try:
+                lock = FileLock(self._runtime_dir.exporter_lock)
+                lock.acquire(block=True)
+                if pause:
+                    time.sleep(pause)
+                started = time.monotonic()
+                process = self._spawn(lock)
+                # Ours must go at once: the lock is to end with the exporter.
+                lock.close()
+                self._relay(process)
+                healthy = time.monotonic() - started > _HEALTHY_SECONDS
+                # Killed from outside is not its fault: replace it at once.
+                killed = process.returncode < 0
+                pause = 0.0 if healthy or killed else min(max(2 * pause, 1), _LONGEST_PAUSE_SECONDS)
+            except OSError as error:
+                lock.close()
+                logger.warning(
+                    "sglang_weight_exporter: the exporter process cannot be started (%s), so "
+                    "nothing is served from here for now. SGLang is not affected.",
+                    error,
+                )
+                pause = _LONGEST_PAUSE_SECONDS
+                time.sleep(pause)
+
+    def _spawn(self, lock: FileLock) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "sglang_weight_exporter",
+                "serve",
+                "--lock-fd",
+                str(lock.fileno()),
+            ],
+            pass_fds=[lock.fileno()],
+            env=exporter_environ(self._environ, self._runtime_dir),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            # A Ctrl-C is meant for the engine; the exporter ends once no rank is alive.
+            start_new_session=True,
+        )
+
+    def _relay(self, process: subprocess.Popen[str]) -> None:
+        """The exporter's lines, into the engine's log; returns when it has ended.
+
+        A pipe and not the engine's own standard error: an exporter that outlives its engine for
+        a while must not keep open what others wait to see closed.
+        """
+        assert process.stdout is not None
+        with process.stdout:
+            for line in process.stdout:
+                logger.info("sglang_weight_exporter: %s", line.rstrip())
+        process.wait()
+
+
+def exporter_environ(environ: Mapping[str, str], runtime_dir: RuntimeDir) -> dict[str, str]:
+    """The engine's environment, less what would reach into the exporter process."""
+    result = dict(environ)
+    # SGLang's own; prometheus_client would write its values there.
+    result.pop("PROMETHEUS_MULTIPROC_DIR", None)
+    # SGLang preloads torch_memory_saver into its ranks, which replaces CUDA's allocation calls.
+    preload = [
+        library
+        for library in result.pop("LD_PRELOAD", "").replace(":", " ").split()
+        if "torch_memory_saver" not in library
+    ]
+    if preload:
+        result["LD_PRELOAD"] = ":".join(preload)
+    result[VARIABLE] = str(runtime_dir.path)
+    # A file named like a standard module in the engine's working directory is not ours to import.
+    if Path(__file__).resolve().parents[2] != Path.cwd():
+        result["PYTHONSAFEPATH"] = "1"
+    result["PYTHONUNBUFFERED"] = "1"
+    return result
+
+
+def take_over(descriptor: int) -> None:
+    """Keep a handed-down lock for as long as this process lives, and from its own children."""
+    os.set_inheritable(descriptor, False)

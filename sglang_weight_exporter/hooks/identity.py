@@ -1,0 +1,120 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which rank of which engine this process is, read from a model runner of any release."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from sglang_weight_exporter.records import Engine, Ranks
+
+
+def ranks_of(runner: Any, dp_rank: int | None) -> Ranks:
+    """Ranks of the process, from its **target** runner; ``dp_rank`` as the runner was told it
+    (0.5.1 to 0.5.11 pass it to ``__init__``, where it is not kept).
+
+    Drafts must not be asked: SGLang builds them with a pipeline rank of 0 and, from 0.5.21, with
+    a narrowed tensor-parallel rank.
+    """
+    return Ranks(
+        tp=_rank(runner, "tp_rank") or 0,
+        pp=_rank(runner, "pp_rank") or 0,
+        dp=_rank(runner, "dp_rank") if dp_rank is None else dp_rank,
+        moe_ep=_rank(runner, "moe_ep_rank"),
+    )
+
+
+def _rank(runner: Any, name: str) -> int | None:
+    # On the runner until 0.5.15 (and in 0.5.21), on `runner.ps` until 0.5.20, in the process's
+    # context after that. The context raises errors of several types when it is not set up.
+    context = sys.modules.get("sglang.srt.runtime_context")
+    for owner in (runner, getattr(runner, "ps", None), _parallel(context)):
+        try:
+            value = getattr(owner, name)
+        except Exception:  # noqa: S112
+            continue
+        if value is not None:
+            return int(value)
+    if name == "dp_rank" and os.environ.get("SGLANG_DP_RANK", "").isdigit():
+        return int(os.environ["SGLANG_DP_RANK"])  # Until 0.5.11 the runner is not told.
+    return None
+
+
+def _parallel(context: Any) -> Any:
+    try:
+        return context.get_parallel()
+    except Exception:
+        return None
+
+
+def role_of(runner: Any) -> str:
+    """``target``, ``draft`` or, with several draft layers, ``draft_0``, ``draft_1``, …"""
+    if not getattr(runner, "is_draft_worker", False):
+        return "target"
+    index = getattr(runner, "draft_model_idx", None)
+    return "draft" if index is None else f"draft_{index}"
+
+
+def device_of(runner: Any) -> str:
+    """torch's name of the runner's device."""
+    kind = str(getattr(runner, "device", "cpu"))
+    if kind in {"cpu", "mps"} or ":" in kind:
+        return kind
+    return f"{kind}:{int(getattr(runner, 'gpu_id', 0))}"
+
+
+def server_setting(runner: Any, name: str) -> Any:
+    """A launch setting; ``None`` where this release has none or keeps it unresolved."""
+    return getattr(getattr(runner, "server_args", None), name, None)
+
+
+def instance_of(runner: Any) -> str:
+    """The same for all ranks of one engine on this host, and for no other engine.
+
+    Ranks are children of one process (the engine's, or its data-parallel controller), which may
+    have several engines; those differ in the port that their ranks meet at.
+    """
+    parent = os.getppid()
+    facts = [str(parent), _start_time(parent), str(server_setting(runner, "port"))]
+    if (server_setting(runner, "dp_size") or 1) == 1:
+        facts.append(str(getattr(runner, "dist_port", None)))
+    return hashlib.sha256("|".join(facts).encode()).hexdigest()[:16]
+
+
+def _start_time(pid: int) -> str:
+    """In clock ticks since boot (proc_pid_stat(5), field 22): tells reused pids apart."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return stat.rpartition(")")[2].split()[19]
+
+
+def engine_of(runner: Any) -> Engine:
+    """Facts about the engine; its name is the HTTP port, which the store makes unique."""
+    path = str(server_setting(runner, "model_path") or "")
+    return Engine(
+        name=str(server_setting(runner, "port") or "0"),
+        instance=instance_of(runner),
+        model_name=str(server_setting(runner, "served_model_name") or path),
+        model_path=path,
+        sglang_version=sglang_version(),
+        torch_version=str(getattr(sys.modules.get("torch"), "__version__", "")),
+    )
+
+
+def sglang_version() -> str:
+    version = getattr(sys.modules.get("sglang"), "__version__", "")
+    if not version:
+        from importlib.metadata import PackageNotFoundError
+        from importlib.metadata import version as installed
+
+        try:
+            version = installed("sglang")
+        except PackageNotFoundError:
+            version = ""
+    return str(version)

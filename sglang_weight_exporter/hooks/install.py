@@ -1,0 +1,253 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the targets in SGLang's modules as they are imported, and wraps them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from sglang_weight_exporter.hooks.targets import TARGETS, Target, version_key
+
+if TYPE_CHECKING:
+    from sglang_weight_exporter.bootstrap import PostImportHook
+    from sglang_weight_exporter.hooks.observer import Observer
+    from sglang_weight_exporter.records import HookState
+
+logger = logging.getLogger("sglang_weight_exporter")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of SGLang's ended: with a result or with an exception."""
+
+    result: Any = None
+    error: BaseException | None = None
+
+
+#: What an observer's method returns for a call: it runs to its ``yield`` before SGLang's code
+#: and goes on with the outcome after it.
+Around = Generator[None, Outcome, None]
+
+
+class Call:
+    """One call of a target, as SGLang made it."""
+
+    def __init__(
+        self, target: Target, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> None:
+        self.target = target
+        self._original = original
+        self._args = args
+        self._kwargs = kwargs
+
+    @property
+    def owner(self) -> Any:
+        """``self`` of a method."""
+        return self._args[0]
+
+    def argument(self, name: str) -> Any:
+        """An argument, however it was passed; ``None`` where the signature lacks it."""
+        try:
+            bound = _signature(self._original).bind(*self._args, **self._kwargs)
+        except TypeError:
+            return None  # SGLang's own call is about to fail with the same words.
+        bound.apply_defaults()
+        return bound.arguments.get(name)
+
+
+@functools.cache
+def _signature(original: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(original)
+
+
+class Installation:
+    """The hooks of one process: which are on their targets, and what went wrong with them."""
+
+    def __init__(
+        self, targets: Iterable[Target], make_observer: Callable[[Installation], Observer]
+    ) -> None:
+        self.errors: dict[str, int] = {}
+        self._targets = tuple(targets)
+        self._make_observer = make_observer
+        self._observer: Observer | None = None
+        self._failures: dict[Target, str] = {}
+        self._installed: set[Target] = set()
+        self._states: tuple[HookState, ...] | None = None
+        self._logged: set[tuple[str, type[BaseException]]] = set()
+
+    def modules(self) -> set[str]:
+        return {target.module for target in self._targets}
+
+    def on_import(self, module: ModuleType) -> None:
+        """Wrap the targets of a module that has just run. Never raises."""
+        self._states = None
+        for target in self._targets:
+            if target.module == module.__name__:
+                try:
+                    self._install(target, module)
+                except Exception as error:
+                    self._failures[target] = f"could not be wrapped ({error!r})"
+                    self.report(target.name, error)
+
+    def _install(self, target: Target, module: ModuleType) -> None:
+        path, _, name = target.attribute.rpartition(".")
+        owner = getattr(module, path, None) if path else module
+        original = getattr(owner, name, None)
+        if original is None:
+            return
+        if not hasattr(original, "__sglang_weight_exporter__"):
+            setattr(owner, name, self._wrap(target, original))
+        self._installed.add(target)
+
+    def _wrap(self, target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
+        if inspect.isgeneratorfunction(original):
+
+            @functools.wraps(original)
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                around = self._begin(target, original, args, kwargs)
+                try:
+                    result = yield from original(*args, **kwargs)
+                except BaseException as error:
+                    self._end(target, around, Outcome(error=error))
+                    raise
+                self._end(target, around, Outcome(result=result))
+                return result
+
+        else:
+
+            @functools.wraps(original)
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                around = self._begin(target, original, args, kwargs)
+                try:
+                    result = original(*args, **kwargs)
+                except BaseException as error:
+                    self._end(target, around, Outcome(error=error))
+                    raise
+                self._end(target, around, Outcome(result=result))
+                return result
+
+        wrapper.__sglang_weight_exporter__ = target.name  # type: ignore[attr-defined]
+        return wrapper
+
+    def _begin(
+        self, target: Target, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Around | None:
+        try:
+            if self._observer is None:
+                self._observer = self._make_observer(self)
+            around: Around = getattr(self._observer, target.meaning)(
+                Call(target, original, args, kwargs)
+            )
+            next(around)
+        except StopIteration:
+            return None
+        except Exception as error:
+            self.report(target.name, error)
+            return None
+        return around
+
+    def _end(self, target: Target, around: Around | None, outcome: Outcome) -> None:
+        if around is None:
+            return
+        try:
+            around.send(outcome)
+        except StopIteration:
+            pass
+        except Exception as error:
+            self.report(target.name, error)
+
+    def report(self, where: str, error: BaseException) -> None:
+        """Count an exception of ours, and log the first of each kind."""
+        self.errors[where] = self.errors.get(where, 0) + 1
+        kind = (where, type(error))
+        if kind not in self._logged:
+            self._logged.add(kind)
+            logger.warning(
+                "sglang_weight_exporter: %s went wrong (%r). SGLang is not affected; what could "
+                "not be read is missing from the metrics. Further errors of this kind are counted "
+                "and not logged.",
+                where,
+                error,
+                exc_info=error,
+            )
+
+    def states(self, sglang_version: str) -> tuple[HookState, ...]:
+        """One state a target name, in the table's order; looked up again after each import."""
+        if self._states is not None:
+            return self._states
+        from sglang_weight_exporter.records import HookState
+
+        names = dict.fromkeys(target.name for target in self._targets)
+        states = []
+        for name in names:
+            targets = [target for target in self._targets if target.name == name]
+            states.append(HookState(target=name, **self._state(targets, sglang_version)))
+        self._states = tuple(states)
+        return self._states
+
+    def _state(self, targets: list[Target], sglang_version: str) -> dict[str, Any]:
+        failed = [self._failures[target] for target in targets if target in self._failures]
+        if failed:
+            return {"status": "failed", "reason": failed[0]}
+        if any(target in self._installed for target in targets):
+            return {"status": "installed"}
+        waiting = [target for target in targets if _may_be_imported(target.module)]
+        if waiting:
+            return {"status": "pending", "reason": f"{waiting[0].module} is not imported"}
+        version = version_key(sglang_version)
+        expected = [
+            target
+            for target in targets
+            if version_key(target.since) <= version
+            and (target.until is None or version <= version_key(target.until))
+        ]
+        if expected:
+            target = expected[0]
+            return {
+                "status": "failed",
+                "reason": f"{target.module}.{target.attribute} is gone in SGLang {sglang_version}",
+            }
+        return {"status": "absent", "reason": f"SGLang {sglang_version} has none"}
+
+
+def _may_be_imported(name: str) -> bool:
+    """Whether a module is there and not imported; looks on disk and imports nothing."""
+    if name in sys.modules:
+        return False
+    parent, _, _ = name.rpartition(".")
+    package = sys.modules.get(parent)
+    if package is None:
+        return _may_be_imported(parent) if parent else False
+    path = getattr(package, "__path__", None)
+    return path is not None and importlib.machinery.PathFinder.find_spec(name, path) is not None
+
+
+def watch(hook: PostImportHook) -> None:
+    """Have the targets wrapped: at once where SGLang's modules are there, else on their import."""
+    installation = Installation(TARGETS, _make_observer)
+    for name in installation.modules():
+        hook.callbacks[name] = installation.on_import
+        module = sys.modules.get(name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
+            installation.on_import(module)
+
+
+def _make_observer(installation: Installation) -> Observer:
+    # Late: the data model and torch's share of the work are needed in a rank, and not in the
+    # HTTP server, the tokenizer and the detokenizer, which import SGLang too.
+    from sglang_weight_exporter.hooks.observer import Observer
+    from sglang_weight_exporter.settings import Settings
+
+    settings, complaints = Settings.from_environ(os.environ)
+    for complaint in complaints:
+        logger.warning("sglang_weight_exporter: %s", complaint)
+    return Observer(settings=settings, environ=os.environ, installation=installation)

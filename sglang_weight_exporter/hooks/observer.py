@@ -1,0 +1,796 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""One rank's memory of what happened to its weights; every event of it becomes a file.
+
+Each method is what one meaning in the table of targets stands for: a generator that runs to its
+``yield`` before SGLang's code and goes on with the outcome after it. Exceptions are caught by the
+caller. SGLang calls all targets of a rank from one thread, so there are no locks.
+
+An update of several calls ends in one of three ways, whichever the release offers: the end of its
+session (0.5.21 and later), a request that asks for the cache to be flushed, or no call for
+:data:`IDLE_SECONDS` (a heuristic, for clients that never ask).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+
+from sglang_weight_exporter.capture import devices
+from sglang_weight_exporter.capture.changes import compare
+from sglang_weight_exporter.capture.regions import AllocationMap
+from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
+from sglang_weight_exporter.export.supervisor import Supervisor
+from sglang_weight_exporter.hooks import identity, pools
+from sglang_weight_exporter.hooks.install import Around, Call, Outcome
+from sglang_weight_exporter.records import (
+    CHANGES,
+    SOURCES,
+    Change,
+    Device,
+    Effect,
+    Engine,
+    Event,
+    KvPoolUsage,
+    LoraUsage,
+    OperationCounts,
+    Ranks,
+    Role,
+    Snapshot,
+    Source,
+    TableRef,
+    Update,
+    UpdateCounts,
+    UpdateInProgress,
+)
+from sglang_weight_exporter.store.claims import claim_engine_name
+from sglang_weight_exporter.store.rank import RankStore, table_file
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
+
+if TYPE_CHECKING:
+    from sglang_weight_exporter.hooks.install import Installation
+    from sglang_weight_exporter.settings import Settings
+
+logger = logging.getLogger("sglang_weight_exporter")
+
+#: An update whose release reports no end counts as ended after this long without a call.
+IDLE_SECONDS = 10.0
+
+#: Tags of SGLang's memory saver (`sglang.srt.constants`).
+_WEIGHTS, _KV_CACHE = "weights", "kv_cache"
+
+
+@dataclass
+class _OpenUpdate:
+    """A load or update that has begun."""
+
+    source: Source | None
+    number: int
+    started_at: float
+    last_call_at: float
+    session: bool = False
+    calls: int = 0
+    failed: bool = False
+    effect: Effect = "unchanged"
+    message: str = ""
+    weight_version: str = ""
+
+    def record(self, succeeded: bool, effect: Effect, message: str, at: float) -> None:
+        self.calls += 1
+        self.last_call_at = at
+        if not succeeded:
+            self.failed = True
+            self.message = message
+        if effect == "undefined" or self.effect == "unchanged":
+            self.effect = effect
+
+
+@dataclass
+class _Role:
+    """What is known of one model runner."""
+
+    name: str
+    runner: weakref.ref[Any]
+    device: str
+    capture: WeightCapture | None = None
+    table: TableRef | None = None
+    #: The table as the last event had it.
+    reported: WeightCapture | None = None
+    kv_pools: tuple[KvPoolUsage, ...] | None = None
+    lora: tuple[LoraUsage, ...] = ()
+    loaded_at: float | None = None
+    load_seconds: float | None = None
+    updated_at: float | None = None
+    updates: dict[Source, UpdateCounts] = field(
+        default_factory=lambda: {source: UpdateCounts() for source in SOURCES}
+    )
+    moved: int = 0
+    changes: dict[Change, int] = field(default_factory=lambda: dict.fromkeys(CHANGES, 0))
+    open: _OpenUpdate | None = None
+    last_update: Update | None = None
+    #: A load whose event waits until the pools are allocated: the table still changes till then.
+    unreported_load: Update | None = None
+
+
+@dataclass
+class _Request:
+    """A request of the scheduler that is being served."""
+
+    number: int
+    flush_cache: bool
+    weight_version: str
+
+
+class Observer:
+    """Turns calls of SGLang into the snapshot, the tables and the events of this rank."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        environ: Mapping[str, str],
+        installation: Installation,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings = settings
+        self._environ = environ
+        self._installation = installation
+        self._clock = clock
+        self._store: RankStore | None = None
+        self._refused = False
+        self._supervisor: Supervisor | None = None
+        self._started_at = clock()
+        self._engine = Engine(name="", instance="")
+        self._ranks = Ranks()
+        self._devices: dict[str, Device] = {}
+        self._roles: dict[str, _Role] = {}
+        self._number = 0
+        self._events = 0
+        self._generation = 0
+        self._request: _Request | None = None
+        self._moving_experts = False
+        self._dp_rank: int | None = None
+        self._weight_version = ""
+        self._operations: dict[str, OperationCounts] = {}
+        self._groups: set[str] = set()
+        self._released: set[str] = set()
+        self._snapshot_seconds: float | None = None
+
+    # The life of a model runner.
+
+    def construct(self, call: Call) -> Around:
+        """``ModelRunner.__init__``: loads the model somewhere inside, and changes it after that."""
+        dp_rank = call.argument("dp_rank")
+        if dp_rank is not None:
+            self._dp_rank = int(dp_rank)
+        outcome = yield
+        role = self._find_role(call.owner)
+        if role is not None and outcome.error is None:
+            self._scan(role)
+            if role.kv_pools is not None or not hasattr(call.owner, "alloc_memory_pool"):
+                self._report_load(role)
+            self._write()
+
+    def load(self, call: Call) -> Around:
+        """``ModelRunner.load_model``."""
+        role = self._role(call.owner)
+        if role is None:
+            return
+        first = role.loaded_at is None
+        self._number += 1
+        started_at = self._clock()
+        self._write()
+        outcome = yield
+        ended_at = self._clock()
+        if outcome.error is None:
+            if first:
+                role.loaded_at, role.load_seconds = ended_at, ended_at - started_at
+            role.updated_at = ended_at
+            self._weight_version = self._weight_version or str(
+                identity.server_setting(call.owner, "weight_version") or ""
+            )
+        update = Update(
+            action="load",
+            sequence=self._number,
+            started_at=started_at,
+            ended_at=ended_at,
+            succeeded=outcome.error is None,
+            effect="changed" if outcome.error is None else "undefined",
+            message="" if outcome.error is None else repr(outcome.error),
+            model_path=_model_path(call.owner),
+            weight_version=self._weight_version,
+            trace_id=self._trace_id(self._number),
+        )
+        role.last_update = role.unreported_load = update
+        if outcome.error is not None:
+            self._report_load(role)
+        else:
+            self._scan(role)
+        self._write()
+
+    def finalize_load(self, call: Call) -> Around:
+        """``finalize_startup_weight_load``: with overlapped loading, ``load_model`` returned with
+        placeholders and the values have come only now."""
+        outcome = yield
+        role = self._find_role(call.owner)
+        if role is None or getattr(call.owner, "startup_weight_load", None) is None:
+            return
+        if outcome.error is None and role.loaded_at is not None and role.load_seconds is not None:
+            started_at = role.loaded_at - role.load_seconds
+            role.loaded_at = role.updated_at = self._clock()
+            role.load_seconds = role.loaded_at - started_at
+            self._scan(role)
+            self._write()
+
+    def allocate_kv_pool(self, call: Call) -> Around:
+        """Allocation of the KV pool, and its resize once CUDA graphs are captured."""
+        outcome = yield
+        role = self._role(call.owner)
+        if role is not None and outcome.error is None:
+            self._scan(role)
+            if role.loaded_at is not None:
+                self._report_load(role)
+            self._write()
+
+    # Updates, at the level where tensors change.
+
+    def update(self, call: Call) -> Around:
+        """One call that writes weights: a whole update, or one bucket of it."""
+        role = self._role(call.owner)
+        source = call.target.source
+        if role is None or source is None:
+            return
+        if self._moving_experts:
+            source = "eplb"
+        own = self._begin(role, source)
+        outcome = yield
+        succeeded, message = _verdict(outcome)
+        effect = _effect(source, outcome, succeeded, message)
+        open_ = role.open
+        if open_ is None:
+            return
+        open_.source = source
+        open_.record(succeeded, effect, message, self._clock())
+        counts = role.updates[source]
+        role.updates[source] = msgspec.structs.replace(counts, calls=counts.calls + 1)
+        if own and self._request is None and source in {"disk", "ipc"}:
+            self._end(role)
+        else:
+            self._write()
+
+    def receive(self, call: Call) -> Around:
+        """Tensors arrive, to be loaded by further calls; seen for its failures."""
+        role = self._role(call.owner)
+        outcome = yield
+        if role is not None and role.open is not None and outcome.error is not None:
+            role.open.source = call.target.source
+            role.open.record(False, "unchanged", str(outcome.error), self._clock())
+
+    def begin_session(self, call: Call) -> Around:
+        """An update with a beginning and an end, and any number of calls between."""
+        role = self._role(call.owner)
+        outcome = yield
+        if role is not None and outcome.error is None:
+            self._begin(role, None, session=True)
+            self._write()
+
+    def end_session(self, call: Call) -> Around:
+        """The session is over, and weights that were unpacked for it are packed again."""
+        role = self._role(call.owner)
+        outcome = yield
+        if role is None or role.open is None:
+            return
+        open_ = role.open
+        if open_.calls == 0:
+            # Nothing came through SGLang: a peer wrote into the tensors (RDMA).
+            open_.source = "p2p"
+            if outcome.error is None:
+                open_.record(True, "changed", "", self._clock())
+                counts = role.updates["p2p"]
+                role.updates["p2p"] = msgspec.structs.replace(counts, calls=counts.calls + 1)
+        if outcome.error is not None:
+            open_.failed, open_.effect = True, "undefined"
+            open_.message = repr(outcome.error)
+        open_.last_call_at = self._clock()
+        self._end(role)
+        if outcome.error is not None:
+            self._begin(role, open_.source, session=True)  # SGLang leaves the session open.
+            self._write()
+
+    def request(self, call: Call) -> Around:
+        """A request of the scheduler: where updates of several calls or runners end."""
+        request = call.argument("recv_req")
+        version = str(getattr(request, "weight_version", None) or "")
+        for role in self._roles.values():
+            open_ = role.open
+            if (
+                open_ is not None
+                and not open_.session
+                and version
+                and open_.weight_version not in {"", version}
+            ):
+                self._end(role)
+        self._number += 1
+        self._request = _Request(
+            number=self._number,
+            flush_cache=bool(getattr(request, "flush_cache", False)),
+            weight_version=version,
+        )
+        outcome = yield
+        served, self._request = self._request, None
+        succeeded, message = _verdict(outcome)
+        for role in self._roles.values():
+            open_ = role.open
+            if open_ is None or open_.session:
+                continue
+            if version and not open_.failed:
+                open_.weight_version = self._weight_version = version
+            if not succeeded and not open_.failed:
+                open_.message = message  # The weights changed, and what follows it went wrong.
+            if open_.source in {"disk", "ipc"} or served.flush_cache:
+                self._end(role)
+
+    def change_version(self, call: Call) -> Around:
+        """SGLang took note of a new weight version."""
+        outcome = yield
+        version = call.argument("new_version")
+        if version is not None and outcome.error is None:
+            self._weight_version = str(version)
+            for role in self._roles.values():
+                if role.open is not None:
+                    role.open.weight_version = self._weight_version
+            self._write()
+
+    # Experts that move between ranks.
+
+    def rebalance(self, call: Call) -> Around:
+        """A rebalance moves experts layer by layer; all of it is one update."""
+        role = self._target()
+        yield
+        if role is not None and role.open is not None and role.open.source == "eplb":
+            self._end(role)
+
+    def move_experts(self, call: Call) -> Around:
+        """Some layers' experts move, from peers or again from disk."""
+        role = self._target()
+        if role is None or self._moving_experts:
+            return
+        self._begin(role, "eplb")
+        self._moving_experts = True
+        outcome = yield
+        self._moving_experts = False
+        open_ = role.open
+        if open_ is None:
+            return
+        failed = outcome.error is not None
+        message = repr(outcome.error) if failed else ""
+        open_.record(not failed, "undefined" if failed else "changed", message, self._clock())
+        counts = role.updates["eplb"]
+        role.updates["eplb"] = msgspec.structs.replace(counts, calls=counts.calls + 1)
+        self._write()
+
+    # Memory that is given back and taken again.
+
+    def release(self, call: Call) -> Around:
+        """Physical memory goes, addresses stay."""
+        outcome = yield
+        if outcome.error is None:
+            self._released |= self._saved_tags(call)
+            self._write()
+
+    def resume(self, call: Call) -> Around:
+        """Physical memory is back."""
+        outcome = yield
+        if outcome.error is None:
+            self._released -= self._saved_tags(call)
+            self._write()
+
+    def _saved_tags(self, call: Call) -> set[str]:
+        role = self._target()
+        runner = None if role is None else role.runner()
+        adapter = getattr(runner, "memory_saver_adapter", None)
+        enabled = getattr(adapter, "enabled", None)
+        if enabled is None:  # Until 0.4.3 only the class tells.
+            enabled = adapter is not None and "Noop" not in type(adapter).__name__
+        if not enabled:
+            return set()  # The request was answered and did nothing.
+        tags = getattr(call.argument("recv_req"), "tags", None)
+        return {_WEIGHTS, _KV_CACHE} & set(tags or (_WEIGHTS, _KV_CACHE))
+
+    # What surrounds an update.
+
+    def open_group(self, call: Call) -> Around:
+        """A process group for distributed updates."""
+        outcome = yield
+        if _verdict(outcome)[0]:
+            self._groups.add(str(call.argument("group_name")))
+        self._count_operation(call.target.name, outcome)
+
+    def close_group(self, call: Call) -> Around:
+        """The group is gone."""
+        outcome = yield
+        if _verdict(outcome)[0]:
+            self._groups.discard(str(call.argument("group_name")))
+        self._count_operation(call.target.name, outcome)
+
+    def operate(self, call: Call) -> Around:
+        """Weights are read, saved or sent."""
+        outcome = yield
+        self._count_operation(call.target.name, outcome)
+
+    def check(self, call: Call) -> Around:
+        """``check_weights``; its action ``reset_tensors`` overwrites the weights."""
+        resets = call.argument("action") == "reset_tensors"
+        role = self._role(call.owner)
+        if resets and role is not None:
+            self._begin(role, "external")
+        outcome = yield
+        if resets and role is not None and role.open is not None:
+            failed = outcome.error is not None
+            effect: Effect = "undefined" if failed else "changed"
+            role.open.record(not failed, effect, str(outcome.error or ""), self._clock())
+            counts = role.updates["external"]
+            role.updates["external"] = msgspec.structs.replace(counts, calls=counts.calls + 1)
+            self._end(role)
+        self._count_operation(call.target.name, outcome)
+
+    def lora(self, call: Call) -> Around:
+        """An adapter is loaded or unloaded."""
+        role = self._role(call.owner)
+        outcome = yield
+        if role is not None:
+            self._scan(role)
+        self._count_operation(call.target.name, outcome)
+
+    def _count_operation(self, operation: str, outcome: Outcome) -> None:
+        counts = self._operations.get(operation, OperationCounts())
+        self._operations[operation] = OperationCounts(
+            calls=counts.calls + 1, failures=counts.failures + (not _verdict(outcome)[0])
+        )
+        self._write()
+
+    # Roles.
+
+    def _find_role(self, owner: Any) -> _Role | None:
+        runner = _runner(owner)
+        for role in self._roles.values():
+            if role.runner() is runner:
+                return role
+        return None
+
+    def _target(self) -> _Role | None:
+        return self._roles.get("target")
+
+    def _role(self, owner: Any) -> _Role | None:
+        """The role of a runner, or of the runner that a component belongs to."""
+        role = self._find_role(owner)
+        if role is not None:
+            return role
+        runner = _runner(owner)
+        if runner is None or not self._open_store(runner):
+            return None
+        name = identity.role_of(runner)
+        further = 1
+        while name in self._roles and self._roles[name].runner() is not None:
+            name = f"{identity.role_of(runner)}_{further}"
+            further += 1
+        role = _Role(name=name, runner=weakref.ref(runner), device=identity.device_of(runner))
+        self._describe(role.device)
+        self._roles[name] = role
+        return role
+
+    def _open_store(self, runner: Any) -> bool:
+        if self._store is not None:
+            return True
+        if self._refused:
+            return False
+        try:
+            runtime_dir = RuntimeDir.open(self._settings.runtime_dir, self._environ)
+            rank_id = os.urandom(8).hex()
+            self._ranks = identity.ranks_of(runner, self._dp_rank)
+            self._engine = identity.engine_of(runner)
+            with claim_engine_name(runtime_dir, self._engine, self._ranks) as name:
+                self._engine = msgspec.structs.replace(self._engine, name=name)
+                self._store = RankStore(runtime_dir, rank_id)
+                self._write()
+        except RuntimeDirError as error:
+            self._refused = True
+            logger.error("sglang_weight_exporter: %s", error)
+            return False
+        if self._settings.serve:
+            self._supervisor = Supervisor(runtime_dir, self._environ)
+            self._supervisor.start()
+        return True
+
+    def _describe(self, device: str) -> None:
+        if device not in self._devices:
+            try:
+                self._devices[device] = devices.describe(device)
+            except Exception as error:
+                self._devices[device] = Device(name=device)
+                self._installation.report("device", error)
+
+    # Updates.
+
+    def _begin(self, role: _Role, source: Source | None, *, session: bool = False) -> bool:
+        """Open an update, or find the one that is open; whether this call opened it."""
+        now = self._clock()
+        open_ = role.open
+        if open_ is not None and not open_.session and now - open_.last_call_at > IDLE_SECONDS:
+            self._end(role)
+            open_ = None
+        if open_ is not None:
+            return False
+        if self._request is None:
+            self._number += 1
+        role.open = _OpenUpdate(
+            source=source,
+            number=self._number if self._request is None else self._request.number,
+            started_at=now,
+            last_call_at=now,
+            session=session,
+            weight_version="" if self._request is None else self._request.weight_version,
+        )
+        if not session:
+            self._write()
+        return True
+
+    def _end(self, role: _Role) -> None:
+        """Close the open update: look at the memory again, count, report."""
+        open_, role.open = role.open, None
+        if open_ is None or open_.source is None:
+            return
+        runner = role.runner()
+        before = role.capture
+        self._scan(role)
+        for other in self._roles.values():
+            if other is not role and other.open is None:
+                self._scan(other)
+        changed = open_.effect != "unchanged"
+        changes = compare(before, role.capture)
+        trace_id = self._trace_id(open_.number)
+        counts = role.updates[open_.source]
+        role.updates[open_.source] = msgspec.structs.replace(
+            counts,
+            updates=counts.updates + (not open_.failed),
+            failures=counts.failures + open_.failed,
+            duration=counts.duration.observe(open_.last_call_at - open_.started_at),
+            trace_id=counts.trace_id if open_.failed else trace_id,
+            updated_at=counts.updated_at if open_.failed else open_.last_call_at,
+        )
+        if changed:
+            role.updated_at = open_.last_call_at
+        role.moved += changes.moved
+        for change in CHANGES:
+            role.changes[change] += getattr(changes, change)
+        role.last_update = Update(
+            action="update",
+            source=open_.source,
+            sequence=open_.number,
+            started_at=open_.started_at,
+            ended_at=open_.last_call_at,
+            calls=open_.calls,
+            succeeded=not open_.failed,
+            effect=open_.effect,
+            message=open_.message,
+            model_path=_model_path(runner),
+            weight_version=open_.weight_version or self._weight_version,
+            trace_id=trace_id,
+            changes=changes,
+        )
+        self._report(role, role.last_update)
+        self._write()
+
+    def _report_load(self, role: _Role) -> None:
+        load, role.unreported_load = role.unreported_load, None
+        if load is not None:
+            self._report(role, load)
+
+    def _report(self, role: _Role, update: Update) -> None:
+        if self._store is None:
+            return
+        self._events += 1
+        event = Event(
+            number=self._events,
+            rank_id=self._store.rank_id,
+            pid=os.getpid(),
+            engine=self._engine,
+            ranks=self._ranks,
+            role=role.name,
+            device=self._devices[role.device],
+            update=update,
+            weights=None if role.capture is None else role.capture.usage,
+            table=role.table,
+            previous_sha256="" if role.reported is None else role.reported.table.sha256,
+        )
+        role.reported = role.capture
+        self._store.append_event(event)
+
+    def _trace_id(self, number: int) -> str:
+        """The same on every rank of the engine, without a word between them."""
+        facts = f"{self._engine.instance}|{number}"
+        return hashlib.sha256(facts.encode()).hexdigest()[:32]
+
+    # Looking and writing.
+
+    def _scan(self, role: _Role) -> None:
+        """Read pointers and bytes of a role again. What cannot be read becomes absent."""
+        started = time.perf_counter()
+        runner = role.runner()
+        try:
+            self._scan_weights(role, getattr(runner, "model", None))
+        except Exception as error:
+            role.capture = role.table = None
+            self._installation.report("capture", error)
+        try:
+            counted: set[int] = set()
+            for earlier in self._roles.values():
+                if earlier is role:
+                    break
+                pools.kv_pools(earlier.runner(), counted)
+            role.kv_pools = pools.kv_pools(runner, counted)
+            role.lora = pools.lora_usage(runner)
+        except Exception as error:
+            role.kv_pools, role.lora = None, ()
+            self._installation.report("kv_pool", error)
+        self._snapshot_seconds = time.perf_counter() - started
+
+    def _scan_weights(self, role: _Role, model: Any) -> None:
+        if not isinstance(model, torch.nn.Module):
+            role.capture = role.table = None
+            return
+        counted: frozenset[int] = frozenset()
+        for earlier in self._roles.values():
+            if earlier is role:
+                break
+            if earlier.capture is not None:
+                counted |= earlier.capture.storages
+        capture = capture_weights(
+            model,
+            role=role.name,
+            captured_at=self._clock(),
+            counted_elsewhere=counted,
+            allocations=AllocationMap.of_cuda
+            if role.device.startswith("cuda")
+            else AllocationMap.of_storages,
+            previous=role.capture,
+        )
+        for usage in capture.usage:
+            self._describe(usage.device)
+        table = capture.table
+        if self._store is not None:
+            self._store.write_table(table)
+        role.capture = capture
+        role.table = TableRef(
+            file=table_file(role.name, table.sha256),
+            sha256=table.sha256,
+            rows=table.rows,
+            regions=capture.regions,
+            captured_at=table.captured_at,
+        )
+
+    def _write(self) -> None:
+        if self._store is None:
+            return
+        self._generation += 1
+        version = self._engine.sglang_version
+        self._store.write_snapshot(
+            Snapshot(
+                rank_id=self._store.rank_id,
+                pid=os.getpid(),
+                generation=self._generation,
+                written_at=self._clock(),
+                started_at=self._started_at,
+                engine=self._engine,
+                ranks=self._ranks,
+                devices=tuple(self._devices.values()),
+                roles=tuple(self._role_record(role) for role in self._roles.values()),
+                weight_version=self._weight_version,
+                hooks=self._installation.states(version),
+                hook_errors=dict(self._installation.errors),
+                operations=self._operations,
+                update_groups=len(self._groups),
+                snapshot_seconds=self._snapshot_seconds,
+                events_dropped=self._store.events_dropped,
+            )
+        )
+
+    def _role_record(self, role: _Role) -> Role:
+        runner = role.runner()
+        config = getattr(runner, "model_config", None)
+        weights = None if role.capture is None else role.capture.usage
+        return Role(
+            name=role.name,
+            device=role.device,
+            architecture=", ".join(
+                getattr(getattr(config, "hf_config", None), "architectures", None) or ()
+            ),
+            quantization=str(getattr(config, "quantization", None) or ""),
+            model_path=_model_path(runner),
+            weights=weights,
+            resident=_resident(weights, released=_WEIGHTS in self._released),
+            table=role.table,
+            kv_pools=role.kv_pools,
+            kv_resident=_resident(role.kv_pools, released=_KV_CACHE in self._released),
+            lora=role.lora,
+            loaded_at=role.loaded_at,
+            load_seconds=role.load_seconds,
+            updated_at=role.updated_at,
+            updates=role.updates,
+            moved=role.moved,
+            changes=role.changes,
+            in_progress=None
+            if role.open is None
+            else UpdateInProgress(
+                source=role.open.source,
+                started_at=role.open.started_at,
+                last_call_at=role.open.last_call_at,
+                calls=role.open.calls,
+                failed=role.open.failed,
+                idle_seconds=None if role.open.session else IDLE_SECONDS,
+            ),
+            last_update=role.last_update,
+        )
+
+
+def _runner(owner: Any) -> Any:
+    """The runner itself, or the one that a ``WeightUpdater`` or ``WeightExporter`` belongs to."""
+    get_runner = getattr(owner, "get_model_runner", None)
+    if get_runner is not None:
+        return get_runner()
+    return owner if hasattr(owner, "server_args") else None
+
+
+def _model_path(runner: Any) -> str:
+    return str(getattr(getattr(runner, "model_config", None), "model_path", "") or "")
+
+
+def _resident(usage: tuple[Any, ...] | None, *, released: bool) -> dict[str, int] | None:
+    if usage is None:
+        return None
+    totals: dict[str, int] = {}
+    for part in usage:
+        totals[part.device] = totals.get(part.device, 0) + (0 if released else part.nbytes)
+    return totals
+
+
+def _verdict(outcome: Outcome) -> tuple[bool, str]:
+    """Whether a call of SGLang's succeeded, and its message.
+
+    Runners answer with ``(success, message)``, schedulers and LoRA with an object that has
+    ``success``; other answers mean success.
+    """
+    if outcome.error is not None:
+        return False, str(outcome.error) or repr(outcome.error)
+    result = outcome.result
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], bool):
+        return result[0], str(result[1])
+    success = getattr(result, "success", True)
+    message = getattr(result, "message", None) or getattr(result, "error_message", None)
+    return bool(success), str(message or "")
+
+
+def _effect(source: Source, outcome: Outcome, succeeded: bool, message: str) -> Effect:
+    """What a call did to the weights, by what SGLang's code does before each of its messages."""
+    if succeeded:
+        return "changed"
+    error = outcome.error
+    if isinstance(error, (AssertionError, NotImplementedError)) or "[weight_cache]" in message:
+        return "unchanged"  # Refused before anything was touched.
+    if error is not None:
+        return "undefined"
+    if source == "disk":
+        # The rollback reads the new checkpoint again, in every release.
+        return "undefined" if message.startswith("Failed to update weights") else "unchanged"
+    if source == "ipc":
+        return "unchanged" if "ImportError" in message else "undefined"
+    return "undefined" if "partially updated" in message else "unchanged"

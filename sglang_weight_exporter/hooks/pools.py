@@ -1,0 +1,102 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which of a runner's objects are KV pools and LoRA slots, and what to call their parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sglang_weight_exporter.capture.pools import owned_tensors, storage_bytes
+from sglang_weight_exporter.records import KvPoolUsage, LoraUsage
+
+#: Tensors that help kernels find the pool and hold no key, value or state.
+_BOOKKEEPING = ("_ptrs", "_strides", "_mapping", "_pos", "_loc")
+
+#: Pools of state beside the KV pool, on `runner.req_to_token_pool` (0.5.2 and later).
+_STATE_POOLS = ("mamba_pool", "mamba_ckpt_pool", "short_conv_pool", "ngram_pool")
+
+#: Part of an attribute's name → label. The first that appears on the way to a tensor wins.
+_LABELS = (
+    ("swa", "swa"),
+    ("mamba", "mamba"),
+    ("conv", "mamba"),
+    ("ngram", "ngram"),
+    ("index", "index"),
+    ("compress_state", "compress_state"),
+    ("c128", "c128"),
+    ("c4", "c4"),
+    ("unified", "unified"),
+)
+
+
+def _is_pool(value: object) -> bool:
+    kind = type(value)
+    return (
+        kind.__module__.startswith("sglang.")
+        and any(word in kind.__name__ for word in ("Pool", "KVCache", "KeyCache", "State"))
+        and not any(word in kind.__name__ for word in ("Host", "Allocator", "ReqToToken"))
+    )
+
+
+def _label(path: tuple[str, ...]) -> str:
+    for name in path:
+        for part, label in _LABELS:
+            if part in name:
+                return label
+    return "full"
+
+
+def _pool_tensors(runner: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    roots: list[tuple[tuple[str, ...], Any]] = [((), getattr(runner, "token_to_kv_pool", None))]
+    request_pool = getattr(runner, "req_to_token_pool", None)
+    roots += [((name,), getattr(request_pool, name, None)) for name in _STATE_POOLS]
+    roots.append((("unified",), getattr(runner, "_unified_memory_pool", None)))
+    for prefix, root in roots:
+        if root is None:
+            continue
+        for path, tensor in owned_tensors(root, _is_pool):
+            if not path or not path[-1].endswith(_BOOKKEEPING):
+                yield _label((*prefix, *path)), tensor
+
+
+def kv_pools(runner: Any, counted: set[int]) -> tuple[KvPoolUsage, ...] | None:
+    """KV pools of a runner; ``None`` before they are allocated.
+
+    ``counted``: addresses of storages that an earlier runner's pools hold; added to.
+    """
+    if getattr(runner, "token_to_kv_pool", None) is None:
+        return None
+    tokens: dict[str, Any] = {
+        "full": getattr(runner, "full_max_total_num_tokens", None)
+        or getattr(runner, "max_total_num_tokens", None),
+        "swa": getattr(runner, "swa_max_total_num_tokens", None),
+    }
+    return tuple(
+        KvPoolUsage(
+            device=device,
+            pool=pool,
+            nbytes=nbytes,
+            tokens=None if tokens.get(pool) is None else int(tokens[pool]),
+        )
+        for (device, pool), nbytes in storage_bytes(_pool_tensors(runner), counted=counted).items()
+    )
+
+
+def lora_usage(runner: Any) -> tuple[LoraUsage, ...]:
+    """Adapter slots of a runner; empty where LoRA is off."""
+    manager = getattr(runner, "lora_manager", None)
+    pool = getattr(manager, "memory_pool", None)
+    if pool is None:
+        return ()
+    adapters = len(getattr(manager, "loras", ()))
+    slots = ((str(path[0]), tensor) for path, tensor in owned_tensors(pool, lambda value: False))
+    devices: dict[str, int] = {}
+    for (device, _), nbytes in storage_bytes(slots, counted=set()).items():
+        devices[device] = devices.get(device, 0) + nbytes
+    return tuple(
+        LoraUsage(device=device, nbytes=nbytes, adapters=adapters)
+        for device, nbytes in devices.items()
+    )

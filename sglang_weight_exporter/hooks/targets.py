@@ -1,0 +1,247 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""The one table of hook targets: what is wrapped, where it is found, what it means.
+
+A release that moved something needs one more entry here. What an entry finds is hooked, whatever
+the version says; ``since`` and ``until`` only tell a target that a release never had (fine) from
+one that it should have (a gap, and ``status`` says so). They name sampled releases, all of which
+the contract test reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_weight_exporter.records import Source
+
+RUNNER = "sglang.srt.model_executor.model_runner"
+UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
+EXPORTER = "sglang.srt.model_executor.model_runner_components.weight_exporter"
+SCHEDULER = "sglang.srt.managers.scheduler"
+SCHEDULER_MIXIN = "sglang.srt.managers.scheduler_update_weights_mixin"
+SCHEDULER_COMPONENT = "sglang.srt.managers.scheduler_components.weight_updater"
+OLD_EPLB_MANAGER = "sglang.srt.managers.eplb_manager"
+EPLB_MANAGER = "sglang.srt.eplb.eplb_manager"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One callable of SGLang."""
+
+    #: What ``status`` and ``sglang_weight_exporter_hooks{target}`` call it. Several entries of
+    #: one name are several places where releases keep the same thing.
+    name: str
+    module: str
+    #: ``Class.method`` or ``function``.
+    attribute: str
+    #: The method of :class:`~sglang_weight_exporter.hooks.observer.Observer` that reads it.
+    meaning: str
+    since: str
+    #: ``None``: still there in the newest release that was read.
+    until: str | None = None
+    #: Arguments that the method reads, by their name in SGLang's signature.
+    reads: tuple[str, ...] = ()
+    source: Source | None = None
+
+
+def _everywhere(
+    name: str,
+    meaning: str,
+    places: tuple[tuple[str, str, str, str | None], ...],
+    reads: tuple[str, ...] = (),
+    source: Source | None = None,
+) -> tuple[Target, ...]:
+    return tuple(
+        Target(name, module, attribute, meaning, since, until, reads, source)
+        for module, attribute, since, until in places
+    )
+
+
+def _runner_then(
+    name: str,
+    meaning: str,
+    since: str,
+    module: str = UPDATER,
+    reads: tuple[str, ...] = (),
+    source: Source | None = None,
+    until: str | None = None,
+) -> tuple[Target, ...]:
+    """On ModelRunner until 0.5.15, then on one of its components."""
+    owner = "WeightUpdater" if module == UPDATER else "WeightExporter"
+    return _everywhere(
+        name,
+        meaning,
+        (
+            (RUNNER, f"ModelRunner.{name}", since, "0.5.15.post1"),
+            (module, f"{owner}.{name}", "0.5.16", until),
+        ),
+        reads,
+        source,
+    )
+
+
+def _scheduler(
+    method: str, meaning: str, since: str, reads: tuple[str, ...] = ("recv_req",)
+) -> tuple[Target, ...]:
+    """On Scheduler, then its mixin from 0.4.10, then its component from 0.5.13."""
+    places = (
+        (SCHEDULER, f"Scheduler.{method}", "0.4.1", "0.4.9.post6"),
+        (SCHEDULER_MIXIN, f"SchedulerUpdateWeightsMixin.{method}", "0.4.10.post2", "0.5.12.post1"),
+        (SCHEDULER_COMPONENT, f"SchedulerWeightUpdaterManager.{method}", "0.5.13.post1", None),
+    )
+    return _everywhere(
+        f"scheduler.{method}",
+        meaning,
+        tuple(
+            (module, attribute, max(since, first, key=version_key), last)
+            for module, attribute, first, last in places
+            if last is None or version_key(since) <= version_key(last)
+        ),
+        reads,
+    )
+
+
+def version_key(version: str) -> tuple[int, ...]:
+    """Orders release numbers: ``0.5.9 < 0.5.10 < 0.5.10.post1``. Anything else sorts low."""
+    numbers, _, post = version.partition(".post")
+    digits = [part for part in numbers.split(".") if part.isdigit()]
+    return (*map(int, digits), *(0,) * (4 - len(digits)), int(post) if post.isdigit() else -1)
+
+
+TARGETS: tuple[Target, ...] = (
+    # The life of a model runner.
+    Target("__init__", RUNNER, "ModelRunner.__init__", "construct", "0.4.1"),
+    Target("load_model", RUNNER, "ModelRunner.load_model", "load", "0.4.1"),
+    Target(
+        "finalize_startup_weight_load",
+        RUNNER,
+        "ModelRunner.finalize_startup_weight_load",
+        "finalize_load",
+        "0.5.18",
+    ),
+    *_everywhere(
+        "kv_pool",
+        "allocate_kv_pool",
+        (
+            (RUNNER, "ModelRunner.init_memory_pool", "0.4.1", "0.5.15.post1"),
+            (RUNNER, "ModelRunner.alloc_memory_pool", "0.5.14", None),
+        ),
+    ),
+    Target(
+        "post_capture_resize_kv_pool",
+        RUNNER,
+        "ModelRunner.post_capture_resize_kv_pool",
+        "allocate_kv_pool",
+        "0.5.16",
+    ),
+    # Updates, at the level where tensors change.
+    *_runner_then(
+        "update_weights_from_disk", "update", "0.4.1", reads=("model_path",), source="disk"
+    ),
+    *_runner_then("update_weights_from_tensor", "update", "0.4.2.post4", reads=(), source="tensor"),
+    *_runner_then(
+        "update_weights_from_distributed",
+        "update",
+        "0.4.1",
+        source="distributed",
+        until="0.5.20",
+    ),
+    Target(
+        "receive_weights_from_distributed",
+        UPDATER,
+        "WeightUpdater.receive_weights_from_distributed",
+        "receive",
+        "0.5.21",
+        source="distributed",
+    ),
+    Target(
+        "load_weights_from_distributed",
+        UPDATER,
+        "WeightUpdater.load_weights_from_distributed",
+        "update",
+        "0.5.21",
+        source="distributed",
+    ),
+    *_runner_then("update_weights_from_ipc", "update", "0.5.4.post3", source="ipc"),
+    Target(
+        "begin_weight_update",
+        UPDATER,
+        "WeightUpdater.begin_weight_update",
+        "begin_session",
+        "0.5.21",
+    ),
+    Target(
+        "end_weight_update", UPDATER, "WeightUpdater.end_weight_update", "end_session", "0.5.21"
+    ),
+    # Requests: where an update ends, and what became of it after the weights were written.
+    *_scheduler("update_weights_from_disk", "request", "0.4.1"),
+    *_scheduler("update_weights_from_tensor", "request", "0.4.2.post4"),
+    *_scheduler("update_weights_from_distributed", "request", "0.4.1"),
+    *_scheduler("update_weights_from_ipc", "request", "0.5.4.post3"),
+    Target(
+        "record_weight_version_change",
+        SCHEDULER,
+        "Scheduler.record_weight_version_change",
+        "change_version",
+        "0.5.19",
+        reads=("new_version",),
+    ),
+    # Memory that is given back and taken again.
+    *_scheduler("release_memory_occupation", "release", "0.4.2.post4"),
+    *_scheduler("resume_memory_occupation", "resume", "0.4.2.post4"),
+    # What surrounds an update.
+    *_runner_then("init_weights_update_group", "open_group", "0.4.1", reads=("group_name",)),
+    *_runner_then(
+        "destroy_weights_update_group", "close_group", "0.5.3.post3", reads=("group_name",)
+    ),
+    *_runner_then("get_weights_by_name", "operate", "0.4.1", EXPORTER),
+    *_runner_then("save_remote_model", "operate", "0.4.4.post4", EXPORTER),
+    *_runner_then("save_sharded_model", "operate", "0.4.4.post4", EXPORTER),
+    *_runner_then("send_weights_to_remote_instance", "operate", "0.5.3.post3", EXPORTER),
+    Target(
+        "check_weights",
+        RUNNER,
+        "ModelRunner.check_weights",
+        "check",
+        "0.5.6.post2",
+        reads=("action",),
+    ),
+    Target("load_lora_adapter", RUNNER, "ModelRunner.load_lora_adapter", "lora", "0.4.9.post6"),
+    Target(
+        "load_lora_adapter_from_tensors",
+        RUNNER,
+        "ModelRunner.load_lora_adapter_from_tensors",
+        "lora",
+        "0.5.8.post1",
+    ),
+    Target("unload_lora_adapter", RUNNER, "ModelRunner.unload_lora_adapter", "lora", "0.4.9.post6"),
+    # Experts that move between ranks.
+    *_everywhere(
+        "rebalance",
+        "rebalance",
+        (
+            (
+                "sglang.srt.managers.eplb_manager",
+                "EPLBManager.rebalance",
+                "0.4.6.post5",
+                "0.4.8.post1",
+            ),
+            ("sglang.srt.eplb.eplb_manager", "EPLBManager.rebalance", "0.4.9.post6", None),
+        ),
+    ),
+    *_everywhere(
+        "update_expert_location",
+        "move_experts",
+        (
+            (RUNNER, "ModelRunner.update_expert_location", "0.4.6.post5", "0.5.15.post1"),
+            (EPLB_MANAGER, "update_expert_location_with_recovery", "0.5.16", None),
+        ),
+    ),
+    Target(
+        "expert_backup",
+        "sglang.srt.elastic_ep.expert_backup_client",
+        "ExpertBackupClient.update_weights",
+        "move_experts",
+        "0.5.10.post1",
+    ),
+)
