@@ -1,0 +1,91 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is left when the exporter, a rank or the engine is killed, in that order."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+
+import psutil
+import pytest
+from engines import Engine, Scrape, eventually
+
+pytestmark = pytest.mark.ends_engine
+
+
+def counters(scrape: Scrape) -> dict[str, float]:
+    """Every weight counter's series and its value."""
+    return {
+        f"{sample.name}{sorted(sample.labels.items())}": sample.value
+        for sample in scrape.samples
+        if sample.name.startswith("sglang_weight_") and sample.name.endswith("_total")
+        if not sample.name.startswith("sglang_weight_exporter_")
+    }
+
+
+def test_a_killed_exporter_is_back_within_two_seconds_with_its_counters(engine: Engine) -> None:
+    before = counters(engine.scrape())
+    took = []
+    for _ in range(3):  # the fastest counts: other processes share the machine's two cores
+        (exporter,) = engine.exporters()
+        exporter.kill()
+        killed = time.monotonic()
+        exporter.wait()
+        after = eventually(engine.scrape, 30, every=0.02)
+        took.append(time.monotonic() - killed)
+        assert counters(after) == before
+        assert eventually(engine.exporters)[0].pid != exporter.pid
+    assert min(took) < 2.0, took
+
+
+def test_a_killed_rank_is_gone_at_the_next_scrape_and_the_other_stays(engine: Engine) -> None:
+    before = engine.scrape()
+    schedulers = engine.schedulers()
+    assert len(schedulers) == 2
+    # SGLang ends the whole engine when a scheduler dies. Its main process and its data-parallel
+    # controller are stopped, so that this is about one rank.
+    watching = [process for process in engine.processes() if process not in schedulers]
+    exporters = engine.exporters()
+    stopped = [process for process in watching if process not in exporters]
+    try:
+        for process in stopped:
+            process.suspend()
+        schedulers[1].kill()
+        eventually(lambda: schedulers[1].status() == psutil.STATUS_ZOMBIE)
+        after = engine.scrape()
+        ranks = {sample.labels["dp_rank"] for sample in after.series("sglang_weight_bytes")}
+        assert ranks == {"0"}
+        left = [sample for sample in after.samples if sample.labels.get("dp_rank") == "1"]
+        assert left == []
+        for sample in before.series("sglang_weight_bytes", dp_rank="0"):
+            assert after.one(sample.name, **sample.labels) == sample.value
+        status = engine.exporter_cli("status")
+        assert "Traceback" not in status.stderr
+    finally:
+        for process in stopped:
+            with contextlib.suppress(psutil.Error):
+                process.resume()
+
+
+def test_the_exporter_ends_after_the_engine_was_stopped(engine: Engine) -> None:
+    engine.terminate()
+    assert engine.main.poll() is not None
+    eventually(lambda: engine.processes() == [], 60, what="every process ended")
+    with pytest.raises(OSError, match="refused"):
+        engine.scrape()
+
+
+def test_an_orphaned_exporter_ends_by_itself(old_engine: Engine) -> None:
+    exporters = old_engine.exporters()
+    assert len(exporters) == 1
+    for process in old_engine.processes():
+        if process not in exporters:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+    # No rank is alive, so no series of one may be served, whether the exporter lives or not.
+    with contextlib.suppress(OSError):
+        assert old_engine.scrape().series("sglang_weight_bytes") == []
+    eventually(lambda: old_engine.exporters() == [], 60, what="the exporter ended")

@@ -1,0 +1,378 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Start, watch and end real SGLang engines, and read the exporter's endpoint.
+
+Engines run on the CPU, or on the GPU with `gpu=True`. The tests and the demo use the same code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+
+Result = TypeVar("Result")
+PREFIX = "SGLANG_WEIGHT_EXPORTER_"
+KERNELS = "sgl_kernel/**/common_ops*.so"
+READY_SECONDS = 420.0  # imports in four processes on two cores that other tests share
+
+
+def eventually(
+    check: Callable[[], Result], seconds: float = 30.0, *, every: float = 0.1, what: str = ""
+) -> Result:
+    """Call `check` until it neither raises AssertionError or OSError nor returns a false value.
+
+    Returns its result. Raises AssertionError with the last reason after `seconds`.
+    """
+    deadline = time.monotonic() + seconds
+    reason: object = "nothing"
+    while True:
+        try:
+            result = check()
+            if result:
+                return result
+            reason = result
+        except (AssertionError, OSError, http.client.HTTPException) as error:
+            reason = error
+        if time.monotonic() > deadline:
+            raise AssertionError(f"{what or check} not within {seconds:g} s; last: {reason!r}")
+        time.sleep(every)
+
+
+def free_port() -> int:
+    """A free TCP port on the loopback address, below the range that outgoing connections use."""
+    while True:
+        port = random.randint(24100, 31999)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def http_get(
+    url: str, *, headers: Mapping[str, str] | None = None, timeout: float = 10.0
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers (lower-case names) and body of a GET; a status of 400 up does not raise."""
+    request = urllib.request.Request(url, headers=dict(headers or {}))
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            answer = response.status, response.headers, response.read()
+    except urllib.error.HTTPError as error:
+        answer = error.code, error.headers, error.read()
+    status, fields, body = answer
+    return status, {name.lower(): value for name, value in fields.items()}, body
+
+
+class Scrape:
+    """One answer of a metrics endpoint in the Prometheus text format."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.families = list(text_string_to_metric_families(text))
+        self.samples = [sample for family in self.families for sample in family.samples]
+
+    @classmethod
+    def of(cls, url: str, timeout: float = 10.0) -> Scrape:
+        """Read `url`; AssertionError unless it answers 200."""
+        status, _, body = http_get(url, timeout=timeout)
+        assert status == 200, f"{url} answered {status}: {body[:500]!r}"
+        return cls(body.decode())
+
+    def names(self) -> set[str]:
+        """Names of the samples."""
+        return {sample.name for sample in self.samples}
+
+    def series(self, name: str, **labels: str) -> list[Sample]:
+        """Samples of that name whose labels contain `labels`."""
+        return [
+            sample
+            for sample in self.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        ]
+
+    def sum(self, name: str, **labels: str) -> float:
+        """Sum over the matching series, of which there must be one at least."""
+        found = self.series(name, **labels)
+        assert found, f"no series {name}{labels} in:\n{self.text}"
+        return float(sum(sample.value for sample in found))
+
+    def one(self, name: str, **labels: str) -> float:
+        """Value of the only matching series."""
+        found = self.series(name, **labels)
+        assert len(found) == 1, f"{len(found)} series {name}{labels} in:\n{self.text}"
+        return float(found[0].value)
+
+
+def cuda_driver_stub(python: Path) -> Path:
+    """A directory with an empty `libcuda.so.1` that SGLang's kernel library links against.
+
+    SGLang imports its CUDA kernels on a CPU too, and they need the library that only a driver
+    installs. The functions they name are defined here and return CUDA_ERROR_NO_DEVICE; on the CPU
+    none is called.
+    """
+    site_packages = python.parent.parent.glob("lib/python3.*/site-packages")
+    libraries = [str(path) for site in site_packages for path in site.glob(KERNELS)]
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", *libraries], check=True, capture_output=True, text=True
+    ).stdout
+    names = {word.split("@")[0] for word in symbols.split() if word.startswith("cu")}
+    functions = sorted(name for name in names if name[2:3].isupper())
+    directory = Path(tempfile.mkdtemp(prefix="cuda-stub-"))
+    source = "\n".join(f"int {name}(void) {{ return 100; }}" for name in functions)
+    (directory / "cuda.c").write_text(source)
+    compile_library = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
+    library = str(directory / "libcuda.so.1")
+    subprocess.run([*compile_library, "-o", library, str(directory / "cuda.c")], check=True)
+    return directory
+
+
+def sglang_version(python: Path) -> str | None:
+    """The SGLang release in the environment of an interpreter, None without one."""
+    for found in python.parent.parent.glob("lib/python3.*/site-packages/sglang-*.dist-info"):
+        return found.name.removeprefix("sglang-").removesuffix(".dist-info")
+    return None
+
+
+def clean_environment(**variables: str) -> dict[str, str]:
+    """This process's environment without what would steer SGLang, OpenTelemetry or the exporter.
+
+    Python may write bytecode: an engine imports SGLang in four processes and starts twice as fast
+    with it.
+    """
+    dropped = ("SGLANG_", "OTEL_", "PROMETHEUS_", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
+    return {**kept, "HF_HUB_OFFLINE": "1", **variables}
+
+
+@dataclass(frozen=True)
+class Installation:
+    """An interpreter beside which SGLang and this package are installed."""
+
+    python: Path
+    gpu: bool = False
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        """The environment in which SGLang runs on this machine."""
+        if self.gpu:
+            return clean_environment(**variables)
+        stub = cuda_driver_stub(self.python)
+        path = os.environ.get("LD_LIBRARY_PATH")
+        return clean_environment(
+            LD_LIBRARY_PATH=f"{stub}:{path}" if path else str(stub),
+            SGLANG_USE_CPU_ENGINE="1",
+            **variables,
+        )
+
+    def server_flags(self) -> list[str]:
+        """Flags that make a tiny model start fast and use little memory."""
+        flags = "--context-length 512 --max-total-tokens 4096"
+        if self.gpu:
+            # Other backends compile kernels for a minute before the first answer.
+            flags += " --mem-fraction-static 0.3 --disable-cuda-graph"
+            flags += " --attention-backend triton --sampling-backend pytorch"
+        else:
+            flags += " --mem-fraction-static 0.2 --device cpu --disable-overlap-schedule"
+        return flags.split()
+
+
+class Engine:
+    """A real `sglang.launch_server` and the exporter process that its first rank starts.
+
+    The runtime directory, the exporter's port and all logs are the engine's own. `start` returns
+    at once; `wait_until_ready` waits for /health.
+    """
+
+    def __init__(
+        self,
+        installation: Installation,
+        model: Path,
+        *,
+        flags: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        self.installation = installation
+        self.model = model
+        self.flags = list(flags)
+        self.directory = Path(tempfile.mkdtemp(prefix="engine-"))
+        self.runtime_dir = self.directory / "runtime"
+        self.log_file = self.directory / "engine.log"
+        self.port = free_port()
+        self.exporter_port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.exporter_url = f"http://127.0.0.1:{self.exporter_port}"
+        self.variables = {
+            PREFIX + "RUNTIME_DIR": str(self.runtime_dir),
+            PREFIX + "PORT": str(self.exporter_port),
+            PREFIX + "ADDRESS": "127.0.0.1",
+            **(variables or {}),
+        }
+        if "--dp-size" in self.flags and not installation.gpu:
+            # Two ranks on one NUMA node need their cores named.
+            self.variables["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
+        self.environment: dict[str, str] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_offset = 0
+
+    def start(self) -> None:
+        """Start the server in a session of its own; does not wait."""
+        self.environment = self.installation.environment(**self.variables)
+        command = [str(self.installation.python), "-m", "sglang.launch_server"]
+        command += ["--model-path", str(self.model), "--host", "127.0.0.1"]
+        command += ["--port", str(self.port), *self.installation.server_flags(), *self.flags]
+        with self.log_file.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=self.environment,
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def started(self) -> bool:
+        """Whether `start` was called."""
+        return self._process is not None
+
+    @property
+    def main(self) -> subprocess.Popen[bytes]:
+        """SGLang's main process."""
+        assert self._process is not None, "the engine was not started"
+        return self._process
+
+    def log(self) -> str:
+        """Everything that the engine and the exporter printed so far."""
+        return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
+
+    def ready(self) -> bool:
+        """Whether /health answers 200; AssertionError with the log's end if the engine ended."""
+        if self.main.poll() is not None:
+            raise AssertionError(f"SGLang ended with {self.main.returncode}:\n{self.log()[-6000:]}")
+        try:
+            return http_get(self.url + "/health")[0] == 200
+        except OSError:
+            return False
+
+    def wait_until_ready(self, seconds: float = READY_SECONDS) -> Engine:
+        """Wait until /health answers 200. AssertionError with the log's end if it does not."""
+        deadline = time.monotonic() + seconds
+        while not self.ready():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no health in {seconds:g} s:\n{self.log()[-6000:]}")
+            time.sleep(0.5)
+        return self
+
+    def post(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+        """POST a JSON body to SGLang; status and parsed answer, also of an error."""
+        request = urllib.request.Request(
+            self.url + path,
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                status, answer = response.status, response.read()
+        except urllib.error.HTTPError as error:
+            status, answer = error.code, error.read()
+        return status, json.loads(answer) if answer else None
+
+    def update_weights_from_disk(self, model: Path) -> tuple[int, Any]:
+        """SGLang's own reload endpoint."""
+        return self.post("/update_weights_from_disk", {"model_path": str(model)})
+
+    def server_info(self) -> dict[str, Any]:
+        """SGLang's own account of its configuration."""
+        status, _, body = http_get(self.url + "/server_info", timeout=60)
+        if status == 404:
+            status, _, body = http_get(self.url + "/get_server_info", timeout=60)
+        assert status == 200, body
+        info: dict[str, Any] = json.loads(body)
+        return info
+
+    def scrape(self) -> Scrape:
+        """What the exporter serves now."""
+        return Scrape.of(self.exporter_url + "/metrics")
+
+    def exporter_cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `python -m sglang_weight_exporter` in the engine's environment."""
+        return subprocess.run(
+            [str(self.installation.python), "-m", "sglang_weight_exporter", *arguments],
+            env=self.environment,
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process of this engine, orphans included: by session, or by its settings."""
+        found = []
+        for process in psutil.process_iter():
+            # SGLang retitles its processes over their environment, so neither sign is enough.
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.status() != psutil.STATUS_ZOMBIE and (
+                    (self.started and os.getsid(process.pid) == self.main.pid)
+                    or process.environ().get(PREFIX + "RUNTIME_DIR") == str(self.runtime_dir)
+                ):
+                    found.append(process)
+        return found
+
+    def exporters(self) -> list[psutil.Process]:
+        """The exporter processes; one when all is well."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                command = process.cmdline()
+                if "serve" in command and any("sglang_weight_exporter" in part for part in command):
+                    found.append(process)
+        return found
+
+    def schedulers(self) -> list[psutil.Process]:
+        """SGLang's scheduler processes, in the order of their titles: one a rank."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                title = " ".join(process.cmdline())
+                if title.startswith("sglang::scheduler"):
+                    found.append((title, process))
+        return [process for _, process in sorted(found, key=lambda pair: pair[0])]
+
+    def terminate(self, seconds: float = 30.0) -> None:
+        """Ask SGLang's main process to end, as a service manager does, and wait for it."""
+        if self.main.poll() is None:
+            self.main.send_signal(signal.SIGTERM)
+            self.main.send_signal(signal.SIGCONT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.main.wait(seconds)
+
+    def stop(self) -> None:
+        """End the engine and everything that it started, and remove its directory."""
+        if self.started:
+            self.terminate(15)
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        if self.started:
+            self.main.wait()
+        stub = self.environment.get("LD_LIBRARY_PATH", "").split(":")[0]
+        if "cuda-stub-" in stub:
+            shutil.rmtree(stub, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
