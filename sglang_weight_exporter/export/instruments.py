@@ -1,0 +1,549 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""The one definition of every metric: its name, what it means, and how it is read from records.
+
+Prometheus and OTLP both take their values from here, and so does the reference in ``docs/``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from sglang_weight_exporter import __version__
+from sglang_weight_exporter.export.nvml import GpuMemory
+from sglang_weight_exporter.records import (
+    CHANGES,
+    SOURCES,
+    Histogram,
+    Role,
+    Snapshot,
+    Source,
+    UpdateCounts,
+)
+
+#: Labels of every series of a rank; the rank labels are SGLang's own, so that series join.
+IDENTITY = (
+    "model_name",
+    "engine",
+    "role",
+    "tp_rank",
+    "pp_rank",
+    "dp_rank",
+    "moe_ep_rank",
+    "device",
+    "gpu_uuid",
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One value of an instrument."""
+
+    #: Label values beyond identity, in the instrument's order.
+    labels: tuple[str, ...]
+    value: float | Histogram
+    #: The device that the value belongs to; empty: the role's own.
+    device: str = ""
+    #: Of the span that made a counter grow last; empty where there is none.
+    trace_id: str = ""
+    #: When that was.
+    at: float | None = None
+
+
+@dataclass(frozen=True)
+class RoleView:
+    """A role of a rank, as an instrument reads it."""
+
+    snapshot: Snapshot
+    role: Role
+
+    @property
+    def is_target(self) -> bool:
+        return self.role.name == "target"
+
+
+@dataclass(frozen=True)
+class HostView:
+    """All that the exporter process knows, as the instruments without identity read it."""
+
+    snapshots: tuple[Snapshot, ...]
+    gpus: tuple[GpuMemory, ...] = ()
+    unreadable: int = 0
+    now: float = field(default_factory=time.time)
+
+
+RoleReader: TypeAlias = Callable[[RoleView], Iterable[Sample]]
+HostReader: TypeAlias = Callable[[HostView], Iterable[Sample]]
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """One metric family.
+
+    ``name`` is Prometheus's, without ``_total``; OTLP derives its own from it and ``unit``.
+    ``read_role`` gives values for each role of each rank (with identity labels), ``read_host``
+    for the host.
+    """
+
+    name: str
+    kind: Literal["gauge", "counter", "histogram"]
+    unit: Literal["By", "s", "{tensor}", "{update}", "1"]
+    description: str
+    labels: tuple[str, ...] = ()
+    read_role: RoleReader | None = None
+    read_host: HostReader | None = None
+
+
+def _one(value: float | None) -> Iterator[Sample]:
+    if value is not None:
+        yield Sample((), value)
+
+
+def _weight_bytes(view: RoleView) -> Iterator[Sample]:
+    for part in view.role.weights or ():
+        yield Sample((part.kind, part.dtype), part.nbytes, part.device)
+
+
+def _weight_tensors(view: RoleView) -> Iterator[Sample]:
+    for part in view.role.weights or ():
+        yield Sample((part.kind, part.dtype), part.tensors, part.device)
+
+
+def _by_device(totals: dict[str, int] | None) -> Iterator[Sample]:
+    for device, value in (totals or {}).items():
+        yield Sample((), value, device)
+
+
+def _by_source(
+    read: Callable[[UpdateCounts], float | Histogram], *, exemplar: bool = False
+) -> RoleReader:
+    def samples(view: RoleView) -> Iterator[Sample]:
+        for source in SOURCES:
+            counts = view.role.updates.get(source, UpdateCounts())
+            yield Sample(
+                (source,),
+                read(counts),
+                trace_id=counts.trace_id if exemplar else "",
+                at=counts.updated_at,
+            )
+
+    return samples
+
+
+def _changes(view: RoleView) -> Iterator[Sample]:
+    for change in CHANGES:
+        yield Sample((change,), view.role.changes.get(change, 0))
+
+
+#: Known before their first call, so that the counter exists at 0.
+OPERATIONS = (
+    "get_weights_by_name",
+    "save_remote_model",
+    "save_sharded_model",
+    "send_weights_to_remote_instance",
+    "check_weights",
+    "init_weights_update_group",
+    "destroy_weights_update_group",
+    "load_lora_adapter",
+    "load_lora_adapter_from_tensors",
+    "unload_lora_adapter",
+)
+
+
+def _operations(attribute: Literal["calls", "failures"]) -> RoleReader:
+    def samples(view: RoleView) -> Iterator[Sample]:
+        if view.is_target:
+            for operation in dict.fromkeys((*OPERATIONS, *view.snapshot.operations)):
+                counts = view.snapshot.operations.get(operation)
+                yield Sample((operation,), 0 if counts is None else getattr(counts, attribute))
+
+    return samples
+
+
+def _version(view: RoleView) -> Iterator[Sample]:
+    try:
+        yield Sample((), float(view.snapshot.weight_version))
+    except ValueError:
+        return
+
+
+def _target_only(read: Callable[[Snapshot], float | None]) -> RoleReader:
+    def samples(view: RoleView) -> Iterator[Sample]:
+        if view.is_target:
+            yield from _one(read(view.snapshot))
+
+    return samples
+
+
+def _kv_bytes(view: RoleView) -> Iterator[Sample]:
+    for pool in view.role.kv_pools or ():
+        yield Sample((pool.pool,), pool.nbytes, pool.device)
+
+
+def _kv_tokens(view: RoleView) -> Iterator[Sample]:
+    for pool in view.role.kv_pools or ():
+        if pool.tokens is not None:
+            yield Sample((pool.pool,), pool.tokens, pool.device)
+
+
+def _lora(attribute: Literal["nbytes", "adapters"]) -> RoleReader:
+    def samples(view: RoleView) -> Iterator[Sample]:
+        for usage in view.role.lora:
+            yield Sample((), getattr(usage, attribute), usage.device)
+
+    return samples
+
+
+def _regions(view: RoleView) -> Iterator[Sample]:
+    if view.role.table is not None:
+        yield from _by_device(view.role.table.regions)
+
+
+def _info(view: RoleView) -> Iterator[Sample]:
+    engine, role = view.snapshot.engine, view.role
+    device = next((each for each in view.snapshot.devices if each.name == role.device), None)
+    yield Sample(
+        (
+            engine.model_path,
+            role.quantization,
+            role.architecture,
+            engine.sglang_version,
+            engine.torch_version,
+            "" if device is None else device.product,
+            "" if device is None else device.pci_bus_id,
+        ),
+        1,
+    )
+
+
+def _gpu(attribute: Literal["total_bytes", "used_bytes"]) -> HostReader:
+    def samples(view: HostView) -> Iterator[Sample]:
+        for gpu in view.gpus:
+            yield Sample((gpu.uuid, str(gpu.index)), getattr(gpu, attribute))
+
+    return samples
+
+
+def _hooks(view: HostView) -> Iterator[Sample]:
+    counts: dict[tuple[str, str], int] = {}
+    for snapshot in view.snapshots:
+        for hook in snapshot.hooks:
+            key = (hook.target, hook.status)
+            counts[key] = counts.get(key, 0) + 1
+    for key, count in counts.items():
+        yield Sample(key, count)
+
+
+INSTRUMENTS: tuple[Instrument, ...] = (
+    Instrument(
+        "sglang_weight_bytes",
+        "gauge",
+        "By",
+        "Bytes of unique storages that hold weights; sum over kind and dtype for all of them.",
+        ("kind", "dtype"),
+        _weight_bytes,
+    ),
+    Instrument(
+        "sglang_weight_tensors",
+        "gauge",
+        "{tensor}",
+        "Named tensors; a tied tensor counts under each of its names.",
+        ("kind", "dtype"),
+        _weight_tensors,
+    ),
+    Instrument(
+        "sglang_weight_resident_bytes",
+        "gauge",
+        "By",
+        "Bytes of weights backed by physical memory now; 0 while released.",
+        read_role=lambda view: _by_device(view.role.resident),
+    ),
+    Instrument(
+        "sglang_weight_regions",
+        "gauge",
+        "1",
+        "Contiguous runs of weight memory, merged inside one allocation.",
+        read_role=_regions,
+    ),
+    Instrument(
+        "sglang_weight_loaded_timestamp_seconds",
+        "gauge",
+        "s",
+        "When the first load ended, in Unix time.",
+        read_role=lambda view: _one(view.role.loaded_at),
+    ),
+    Instrument(
+        "sglang_weight_last_update_timestamp_seconds",
+        "gauge",
+        "s",
+        "When weights last changed, the first load included, in Unix time.",
+        read_role=lambda view: _one(view.role.updated_at),
+    ),
+    Instrument(
+        "sglang_weight_update_in_progress",
+        "gauge",
+        "1",
+        "1 inside an update or update session, else 0.",
+        read_role=lambda view: _one(float(view.role.in_progress is not None)),
+    ),
+    Instrument(
+        "sglang_weight_updates",
+        "counter",
+        "{update}",
+        "Logical updates that changed weights.",
+        ("source",),
+        _by_source(lambda counts: counts.updates, exemplar=True),
+    ),
+    Instrument(
+        "sglang_weight_update_failures",
+        "counter",
+        "{update}",
+        "Logical updates that failed, whether or not they changed weights.",
+        ("source",),
+        _by_source(lambda counts: counts.failures),
+    ),
+    Instrument(
+        "sglang_weight_update_calls",
+        "counter",
+        "1",
+        "Calls that wrote weights: one a bucket, several an update.",
+        ("source",),
+        _by_source(lambda counts: counts.calls),
+    ),
+    Instrument(
+        "sglang_weight_update_duration_seconds",
+        "histogram",
+        "s",
+        "Time of one logical update, from its first call to its last.",
+        ("source",),
+        _by_source(lambda counts: counts.duration, exemplar=True),
+    ),
+    Instrument(
+        "sglang_weight_load_duration_seconds",
+        "gauge",
+        "s",
+        "Time of the first load.",
+        read_role=lambda view: _one(view.role.load_seconds),
+    ),
+    Instrument(
+        "sglang_weight_tensors_moved",
+        "counter",
+        "{tensor}",
+        "Tensors whose address changed in an update; CUDA graphs keep the old one.",
+        read_role=lambda view: _one(view.role.moved),
+    ),
+    Instrument(
+        "sglang_weight_table_changes",
+        "counter",
+        "{tensor}",
+        "Tensors that an update added, removed, resized or put on another device.",
+        ("change",),
+        _changes,
+    ),
+    Instrument(
+        "sglang_weight_update_groups",
+        "gauge",
+        "1",
+        "Process groups open for distributed updates.",
+        read_role=_target_only(lambda snapshot: snapshot.update_groups),
+    ),
+    Instrument(
+        "sglang_weight_operations",
+        "counter",
+        "1",
+        "Calls that read, save, send or check weights, or change adapters or update groups.",
+        ("operation",),
+        _operations("calls"),
+    ),
+    Instrument(
+        "sglang_weight_operation_failures",
+        "counter",
+        "1",
+        "Such calls that failed.",
+        ("operation",),
+        _operations("failures"),
+    ),
+    Instrument(
+        "sglang_weight_version",
+        "gauge",
+        "1",
+        "SGLang's weight version, where it is a number.",
+        read_role=_version,
+    ),
+    Instrument(
+        "sglang_weight_info",
+        "gauge",
+        "1",
+        "Facts that hold while the process lives, for joining; always 1.",
+        (
+            "model_path",
+            "quantization",
+            "architecture",
+            "sglang_version",
+            "torch_version",
+            "gpu_name",
+            "pci_bus_id",
+        ),
+        _info,
+    ),
+    Instrument(
+        "sglang_kv_pool_bytes",
+        "gauge",
+        "By",
+        "Bytes of unique storages of the KV pools.",
+        ("pool",),
+        _kv_bytes,
+    ),
+    Instrument(
+        "sglang_kv_pool_resident_bytes",
+        "gauge",
+        "By",
+        "Bytes of KV pools backed by physical memory now; 0 while released.",
+        read_role=lambda view: _by_device(view.role.kv_resident),
+    ),
+    Instrument(
+        "sglang_kv_pool_tokens",
+        "gauge",
+        "1",
+        "Capacity of the KV pools in tokens.",
+        ("pool",),
+        _kv_tokens,
+    ),
+    Instrument(
+        "sglang_lora_pool_bytes",
+        "gauge",
+        "By",
+        "Bytes of the preallocated LoRA adapter slots.",
+        read_role=_lora("nbytes"),
+    ),
+    Instrument(
+        "sglang_lora_adapters",
+        "gauge",
+        "1",
+        "LoRA adapters that are loaded.",
+        read_role=_lora("adapters"),
+    ),
+    Instrument(
+        "sglang_gpu_memory_total_bytes",
+        "gauge",
+        "By",
+        "Memory of the GPU, from NVML.",
+        ("gpu_uuid", "gpu"),
+        read_host=_gpu("total_bytes"),
+    ),
+    Instrument(
+        "sglang_gpu_memory_used_bytes",
+        "gauge",
+        "By",
+        "Memory of the GPU that is in use by anyone, from NVML.",
+        ("gpu_uuid", "gpu"),
+        read_host=_gpu("used_bytes"),
+    ),
+    Instrument(
+        "sglang_weight_exporter_build_info",
+        "gauge",
+        "1",
+        "Version of this exporter; always 1.",
+        ("version",),
+        read_host=lambda view: [Sample((__version__,), 1)],
+    ),
+    Instrument(
+        "sglang_weight_exporter_ranks",
+        "gauge",
+        "1",
+        "Ranks of this host that are alive and have published a snapshot.",
+        read_host=lambda view: _one(len(view.snapshots)),
+    ),
+    Instrument(
+        "sglang_weight_exporter_hooks",
+        "gauge",
+        "1",
+        "Ranks by state of each hook: installed, pending, absent (this SGLang has no such "
+        "function) or failed (it should have it).",
+        ("target", "state"),
+        read_host=_hooks,
+    ),
+    Instrument(
+        "sglang_weight_exporter_hook_errors",
+        "counter",
+        "1",
+        "Exceptions of ours that were caught inside the engine.",
+        read_role=_target_only(lambda snapshot: sum(snapshot.hook_errors.values())),
+    ),
+    Instrument(
+        "sglang_weight_exporter_snapshot_seconds",
+        "gauge",
+        "s",
+        "Time that the engine last spent on reading its weights and pools.",
+        read_role=_target_only(lambda snapshot: snapshot.snapshot_seconds),
+    ),
+    Instrument(
+        "sglang_weight_exporter_read_errors",
+        "counter",
+        "1",
+        "Files of ranks that this exporter could not read.",
+        read_host=lambda view: _one(view.unreadable),
+    ),
+)
+
+
+def identity(view: RoleView, device: str) -> tuple[str, ...]:
+    """Values of :data:`IDENTITY`; a rank that SGLang does not have is the empty string, which
+    to Prometheus is the same as no label."""
+    name = device or view.role.device
+    ranks = view.snapshot.ranks
+    uuid = next((each.uuid for each in view.snapshot.devices if each.name == name), "")
+    return (
+        view.snapshot.engine.model_name,
+        view.snapshot.engine.name,
+        view.role.name,
+        str(ranks.tp),
+        str(ranks.pp),
+        "" if ranks.dp is None else str(ranks.dp),
+        "" if ranks.moe_ep is None else str(ranks.moe_ep),
+        name,
+        uuid,
+    )
+
+
+def settled(role: Role, now: float) -> Role:
+    """The role with an update that nobody ended counted as ended, once it has been idle.
+
+    SGLang before 0.5.21 reports no end of an update made of several calls. The engine has no
+    thread that could wait for one, so whoever reads does it, by the same rule.
+    """
+    progress = role.in_progress
+    if (
+        progress is None
+        or progress.source is None
+        or progress.idle_seconds is None
+        or progress.calls == 0
+        or now - progress.last_call_at <= progress.idle_seconds
+    ):
+        return role
+    source: Source = progress.source
+    counts = role.updates.get(source, UpdateCounts())
+    ended = msgspec.structs.replace(
+        counts,
+        updates=counts.updates + (not progress.failed),
+        failures=counts.failures + progress.failed,
+        duration=counts.duration.observe(progress.last_call_at - progress.started_at),
+    )
+    return msgspec.structs.replace(
+        role,
+        in_progress=None,
+        updated_at=role.updated_at if progress.failed else progress.last_call_at,
+        updates={**role.updates, source: ended},
+    )
+
+
+def role_views(snapshots: Iterable[Snapshot], now: float) -> Iterator[RoleView]:
+    """Every role of every rank, with idle updates settled."""
+    for snapshot in snapshots:
+        for role in snapshot.roles:
+            yield RoleView(snapshot, settled(role, now))

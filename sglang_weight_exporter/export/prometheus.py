@@ -1,0 +1,88 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""The instruments as Prometheus metric families, made anew at each scrape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
+
+from sglang_weight_exporter.export.instruments import (
+    IDENTITY,
+    INSTRUMENTS,
+    HostView,
+    Instrument,
+    Sample,
+    identity,
+    role_views,
+)
+from sglang_weight_exporter.records import DURATION_BUCKETS, Histogram
+
+
+class StoreCollector(Collector):
+    """Reads the host at each scrape. Metrics are never kept: a rank that is gone is gone."""
+
+    def __init__(self, read: Callable[[], HostView], *, exemplars: Callable[[], bool]) -> None:
+        self._read = read
+        self._exemplars = exemplars
+
+    def collect(self) -> Iterator[Metric]:
+        view = self._read()
+        roles = list(role_views(view.snapshots, view.now))
+        exemplars = self._exemplars()
+        for instrument in INSTRUMENTS:
+            family = _Family(instrument, exemplars)
+            if instrument.read_role is not None:
+                for role in roles:
+                    for sample in instrument.read_role(role):
+                        family.add(identity(role, sample.device), sample)
+            if instrument.read_host is not None:
+                for sample in instrument.read_host(view):
+                    family.add((), sample)
+            yield family.metric
+
+    def describe(self) -> list[Metric]:
+        """Nothing: asking would read the store, and the names are ours alone."""
+        return []
+
+
+class _Family:
+    def __init__(self, instrument: Instrument, exemplars: bool) -> None:
+        labels = (*(IDENTITY if instrument.read_role else ()), *instrument.labels)
+        make: dict[str, type[GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily]] = {
+            "gauge": GaugeMetricFamily,
+            "counter": CounterMetricFamily,
+            "histogram": HistogramMetricFamily,
+        }
+        self.metric = make[instrument.kind](
+            instrument.name, instrument.description, labels=list(labels)
+        )
+        self._exemplars = exemplars
+
+    def add(self, identity: tuple[str, ...], sample: Sample) -> None:
+        labels = [*identity, *sample.labels]
+        exemplar = None
+        if self._exemplars and sample.trace_id:
+            exemplar = Exemplar({"trace_id": sample.trace_id}, 1.0, sample.at)
+        if isinstance(self.metric, HistogramMetricFamily):
+            assert isinstance(sample.value, Histogram)
+            buckets = []
+            total = 0
+            for bound, count in zip((*DURATION_BUCKETS, "+Inf"), sample.value.counts, strict=True):
+                total += count
+                buckets.append((str(bound), float(total)))
+            self.metric.add_metric(labels, buckets, sample.value.sum)
+        elif isinstance(self.metric, CounterMetricFamily):
+            assert not isinstance(sample.value, Histogram)
+            self.metric.add_metric(labels, sample.value, exemplar=exemplar)
+        else:
+            assert not isinstance(sample.value, Histogram)
+            self.metric.add_metric(labels, sample.value)
