@@ -195,7 +195,7 @@ class Installation:
 class Engine:
     """A real `sglang.launch_server` and the exporter process that its first rank starts.
 
-    The runtime directory, the exporter's port and all logs are the engine's own. `start` returns
+    The runtime directory, the ports and the log are the engine's own. `start` returns
     at once; `wait_until_ready` waits for /health.
     """
 
@@ -206,6 +206,8 @@ class Engine:
         *,
         flags: Sequence[str] = (),
         variables: Mapping[str, str] | None = None,
+        port: int | None = None,
+        exporter_port: int | None = None,
     ) -> None:
         self.installation = installation
         self.model = model
@@ -213,8 +215,8 @@ class Engine:
         self.directory = Path(tempfile.mkdtemp(prefix="engine-"))
         self.runtime_dir = self.directory / "runtime"
         self.log_file = self.directory / "engine.log"
-        self.port = free_port()
-        self.exporter_port = free_port()
+        self.port = port or free_port()
+        self.exporter_port = exporter_port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.exporter_url = f"http://127.0.0.1:{self.exporter_port}"
         self.variables = {

@@ -1,0 +1,200 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""A real SGLang engine with the exporter beside it: run by `make demo`.
+
+Writes two tiny checkpoints, starts SGLang on a GPU where there is one and on the CPU otherwise,
+reloads its weights once, and shows what a scrape says before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import tiny_model
+from engines import Engine, Installation, Scrape, eventually, free_port, http_get
+
+TERMINAL = sys.stdout.isatty()
+PORT, EXPORTER_PORT = 30000, 9400
+SHOWN: tuple[tuple[str, dict[str, str], str], ...] = (
+    ("sglang_weight_bytes", {"kind": "parameter"}, "bytes of parameters"),
+    ("sglang_weight_tensors", {"kind": "parameter"}, "tensors"),
+    ("sglang_kv_pool_bytes", {}, "bytes of KV pool"),
+    ("sglang_kv_pool_tokens", {}, "tokens that fit in it"),
+    ("sglang_weight_updates_total", {"source": "disk"}, "updates from disk"),
+    ("sglang_weight_update_failures_total", {"source": "disk"}, "failed ones"),
+    ("sglang_weight_last_update_timestamp_seconds", {}, "last change of the weights"),
+)
+
+
+def styled(code: str, text: str) -> str:
+    """`text` with a terminal style, plain where output is not a terminal."""
+    return f"\033[{code}m{text}\033[0m" if TERMINAL else text
+
+
+@contextlib.contextmanager
+def step(title: str) -> Iterator[None]:
+    """One line for one step: on a terminal it counts the seconds, and says how long it took."""
+    done, started = threading.Event(), time.monotonic()
+    outcome = styled("31", "failed")
+
+    def show(end: str) -> None:
+        print(f"\r  {title:<52} {time.monotonic() - started:4.0f} s", end=end, flush=True)
+
+    def count() -> None:
+        while not done.wait(0.5):
+            show("")
+
+    if TERMINAL:
+        threading.Thread(target=count, daemon=True).start()
+    else:
+        print(f"  {title} ...", flush=True)
+    try:
+        yield
+        outcome = styled("32", "done")
+    finally:
+        done.set()
+        show(f"  {outcome}\n")
+
+
+def gpu_here() -> bool:
+    """Whether there is an NVIDIA GPU and its driver."""
+    if shutil.which("nvidia-smi") is None:
+        return False
+    return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
+
+
+def port_or_free(port: int) -> int:
+    """The usual port when nothing answers there, another one otherwise."""
+    with contextlib.suppress(OSError):
+        http_get(f"http://127.0.0.1:{port}/", timeout=1)
+        return free_port()
+    return port
+
+
+def table(before: Scrape, after: Scrape) -> str:
+    """The metrics of SHOWN, before and after."""
+
+    def shown(value: float, name: str) -> str:
+        if name.endswith("_timestamp_seconds"):
+            return time.strftime("%H:%M:%S", time.localtime(value))
+        return f"{value:,.0f}"
+
+    rows = [("", "before", "after", "")]
+    for name, labels, meaning in SHOWN:
+        series = name + "".join(f'{{{key}="{value}"}}' for key, value in labels.items())
+        old, new = (shown(scrape.sum(name, **labels), name) for scrape in (before, after))
+        rows.append((series, old, new, meaning))
+    lines = []
+    for series, old, new, meaning in rows:
+        line = f"  {series:<54} {old:>11} {new:>11}  {meaning}"
+        lines.append(styled("1", line) if old != new and series else line)
+    return "\n".join(lines)
+
+
+def show(directory: Path, *, stay: bool) -> None:
+    """The whole demo; stays up until Ctrl-C with `stay`."""
+    gpu = gpu_here()
+    with step("Writing two tiny checkpoints"):
+        first = tiny_model.write(directory / "first", 0)
+        second = tiny_model.write(directory / "second", 1)
+
+    engine = Engine(
+        Installation(Path(sys.executable), gpu=gpu),
+        first,
+        port=port_or_free(PORT),
+        exporter_port=port_or_free(EXPORTER_PORT),
+    )
+    try:
+        where = "the GPU" if gpu else "the CPU (it imports for a minute)"
+        engine.start()
+        with step(f"Starting SGLang {sglang_name()} on {where}"):
+            engine.wait_until_ready()
+            before = eventually(engine.scrape)
+        with step("Reloading its weights from the second checkpoint"):
+            status, answer = engine.update_weights_from_disk(second)
+            if status != 200:
+                raise AssertionError(f"SGLang refused the reload: {answer}")
+
+            def reloaded() -> Scrape:
+                scrape = engine.scrape()
+                assert scrape.sum("sglang_weight_updates_total", source="disk") == 1
+                return scrape
+
+            after = eventually(reloaded)
+        print(f"\n{table(before, after)}\n")
+        print(f"  Metrics   {styled('36', engine.exporter_url + '/metrics')}")
+        print(f"  SGLang    {styled('36', engine.url)}")
+        print(f"  Its log   {engine.log_file}")
+        if stay:
+            print("  Reload    " + reload_command(engine, first))
+            print(f"\n  {styled('1', 'Ctrl-C')} stops everything.", flush=True)
+            wait_for_signal(engine)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing may be left behind
+        with step("Stopping SGLang and the exporter"):
+            engine.stop()
+
+
+def sglang_name() -> str:
+    """The release of SGLang in this environment."""
+    from importlib.metadata import version
+
+    return version("sglang")
+
+
+def reload_command(engine: Engine, model: Path) -> str:
+    """What to type in another terminal to see the counters move again."""
+    return (
+        f"curl {engine.url}/update_weights_from_disk -H 'Content-Type: application/json'"
+        f' -d \'{{"model_path": "{model}"}}\''
+    )
+
+
+def wait_for_signal(engine: Engine) -> None:
+    """Block until Ctrl-C, SIGTERM, or the engine's end, which is an error."""
+    with contextlib.suppress(KeyboardInterrupt):
+        code = engine.main.wait()
+        raise AssertionError(f"SGLang ended by itself with {code}:\n{engine.log()[-3000:]}")
+
+
+def main() -> int:
+    """Run the demo; exit status 1 when something that it shows did not happen."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument(
+        "--exit",
+        action="store_true",
+        help="end after showing; the default without a terminal to type Ctrl-C in",
+    )
+    stay = not arguments.parse_args().exit and sys.stdin.isatty()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    print(styled("1", "\nsglang_weight_exporter beside a real SGLang\n"))
+    with tempfile.TemporaryDirectory(prefix="sglang-weight-exporter-demo-") as directory:
+        try:
+            show(Path(directory), stay=stay)
+        except KeyboardInterrupt:
+            print("\n  Interrupted.")
+            return 130
+        except AssertionError as error:
+            print(f"\n{error}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
