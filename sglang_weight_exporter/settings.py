@@ -59,7 +59,7 @@ class Settings:
         False, _switch, "switch everything off; read before anything else is imported"
     )
     port: int = _setting(DEFAULT_PORT, _port, "port of the metrics endpoint")
-    address: str = _setting("0.0.0.0", str, "address of the metrics endpoint")  # noqa: S104
+    address: str = _setting("::", str, "address of the metrics endpoint; :: is all of them")
     tls_cert_file: Path | None = _setting(None, _path, "serve HTTPS with this certificate (PEM)")
     tls_key_file: Path | None = _setting(None, _path, "the private key of the certificate (PEM)")
     tls_client_ca_file: Path | None = _setting(

@@ -233,7 +233,7 @@ def _hooks(view: HostView) -> Iterator[Sample]:
     counts: dict[tuple[str, str], int] = {}
     for snapshot in view.snapshots:
         for hook in snapshot.hooks:
-            key = (hook.target, hook.status)
+            key: tuple[str, str] = (hook.target, hook.status)
             counts[key] = counts.get(key, 0) + 1
     for key, count in counts.items():
         yield Sample(key, count)

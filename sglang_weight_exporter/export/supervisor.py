@@ -10,7 +10,6 @@ No thread runs between the two.
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -121,8 +120,3 @@ def exporter_environ(environ: Mapping[str, str], runtime_dir: RuntimeDir) -> dic
         result["PYTHONSAFEPATH"] = "1"
     result["PYTHONUNBUFFERED"] = "1"
     return result
-
-
-def take_over(descriptor: int) -> None:
-    """Keep a handed-down lock for as long as this process lives, and from its own children."""
-    os.set_inheritable(descriptor, False)

@@ -1,0 +1,65 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""``dashboard``: the Grafana dashboard and the Prometheus rules, from the installed package."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # argparse names this type with an underscore and nowhere else.
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+DASHBOARD = "sglang-weights.json"
+RULES = "sglang-weights.rules.yml"
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Declare the command."""
+    parser = subparsers.add_parser(
+        "dashboard",
+        help="print or write the Grafana dashboard and the Prometheus rules",
+        description="Prints the Grafana dashboard (JSON, to import into Grafana 10 or later) or, "
+        "with --rules, the Prometheus recording and alert rules (YAML, for rule_files). With "
+        "--output both are written as files.",
+    )
+    parser.add_argument("--rules", action="store_true", help="print the rules, not the dashboard")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        help=f"write {DASHBOARD} and {RULES} into this directory, which is made if need be",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit status: 0, or 1 when a file cannot be written."""
+    if args.output is None:
+        sys.stdout.write(content(RULES if args.rules else DASHBOARD))
+        return 0
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+        for name in (DASHBOARD, RULES):
+            (args.output / name).write_text(content(name), encoding="utf-8")
+            print(args.output / name)
+    except OSError as error:
+        print(
+            f"{error.filename or args.output} cannot be written: {error.strerror}. "
+            "Name a directory that you may write to with --output, or leave it out to print.",
+            file=sys.stderr,
+        )
+        return 1
+    return 0
+
+
+def content(name: str) -> str:
+    """Text of one of the files that the package carries."""
+    package = Path(__file__).parent.parent
+    # In a wheel the files are inside the package; an editable install has them in its checkout.
+    shipped = package / "dashboards" / name
+    path = shipped if shipped.exists() else package.parent / "dashboards" / name
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,144 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""``status``: is every rank of this host hooked, loaded and served? Exit status 0 means yes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from datetime import datetime, timezone
+
+from sglang_weight_exporter.cli.flags import add_flags, settings_from
+from sglang_weight_exporter.records import HookState, Role, Snapshot, Update
+from sglang_weight_exporter.store.locks import is_held
+from sglang_weight_exporter.store.reader import SnapshotReader, read_endpoint
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "status",
+        help="what is hooked, loaded and served on this host",
+        description="For each engine and rank of this user on this host: hooked or not and why, "
+        "the last update, and where the endpoint is. Exit status 0 only when all is well.",
+    )
+    add_flags(parser, "runtime_dir")
+    parser.add_argument("-v", "--verbose", action="store_true", help="list every hook")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    settings = settings_from(arguments, os.environ)
+    runtime_dir = RuntimeDir.open(settings.runtime_dir, os.environ)
+    problems: list[str] = []
+    endpoint = read_endpoint(runtime_dir)
+    if endpoint is not None and endpoint.url is not None:
+        print(f"endpoint  {endpoint.url}  (process {endpoint.pid}, version {endpoint.version})")
+    elif endpoint is not None and endpoint.problem:
+        problems.append(endpoint.problem)
+    elif is_held(runtime_dir.exporter_lock):
+        problems.append("The exporter process is starting.")
+    else:
+        problems.append(
+            "No exporter process runs, so nothing is served. The first rank starts one, unless "
+            "SGLANG_WEIGHT_EXPORTER_SERVE is off."
+        )
+    snapshots = [
+        snapshot
+        for _, snapshot in SnapshotReader(runtime_dir, on_unreadable=problems.append).read()
+    ]
+    if not snapshots:
+        problems.append(
+            f"No rank is alive in {runtime_dir.path}. Where an engine runs: it may have been "
+            "started before the package was installed, by another user, with another "
+            "SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR, with SGLANG_WEIGHT_EXPORTER_DISABLED, or with an "
+            "SGLANG_PLUGINS that does not name sglang_weight_exporter."
+        )
+    now = time.time()
+    for snapshot in sorted(snapshots, key=_order):
+        problems += _print_rank(snapshot, now, verbose=arguments.verbose)
+    for problem in problems:
+        print(f"! {problem}")
+    return 1 if problems else 0
+
+
+def _order(snapshot: Snapshot) -> tuple[str, int, int, int]:
+    ranks = snapshot.ranks
+    return snapshot.engine.name, -1 if ranks.dp is None else ranks.dp, ranks.pp, ranks.tp
+
+
+def _rank_name(snapshot: Snapshot) -> str:
+    ranks = snapshot.ranks
+    parts = [f"tp {ranks.tp}", f"pp {ranks.pp}"]
+    if ranks.dp is not None:
+        parts.append(f"dp {ranks.dp}")
+    if ranks.moe_ep:
+        parts.append(f"ep {ranks.moe_ep}")
+    return f"engine {snapshot.engine.name}, {' '.join(parts)}"
+
+
+def _print_rank(snapshot: Snapshot, now: float, *, verbose: bool) -> list[str]:
+    engine = snapshot.engine
+    name = _rank_name(snapshot)
+    problems = []
+    print()
+    print(f"{name}  (process {snapshot.pid}, SGLang {engine.sglang_version}, {engine.model_name})")
+    hooked = [hook for hook in snapshot.hooks if hook.status == "installed"]
+    failed = [hook for hook in snapshot.hooks if hook.status == "failed"]
+    others = [hook for hook in snapshot.hooks if hook.status in {"absent", "pending"}]
+    print(f"  hooks     {len(hooked)} installed, {len(failed)} failed, {len(others)} not needed")
+    for hook in snapshot.hooks if verbose else failed:
+        print(f"            {_hook_line(hook)}")
+    problems += [f"{name}: hook {hook.target} failed: {hook.reason}." for hook in failed]
+    for hook_name, count in snapshot.hook_errors.items():
+        problems.append(
+            f"{name}: {count} errors of ours in {hook_name}; the engine's log has the first."
+        )
+    if not any(role.loaded_at is not None for role in snapshot.roles):
+        problems.append(f"{name}: the weights are not loaded yet.")
+    for role in snapshot.roles:
+        _print_role(role, now)
+        if role.loaded_at is not None and role.weights is None:
+            problems.append(f"{name}: the weights of the {role.name} model could not be read.")
+        last = role.last_update
+        if last is not None and not last.succeeded:
+            problems.append(
+                f"{name}: the last update of the {role.name} model failed: {last.message}"
+            )
+    return problems
+
+
+def _hook_line(hook: HookState) -> str:
+    return f"{hook.status:<10}{hook.target}" + (f"  ({hook.reason})" if hook.reason else "")
+
+
+def _print_role(role: Role, now: float) -> None:
+    print(f"  {role.name:<9} on {role.device}")
+    if role.weights is not None:
+        nbytes = sum(part.nbytes for part in role.weights)
+        tensors = sum(part.tensors for part in role.weights)
+        released = role.resident is not None and nbytes > 0 and not sum(role.resident.values())
+        print(
+            f"    weights {nbytes:,} bytes in {tensors:,} tensors"
+            + (", released" if released else "")
+        )
+    for pool in role.kv_pools or ():
+        tokens = "" if pool.tokens is None else f" for {pool.tokens:,} tokens"
+        print(f"    kv pool {pool.nbytes:,} bytes{tokens} ({pool.pool})")
+    if role.in_progress is not None:
+        print(f"    update  in progress for {now - role.in_progress.started_at:.1f} s")
+    if role.last_update is not None:
+        print(f"    last    {_update_line(role.last_update, now)}")
+
+
+def _update_line(update: Update, now: float) -> str:
+    when = datetime.fromtimestamp(update.ended_at, tz=timezone.utc).isoformat(timespec="seconds")
+    what = "load" if update.source is None else f"update from {update.source}"
+    outcome = "succeeded" if update.succeeded else f"failed (weights {update.effect})"
+    line = f"{what} {outcome} at {when}, {now - update.ended_at:.0f} s ago"
+    if update.model_path:
+        line += f", {update.model_path}"
+    if update.weight_version:
+        line += f", version {update.weight_version}"
+    return line

@@ -1,0 +1,170 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""The exporter process: one for all ranks of one user on one host, without torch or SGLang."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Mapping
+
+import msgspec
+from prometheus_client import CollectorRegistry, ProcessCollector
+
+from sglang_weight_exporter import __version__
+from sglang_weight_exporter.export.instruments import HostView
+from sglang_weight_exporter.export.nvml import Nvml
+from sglang_weight_exporter.export.prometheus import StoreCollector
+from sglang_weight_exporter.export.server import (
+    Endpoint,
+    EndpointError,
+    Server,
+    bind,
+    configure,
+    url,
+)
+from sglang_weight_exporter.records import Endpoint as EndpointRecord
+from sglang_weight_exporter.settings import Settings
+from sglang_weight_exporter.store.locks import FileLock
+from sglang_weight_exporter.store.reader import SnapshotReader, rank_directories
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir, write_atomically
+
+logger = logging.getLogger("sglang_weight_exporter")
+
+#: How long the exporter that ranks started stays after the last of them: an engine that starts
+#: again finds its endpoint still there, and a host without engines is left alone soon.
+LINGER_SECONDS = 10.0
+
+#: Between two looks at which ranks are alive.
+LOOK_SECONDS = 1.0
+
+#: Between two tries to open the endpoint.
+RETRY_SECONDS = 5.0
+
+
+class Exporter:
+    """Serves what the store of one runtime directory holds."""
+
+    def __init__(
+        self, runtime_dir: RuntimeDir, settings: Settings, *, ends_with_ranks: bool
+    ) -> None:
+        self._runtime_dir = runtime_dir
+        self._settings = settings
+        self._ends_with_ranks = ends_with_ranks
+        self._snapshots = SnapshotReader(runtime_dir, on_unreadable=logger.warning)
+        self._nvml = Nvml()
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(StoreCollector(self._read, exemplars=lambda: False))
+        ProcessCollector(registry=self._registry)
+        self._stop = asyncio.Event()
+        self._started_at = time.time()
+        self._said = ""
+
+    async def run(self) -> None:
+        """Serve until a signal comes, or no rank has been alive for a while."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        self._announce(None, "")
+        tasks = [asyncio.create_task(self._serve()), asyncio.create_task(self._look_after_ranks())]
+        stopped = asyncio.create_task(self._stop.wait())
+        try:
+            done, _ = await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in (*tasks, stopped):
+                task.cancel()
+            await asyncio.gather(*tasks, stopped, return_exceptions=True)
+            with contextlib.suppress(OSError):
+                self._runtime_dir.exporter_file.unlink(missing_ok=True)
+
+    def _read(self) -> HostView:
+        return HostView(
+            snapshots=tuple(snapshot for _, snapshot in self._snapshots.read()),
+            gpus=tuple(self._nvml.read()),
+            unreadable=self._snapshots.unreadable,
+        )
+
+    async def _serve(self) -> None:
+        application = Endpoint(self._registry)
+        while True:
+            try:
+                config = configure(application, self._settings)
+                listener = bind(self._settings)
+            except EndpointError as error:
+                self._announce(None, str(error))
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            self._announce(url(self._settings), "")
+            server = Server(config, listener)
+            try:
+                await server.run()
+            finally:
+                listener.close()
+
+    def _announce(self, address: str | None, problem: str) -> None:
+        """Say where the metrics are, or why they are not: in the log once, and for ``status``."""
+        line = problem or (address and f"metrics are at {address}") or ""
+        if line and line != self._said:
+            logger.log(logging.WARNING if problem else logging.INFO, line)
+        self._said = line
+        record = EndpointRecord(
+            pid=os.getpid(),
+            started_at=self._started_at,
+            version=__version__,
+            url=address,
+            problem=problem,
+        )
+        with contextlib.suppress(OSError):  # A full disk: `status` knows less, nothing else does.
+            write_atomically(self._runtime_dir.exporter_file, msgspec.json.encode(record))
+
+    async def _look_after_ranks(self) -> None:
+        """Remove what dead ranks left, and end some time after the last one."""
+        alone_since = time.monotonic()
+        while True:
+            alive = False
+            for directory in rank_directories(self._runtime_dir):
+                try:
+                    if directory.is_alive():
+                        alive = True
+                    else:
+                        directory.remove()
+                except OSError:
+                    continue
+            now = time.monotonic()
+            if alive or not self._ends_with_ranks:
+                alone_since = now
+            elif now - alone_since > LINGER_SECONDS:
+                return
+            await asyncio.sleep(LOOK_SECONDS)
+
+
+class AlreadyServedError(Exception):
+    """Another exporter process serves this runtime directory."""
+
+
+def serve(settings: Settings, environ: Mapping[str, str], *, lock_descriptor: int | None) -> None:
+    """Run the exporter process. Raises :class:`RuntimeDirError`, :class:`AlreadyServedError`.
+
+    ``lock_descriptor``: the exporter's lock, handed down by the rank that started this process;
+    such a process ends with the ranks. Without it the lock is taken here and kept.
+    """
+    runtime_dir = RuntimeDir.open(settings.runtime_dir, environ)
+    lock = FileLock(runtime_dir.exporter_lock)
+    if lock_descriptor is not None:
+        os.set_inheritable(lock_descriptor, False)
+    elif not lock.acquire():
+        raise AlreadyServedError(
+            f"Another exporter process serves {runtime_dir.path} already. Stop it, or have ranks "
+            "start none (SGLANG_WEIGHT_EXPORTER_SERVE=off) and run this one first."
+        )
+    asyncio.run(_run(runtime_dir, settings, ends_with_ranks=lock_descriptor is not None))
+
+
+async def _run(runtime_dir: RuntimeDir, settings: Settings, *, ends_with_ranks: bool) -> None:
+    await Exporter(runtime_dir, settings, ends_with_ranks=ends_with_ranks).run()
