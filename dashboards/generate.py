@@ -82,10 +82,11 @@ def nvml(metric: str) -> str:
 
 def labelled(per_gpu_expression: str) -> str:
     """One label, `where`, that people recognise: the target and NVML's index of the GPU; without
-    NVML the head of the UUID; without a GPU the word CPU."""
+    NVML, and for a MIG instance, the head of the UUID; without a GPU the word CPU."""
     index = (
-        "label_replace(max by (instance, gpu_uuid, gpu) (sglang_gpu_memory_total_bytes) > bool 0,"
-        ' "place", "GPU $1", "gpu", "(.*)")'
+        "label_replace(label_replace(max by (instance, gpu_uuid, gpu)"
+        " (sglang_gpu_memory_total_bytes) > bool 0,"
+        ' "place", "GPU $1", "gpu", "(.*)"), "place", "$1", "gpu_uuid", "(MIG-.{8}).*")'
     )
     without_index = (
         f'label_replace(label_replace({per_gpu_expression}, "place", "$1",'
@@ -144,7 +145,8 @@ GPU_SPLIT = {
 
 # SGLang's own series come from another port of the same host (or pod), so `instance` cannot match;
 # the host part and SGLang's own rank labels do.
-SGLANG_RANK = "host, model_name, tp_rank, pp_rank, dp_rank, moe_ep_rank"
+# (moe_ep_rank follows from tp_rank, and older releases of SGLang do not have it as a label.)
+SGLANG_RANK = "host, model_name, tp_rank, pp_rank, dp_rank"
 
 
 def host(expression: str) -> str:
@@ -162,7 +164,7 @@ SGLANG_LEGEND = "{{host}} {{rank}}"
 
 def ranked(expression: str) -> str:
     """One label for legends, as a label that a series lacks would show as its own name."""
-    return f'label_join({expression}, "rank", "/", "tp_rank", "pp_rank", "dp_rank", "moe_ep_rank")'
+    return f'label_join({expression}, "rank", "/", "tp_rank", "pp_rank", "dp_rank")'
 
 
 # FB_* of dcgm-exporter is in MiB. Series of a GPU may come several times (one a pod): `max`.
@@ -515,8 +517,8 @@ def where_the_memory_went() -> list[Json]:
             "Where did my GPU memory go",
             "Each GPU's memory now: weights by role, LoRA slots, KV pool, what else is in use "
             "(activations, CUDA graphs, contexts, other processes) and what is free. Weights and "
-            "KV are measured from their storages, the rest is NVML's. A CPU engine has no NVML "
-            "part.",
+            "KV are measured from their storages, the rest is NVML's, where free includes what the "
+            "driver keeps for itself. A CPU engine has no NVML part.",
             share=False,
             width=14,
         ),
@@ -863,8 +865,8 @@ def joined_with_sglang() -> list[Json]:
         "With SGLang's own metrics",
         timeseries(
             "KV tokens in use",
-            "SGLang's sglang:token_usage by rank. SGLang reports the first TP rank unless it was "
-            "started with --enable-metrics-for-all-schedulers.",
+            "SGLang's sglang:token_usage by rank (TP/PP/DP). SGLang reports the first TP rank "
+            "unless it was started with --enable-metrics-for-all-schedulers.",
             [query(ranked(usage("sglang:token_usage")), SGLANG_LEGEND)],
             "percentunit",
             NO_SGLANG,
@@ -933,6 +935,63 @@ def joined_with_dcgm() -> list[Json]:
             "* Keep `DCGM_FI_DEV_FB_USED` in its counters file (it is by default).",
             6,
             8,
+        ),
+    )
+
+
+def exporter() -> list[Json]:
+    here = '{instance=~"$instance"}'
+    return row(
+        "This exporter",
+        timeseries(
+            "Ranks published",
+            "Ranks that are alive and have written a snapshot, by target.",
+            [query(f"sglang_weight_exporter_ranks{here}", "{{instance}}")],
+            "short",
+            NOT_LOADED,
+            width=6,
+            decimals=0,
+        ),
+        timeseries(
+            "Hooks",
+            "Ranks times hooks, by state. absent: this SGLang has no such function. failed: it "
+            "should have it, and changes on that path are not seen (see `status`).",
+            [query(f"sum by (state) (sglang_weight_exporter_hooks{here})", "{{state}}")],
+            "short",
+            NOT_LOADED,
+            override("failed", color={"mode": "fixed", "fixedColor": "red"}),
+            override("installed", color={"mode": "fixed", "fixedColor": "green"}),
+            override("absent", color={"mode": "fixed", "fixedColor": "#8e929b"}),
+            override("pending", color={"mode": "fixed", "fixedColor": "yellow"}),
+            width=6,
+            decimals=0,
+        ),
+        timeseries(
+            "Cost in the engine",
+            "Seconds the engine last spent on reading its weights and pools, the slowest rank. It "
+            "is spent at a load or update and at no other time.",
+            [
+                query(
+                    f"max by ({ENGINE}) ({select('sglang_weight_exporter_snapshot_seconds')})",
+                    "{{instance}} {{engine}}",
+                )
+            ],
+            "s",
+            NOT_LOADED,
+            width=6,
+        ),
+        timeseries(
+            "Errors",
+            "Exceptions of this exporter's own hooks that were caught inside engines, and files of "
+            "ranks that could not be read.",
+            [
+                query(f"sum({select('sglang_weight_exporter_hook_errors_total')})", "in hooks"),
+                query(f"sum(sglang_weight_exporter_read_errors_total{here})", "reading", ref="B"),
+            ],
+            "short",
+            NOT_LOADED,
+            width=6,
+            decimals=0,
         ),
     )
 
@@ -1051,6 +1110,7 @@ def dashboard() -> Json:
                 *ranks(),
                 *joined_with_sglang(),
                 *joined_with_dcgm(),
+                *exporter(),
             ]
         ),
     }

@@ -7,18 +7,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    # argparse names this type with an underscore and nowhere else.
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 DASHBOARD = "sglang-weights.json"
 RULES = "sglang-weights.rules.yml"
 
 
-def add_parser(subparsers: Subparsers) -> None:
-    """Declare the command."""
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "dashboard",
         help="print or write the Grafana dashboard and the Prometheus rules",
@@ -36,19 +30,19 @@ def add_parser(subparsers: Subparsers) -> None:
     parser.set_defaults(run=run)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Exit status: 0, or 1 when a file cannot be written."""
-    if args.output is None:
-        sys.stdout.write(content(RULES if args.rules else DASHBOARD))
+    if arguments.output is None:
+        sys.stdout.write(content(RULES if arguments.rules else DASHBOARD))
         return 0
     try:
-        args.output.mkdir(parents=True, exist_ok=True)
+        arguments.output.mkdir(parents=True, exist_ok=True)
         for name in (DASHBOARD, RULES):
-            (args.output / name).write_text(content(name), encoding="utf-8")
-            print(args.output / name)
+            (arguments.output / name).write_text(content(name), encoding="utf-8")
+            print(arguments.output / name)
     except OSError as error:
         print(
-            f"{error.filename or args.output} cannot be written: {error.strerror}. "
+            f"{error.filename or arguments.output} cannot be written: {error.strerror}. "
             "Name a directory that you may write to with --output, or leave it out to print.",
             file=sys.stderr,
         )
