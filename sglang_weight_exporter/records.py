@@ -204,7 +204,7 @@ class Role(Record, frozen=True, kw_only=True):
     device: str
     architecture: str = ""
     quantization: str = ""
-    #: Of the checkpoint being served, as SGLang was last told.
+    #: Of the checkpoint that is served.
     model_path: str = ""
     weights: tuple[WeightUsage, ...] | None = None
     #: Physical bytes by device. The same as the sum of ``weights``, or 0 while released.

@@ -103,6 +103,8 @@ class _Role:
     device: str
     capture: WeightCapture | None = None
     table: TableRef | None = None
+    #: Of the checkpoint that is served; SGLang's own is overwritten by an update that fails.
+    model_path: str = ""
     #: The table as the last event had it.
     reported: WeightCapture | None = None
     kv_pools: tuple[KvPoolUsage, ...] | None = None
@@ -195,6 +197,7 @@ class Observer:
             if first:
                 role.loaded_at, role.load_seconds = ended_at, ended_at - started_at
             role.updated_at = ended_at
+            role.model_path = _model_path(call.owner)
             self._weight_version = self._weight_version or str(
                 identity.server_setting(call.owner, "weight_version") or ""
             )
@@ -569,6 +572,7 @@ class Observer:
         )
         if changed:
             role.updated_at = open_.last_call_at
+            role.model_path = _model_path(runner)
         role.moved += changes.moved
         for change in CHANGES:
             role.changes[change] += getattr(changes, change)
@@ -715,7 +719,7 @@ class Observer:
                 getattr(getattr(config, "hf_config", None), "architectures", None) or ()
             ),
             quantization=str(getattr(config, "quantization", None) or ""),
-            model_path=_model_path(runner),
+            model_path=role.model_path,
             weights=weights,
             resident=_resident(weights, released=_WEIGHTS in self._released),
             table=role.table,
