@@ -532,6 +532,7 @@ class Observer:
             self._end(role)
             open_ = None
         if open_ is not None:
+            self._lock_table()
             return False
         if self._request is None:
             self._number += 1
@@ -545,7 +546,13 @@ class Observer:
         )
         if not session:
             self._write()
+        self._lock_table()
         return True
+
+    def _lock_table(self) -> None:
+        """Weights are about to be written, and the snapshot says so already."""
+        if self._store is not None:
+            self._store.lock_table(wait_seconds=self._settings.reader_wait_seconds)
 
     def _end(self, role: _Role) -> None:
         """Close the open update: look at the memory again, count, report."""
@@ -683,29 +690,38 @@ class Observer:
         )
 
     def _write(self) -> None:
+        """Publish the state, then let readers of tables in again unless a session goes on.
+
+        Between the calls of an update without a session they may come in and find in the snapshot
+        that it is not over: an update that nobody ends keeps nobody out.
+        """
         if self._store is None:
             return
+        try:
+            self._store.write_snapshot(self._snapshot(self._store))
+        finally:
+            if not any(role.open and role.open.session for role in self._roles.values()):
+                self._store.unlock_table()
+
+    def _snapshot(self, store: RankStore) -> Snapshot:
         self._generation += 1
-        version = self._engine.sglang_version
-        self._store.write_snapshot(
-            Snapshot(
-                rank_id=self._store.rank_id,
-                pid=os.getpid(),
-                generation=self._generation,
-                written_at=self._clock(),
-                started_at=self._started_at,
-                engine=self._engine,
-                ranks=self._ranks,
-                devices=tuple(self._devices.values()),
-                roles=tuple(self._role_record(role) for role in self._roles.values()),
-                weight_version=self._weight_version,
-                hooks=self._installation.states(version),
-                hook_errors=dict(self._installation.errors),
-                operations=self._operations,
-                update_groups=len(self._groups),
-                snapshot_seconds=self._snapshot_seconds,
-                events_dropped=self._store.events_dropped,
-            )
+        return Snapshot(
+            rank_id=store.rank_id,
+            pid=os.getpid(),
+            generation=self._generation,
+            written_at=self._clock(),
+            started_at=self._started_at,
+            engine=self._engine,
+            ranks=self._ranks,
+            devices=tuple(self._devices.values()),
+            roles=tuple(self._role_record(role) for role in self._roles.values()),
+            weight_version=self._weight_version,
+            hooks=self._installation.states(self._engine.sglang_version),
+            hook_errors=dict(self._installation.errors),
+            operations=self._operations,
+            update_groups=len(self._groups),
+            snapshot_seconds=self._snapshot_seconds,
+            events_dropped=store.events_dropped,
         )
 
     def _role_record(self, role: _Role) -> Role:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,7 @@ class RankStore:
         hidden.chmod(0o700)
         self.lock = FileLock(hidden / "lock")
         self.lock.acquire()
+        (hidden / "table.lock").touch(mode=0o600)  # Here for readers before the first update.
         self.table_lock = FileLock(self.directory / "table.lock")
         hidden.rename(self.directory)
 
@@ -94,6 +96,23 @@ class RankStore:
         if not path.exists():
             self._write(path, self._encode(table))
         return name
+
+    def lock_table(self, *, wait_seconds: float = 0.0) -> None:
+        """Keep readers of tables out while weights are written; does nothing if they are out.
+
+        An update waits for readers for so long and not longer, and then goes on without the lock:
+        a reader that is still in there finds out from the snapshot.
+        """
+        deadline = time.monotonic() + wait_seconds
+        with contextlib.suppress(OSError):
+            while not self.table_lock.held and not self.table_lock.acquire():
+                if time.monotonic() >= deadline:
+                    return
+                time.sleep(0.001)
+
+    def unlock_table(self) -> None:
+        """Let readers in again."""
+        self.table_lock.release()
 
     def append_event(self, event: Event) -> None:
         """Queue an event; the oldest ones make room and are counted as dropped."""
