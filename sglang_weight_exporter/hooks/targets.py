@@ -11,8 +11,10 @@ the contract test reads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from sglang_weight_exporter.records import Source
+if TYPE_CHECKING:
+    from sglang_weight_exporter.records import Source
 
 RUNNER = "sglang.srt.model_executor.model_runner"
 UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"
@@ -109,7 +111,19 @@ def version_key(version: str) -> tuple[int, ...]:
 
 
 TARGETS: tuple[Target, ...] = (
-    # The life of a model runner.
+    # The life of a rank and of its model runners.
+    # Told its data-parallel rank until 0.5.20; the runner is told between 0.5.1 and 0.5.11, and
+    # keeps it from 0.5.12 on.
+    Target(
+        "scheduler.__init__",
+        SCHEDULER,
+        "Scheduler.__init__",
+        "start",
+        "0.4.1",
+        "0.5.20",
+        reads=("dp_rank",),
+    ),
+    Target("scheduler.__init__", SCHEDULER, "Scheduler.__init__", "start", "0.5.21"),
     Target("__init__", RUNNER, "ModelRunner.__init__", "construct", "0.4.1"),
     Target("load_model", RUNNER, "ModelRunner.load_model", "load", "0.4.1"),
     Target(
@@ -135,10 +149,8 @@ TARGETS: tuple[Target, ...] = (
         "0.5.16",
     ),
     # Updates, at the level where tensors change.
-    *_runner_then(
-        "update_weights_from_disk", "update", "0.4.1", reads=("model_path",), source="disk"
-    ),
-    *_runner_then("update_weights_from_tensor", "update", "0.4.2.post4", reads=(), source="tensor"),
+    *_runner_then("update_weights_from_disk", "update", "0.4.1", source="disk"),
+    *_runner_then("update_weights_from_tensor", "update", "0.4.2.post4", source="tensor"),
     *_runner_then(
         "update_weights_from_distributed",
         "update",
@@ -171,7 +183,12 @@ TARGETS: tuple[Target, ...] = (
         "0.5.21",
     ),
     Target(
-        "end_weight_update", UPDATER, "WeightUpdater.end_weight_update", "end_session", "0.5.21"
+        "end_weight_update",
+        UPDATER,
+        "WeightUpdater.end_weight_update",
+        "end_session",
+        "0.5.21",
+        reads=("run_post_load",),
     ),
     # Requests: where an update ends, and what became of it after the weights were written.
     *_scheduler("update_weights_from_disk", "request", "0.4.1"),
@@ -187,8 +204,18 @@ TARGETS: tuple[Target, ...] = (
         reads=("new_version",),
     ),
     # Memory that is given back and taken again.
-    *_scheduler("release_memory_occupation", "release", "0.4.2.post4"),
-    *_scheduler("resume_memory_occupation", "resume", "0.4.2.post4"),
+    *_everywhere(
+        "scheduler.release_memory_occupation",
+        "release",
+        ((SCHEDULER, "Scheduler.release_memory_occupation", "0.4.2.post4", "0.4.2.post4"),),
+    ),
+    *_everywhere(
+        "scheduler.resume_memory_occupation",
+        "resume",
+        ((SCHEDULER, "Scheduler.resume_memory_occupation", "0.4.2.post4", "0.4.2.post4"),),
+    ),
+    *_scheduler("release_memory_occupation", "release", "0.4.3.post4"),
+    *_scheduler("resume_memory_occupation", "resume", "0.4.3.post4"),
     # What surrounds an update.
     *_runner_then("init_weights_update_group", "open_group", "0.4.1", reads=("group_name",)),
     *_runner_then(
