@@ -46,10 +46,9 @@ class RuntimeDir:
             directory.path.mkdir(mode=0o700, exist_ok=True)
             directory._check(uid)
             directory.ranks.mkdir(mode=0o700, exist_ok=True)
-        except FileExistsError:
-            directory._check(uid)
-            raise
         except OSError as error:
+            if os.path.lexists(directory.path):
+                directory._check(uid)
             raise RuntimeDirError(
                 f"The runtime directory {directory.path} cannot be made ({error.strerror}), so "
                 f"nothing is published. Set {VARIABLE} to a directory that this user can write to."

@@ -1,0 +1,353 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that write, die, fill the disk and damage files, and readers that see only the truth.
+
+Ranks are processes here, because what is tested belongs to processes: locks, forks, kills.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from sglang_weight_exporter.records import (
+    Device,
+    Engine,
+    Event,
+    Ranks,
+    Role,
+    Snapshot,
+    TableRef,
+    Update,
+    WeightTable,
+)
+from sglang_weight_exporter.store.claims import claim_engine_name
+from sglang_weight_exporter.store.locks import FileLock, is_held
+from sglang_weight_exporter.store.rank import RankStore
+from sglang_weight_exporter.store.reader import (
+    SnapshotReader,
+    UnreadableError,
+    rank_directories,
+    read,
+)
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+
+
+@pytest.fixture
+def runtime_dir(tmp_path: Path) -> RuntimeDir:
+    return RuntimeDir.open(tmp_path / "runtime", {})
+
+
+def snapshot(rank_id: str, generation: int = 1, **fields: object) -> Snapshot:
+    described: dict[str, object] = {
+        "rank_id": rank_id,
+        "pid": os.getpid(),
+        "generation": generation,
+        "written_at": 1.0,
+        "started_at": 1.0,
+        "engine": Engine(name="30000", instance="one"),
+    }
+    return msgspec.convert(described | fields, Snapshot)
+
+
+def table(role: str = "target", digit: str = "a", padding: int = 0) -> WeightTable:
+    columns = dict.fromkeys(
+        ("data_ptr", "nbytes", "storage_ptr", "storage_nbytes", "dtype", "shape", "stride"), b""
+    )
+    return WeightTable(
+        role=role,
+        captured_at=1.0,
+        sha256=digit * 64,
+        rows=0,
+        names=b"n" * padding,
+        **columns,
+        device=b"",
+        kind=b"",
+        dtype_values=(),
+        shape_values=(),
+        stride_values=(),
+        device_values=(),
+        kind_values=(),
+    )
+
+
+def event(number: int, rank: RankStore, kept: WeightTable | None) -> Event:
+    return Event(
+        number=number,
+        rank_id=rank.rank_id,
+        pid=1,
+        engine=Engine(name="30000", instance="one"),
+        ranks=Ranks(),
+        role="target",
+        device=Device(name="cpu"),
+        update=Update(
+            action="update",
+            source="disk",
+            sequence=number,
+            started_at=1.0,
+            ended_at=2.0,
+            succeeded=True,
+            effect="changed",
+        ),
+        table=None
+        if kept is None
+        else TableRef(
+            file=rank.write_table(kept), sha256=kept.sha256, rows=0, regions={}, captured_at=1.0
+        ),
+    )
+
+
+RANK = """
+import os, sys, time
+from pathlib import Path
+from sglang_weight_exporter.records import Engine, Snapshot
+from sglang_weight_exporter.store.rank import RankStore
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+rank = RankStore(RuntimeDir.open(Path(sys.argv[1]), {}), sys.argv[2])
+def write(generation):
+    rank.write_snapshot(Snapshot(rank_id=sys.argv[2], pid=os.getpid(), generation=generation,
+        written_at=1.0, started_at=1.0, engine=Engine(name="30000", instance="one")))
+write(1)
+"""
+
+
+@pytest.fixture
+def start_rank(runtime_dir: RuntimeDir) -> Iterator[Callable[[str, str], subprocess.Popen[str]]]:
+    """Start a process that is a rank, runs more code and then waits; returns when it is alive."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(rank_id: str, code: str) -> subprocess.Popen[str]:
+        program = f"{RANK}\n{code}\nprint('ready', flush=True)\nsys.stdin.read()"
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, str(runtime_dir.path), rank_id],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def ids(runtime_dir: RuntimeDir) -> list[str]:
+    return [found.rank_id for _, found in SnapshotReader(runtime_dir).read()]
+
+
+def test_a_killed_rank_is_gone_at_the_next_look_and_the_others_stay(
+    runtime_dir: RuntimeDir, start_rank: Callable[[str, str], subprocess.Popen[str]]
+) -> None:
+    first = start_rank("a", "")
+    start_rank("b", "")
+    assert ids(runtime_dir) == ["a", "b"]
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert ids(runtime_dir) == ["b"]
+    # What it left can be told from the living and removed.
+    (dead,) = [found for found in rank_directories(runtime_dir) if not found.is_alive()]
+    dead.remove()
+    assert [path.name for path in runtime_dir.ranks.iterdir()] == ["b"]
+
+
+def test_a_forked_child_does_not_keep_its_dead_parent_alive(
+    runtime_dir: RuntimeDir, start_rank: Callable[[str, str], subprocess.Popen[str]]
+) -> None:
+    code = """
+child = os.fork()
+if child == 0:
+    time.sleep(600)
+    os._exit(0)
+print(child, file=open(rank.directory / "child", "w"), flush=True)
+"""
+    rank = start_rank("a", code)
+    child = int((runtime_dir.ranks / "a" / "child").read_text())
+    try:
+        rank.send_signal(signal.SIGKILL)
+        rank.wait()
+        os.kill(child, 0)  # It lives,
+        assert ids(runtime_dir) == []  # and its parent does not.
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_reader_never_sees_half_a_snapshot(
+    runtime_dir: RuntimeDir, start_rank: Callable[[str, str], subprocess.Popen[str]]
+) -> None:
+    code = """
+import threading
+def rewrite():
+    for generation in range(2, 3000):
+        write(generation)
+threading.Thread(target=rewrite).start()
+"""
+    start_rank("a", code)
+    complaints: list[str] = []
+    reader = SnapshotReader(runtime_dir, on_unreadable=complaints.append)
+    seen: list[int] = []
+    deadline = time.monotonic() + 60
+    while not seen or seen[-1] < 2999:
+        seen += [found.generation for _, found in reader.read()]
+        assert time.monotonic() < deadline
+    assert complaints == []
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 10
+
+
+@pytest.mark.parametrize("content", [b"", b"\x81\xa6schema", b"not msgpack", os.urandom(500)])
+def test_a_damaged_file_costs_its_rank_and_no_other(
+    runtime_dir: RuntimeDir, content: bytes
+) -> None:
+    broken, sound = RankStore(runtime_dir, "broken"), RankStore(runtime_dir, "sound")
+    sound.write_snapshot(snapshot("sound"))
+    (broken.directory / "snapshot").write_bytes(content)
+    complaints: list[str] = []
+    reader = SnapshotReader(runtime_dir, on_unreadable=complaints.append)
+    for _ in range(3):
+        assert [found.rank_id for _, found in reader.read()] == ["sound"]
+    (complaint,) = complaints  # Said once, not at each scrape.
+    assert str(broken.directory / "snapshot") in complaint
+    assert reader.unreadable == 1
+    broken.write_snapshot(snapshot("broken"))
+    assert [found.rank_id for _, found in reader.read()] == ["broken", "sound"]
+
+
+def test_a_file_of_another_version_is_named_and_left_alone(runtime_dir: RuntimeDir) -> None:
+    rank = RankStore(runtime_dir, "future")
+    path = rank.directory / "snapshot"
+    path.write_bytes(msgspec.msgpack.encode({"schema": 999, "something": "new"}))
+    with pytest.raises(UnreadableError, match=r"another version.*schema 999"):
+        read(path, Snapshot)
+    assert path.exists()
+
+
+def test_a_table_lives_as_long_as_the_snapshot_or_an_event_names_it(
+    runtime_dir: RuntimeDir,
+) -> None:
+    rank = RankStore(runtime_dir, "a")
+
+    def publish(number: int, kept: WeightTable) -> None:
+        occurred = event(number, rank, kept)
+        rank.write_snapshot(
+            snapshot("a", number, roles=[Role(name="target", device="cpu", table=occurred.table)])
+        )
+        rank.append_event(occurred)
+
+    publish(1, table(digit="a"))
+    publish(2, table(digit="b"))
+    tables = {path.name for path in rank.directory.glob("*.table")}
+    assert tables == {f"target-{'b' * 16}.table"}
+    events = rank.directory / "events"
+    assert {path.name for path in events.glob("*.table")} == {
+        f"{'a' * 16}.table",
+        f"{'b' * 16}.table",
+    }
+    # The exporter has delivered the first event; the next one clears up behind it.
+    next(events.glob("000000000001-*.event")).unlink()
+    publish(3, table(digit="b"))
+    assert {path.name for path in events.glob("*.table")} == {f"{'b' * 16}.table"}
+
+
+def test_the_queue_is_bounded_and_drops_the_oldest_and_counts(runtime_dir: RuntimeDir) -> None:
+    few = RankStore(runtime_dir, "few", event_count=3)
+    for number in range(1, 6):
+        few.append_event(event(number, few, None))
+    (directory,) = rank_directories(runtime_dir)
+    assert [directory.event(path).number for path in directory.events()] == [3, 4, 5]
+    assert few.events_dropped == 2
+
+    small = RankStore(runtime_dir, "small", event_bytes=50_000)
+    for number, digit in enumerate("abcde", start=1):
+        small.append_event(event(number, small, table(digit=digit, padding=20_000)))
+    size = sum(path.stat().st_size for path in (small.directory / "events").iterdir())
+    assert size <= 50_000
+    assert small.events_dropped == 3
+    newest = next(each for each in rank_directories(runtime_dir) if each.rank_id == "small")
+    assert [newest.event(path).number for path in newest.events()] == [4, 5]
+
+
+def test_a_vanished_directory_is_made_again(runtime_dir: RuntimeDir) -> None:
+    # systemd-logind removes $XDG_RUNTIME_DIR when its user logs out.
+    rank = RankStore(runtime_dir, "a")
+    rank.write_snapshot(snapshot("a", 1))
+    shutil.rmtree(runtime_dir.path)
+    assert ids(runtime_dir) == []
+    rank.write_snapshot(snapshot("a", 2))
+    assert ids(runtime_dir) == ["a"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    if os.getuid() != 0:
+        pytest.skip("needs root, to mount a file system that can be filled")
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "tmpfs", str(path)]
+    if subprocess.run(mount, check=False).returncode != 0:
+        pytest.skip("needs a machine that lets root mount a tmpfs")
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_on_a_full_disk_an_old_number_is_taken_away_and_comes_back_new(small_disk: Path) -> None:
+    runtime_dir = RuntimeDir.open(small_disk / "runtime", {})
+    rank = RankStore(runtime_dir, "a")
+    rank.write_snapshot(snapshot("a", 1))
+    filler = small_disk / "filler"
+    with pytest.raises(OSError, match="No space left"):
+        filler.write_bytes(b"x" * 300_000)
+    with pytest.raises(OSError, match="No space left"):
+        rank.write_snapshot(snapshot("a", 2, weight_version="v" * 100_000))
+    assert ids(runtime_dir) == []  # The truth or nothing: generation 1 is over.
+    filler.unlink()
+    rank.write_snapshot(snapshot("a", 3))
+    ((_, found),) = SnapshotReader(runtime_dir).read()
+    assert found.generation == 3
+
+
+def test_engines_of_one_port_get_names_of_their_own(runtime_dir: RuntimeDir) -> None:
+    def join(instance: str, ranks: Ranks) -> tuple[str, RankStore]:
+        engine = Engine(name="30000", instance=instance)
+        with claim_engine_name(runtime_dir, engine, ranks) as name:
+            rank = RankStore(runtime_dir, os.urandom(4).hex())
+            named = msgspec.structs.replace(engine, name=name)
+            rank.write_snapshot(snapshot(rank.rank_id, engine=named, ranks=ranks))
+        return name, rank
+
+    name, first = join("one", Ranks(tp=0))
+    assert name == "30000"
+    assert join("one", Ranks(tp=1))[0] == "30000"  # Another rank of the same engine.
+    assert join("two", Ranks(tp=0))[0] == "30000-2"
+    assert join("two", Ranks(tp=1))[0] == "30000-2"
+    # Two living ranks never publish the same series, even if their engines look like one.
+    assert join("one", Ranks(tp=0))[0] == "30000-3"
+    first.close()
+    assert join("one", Ranks(tp=0))[0] == "30000"  # Started again: the same name as before.
+
+
+def test_a_lock_tells_the_living_from_the_dead(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    assert not is_held(path)
+    with FileLock(path) as lock:
+        assert lock.acquire()
+        assert is_held(path)
+        assert not FileLock(path).acquire()
+    assert not is_held(path)
+    reader, other = FileLock(path), FileLock(path)
+    assert reader.acquire(exclusive=False)
+    assert other.acquire(exclusive=False)
+    assert not FileLock(path).acquire()
