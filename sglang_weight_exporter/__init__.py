@@ -3,7 +3,49 @@
 """Weights and KV pool of every SGLang rank, as Prometheus metrics and OpenTelemetry spans.
 
 Importing this package costs next to nothing and imports nothing: Python's start-up does it in
-every interpreter of an environment where the package is installed.
+every interpreter of an environment where the package is installed. What it offers to other
+programs is imported on first use:
+
+* inside the engine, :func:`record_update` and :func:`updating` announce changes of weights that
+  SGLang does not make itself;
+* anywhere on the host, :func:`open_tables` reads the pointer tables.
 """
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False  # typing's own costs its import; type checkers know the name.
+if TYPE_CHECKING:
+    from sglang_weight_exporter.hooks.announce import record_update, updating
+    from sglang_weight_exporter.records import Region, Row
+    from sglang_weight_exporter.store.tables import (
+        RankGoneError,
+        Table,
+        TableError,
+        TableReader,
+        UpdateInProgressError,
+        open_tables,
+    )
+
+__all__ = [
+    "RankGoneError",
+    "Region",
+    "Row",
+    "Table",
+    "TableError",
+    "TableReader",
+    "UpdateInProgressError",
+    "open_tables",
+    "record_update",
+    "updating",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    home = {"record_update": "hooks.announce", "updating": "hooks.announce"}
+    home |= {"Region": "records", "Row": "records"}
+    module = import_module(f"{__name__}.{home.get(name, 'store.tables')}")
+    return getattr(module, name)

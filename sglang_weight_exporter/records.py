@@ -10,8 +10,9 @@ bytes, times are Unix seconds (floats), durations are seconds. A value that coul
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -347,6 +348,79 @@ def table_sha256(fields: Mapping[str, Any]) -> str:
         digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)
     return digest.hexdigest()
+
+
+class Row(NamedTuple):
+    """One named tensor of a table."""
+
+    name: str
+    #: Address of the first element in the engine process.
+    data_ptr: int
+    #: Elements times their size: for a tensor with holes less than the memory it spans.
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    #: In elements.
+    stride: tuple[int, ...]
+    device: str
+    kind: str
+    #: The allocation behind the tensor; the same for tied tensors and views.
+    storage_ptr: int
+    storage_nbytes: int
+
+
+class Region(NamedTuple):
+    """A contiguous run of memory inside one allocation that holds weights."""
+
+    data_ptr: int
+    nbytes: int
+    device: str
+
+
+def table_rows(table: WeightTable) -> Iterator[Row]:
+    """The rows of a table, in the model's order: parameters, then buffers."""
+    if not table.rows:
+        return iter(())
+    return map(
+        Row,
+        table.names.decode().split("\n"),
+        array("Q", table.data_ptr),
+        array("Q", table.nbytes),
+        map(table.dtype_values.__getitem__, array("I", table.dtype)),
+        map(table.shape_values.__getitem__, array("I", table.shape)),
+        map(table.stride_values.__getitem__, array("I", table.stride)),
+        map(table.device_values.__getitem__, array("I", table.device)),
+        map(table.kind_values.__getitem__, array("I", table.kind)),
+        array("Q", table.storage_ptr),
+        array("Q", table.storage_nbytes),
+    )
+
+
+def table_of_rows(rows: Sequence[Row], *, role: str, captured_at: float) -> WeightTable:
+    """The table that has these rows, with its fingerprint and without regions."""
+    fields: dict[str, Any] = {
+        "rows": len(rows),
+        "names": "\n".join(row.name for row in rows).encode(),
+    }
+    for column in ("data_ptr", "nbytes", "storage_ptr", "storage_nbytes"):
+        fields[column] = array("Q", [getattr(row, column) for row in rows]).tobytes()
+    for column in ("dtype", "shape", "stride", "device", "kind"):
+        codes: dict[Any, int] = {}
+        numbers = [codes.setdefault(getattr(row, column), len(codes)) for row in rows]
+        fields[column] = array("I", numbers).tobytes()
+        fields[f"{column}_values"] = tuple(codes)
+    sha256 = table_sha256(fields)
+    return WeightTable(role=role, captured_at=captured_at, sha256=sha256, **fields)
+
+
+def table_regions(table: WeightTable) -> Iterator[Region]:
+    """The regions of a table, by device and address."""
+    return map(
+        Region,
+        array("Q", table.region_ptr),
+        array("Q", table.region_nbytes),
+        map(table.device_values.__getitem__, array("I", table.region_device)),
+    )
 
 
 class Event(Record, frozen=True, kw_only=True):

@@ -7,27 +7,13 @@ CUDA graphs keep addresses, so an update in place should leave the table as it w
 
 from __future__ import annotations
 
-from array import array
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from sglang_weight_exporter.capture.weights import WeightCapture
-from sglang_weight_exporter.records import NAMED_CHANGES, TableChanges, WeightTable
+from sglang_weight_exporter.records import NAMED_CHANGES, Row, TableChanges, table_rows
 
-
-def _rows(table: WeightTable) -> dict[str, tuple[int, int, str]]:
-    """Name → address, bytes, device."""
-    codes = array("I", table.device)
-    return dict(
-        zip(
-            table.names.decode().split("\n") if table.rows else (),
-            zip(
-                array("Q", table.data_ptr),
-                array("Q", table.nbytes),
-                [table.device_values[code] for code in codes],
-                strict=True,
-            ),
-            strict=True,
-        )
-    )
+if TYPE_CHECKING:  # Tables are also compared where there is no torch.
+    from sglang_weight_exporter.capture.weights import WeightCapture
 
 
 def compare(before: WeightCapture | None, after: WeightCapture | None) -> TableChanges:
@@ -37,12 +23,15 @@ def compare(before: WeightCapture | None, after: WeightCapture | None) -> TableC
     """
     if before is None or after is None or before.table.sha256 == after.table.sha256:
         return TableChanges()
-    return compare_tables(before.table, after.table)
+    return compare_rows(table_rows(before.table), table_rows(after.table))
 
 
-def compare_tables(before: WeightTable, after: WeightTable) -> TableChanges:
-    """What changed between two tables, names included up to :data:`NAMED_CHANGES` of a kind."""
-    old, new = _rows(before), _rows(after)
+def compare_rows(
+    before: Iterable[Row], after: Iterable[Row], *, named: int = NAMED_CHANGES
+) -> TableChanges:
+    """What changed between two tables; of each kind of change ``named`` names are kept."""
+    old = {row.name: row for row in before}
+    new = {row.name: row for row in after}
     names: dict[str, list[str]] = {
         "moved": [],
         "added": [name for name in new if name not in old],
@@ -50,17 +39,17 @@ def compare_tables(before: WeightTable, after: WeightTable) -> TableChanges:
         "resized": [],
         "device": [],
     }
-    for name, (address, nbytes, device) in new.items():
-        if name not in old:
+    for name, now in new.items():
+        then = old.get(name)
+        if then is None:
             continue
-        old_address, old_nbytes, old_device = old[name]
-        if device != old_device:
+        if now.device != then.device:
             names["device"].append(name)
-        elif address != old_address:
+        elif now.data_ptr != then.data_ptr:
             names["moved"].append(name)
-        if nbytes != old_nbytes:
+        if now.nbytes != then.nbytes:
             names["resized"].append(name)
     return TableChanges(
-        names={change: tuple(found[:NAMED_CHANGES]) for change, found in names.items() if found},
+        names={change: tuple(found[:named]) for change, found in names.items() if found},
         **{change: len(found) for change, found in names.items()},
     )

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.machinery
 import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,10 @@ class Call:
             return None  # SGLang's own call is about to fail with the same words.
         bound.apply_defaults()
         return bound.arguments.get(name)
+
+
+def _announced(owner: Any) -> None:
+    """Stands for a call that is not SGLang's."""
 
 
 @functools.cache
@@ -165,6 +170,17 @@ class Installation:
         except Exception as error:
             self.report(target.name, error)
 
+    @contextlib.contextmanager
+    def observe(self, target: Target, owner: Any) -> Iterator[None]:
+        """The block as one call of a target, for what is announced and not wrapped."""
+        around = self._begin(target, _announced, (owner,), {})
+        try:
+            yield
+        except BaseException as error:
+            self._end(target, around, Outcome(error=error))
+            raise
+        self._end(target, around, Outcome())
+
     def report(self, where: str, error: BaseException) -> None:
         """Count an exception of ours, and log the first of each kind."""
         self.errors[where] = self.errors.get(where, 0) + 1
@@ -234,6 +250,7 @@ def _may_be_imported(name: str) -> bool:
 def watch(hook: PostImportHook) -> None:
     """Have the targets wrapped: at once where SGLang's modules are there, else on their import."""
     installation = Installation(TARGETS, _make_observer)
+    hook.installation = installation
     for name in installation.modules():
         hook.callbacks[name] = installation.on_import
         module = sys.modules.get(name)

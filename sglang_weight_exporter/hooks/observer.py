@@ -55,6 +55,8 @@ from sglang_weight_exporter.records import (
 from sglang_weight_exporter.store.claims import claim_engine_name
 from sglang_weight_exporter.store.rank import RankStore, table_file
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
+from sglang_weight_exporter.store.tables import Table
+from sglang_weight_exporter.store.weights_metadata import MetadataFiles
 
 if TYPE_CHECKING:
     from sglang_weight_exporter.hooks.install import Installation
@@ -150,6 +152,8 @@ class Observer:
         self._store: RankStore | None = None
         self._refused = False
         self._supervisor: Supervisor | None = None
+        directory = settings.metadata_dir
+        self._metadata = None if directory is None else MetadataFiles(directory)
         self._started_at = clock()
         self._engine = Engine(name="", instance="")
         self._ranks = Ranks()
@@ -367,6 +371,27 @@ class Observer:
         role = self._target()
         if role is None or self._moving_experts:
             return
+    def external(self, call: Call) -> Around:
+        """Code beside SGLang changes weights by its own means and says so."""
+        role = self._role(call.owner)
+        source = call.target.source
+        if role is None or source is None:
+            return
+        own = self._begin(role, source)
+        outcome = yield
+        open_ = role.open
+        if open_ is None:
+            return
+        open_.source = source
+        succeeded, message = _verdict(outcome)
+        open_.record(succeeded, "changed" if succeeded else "undefined", message, self._clock())
+        counts = role.updates[source]
+        role.updates[source] = msgspec.structs.replace(counts, calls=counts.calls + 1)
+        if own:
+            self._end(role)
+        else:
+            self._write()
+
         self._begin(role, "eplb")
         self._moving_experts = True
         outcome = yield
@@ -625,6 +650,7 @@ class Observer:
         )
         role.reported = role.capture
         self._store.append_event(event)
+        self._keep_metadata(role, self._store)
 
     def _trace_id(self, number: int) -> str:
         """The same on every rank of the engine, without a word between them."""
@@ -642,6 +668,29 @@ class Observer:
         except Exception as error:
             role.capture = role.table = None
             self._installation.report("capture", error)
+    def _keep_metadata(self, role: _Role, store: RankStore) -> None:
+        """Bring the ``weights_metadata`` files up to date, where somebody wants them."""
+        if self._metadata is None:
+            return
+        try:
+            if role.capture is None:
+                self._metadata.remove(role.name)
+                return
+            self._metadata.update(
+                Table(
+                    rank_id=store.rank_id,
+                    pid=os.getpid(),
+                    started_at=self._started_at,
+                    engine=self._engine,
+                    ranks=self._ranks,
+                    role=self._role_record(role),
+                    weight_version=self._weight_version,
+                    columns=role.capture.table,
+                )
+            )
+        except OSError as error:
+            self._installation.report("metadata_dir", error)
+
         try:
             counted: set[int] = set()
             for earlier in self._roles.values():

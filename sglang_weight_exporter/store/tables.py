@@ -1,0 +1,265 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Pointer tables of this host, for programs that read them: consistent, and told when they change.
+
+A table is consistent when no update was in progress from before it was read until after it. What
+decides is the snapshot: an update writes it before it touches a tensor. The table lock does more,
+where ``SGLANG_WEIGHT_EXPORTER_READER_WAIT_SECONDS`` is set: an update that finds a reader inside
+waits for it. Nothing stays locked when a reader or an engine dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_weight_exporter.records import (
+    Engine,
+    Ranks,
+    Region,
+    Role,
+    Row,
+    Snapshot,
+    WeightTable,
+    table_regions,
+    table_rows,
+)
+from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader, UnreadableError
+from sglang_weight_exporter.store.runtime_dir import VARIABLE, RuntimeDir
+
+#: How often a waiting reader looks again, in seconds.
+_LOOK_AGAIN = 0.005
+
+
+class TableError(Exception):
+    """No consistent table can be had; the message says why."""
+
+
+class UpdateInProgressError(TableError):
+    """Weights are being updated, and were for as long as the reader would wait."""
+
+
+class RankGoneError(TableError):
+    """The engine process has ended: its addresses mean nothing any more."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """The pointer table of one model of one rank, as it was when no update was in progress."""
+
+    rank_id: str
+    #: Of the engine process, whose addresses these are.
+    pid: int
+    started_at: float
+    engine: Engine
+    ranks: Ranks
+    role: Role
+    weight_version: str
+    columns: WeightTable
+
+    @property
+    def update(self) -> int:
+        """Number of the load or update that made the weights what they are."""
+        return 0 if self.role.last_update is None else self.role.last_update.sequence
+
+    @property
+    def released(self) -> bool:
+        """Whether the memory behind the addresses has been given back for now."""
+        resident = self.role.resident
+        held = sum(part.nbytes for part in self.role.weights or ())
+        return resident is not None and held > 0 and not any(resident.values())
+
+    def rows(self) -> Iterator[Row]:
+        """Named tensors in the model's order: parameters, then buffers."""
+        return table_rows(self.columns)
+
+    def regions(self) -> Iterator[Region]:
+        """Contiguous runs inside one allocation, by device and address."""
+        return table_regions(self.columns)
+
+
+class TableReader:
+    """Reads the table of one role of one rank, again and again."""
+
+    def __init__(self, directory: RankDirectory, role: str) -> None:
+        self.directory = directory
+        self.role = role
+
+    def read(self, timeout: float = 0.0) -> Table:
+        """A consistent table, waiting up to ``timeout`` seconds for one.
+
+        Raises :class:`UpdateInProgressError`, :class:`RankGoneError`, or :class:`TableError` when
+        the table could not be captured.
+        """
+        with self.hold(timeout) as table:
+            return table
+
+    @contextlib.contextmanager
+    def hold(self, timeout: float = 0.0) -> Iterator[Table]:
+        """A consistent table, and the table lock, shared, for as long as the block runs.
+
+        An update waits for the end of the block for at most the engine's
+        ``SGLANG_WEIGHT_EXPORTER_READER_WAIT_SECONDS``, by default not at all: whoever reads
+        memory at these addresses asks :meth:`is_current` before using what it read.
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            with self._shared_lock() as shared:
+                table, obstacle = self._attempt() if shared else (None, self._busy())
+                if table is not None:
+                    yield table
+                    return
+            if not self.directory.is_alive():
+                raise RankGoneError(
+                    f"The engine process of rank {self.directory.rank_id} has ended, so its "
+                    f"addresses mean nothing any more. Look for the tables that there are now."
+                )
+            if time.monotonic() >= deadline:
+                raise obstacle
+            time.sleep(min(_LOOK_AGAIN, max(0.0, deadline - time.monotonic())))
+
+    def is_current(self, table: Table) -> bool:
+        """Whether nothing has begun to change the weights since the table was read."""
+        try:
+            role = self._role(self.directory.snapshot())
+        except (OSError, TableError, UnreadableError):
+            return False
+        return self.directory.is_alive() and _state(role) == _state(table.role)
+
+    def wait_for_change(self, table: Table, timeout: float) -> Table:
+        """The table after the next load or update, also one in place that moved nothing.
+
+        Raises ``TimeoutError`` when there was none in ``timeout`` seconds, and otherwise what
+        :meth:`read` raises.
+        """
+        deadline = time.monotonic() + timeout
+        while self.is_current(table):
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"The weights did not change in {timeout:g} seconds.")
+            time.sleep(_LOOK_AGAIN)
+        return self.read(max(0.0, deadline - time.monotonic()))
+
+    def _attempt(self) -> tuple[Table | None, TableError]:
+        """A table if it is the same before and after reading, or else why there is none."""
+        try:
+            snapshot = self.directory.snapshot()
+            role = self._role(snapshot)
+            if role.table is None:
+                return None, TableError(
+                    f"There is no table of the {self.role} model of rank {snapshot.rank_id} "
+                    f"(process {snapshot.pid}): the model is not loaded yet, or it could not be "
+                    f"read. `sglang-weight-exporter status` says more."
+                )
+            if _in_progress(role):
+                return None, self._busy()
+            columns = self.directory.table(role.table.file)
+            if _state(self._role(self.directory.snapshot())) != _state(role):
+                return None, self._busy()
+        except FileNotFoundError:
+            return None, self._busy()  # Replaced in this moment, or the rank has gone.
+        except UnreadableError as error:
+            return None, TableError(str(error))
+        return Table(
+            rank_id=snapshot.rank_id,
+            pid=snapshot.pid,
+            started_at=snapshot.started_at,
+            engine=snapshot.engine,
+            ranks=snapshot.ranks,
+            role=role,
+            weight_version=snapshot.weight_version,
+            columns=columns,
+        ), TableError()
+
+    def _role(self, snapshot: Snapshot) -> Role:
+        for role in snapshot.roles:
+            if role.name == self.role:
+                return role
+        raise TableError(f"Rank {snapshot.rank_id} has no model with the role {self.role}.")
+
+    def _busy(self) -> TableError:
+        return UpdateInProgressError(
+            f"The weights of the {self.role} model of rank {self.directory.rank_id} are being "
+            f"updated, so the table may be a mixture of old and new. Wait longer for its end."
+        )
+
+    @contextlib.contextmanager
+    def _shared_lock(self) -> Iterator[bool]:
+        """The table lock, shared; ``False`` while an update has it."""
+        try:
+            # Opened for reading: the runtime directory may be mounted read-only.
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(self.directory.path / "table.lock", flags)
+        except FileNotFoundError:
+            yield False
+            return
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                shared = True
+            except BlockingIOError:
+                shared = False
+            yield shared
+        finally:
+            os.close(descriptor)
+
+
+def _in_progress(role: Role) -> bool:
+    """Whether an update is going on, for a reader that has the table lock.
+
+    Before SGLang 0.5.21 an update of several calls may have no end. No call of it is running,
+    because that would have the lock, and after the idle time none counts as coming.
+    """
+    progress = role.in_progress
+    return progress is not None and (
+        progress.idle_seconds is None
+        or progress.calls == 0
+        or time.time() - progress.last_call_at <= progress.idle_seconds
+    )
+
+
+def _state(role: Role) -> tuple[object, ...]:
+    """What is different after anything has touched the weights or begun to."""
+    progress = role.in_progress
+    return (
+        None if progress is None else (progress.started_at, progress.calls),
+        None if role.last_update is None else role.last_update.sequence,
+        None if role.table is None else role.table.sha256,
+        role.resident,
+    )
+
+
+def open_tables(
+    runtime_dir: Path | None = None,
+    *,
+    engine: str | None = None,
+    role: str | None = None,
+) -> list[TableReader]:
+    """A reader for each model of each rank that is alive on this host, in a stable order.
+
+    ``runtime_dir``: the engine's ``SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR``; the default is the same
+    as the engine's. Raises :class:`RuntimeDirError` when it cannot be trusted.
+    """
+    directory = RuntimeDir.open(runtime_dir or _from_environ(), os.environ)
+    return [
+        TableReader(rank, found.name)
+        for rank, snapshot in sorted(SnapshotReader(directory).read(), key=_order)
+        for found in snapshot.roles
+        if engine in {None, snapshot.engine.name} and role in {None, found.name}
+    ]
+
+
+def _from_environ() -> Path | None:
+    path = os.environ.get(VARIABLE, "").strip()
+    return Path(path).expanduser().absolute() if path else None
+
+
+def _order(found: tuple[RankDirectory, Snapshot]) -> tuple[str, int, int, int, float]:
+    snapshot = found[1]
+    ranks = snapshot.ranks
+    dp = -1 if ranks.dp is None else ranks.dp
+    return snapshot.engine.name, dp, ranks.pp, ranks.tp, snapshot.started_at
