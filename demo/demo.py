@@ -49,23 +49,23 @@ def step(title: str) -> Iterator[None]:
     done, started = threading.Event(), time.monotonic()
     outcome = styled("31", "failed")
 
-    def show(end: str) -> None:
-        print(f"\r  {title:<52} {time.monotonic() - started:4.0f} s", end=end, flush=True)
-
     def count() -> None:
         while not done.wait(0.5):
-            show("")
+            print(f"\r  {title:<58} {time.monotonic() - started:4.0f} s", end="", flush=True)
 
+    print(f"  {title:<58}", end="", flush=True)
+    counter = threading.Thread(target=count, daemon=True)
     if TERMINAL:
-        threading.Thread(target=count, daemon=True).start()
-    else:
-        print(f"  {title} ...", flush=True)
+        counter.start()
     try:
         yield
         outcome = styled("32", "done")
     finally:
         done.set()
-        show(f"  {outcome}\n")
+        if TERMINAL:
+            counter.join()
+            print(f"\r  {title:<58}", end="")
+        print(f" {time.monotonic() - started:4.0f} s  {outcome}", flush=True)
 
 
 def gpu_here() -> bool:

@@ -19,7 +19,8 @@ import tiny_model
 from engines import Engine, Scrape, eventually, http_get
 
 SOURCES = {"disk", "distributed", "tensor", "ipc", "p2p", "eplb", "external"}
-RANKS = {"engine": ("0", "1"), "old_engine": ("0",)}
+# Without data parallelism SGLang has no dp_rank.
+RANKS = {"engine": ("0", "1"), "old_engine": ("",)}
 BFLOAT16 = 2
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -159,6 +160,9 @@ def test_a_reload_that_fails_counts_a_failure_and_no_update(served: Served, tmp_
     for rank in served.ranks:
         name = "sglang_weight_last_update_timestamp_seconds"
         assert after.one(name, dp_rank=rank) == before.one(name, dp_rank=rank)
+    status_now = served.engine.exporter_cli("status")
+    assert status_now.returncode == 1
+    assert "failed" in status_now.stdout + status_now.stderr
 
 
 def test_promtool_finds_nothing_to_say(served: Served) -> None:
@@ -194,11 +198,14 @@ def test_the_log_says_once_where_the_metrics_are(served: Served) -> None:
     assert len(lines) == 1, served.engine.log()
 
 
-def test_status_is_well(served: Served) -> None:
+def test_status_is_well_once_an_update_succeeds(served: Served) -> None:
+    code, answer = served.engine.update_weights_from_disk(served.engine.model)
+    assert code == 200, answer
     status = served.engine.exporter_cli("status")
     assert status.returncode == 0, status.stdout + status.stderr
-    assert str(served.engine.exporter_port) in status.stdout
-    assert str(served.engine.model) in status.stdout
+    assert f":{served.engine.exporter_port}/metrics" in status.stdout
+    assert status.stdout.count(str(served.engine.model)) >= len(served.ranks)
+    assert status.stdout.count("target") == len(served.ranks)
     assert status.stderr == ""
 
 
