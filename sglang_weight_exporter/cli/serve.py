@@ -28,6 +28,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "tls_cert_file",
         "tls_key_file",
         "tls_client_ca_file",
+        "span_table",
+        "span_table_names",
     )
     # The lock that a rank hands down to the process it starts.
     parser.add_argument("--lock-fd", type=int, help=argparse.SUPPRESS)

@@ -1,0 +1,48 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What ``sglang-weight-exporter run`` puts on PYTHONPATH: Python imports it when it starts.
+
+In site-packages the ``.pth`` does the same. Where that cannot be written, only PYTHONPATH reaches
+every process of an engine, those that it spawns included. A ``sitecustomize`` that was there
+before is run as well.
+"""
+
+import os
+import sys
+
+
+def _arm() -> None:
+    here = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
+    # Nobody else is to find this directory, the other sitecustomize's importer first of all.
+    sys.path[:] = [path for path in sys.path if path != here]
+    word = os.environ.get("SGLANG_WEIGHT_EXPORTER_DISABLED", "").strip().lower()
+    if word in ("1", "true", "yes", "on"):
+        return
+    # The package may lie among the packages of another environment. From there it is imported,
+    # and nothing else: a second torch or a stray optional dependency must not be found.
+    parent = os.path.dirname(os.path.dirname(os.path.dirname(here)))  # noqa: PTH120
+    sys.path.append(parent)
+    try:
+        from sglang_weight_exporter import bootstrap
+
+        bootstrap.arm()
+    except Exception as error:
+        sys.stderr.write("sglang_weight_exporter: not active ({!r}).\n".format(error))  # noqa: UP032
+    finally:
+        sys.path.remove(parent)
+
+
+def _run_the_other() -> None:
+    ours = sys.modules.pop("sitecustomize", None)
+    try:
+        import sitecustomize  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError as error:
+        if error.name != "sitecustomize":
+            raise
+    finally:
+        if ours is not None:  # Python's import of this very file looks for it there.
+            sys.modules.setdefault("sitecustomize", ours)
+
+
+_arm()
+_run_the_other()
