@@ -80,6 +80,8 @@ class _OpenUpdate:
     started_at: float
     last_call_at: float
     session: bool = False
+    #: SGLang will report the end: of a session, or of a rebalance.
+    bounded: bool = False
     calls: int = 0
     failed: bool = False
     effect: Effect = "unchanged"
@@ -92,8 +94,16 @@ class _OpenUpdate:
         if not succeeded:
             self.failed = True
             self.message = message
-        if effect == "undefined" or self.effect == "unchanged":
-            self.effect = effect
+        effects = {self.effect, effect}
+        if "undefined" in effects or (self.failed and "changed" in effects):
+            self.effect = "undefined"  # Some buckets of several are in, and some are not.
+        elif "changed" in effects:
+            self.effect = "changed"
+
+    def record_refusal(self, message: str) -> None:
+        """All calls succeeded, and what SGLang does after them did not: the cache keeps what the
+        old weights left in it. The weights are the new ones."""
+        self.failed, self.message = True, message
 
 
 @dataclass
@@ -121,6 +131,8 @@ class _Role:
     changes: dict[Change, int] = field(default_factory=lambda: dict.fromkeys(CHANGES, 0))
     open: _OpenUpdate | None = None
     last_update: Update | None = None
+    #: When a load began that has left placeholders, whose values come later.
+    loading_since: float | None = None
     #: A load whose event waits until the pools are allocated: the table still changes till then.
     unreported_load: Update | None = None
 
@@ -164,20 +176,38 @@ class Observer:
         self._generation = 0
         self._request: _Request | None = None
         self._moving_experts = False
+        #: Inside a rebalance, which goes on between forward passes.
+        self._rebalancing = False
+        #: Calls since the first runner's session began.
+        self._session_calls = 0
         self._dp_rank: int | None = None
         self._weight_version = ""
         self._operations: dict[str, OperationCounts] = {}
         self._groups: set[str] = set()
         self._released: set[str] = set()
         self._snapshot_seconds: float | None = None
+        #: Inside ``Scheduler.__init__``, whose end reports the loads.
+        self._starting = False
 
-    # The life of a model runner.
+    # The life of a rank and of its model runners.
 
-    def construct(self, call: Call) -> Around:
-        """``ModelRunner.__init__``: loads the model somewhere inside, and changes it after that."""
+    def start(self, call: Call) -> Around:
+        """``Scheduler.__init__``: a draft gives up its own embeddings for the target's after its
+        pools are allocated, so the tables are true only when this has ended."""
         dp_rank = call.argument("dp_rank")
         if dp_rank is not None:
             self._dp_rank = int(dp_rank)
+        self._starting = True
+        yield
+        self._starting = False
+        for role in self._roles.values():
+            if role.loaded_at is not None:
+                self._scan(role)
+            self._report_load(role)
+        self._write()
+
+    def construct(self, call: Call) -> Around:
+        """``ModelRunner.__init__``: loads the model somewhere inside, and changes it after that."""
         outcome = yield
         role = self._find_role(call.owner)
         if role is not None and outcome.error is None:
@@ -197,10 +227,13 @@ class Observer:
         self._write()
         outcome = yield
         ended_at = self._clock()
-        if outcome.error is None:
+        if getattr(call.owner, "startup_weight_load", None) is not None:
+            role.loading_since = started_at
+        elif outcome.error is None:
             if first:
                 role.loaded_at, role.load_seconds = ended_at, ended_at - started_at
             role.updated_at = ended_at
+        if outcome.error is None:
             role.model_path = _model_path(call.owner)
             self._weight_version = self._weight_version or str(
                 identity.server_setting(call.owner, "weight_version") or ""
@@ -229,14 +262,24 @@ class Observer:
         placeholders and the values have come only now."""
         outcome = yield
         role = self._find_role(call.owner)
-        if role is None or getattr(call.owner, "startup_weight_load", None) is None:
+        if role is None or role.loading_since is None or role.unreported_load is None:
             return
-        if outcome.error is None and role.loaded_at is not None and role.load_seconds is not None:
-            started_at = role.loaded_at - role.load_seconds
-            role.loaded_at = role.updated_at = self._clock()
-            role.load_seconds = role.loaded_at - started_at
-            self._scan(role)
-            self._write()
+        started_at, role.loading_since = role.loading_since, None
+        ended_at = self._clock()
+        failed = outcome.error is not None
+        if not failed:
+            role.loaded_at = role.updated_at = ended_at
+            role.load_seconds = ended_at - started_at
+        role.last_update = role.unreported_load = msgspec.structs.replace(
+            role.unreported_load,
+            ended_at=ended_at,
+            succeeded=not failed,
+            effect="undefined" if failed else "changed",
+            message=repr(outcome.error) if failed else "",
+        )
+        self._scan(role)
+        self._report_load(role)
+        self._write()
 
     def allocate_kv_pool(self, call: Call) -> Around:
         """Allocation of the KV pool, and its resize once CUDA graphs are captured."""
@@ -253,22 +296,15 @@ class Observer:
     def update(self, call: Call) -> Around:
         """One call that writes weights: a whole update, or one bucket of it."""
         role = self._role(call.owner)
-        source = call.target.source
-        if role is None or source is None:
+        way = call.target.source
+        if role is None or way is None:
             return
-        if self._moving_experts:
-            source = "eplb"
+        source: Source = "eplb" if self._moving_experts else way
         own = self._begin(role, source)
         outcome = yield
         succeeded, message = _verdict(outcome)
-        effect = _effect(source, outcome, succeeded, message)
-        open_ = role.open
-        if open_ is None:
-            return
-        open_.source = source
-        open_.record(succeeded, effect, message, self._clock())
-        counts = role.updates[source]
-        role.updates[source] = msgspec.structs.replace(counts, calls=counts.calls + 1)
+        effect = _effect(way, outcome, succeeded, message)
+        self._record(role, source, succeeded, effect, message)
         if own and self._request is None and source in {"disk", "ipc"}:
             self._end(role)
         else:
@@ -280,15 +316,22 @@ class Observer:
         outcome = yield
         if role is not None and role.open is not None and outcome.error is not None:
             role.open.source = call.target.source
-            role.open.record(False, "unchanged", str(outcome.error), self._clock())
+            role.open.record(False, "unchanged", _verdict(outcome)[1], self._clock())
+            self._write()
 
     def begin_session(self, call: Call) -> Around:
         """An update with a beginning and an end, and any number of calls between."""
         role = self._role(call.owner)
+        if role is None:
+            return
+        if role.open is not None and role.open.session and role.open.calls == 0:
+            role.open = None  # The one before came to nothing: another runner's could not begin.
+        if not any(other.open is not None and other.open.session for other in self._roles.values()):
+            self._session_calls = 0
+        self._begin(role, None, session=True)
         outcome = yield
-        if role is not None and outcome.error is None:
-            self._begin(role, None, session=True)
-            self._write()
+        if outcome.error is not None:
+            self._end(role)  # Quantized weights are unpacked in place: perhaps some of them.
 
     def end_session(self, call: Call) -> Around:
         """The session is over, and weights that were unpacked for it are packed again."""
@@ -297,21 +340,18 @@ class Observer:
         if role is None or role.open is None:
             return
         open_ = role.open
-        if open_.calls == 0:
-            # Nothing came through SGLang: a peer wrote into the tensors (RDMA).
-            open_.source = "p2p"
-            if outcome.error is None:
-                open_.record(True, "changed", "", self._clock())
-                counts = role.updates["p2p"]
-                role.updates["p2p"] = msgspec.structs.replace(counts, calls=counts.calls + 1)
         if outcome.error is not None:
-            open_.failed, open_.effect = True, "undefined"
-            open_.message = repr(outcome.error)
-        open_.last_call_at = self._clock()
+            open_.source = open_.source or "p2p"
+            open_.record(False, "undefined", _verdict(outcome)[1], self._clock())
+        elif self._session_calls == 0 and call.argument("run_post_load"):
+            # Nothing came through SGLang: a peer wrote into the tensors (RDMA).
+            self._record(role, "p2p", True, "changed", "")
+        if open_.calls:
+            open_.last_call_at = self._clock()
         self._end(role)
         if outcome.error is not None:
             self._begin(role, open_.source, session=True)  # SGLang leaves the session open.
-            self._write()
+        self._write()
 
     def request(self, call: Call) -> Around:
         """A request of the scheduler: where updates of several calls or runners end."""
@@ -327,24 +367,29 @@ class Observer:
             ):
                 self._end(role)
         self._number += 1
-        self._request = _Request(
+        self._request = served = _Request(
             number=self._number,
             flush_cache=bool(getattr(request, "flush_cache", False)),
             weight_version=version,
         )
         outcome = yield
-        served, self._request = self._request, None
+        self._request = None
         succeeded, message = _verdict(outcome)
-        for role in self._roles.values():
-            open_ = role.open
-            if open_ is None or open_.session:
+        open_roles = [(role, role.open) for role in self._roles.values() if role.open is not None]
+        only_flush_failed = not succeeded and not any(open_.failed for _, open_ in open_roles)
+        for role, open_ in open_roles:
+            if only_flush_failed and open_.calls:
+                open_.record_refusal(message)
+            if outcome.error is not None and open_.calls:
+                self._end(role)  # Also a session: the exception ends the engine.
                 continue
-            if version and not open_.failed:
+            if open_.session:
+                continue
+            if version and open_.effect == "changed":
                 open_.weight_version = self._weight_version = version
-            if not succeeded and not open_.failed:
-                open_.message = message  # The weights changed, and what follows it went wrong.
-            if open_.source in {"disk", "ipc"} or served.flush_cache:
+            if not succeeded or served.flush_cache or open_.source in {"disk", "ipc"}:
                 self._end(role)
+        self._write()
 
     def change_version(self, call: Call) -> Around:
         """SGLang took note of a new weight version."""
@@ -357,20 +402,6 @@ class Observer:
                     role.open.weight_version = self._weight_version
             self._write()
 
-    # Experts that move between ranks.
-
-    def rebalance(self, call: Call) -> Around:
-        """A rebalance moves experts layer by layer; all of it is one update."""
-        role = self._target()
-        yield
-        if role is not None and role.open is not None and role.open.source == "eplb":
-            self._end(role)
-
-    def move_experts(self, call: Call) -> Around:
-        """Some layers' experts move, from peers or again from disk."""
-        role = self._target()
-        if role is None or self._moving_experts:
-            return
     def external(self, call: Call) -> Around:
         """Code beside SGLang changes weights by its own means and says so."""
         role = self._role(call.owner)
@@ -379,32 +410,39 @@ class Observer:
             return
         own = self._begin(role, source)
         outcome = yield
-        open_ = role.open
-        if open_ is None:
-            return
-        open_.source = source
         succeeded, message = _verdict(outcome)
-        open_.record(succeeded, "changed" if succeeded else "undefined", message, self._clock())
-        counts = role.updates[source]
-        role.updates[source] = msgspec.structs.replace(counts, calls=counts.calls + 1)
+        self._record(role, source, succeeded, "changed" if succeeded else "undefined", message)
         if own:
             self._end(role)
         else:
             self._write()
 
-        self._begin(role, "eplb")
+    # Experts that move between ranks.
+
+    def rebalance(self, call: Call) -> Around:
+        """A rebalance moves experts layer by layer; all of it is one update."""
+        self._rebalancing = True
+        yield
+        self._rebalancing = False
+        role = self._target()
+        if role is not None and role.open is not None and role.open.source == "eplb":
+            self._end(role)
+
+    def move_experts(self, call: Call) -> Around:
+        """Some layers' experts move, from peers or again from disk."""
+        role = self._target()
+        if role is None or self._moving_experts:
+            return
+        self._begin(role, "eplb", bounded=self._rebalancing)
         self._moving_experts = True
         outcome = yield
         self._moving_experts = False
-        open_ = role.open
-        if open_ is None:
-            return
-        failed = outcome.error is not None
-        message = repr(outcome.error) if failed else ""
-        open_.record(not failed, "undefined" if failed else "changed", message, self._clock())
-        counts = role.updates["eplb"]
-        role.updates["eplb"] = msgspec.structs.replace(counts, calls=counts.calls + 1)
-        self._write()
+        succeeded, message = _verdict(outcome)
+        self._record(role, "eplb", succeeded, "changed" if succeeded else "undefined", message)
+        if self._rebalancing:
+            self._write()
+        else:
+            self._end(role)
 
     # Memory that is given back and taken again.
 
@@ -455,19 +493,24 @@ class Observer:
         outcome = yield
         self._count_operation(call.target.name, outcome)
 
+    def read(self, call: Call) -> Around:
+        """``get_weights_by_name``, which logs an error and answers with nothing."""
+        outcome = yield
+        found = outcome.result is not None
+        self._count_operation(call.target.name, outcome, failed=not found)
+
     def check(self, call: Call) -> Around:
         """``check_weights``; its action ``reset_tensors`` overwrites the weights."""
-        resets = call.argument("action") == "reset_tensors"
         role = self._role(call.owner)
-        if resets and role is not None:
-            self._begin(role, "external")
+        if role is None or call.argument("action") != "reset_tensors":
+            outcome = yield
+            self._count_operation(call.target.name, outcome)
+            return
+        own = self._begin(role, "external")
         outcome = yield
-        if resets and role is not None and role.open is not None:
-            failed = outcome.error is not None
-            effect: Effect = "undefined" if failed else "changed"
-            role.open.record(not failed, effect, str(outcome.error or ""), self._clock())
-            counts = role.updates["external"]
-            role.updates["external"] = msgspec.structs.replace(counts, calls=counts.calls + 1)
+        succeeded, message = _verdict(outcome)
+        self._record(role, "external", succeeded, "changed" if succeeded else "undefined", message)
+        if own:
             self._end(role)
         self._count_operation(call.target.name, outcome)
 
@@ -479,10 +522,11 @@ class Observer:
             self._scan(role)
         self._count_operation(call.target.name, outcome)
 
-    def _count_operation(self, operation: str, outcome: Outcome) -> None:
+    def _count_operation(self, operation: str, outcome: Outcome, *, failed: bool = False) -> None:
         counts = self._operations.get(operation, OperationCounts())
+        failed = failed or not _verdict(outcome)[0]
         self._operations[operation] = OperationCounts(
-            calls=counts.calls + 1, failures=counts.failures + (not _verdict(outcome)[0])
+            calls=counts.calls + 1, failures=counts.failures + failed
         )
         self._write()
 
@@ -549,14 +593,17 @@ class Observer:
 
     # Updates.
 
-    def _begin(self, role: _Role, source: Source | None, *, session: bool = False) -> bool:
+    def _begin(
+        self, role: _Role, source: Source | None, *, session: bool = False, bounded: bool = False
+    ) -> bool:
         """Open an update, or find the one that is open; whether this call opened it."""
         now = self._clock()
         open_ = role.open
-        if open_ is not None and not open_.session and now - open_.last_call_at > IDLE_SECONDS:
-            self._end(role)
-            open_ = None
-        if open_ is not None:
+        if open_ is not None and not open_.session:
+            idle = not open_.bounded and now - open_.last_call_at > IDLE_SECONDS
+            if idle or open_.source != source:
+                self._end(role)
+        if role.open is not None:
             self._lock_table()
             return False
         if self._request is None:
@@ -567,12 +614,23 @@ class Observer:
             started_at=now,
             last_call_at=now,
             session=session,
+            bounded=session or bounded,
             weight_version="" if self._request is None else self._request.weight_version,
         )
-        if not session:
-            self._write()
+        self._write()
         self._lock_table()
         return True
+
+    def _record(
+        self, role: _Role, source: Source, succeeded: bool, effect: Effect, message: str
+    ) -> None:
+        """One call of the open update has returned."""
+        counts = role.updates[source]
+        role.updates[source] = msgspec.structs.replace(counts, calls=counts.calls + 1)
+        self._session_calls += 1
+        if role.open is not None:
+            role.open.source = source
+            role.open.record(succeeded, effect, message, self._clock())
 
     def _lock_table(self) -> None:
         """Weights are about to be written, and the snapshot says so already."""
@@ -582,7 +640,7 @@ class Observer:
     def _end(self, role: _Role) -> None:
         """Close the open update: look at the memory again, count, report."""
         open_, role.open = role.open, None
-        if open_ is None or open_.source is None:
+        if open_ is None:
             return
         runner = role.runner()
         before = role.capture
@@ -590,17 +648,20 @@ class Observer:
         for other in self._roles.values():
             if other is not role and other.open is None:
                 self._scan(other)
+        if open_.source is None:
+            self._write()  # A session in which nothing was written to this runner.
+            return
         changed = open_.effect != "unchanged"
         changes = compare(before, role.capture)
         trace_id = self._trace_id(open_.number)
         counts = role.updates[open_.source]
         role.updates[open_.source] = msgspec.structs.replace(
             counts,
-            updates=counts.updates + (not open_.failed),
+            updates=counts.updates + (open_.effect == "changed"),
             failures=counts.failures + open_.failed,
             duration=counts.duration.observe(open_.last_call_at - open_.started_at),
-            trace_id=counts.trace_id if open_.failed else trace_id,
-            updated_at=counts.updated_at if open_.failed else open_.last_call_at,
+            trace_id=trace_id if open_.effect == "changed" else counts.trace_id,
+            updated_at=open_.last_call_at if open_.effect == "changed" else counts.updated_at,
         )
         if changed:
             role.updated_at = open_.last_call_at
@@ -627,6 +688,8 @@ class Observer:
         self._write()
 
     def _report_load(self, role: _Role) -> None:
+        if self._starting or role.loading_since is not None:
+            return
         load, role.unreported_load = role.unreported_load, None
         if load is not None:
             self._report(role, load)
@@ -634,6 +697,7 @@ class Observer:
     def _report(self, role: _Role, update: Update) -> None:
         if self._store is None:
             return
+        self._keep_metadata(role, self._store)
         self._events += 1
         event = Event(
             number=self._events,
@@ -650,24 +714,7 @@ class Observer:
         )
         role.reported = role.capture
         self._store.append_event(event)
-        self._keep_metadata(role, self._store)
 
-    def _trace_id(self, number: int) -> str:
-        """The same on every rank of the engine, without a word between them."""
-        facts = f"{self._engine.instance}|{number}"
-        return hashlib.sha256(facts.encode()).hexdigest()[:32]
-
-    # Looking and writing.
-
-    def _scan(self, role: _Role) -> None:
-        """Read pointers and bytes of a role again. What cannot be read becomes absent."""
-        started = time.perf_counter()
-        runner = role.runner()
-        try:
-            self._scan_weights(role, getattr(runner, "model", None))
-        except Exception as error:
-            role.capture = role.table = None
-            self._installation.report("capture", error)
     def _keep_metadata(self, role: _Role, store: RankStore) -> None:
         """Bring the ``weights_metadata`` files up to date, where somebody wants them."""
         if self._metadata is None:
@@ -691,6 +738,22 @@ class Observer:
         except OSError as error:
             self._installation.report("metadata_dir", error)
 
+    def _trace_id(self, number: int) -> str:
+        """The same on every rank of the engine, without a word between them."""
+        facts = f"{self._engine.instance}|{number}"
+        return hashlib.sha256(facts.encode()).hexdigest()[:32]
+
+    # Looking and writing.
+
+    def _scan(self, role: _Role) -> None:
+        """Read pointers and bytes of a role again. What cannot be read becomes absent."""
+        started = time.perf_counter()
+        runner = role.runner()
+        try:
+            self._scan_weights(role, getattr(runner, "model", None))
+        except Exception as error:
+            role.capture = role.table = None
+            self._installation.report("capture", error)
         try:
             counted: set[int] = set()
             for earlier in self._roles.values():
@@ -805,7 +868,7 @@ class Observer:
                 last_call_at=role.open.last_call_at,
                 calls=role.open.calls,
                 failed=role.open.failed,
-                idle_seconds=None if role.open.session else IDLE_SECONDS,
+                idle_seconds=None if role.open.bounded else IDLE_SECONDS,
             ),
             last_update=role.last_update,
         )
@@ -853,13 +916,29 @@ def _effect(source: Source, outcome: Outcome, succeeded: bool, message: str) -> 
     if succeeded:
         return "changed"
     error = outcome.error
-    if isinstance(error, (AssertionError, NotImplementedError)) or "[weight_cache]" in message:
-        return "unchanged"  # Refused before anything was touched.
     if error is not None:
-        return "undefined"
+        return "unchanged" if _refused(error, message) else "undefined"
     if source == "disk":
         # The rollback reads the new checkpoint again, in every release.
         return "undefined" if message.startswith("Failed to update weights") else "unchanged"
     if source == "ipc":
-        return "unchanged" if "ImportError" in message else "undefined"
+        refused = "ImportError" in message or message.startswith(_REFUSALS)
+        return "unchanged" if refused else "undefined"
     return "undefined" if "partially updated" in message else "unchanged"
+
+
+#: Beginnings of messages that SGLang gives before it has touched anything: a weight cache shared
+#: with other engines, derived weights that cannot follow, an unknown format, no update group.
+_REFUSALS = (
+    "[weight_cache]",
+    "Online weight updates are not supported",
+    "Unknown load_format",
+    "Group ",
+)
+
+
+def _refused(error: BaseException, message: str) -> bool:
+    if isinstance(error, (AssertionError, NotImplementedError, RuntimeError)):
+        return message.startswith(_REFUSALS)
+    # Until 0.4.8 the group is looked up as an attribute that only its creation sets.
+    return isinstance(error, AttributeError) and "_model_update_group" in message

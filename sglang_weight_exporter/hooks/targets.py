@@ -221,7 +221,7 @@ TARGETS: tuple[Target, ...] = (
     *_runner_then(
         "destroy_weights_update_group", "close_group", "0.5.3.post3", reads=("group_name",)
     ),
-    *_runner_then("get_weights_by_name", "operate", "0.4.1", EXPORTER),
+    *_runner_then("get_weights_by_name", "read", "0.4.1", EXPORTER),
     *_runner_then("save_remote_model", "operate", "0.4.4.post4", EXPORTER),
     *_runner_then("save_sharded_model", "operate", "0.4.4.post4", EXPORTER),
     *_runner_then("send_weights_to_remote_instance", "operate", "0.5.3.post3", EXPORTER),

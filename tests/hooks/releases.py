@@ -80,7 +80,7 @@ def fetch(version: str) -> Path:
         kept = Path(directory) / sources.name
         with (
             zipfile.ZipFile(wheel) as full,
-            zipfile.ZipFile(kept, "w", zipfile.ZIP_DEFLATED) as zip,
+            zipfile.ZipFile(kept, "w", zipfile.ZIP_DEFLATED) as small,
         ):
             for name in full.namelist():
                 if name.startswith("sglang/srt/") and name.endswith(".py"):
