@@ -77,6 +77,10 @@ class Settings:
     reader_wait_seconds: float = _setting(
         0.0, _seconds, "how long an update waits for readers of the table"
     )
+    span_table: bool = _setting(True, _switch, "whether spans carry the pointer table")
+    span_table_names: str = _setting(
+        "", str, "regular expression: of the table, spans carry only the tensors that it finds"
+    )
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> tuple[Settings, list[str]]:

@@ -67,6 +67,18 @@ class RoleView:
         return self.role.name == "target"
 
 
+@dataclass
+class SpanCounts:
+    """What became of the events of this host's ranks, counted by ``export.delivery``."""
+
+    exported: int = 0
+    waiting: int = 0
+    failures: int = 0
+    dropped: dict[str, int] = field(
+        default_factory=lambda: {"queue_full": 0, "refused": 0, "unreadable": 0}
+    )
+
+
 @dataclass(frozen=True)
 class HostView:
     """All that the exporter process knows, as the instruments without identity read it."""
@@ -74,6 +86,9 @@ class HostView:
     snapshots: tuple[Snapshot, ...]
     gpus: tuple[GpuMemory, ...] = ()
     unreadable: int = 0
+    spans: SpanCounts = field(default_factory=SpanCounts)
+    #: When this process began to count.
+    started_at: float = field(default_factory=time.time)
     now: float = field(default_factory=time.time)
 
 
@@ -92,7 +107,8 @@ class Instrument:
 
     name: str
     kind: Literal["gauge", "counter", "histogram"]
-    unit: Literal["By", "s", "{tensor}", "{update}", "1"]
+    #: UCUM, with what is counted in braces; empty where a number has no unit.
+    unit: str
     description: str
     labels: tuple[str, ...] = ()
     read_role: RoleReader | None = None
@@ -239,6 +255,11 @@ def _hooks(view: HostView) -> Iterator[Sample]:
         yield Sample(key, count)
 
 
+def _dropped(view: HostView) -> Iterator[Sample]:
+    for reason, count in view.spans.dropped.items():
+        yield Sample((reason,), count)
+
+
 INSTRUMENTS: tuple[Instrument, ...] = (
     Instrument(
         "sglang_weight_bytes",
@@ -266,7 +287,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
     Instrument(
         "sglang_weight_regions",
         "gauge",
-        "1",
+        "{region}",
         "Contiguous runs of weight memory, merged inside one allocation.",
         read_role=_regions,
     ),
@@ -287,7 +308,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
     Instrument(
         "sglang_weight_update_in_progress",
         "gauge",
-        "1",
+        "{update}",
         "1 inside an update or update session, else 0.",
         read_role=lambda view: _one(float(view.role.in_progress is not None)),
     ),
@@ -310,7 +331,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
     Instrument(
         "sglang_weight_update_calls",
         "counter",
-        "1",
+        "{call}",
         "Calls that wrote weights: one a bucket, several an update.",
         ("source",),
         _by_source(lambda counts: counts.calls),
@@ -348,14 +369,14 @@ INSTRUMENTS: tuple[Instrument, ...] = (
     Instrument(
         "sglang_weight_update_groups",
         "gauge",
-        "1",
+        "{group}",
         "Process groups open for distributed updates.",
         read_role=_target_only(lambda snapshot: snapshot.update_groups),
     ),
     Instrument(
         "sglang_weight_operations",
         "counter",
-        "1",
+        "{call}",
         "Calls that read, save, send or check weights, or change adapters or update groups.",
         ("operation",),
         _operations("calls"),
@@ -363,7 +384,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
     Instrument(
         "sglang_weight_operation_failures",
         "counter",
-        "1",
+        "{call}",
         "Such calls that failed.",
         ("operation",),
         _operations("failures"),
@@ -371,14 +392,14 @@ INSTRUMENTS: tuple[Instrument, ...] = (
     Instrument(
         "sglang_weight_version",
         "gauge",
-        "1",
+        "",
         "SGLang's weight version, where it is a number.",
         read_role=_version,
     ),
     Instrument(
         "sglang_weight_info",
         "gauge",
-        "1",
+        "",
         "Facts that hold while the process lives, for joining; always 1.",
         (
             "model_path",
@@ -409,7 +430,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
     Instrument(
         "sglang_kv_pool_tokens",
         "gauge",
-        "1",
+        "{token}",
         "Capacity of the KV pools in tokens.",
         ("pool",),
         _kv_tokens,
@@ -424,7 +445,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
     Instrument(
         "sglang_lora_adapters",
         "gauge",
-        "1",
+        "{adapter}",
         "LoRA adapters that are loaded.",
         read_role=_lora("adapters"),
     ),
@@ -447,7 +468,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
     Instrument(
         "sglang_weight_exporter_build_info",
         "gauge",
-        "1",
+        "",
         "Version of this exporter; always 1.",
         ("version",),
         read_host=lambda view: [Sample((__version__,), 1)],
@@ -455,14 +476,14 @@ INSTRUMENTS: tuple[Instrument, ...] = (
     Instrument(
         "sglang_weight_exporter_ranks",
         "gauge",
-        "1",
+        "{rank}",
         "Ranks of this host that are alive and have published a snapshot.",
         read_host=lambda view: _one(len(view.snapshots)),
     ),
     Instrument(
         "sglang_weight_exporter_hooks",
         "gauge",
-        "1",
+        "{rank}",
         "Ranks by state of each hook: installed, pending, absent (this SGLang has no such "
         "function) or failed (it should have it).",
         ("target", "state"),
@@ -471,7 +492,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
     Instrument(
         "sglang_weight_exporter_hook_errors",
         "counter",
-        "1",
+        "{error}",
         "Exceptions of ours that were caught inside the engine.",
         read_role=_target_only(lambda snapshot: sum(snapshot.hook_errors.values())),
     ),
@@ -485,9 +506,39 @@ INSTRUMENTS: tuple[Instrument, ...] = (
     Instrument(
         "sglang_weight_exporter_read_errors",
         "counter",
-        "1",
+        "{error}",
         "Files of ranks that this exporter could not read.",
         read_host=lambda view: _one(view.unreadable),
+    ),
+    Instrument(
+        "sglang_weight_exporter_spans_exported",
+        "counter",
+        "{span}",
+        "Spans of loads and updates that the collector has acknowledged.",
+        read_host=lambda view: _one(view.spans.exported),
+    ),
+    Instrument(
+        "sglang_weight_exporter_spans_waiting",
+        "gauge",
+        "{span}",
+        "Loads and updates whose span the collector has not acknowledged yet.",
+        read_host=lambda view: _one(view.spans.waiting),
+    ),
+    Instrument(
+        "sglang_weight_exporter_spans_dropped",
+        "counter",
+        "{span}",
+        "Loads and updates whose span was given up: too many waited (queue_full), the collector "
+        "took others and not this one (refused), or its file is damaged (unreadable).",
+        ("reason",),
+        read_host=_dropped,
+    ),
+    Instrument(
+        "sglang_weight_exporter_span_failures",
+        "counter",
+        "{try}",
+        "Tries at sending a span that the collector did not acknowledge.",
+        read_host=lambda view: _one(view.spans.failures),
     ),
 )
 

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
 
@@ -16,7 +17,7 @@ import msgspec
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.export.instruments import HostView
+from sglang_weight_exporter.export.instruments import HostView, SpanCounts
 from sglang_weight_exporter.export.nvml import Nvml
 from sglang_weight_exporter.export.prometheus import StoreCollector
 from sglang_weight_exporter.export.server import (
@@ -27,6 +28,7 @@ from sglang_weight_exporter.export.server import (
     configure,
     url,
 )
+from sglang_weight_exporter.export.telemetry import Telemetry
 from sglang_weight_exporter.records import Endpoint as EndpointRecord
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.locks import FileLock
@@ -50,15 +52,27 @@ class Exporter:
     """Serves what the store of one runtime directory holds."""
 
     def __init__(
-        self, runtime_dir: RuntimeDir, settings: Settings, *, ends_with_ranks: bool
+        self,
+        runtime_dir: RuntimeDir,
+        settings: Settings,
+        environ: Mapping[str, str],
+        *,
+        ends_with_ranks: bool,
     ) -> None:
         self._runtime_dir = runtime_dir
         self._settings = settings
         self._ends_with_ranks = ends_with_ranks
         self._snapshots = SnapshotReader(runtime_dir, on_unreadable=logger.warning)
         self._nvml = Nvml()
+        self._reading = threading.Lock()
+        self._spans = SpanCounts()
+        self._telemetry = Telemetry(
+            runtime_dir, settings, environ, read=self._read, counts=self._spans
+        )
         self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(StoreCollector(self._read, exemplars=lambda: False))
+        self._registry.register(
+            StoreCollector(self._read, exemplars=lambda: self._telemetry.exports_spans)
+        )
         ProcessCollector(registry=self._registry)
         self._stop = asyncio.Event()
         self._started_at = time.time()
@@ -70,6 +84,7 @@ class Exporter:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         self._announce(None, "")
+        self._telemetry.start()
         tasks = [asyncio.create_task(self._serve()), asyncio.create_task(self._look_after_ranks())]
         stopped = asyncio.create_task(self._stop.wait())
         try:
@@ -80,15 +95,19 @@ class Exporter:
             for task in (*tasks, stopped):
                 task.cancel()
             await asyncio.gather(*tasks, stopped, return_exceptions=True)
+            self._telemetry.stop()
             with contextlib.suppress(OSError):
                 self._runtime_dir.exporter_file.unlink(missing_ok=True)
 
     def _read(self) -> HostView:
-        return HostView(
-            snapshots=tuple(snapshot for _, snapshot in self._snapshots.read()),
-            gpus=tuple(self._nvml.read()),
-            unreadable=self._snapshots.unreadable,
-        )
+        with self._reading:  # A scrape, and the thread that sends metrics.
+            return HostView(
+                snapshots=tuple(snapshot for _, snapshot in self._snapshots.read()),
+                gpus=tuple(self._nvml.read()),
+                unreadable=self._snapshots.unreadable,
+                spans=self._spans,
+                started_at=self._started_at,
+            )
 
     async def _serve(self) -> None:
         application = Endpoint(self._registry)
@@ -130,9 +149,10 @@ class Exporter:
             alive = False
             for directory in rank_directories(self._runtime_dir):
                 try:
+                    self._telemetry.discard(directory)
                     if directory.is_alive():
                         alive = True
-                    else:
+                    elif self._telemetry.is_done_with(directory):
                         directory.remove()
                 except OSError:
                     continue
@@ -163,8 +183,14 @@ def serve(settings: Settings, environ: Mapping[str, str], *, lock_descriptor: in
             f"Another exporter process serves {runtime_dir.path} already. Stop it, or have ranks "
             "start none (SGLANG_WEIGHT_EXPORTER_SERVE=off) and run this one first."
         )
-    asyncio.run(_run(runtime_dir, settings, ends_with_ranks=lock_descriptor is not None))
+    asyncio.run(_run(runtime_dir, settings, environ, ends_with_ranks=lock_descriptor is not None))
 
 
-async def _run(runtime_dir: RuntimeDir, settings: Settings, *, ends_with_ranks: bool) -> None:
-    await Exporter(runtime_dir, settings, ends_with_ranks=ends_with_ranks).run()
+async def _run(
+    runtime_dir: RuntimeDir,
+    settings: Settings,
+    environ: Mapping[str, str],
+    *,
+    ends_with_ranks: bool,
+) -> None:
+    await Exporter(runtime_dir, settings, environ, ends_with_ranks=ends_with_ranks).run()

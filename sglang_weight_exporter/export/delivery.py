@@ -1,0 +1,282 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Waiting events → the collector. An event's file goes once the collector has acknowledged it.
+
+The store is the queue, so what waits outlives this process and the engine. A rank bounds its own
+queue (``store.rank``); what dead ranks left is bounded here. Whatever is given up is counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import msgspec
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+
+from sglang_weight_exporter.export.collector import Collector
+from sglang_weight_exporter.export.instruments import SpanCounts
+from sglang_weight_exporter.export.spans import (
+    EventSpans,
+    SentTable,
+    event_spans,
+    selected,
+)
+from sglang_weight_exporter.records import Event, Record, WeightTable
+from sglang_weight_exporter.store.rank import EVENT_BYTES, event_table_file
+from sglang_weight_exporter.store.reader import (
+    RankDirectory,
+    UnreadableError,
+    rank_directories,
+    read,
+)
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir, write_atomically
+
+logger = logging.getLogger("sglang_weight_exporter")
+
+#: Between two looks at the store.
+LOOK_SECONDS = 1.0
+
+#: Between two tries at a collector that does not answer: from, to, each twice the one before.
+#: The exporter's own retries (``OTEL_EXPORTER_OTLP_TIMEOUT``) come on top.
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 30.0
+
+#: How often an event may fail before others are tried first, and how often it may fail in between
+#: others that the collector takes before it is given up.
+PATIENCE = 5
+REFUSALS = 3
+
+
+#: What dead ranks may leave, all together, before the oldest of them is given up.
+DEAD_BYTES = 4 * EVENT_BYTES
+
+
+class _Exported(Record, frozen=True, kw_only=True):
+    """The file ``exported`` in a rank's directory: which tables the collector has, by role."""
+
+    #: What it holds for: another collector, or another name filter, has none of them.
+    destination: str
+    tables: dict[str, SentTable] = msgspec.field(default_factory=dict)
+
+
+class Delivery:
+    """Sends the events of all ranks, dead ones included, from a thread of its own."""
+
+    def __init__(
+        self,
+        runtime_dir: RuntimeDir,
+        collector: Collector[SpanExporter],
+        counts: SpanCounts,
+        *,
+        table: bool = True,
+        names: re.Pattern[str] | None = None,
+        dead_bytes: int = DEAD_BYTES,
+    ) -> None:
+        self._runtime_dir = runtime_dir
+        self._collector = collector
+        self._counts = counts
+        self._table = table
+        self._names = names
+        self._dead_bytes = dead_bytes
+        self._destination = f"{collector.destination}|{names.pattern if names else ''}"
+        self._failures: Counter[Path] = Counter()
+        self._refusals: Counter[Path] = Counter()
+        self._dropped_by_rank: dict[str, int] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, name="sglang-weight-exporter-spans", daemon=True
+        )
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, seconds: float) -> None:
+        """Send what waits if the collector answers, for at most this long."""
+        self._stop.set()
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        pause = 0.0
+        while True:
+            stopping = self._stop.wait(pause or LOOK_SECONDS)
+            try:
+                delivered = self.deliver()
+            except Exception:
+                logger.exception("Spans could not be sent because of an error in the exporter.")
+                delivered = False
+            if stopping:
+                return
+            if delivered:
+                pause = 0.0
+            else:
+                pause = min(max(2 * pause, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
+                pause *= random.uniform(0.8, 1.0)  # noqa: S311
+
+    def deliver(self) -> bool:
+        """Send all that waits, oldest first. False once the collector did not take something.
+
+        When the first one keeps failing, another is tried before it: if the collector takes that,
+        it refuses the first for what it is, which must not keep the others waiting for ever.
+        """
+        self._bound_dead()
+        waiting = list(self._waiting())
+        self._counts.waiting = len(waiting)
+        paths = {path for _, path in waiting}
+        for counts in (self._failures, self._refusals):
+            for path in counts.keys() - paths:
+                del counts[path]
+        if len(waiting) > 1 and self._failures[waiting[0][1]] >= PATIENCE:
+            other = min(waiting[1:], key=lambda entry: self._failures[entry[1]])
+            waiting.remove(other)
+            waiting.insert(0, other)
+        accepted = False
+        for directory, path in waiting:
+            if self._send(directory, path):
+                accepted = True
+                self._counts.waiting -= 1
+                continue
+            self._failures[path] += 1
+            if accepted:
+                self._refusals[path] += 1
+            if self._refusals[path] >= REFUSALS:
+                self._give_up(
+                    path,
+                    "refused",
+                    f"The collector at {self._collector.destination} refused {path.name} "
+                    f"{REFUSALS} times and took others ({self._collector.last_error()}), so it "
+                    "is given up.",
+                )
+            return False
+        return True
+
+    def _waiting(self) -> Iterator[tuple[RankDirectory, Path]]:
+        for directory in rank_directories(self._runtime_dir):
+            self._count_dropped(directory)
+            for path in directory.events():
+                yield directory, path
+
+    def _send(self, directory: RankDirectory, path: Path) -> bool:
+        """Whether nothing of this event has to wait any more."""
+        try:
+            event = directory.event(path)
+        except FileNotFoundError:
+            return True  # The rank has dropped it in this moment, and counts it.
+        except UnreadableError as error:
+            self._give_up(path, "unreadable", str(error))
+            return True
+        built = self._spans(directory, path, event)
+        for span in built.spans:
+            if not self._collector.take(partial(_export, span)):
+                self._counts.failures += 1
+                return False
+        # In this order: killed between the two, the table is sent once more and never taken for
+        # sent when it is not.
+        path.unlink(missing_ok=True)
+        self._counts.exported += len(built.spans)
+        if built.sent is not None:
+            self._remember(directory, event.role, built.sent)
+        return True
+
+    def _spans(self, directory: RankDirectory, path: Path, event: Event) -> EventSpans:
+        if not self._table:
+            return event_spans(event, None, state="disabled")
+        if event.table is None:
+            return event_spans(event, None, state="missing")
+        sent = self._remembered(directory).get(event.role)
+        if sent is not None and sent.sha256 == event.table.sha256:
+            return event_spans(event, None, state="unchanged", unchanged_since=sent)
+        table = self._read_table(directory, path, event)
+        if table is None:
+            return event_spans(event, None, state="missing")
+        if self._names is not None:
+            table = selected(table, self._names)
+        return event_spans(event, table, state="included")
+
+    def _read_table(self, directory: RankDirectory, path: Path, event: Event) -> WeightTable | None:
+        assert event.table is not None
+        for candidate in (
+            path.with_name(event_table_file(event.table.sha256)),
+            # A rank writes the event before it links the table to it.
+            directory.path / event.table.file,
+        ):
+            try:
+                return read(candidate, WeightTable)
+            except FileNotFoundError:
+                continue
+            except UnreadableError as error:
+                logger.warning("%s", error)
+        return None
+
+    def _remembered(self, directory: RankDirectory) -> dict[str, SentTable]:
+        try:
+            exported = msgspec.json.decode(
+                (directory.path / "exported").read_bytes(), type=_Exported
+            )
+        except (OSError, msgspec.DecodeError):
+            return {}
+        return exported.tables if exported.destination == self._destination else {}
+
+    def _remember(self, directory: RankDirectory, role: str, sent: SentTable) -> None:
+        tables = {**self._remembered(directory), role: sent}
+        record = _Exported(destination=self._destination, tables=tables)
+        try:
+            write_atomically(directory.path / "exported", msgspec.json.encode(record))
+        except OSError:
+            return  # A full disk: the next span carries the table again.
+
+    def _give_up(self, path: Path, reason: str, sentence: str) -> None:
+        logger.warning("%s", sentence)
+        path.unlink(missing_ok=True)
+        self._counts.dropped[reason] += 1
+
+    def _count_dropped(self, directory: RankDirectory) -> None:
+        """Take over what a rank says it dropped because too much waited."""
+        try:
+            dropped = directory.snapshot().events_dropped
+        except (OSError, UnreadableError):
+            return
+        known = self._dropped_by_rank.get(directory.rank_id, 0)
+        self._counts.dropped["queue_full"] += max(0, dropped - known)
+        self._dropped_by_rank[directory.rank_id] = dropped
+
+    def _bound_dead(self) -> None:
+        """Drop what the oldest dead ranks left when all of it is too much."""
+        dead: list[tuple[float, int, RankDirectory]] = []
+        for directory in rank_directories(self._runtime_dir):
+            if directory.is_alive():
+                continue
+            try:
+                status = [path.stat() for path in (directory.path / "events").iterdir()]
+            except FileNotFoundError:
+                continue  # Removed in this moment.
+            if status:
+                newest = max(each.st_mtime for each in status)
+                dead.append((newest, sum(each.st_size for each in status), directory))
+        dead.sort(key=lambda entry: entry[0], reverse=True)
+        total = 0
+        for _, size, directory in dead:
+            total += size
+            if total > self._dead_bytes:
+                events = directory.events()
+                logger.warning(
+                    "%d loads and updates of the rank %s, which has ended, are given up: the "
+                    "collector at %s did not take them, and more than %d bytes wait.",
+                    len(events),
+                    directory.rank_id,
+                    self._collector.destination,
+                    self._dead_bytes,
+                )
+                directory.remove()
+                self._counts.dropped["queue_full"] += len(events)
+
+
+def _export(span: ReadableSpan, exporter: SpanExporter) -> bool:
+    return exporter.export([span]) is SpanExportResult.SUCCESS

@@ -1,0 +1,392 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""An event of the store → OpenTelemetry spans, with the pointer table as span events.
+
+Spans are built whole instead of being recorded by a tracer: they happened in another process, some
+time ago, and must be the same spans when they are sent again. The limits that a tracer puts on
+events and attributes (``OTEL_SPAN_EVENT_COUNT_LIMIT`` and so on, which drop the oldest) do not
+apply; the limits here take their place, and what exceeds them goes to a further span.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import Event as SpanEvent
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import Link, SpanContext, TraceFlags
+from opentelemetry.trace.status import Status, StatusCode
+
+from sglang_weight_exporter import __version__
+from sglang_weight_exporter.records import (
+    SCHEMA_VERSION,
+    Event,
+    Record,
+    Row,
+    WeightTable,
+    table_of_rows,
+    table_rows,
+)
+
+#: Of one span event. A collector's gRPC receiver takes messages of 4 MiB, uncompressed.
+EVENT_ROWS = 2_000
+EVENT_BYTES = 500_000
+
+#: Of one span. Every span is a message of its own.
+SPAN_EVENTS = 100
+SPAN_BYTES = 3_000_000
+
+TABLE_EVENT = "sglang.weights.table"
+
+SCOPE = InstrumentationScope("sglang_weight_exporter", __version__)
+
+AttributeValue = str | bool | int | float | Sequence[str] | Sequence[int]
+Attributes = dict[str, AttributeValue]
+
+#: What a span says of its table: its rows are in the events here; they are the same as in an
+#: earlier span; they are switched off; they could not be read.
+TableState = Literal["included", "unchanged", "disabled", "missing"]
+
+
+class SentTable(Record, frozen=True, kw_only=True):
+    """A table that a collector has acknowledged, and the span that carries it."""
+
+    #: Of the whole table, and of the rows that were sent (the same without a name filter).
+    sha256: str
+    sent_sha256: str
+    rows: int
+    trace_id: str
+    span_id: str
+
+
+@dataclass(frozen=True)
+class EventSpans:
+    """The spans of one event: one, and further ones for a table that is too large for it."""
+
+    spans: tuple[ReadableSpan, ...]
+    #: What later events may refer to; ``None`` when no table was sent.
+    sent: SentTable | None
+
+
+def selected(table: WeightTable, names: re.Pattern[str]) -> WeightTable:
+    """The table with only the rows whose name the pattern finds; its fingerprint is its own."""
+    rows = [row for row in table_rows(table) if names.search(row.name)]
+    if len(rows) == table.rows:
+        return table
+    return table_of_rows(rows, role=table.role, captured_at=table.captured_at)
+
+
+def event_spans(
+    event: Event,
+    table: WeightTable | None,
+    *,
+    state: TableState,
+    unchanged_since: SentTable | None = None,
+) -> EventSpans:
+    """The spans of an event, the same for the same arguments.
+
+    ``table``: to be sent with it, for state "included". ``unchanged_since``: the span that has the
+    rows already, for state "unchanged".
+    """
+    context = _context(event, 0)
+    chunks = [] if table is None else list(_chunks(table))
+    packed = list(_packed(chunks))
+    attributes = _summary(event, names=state != "disabled")
+    attributes["sglang.weights.table.state"] = state
+    links: list[Link] = []
+    if table is not None:
+        attributes |= {
+            "sglang.weights.table.sha256": table.sha256,
+            "sglang.weights.table.rows": table.rows,
+            "sglang.weights.table.chunks": len(chunks),
+            "sglang.weights.table.spans": max(1, len(packed)),
+        }
+    elif unchanged_since is not None:
+        attributes |= {
+            "sglang.weights.table.sha256": unchanged_since.sent_sha256,
+            "sglang.weights.table.rows": unchanged_since.rows,
+            "sglang.weights.table.trace_id": unchanged_since.trace_id,
+            "sglang.weights.table.span_id": unchanged_since.span_id,
+        }
+        links.append(_link(unchanged_since.trace_id, unchanged_since.span_id))
+    further = [_context(event, part) for part in range(1, len(packed))]
+    links += [Link(each) for each in further]
+    update = event.update
+    common: dict[str, Any] = {
+        "resource": _resource(event),
+        "start_time": _nanoseconds(update.started_at),
+        "end_time": _nanoseconds(update.ended_at),
+        "instrumentation_scope": SCOPE,
+    }
+    failed = Status(StatusCode.ERROR, update.message or "The update failed.")
+    spans = [
+        ReadableSpan(
+            f"sglang.weights.{update.action}",
+            context=context,
+            attributes=attributes,
+            events=_events(packed[0] if packed else [], table),
+            links=links,
+            status=Status(StatusCode.UNSET) if update.succeeded else failed,
+            **common,
+        )
+    ]
+    for part, (own, events) in enumerate(zip(further, packed[1:], strict=True), start=1):
+        spans.append(
+            ReadableSpan(
+                TABLE_EVENT,
+                context=own,
+                attributes={
+                    "sglang.weights.schema_version": SCHEMA_VERSION,
+                    "sglang.weights.role": event.role,
+                    "sglang.weights.table.part": part,
+                    "sglang.weights.table.sha256": "" if table is None else table.sha256,
+                },
+                events=_events(events, table),
+                links=[Link(context)],
+                **common,
+            )
+        )
+    sent = None
+    if table is not None and event.table is not None:
+        sent = SentTable(
+            sha256=event.table.sha256,
+            sent_sha256=table.sha256,
+            rows=table.rows,
+            trace_id=f"{context.trace_id:032x}",
+            span_id=f"{context.span_id:016x}",
+        )
+    return EventSpans(tuple(spans), sent)
+
+
+def _context(event: Event, part: int) -> SpanContext:
+    """Ids that follow from the event, so that a span that is sent twice is the same span.
+
+    Further spans of a large table are in traces of their own: backends limit the bytes of a trace
+    (Tempo to 5 MB), and a trace holds the spans of all ranks.
+    """
+    digest = hashlib.sha256(f"{event.rank_id}|{event.number}|{part}".encode()).hexdigest()
+    trace_id = event.update.trace_id if part == 0 else ""
+    return SpanContext(
+        trace_id=int(trace_id or digest[:32], 16),
+        span_id=int(digest[32:48], 16),
+        is_remote=False,
+        trace_flags=TraceFlags(TraceFlags.SAMPLED),
+    )
+
+
+def _link(trace_id: str, span_id: str) -> Link:
+    return Link(SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=True))
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+def _resource(event: Event) -> Resource:
+    """The rank that the span is about; ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES``
+    win."""
+    engine, device = event.engine, event.device
+    attributes: dict[str, AttributeValue] = {
+        "service.name": "sglang",
+        "service.instance.id": event.rank_id,
+        "process.pid": event.pid,
+        "sglang.engine.name": engine.name,
+        "sglang.engine.instance": engine.instance,
+        "sglang.engine.model_name": engine.model_name,
+        "sglang.engine.model_path": engine.model_path,
+        "sglang.engine.version": engine.sglang_version,
+        "sglang.engine.torch_version": engine.torch_version,
+    }
+    if device.uuid:
+        # Semantic conventions for hardware.
+        attributes |= {"hw.id": device.uuid, "hw.type": "gpu", "hw.name": device.product}
+    return resource(attributes)
+
+
+def resource(attributes: Mapping[str, AttributeValue]) -> Resource:
+    """A resource of this host with these attributes; what the environment names wins."""
+    return Resource.create({"host.name": host_name(), **attributes}).merge(
+        OTELResourceDetector().detect()
+    )
+
+
+def host_name() -> str:
+    return socket.gethostname()
+
+
+def _summary(event: Event, *, names: bool) -> Attributes:
+    update, ranks = event.update, event.ranks
+    facts: dict[str, AttributeValue | None] = {
+        "schema_version": SCHEMA_VERSION,
+        "role": event.role,
+        "tp_rank": ranks.tp,
+        "pp_rank": ranks.pp,
+        "dp_rank": ranks.dp,
+        "moe_ep_rank": ranks.moe_ep,
+        "device": event.device.name,
+        "gpu_uuid": event.device.uuid or None,
+        "source": update.source,
+        "sequence": update.sequence,
+        "event.number": event.number,
+        "calls": update.calls,
+        "succeeded": update.succeeded,
+        "effect": update.effect,
+        "message": update.message or None,
+        "model_path": update.model_path or None,
+        "version": update.weight_version or None,
+    }
+    if event.weights is not None:
+        parts = event.weights
+        facts |= {
+            "bytes": sum(part.nbytes for part in parts),
+            "tensors": sum(part.tensors for part in parts),
+            # Sums by device, kind and dtype, as parallel arrays.
+            "usage.device": [part.device for part in parts],
+            "usage.kind": [part.kind for part in parts],
+            "usage.dtype": [part.dtype for part in parts],
+            "usage.bytes": [part.nbytes for part in parts],
+            "usage.tensors": [part.tensors for part in parts],
+        }
+    if event.table is not None:
+        facts |= {
+            "sha256": event.table.sha256,
+            "regions": sum(event.table.regions.values()),
+        }
+    if event.previous_sha256:
+        facts["previous_sha256"] = event.previous_sha256
+    changes = update.changes
+    for change in ("moved", "added", "removed", "resized", "device"):
+        facts[f"changes.{change}"] = getattr(changes, change)
+        if names and changes.names.get(change):
+            facts[f"changes.{change}.names"] = changes.names[change]
+    return {f"sglang.weights.{key}": value for key, value in facts.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows that go into one span event, and an upper bound of its bytes as protobuf."""
+
+    offset: int
+    rows: Sequence[Row]
+    nbytes: int
+
+
+#: Upper bound of an event's keys, counts and fingerprint.
+_CHUNK_BYTES = 1_000
+
+
+def _chunks(table: WeightTable) -> Iterator[_Chunk]:
+    offset, rows, size = 0, list[Row](), _CHUNK_BYTES
+    shapes: set[tuple[int, ...]] = set()
+    for row in table_rows(table):
+        needed = _row_bytes(row)
+        if rows and (len(rows) == EVENT_ROWS or size + needed + 22 * len(row.shape) > EVENT_BYTES):
+            yield _Chunk(offset, rows, size)
+            offset, rows, size = offset + len(rows), [], _CHUNK_BYTES
+            shapes.clear()
+        rows.append(row)
+        size += needed
+        if row.shape not in shapes:
+            shapes.add(row.shape)
+            size += 4 + 22 * len(row.shape)
+    if rows:
+        yield _Chunk(offset, rows, size)
+
+
+def _row_bytes(row: Row) -> int:
+    """Upper bound of what a row takes as protobuf, without its shape, which is sent once.
+
+    An element of an array takes 4 bytes more than its text, and 3 more than a number, which takes
+    a byte for 7 bits.
+    """
+    texts = (
+        row.name.encode(),
+        hex(row.data_ptr),
+        hex(row.storage_ptr),
+        _text(row.stride),
+        row.kind,
+    )
+    numbers = (row.nbytes, row.storage_nbytes)
+    return (
+        sum(len(text) + (4 if len(text) < 128 else 7) for text in texts)
+        + sum(3 + (number.bit_length() + 6) // 7 for number in numbers)
+        + 3 * 5  # Codes of dtype, shape and device.
+        + 2  # A number of 0 takes a byte too.
+    )
+
+
+def _columns(rows: Sequence[Row]) -> Attributes:
+    """Parallel arrays, one a column. What repeats is coded: an array of numbers that say which
+    of ``.values`` a row has. The essential columns come last, because OpenTelemetry's limits drop
+    the first."""
+    attributes: Attributes = {}
+    for column, values in (
+        ("dtype", [row.dtype for row in rows]),
+        ("shape", [_text(row.shape) for row in rows]),
+        ("device", [row.device for row in rows]),
+    ):
+        codes: dict[str, int] = {}
+        attributes[column] = [codes.setdefault(value, len(codes)) for value in values]
+        attributes[f"{column}.values"] = list(codes)
+    return {
+        **attributes,
+        "stride": [_text(row.stride) for row in rows],
+        "kind": [row.kind for row in rows],
+        "storage_nbytes": [row.storage_nbytes for row in rows],
+        # As text: an integer above 2^63-1 would be lost, and viewers round above 2^53.
+        "storage_ptr": [hex(row.storage_ptr) for row in rows],
+        "nbytes": [row.nbytes for row in rows],
+        "data_ptr": [hex(row.data_ptr) for row in rows],
+        "name": [row.name for row in rows],
+    }
+
+
+def _text(value: Sequence[int]) -> str:
+    """A shape or stride as text, because an attribute holds no array of arrays."""
+    return ",".join(map(str, value))
+
+
+def _packed(chunks: Sequence[_Chunk]) -> Iterator[list[tuple[int, int, _Chunk]]]:
+    """Chunks with their index and their count, by span."""
+    span: list[tuple[int, int, _Chunk]] = []
+    size = 0
+    for index, chunk in enumerate(chunks):
+        if span and (len(span) >= SPAN_EVENTS or size + chunk.nbytes > SPAN_BYTES):
+            yield span
+            span, size = [], 0
+        span.append((index, len(chunks), chunk))
+        size += chunk.nbytes
+    if span:
+        yield span
+
+
+def _events(
+    chunks: Sequence[tuple[int, int, _Chunk]], table: WeightTable | None
+) -> list[SpanEvent]:
+    if table is None:
+        return []
+    return [
+        SpanEvent(
+            TABLE_EVENT,
+            attributes={
+                **_columns(chunk.rows),
+                "schema_version": table.schema,
+                "role": table.role,
+                "table.sha256": table.sha256,
+                "table.rows": table.rows,
+                "chunk.index": index,
+                "chunk.count": count,
+                "row.offset": chunk.offset,
+                "row.count": len(chunk.rows),
+            },
+            timestamp=_nanoseconds(table.captured_at),
+        )
+        for index, count, chunk in chunks
+    ]
