@@ -315,6 +315,7 @@ class Observer:
         role = self._role(call.owner)
         outcome = yield
         if role is not None and role.open is not None and outcome.error is not None:
+            self._session_calls += 1
             role.open.source = call.target.source
             role.open.record(False, "unchanged", _verdict(outcome)[1], self._clock())
             self._write()

@@ -1,0 +1,247 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Stand-ins for SGLang's model runner, scheduler and expert balancer, and the hooks on them.
+
+What they stand for needs several GPUs, a draft model, RDMA or a failure at one exact place. Each
+keeps the names, the arguments and the order of calls of the release it is named after; that real
+releases have those is what the contract test shows. What runs on a CPU is tested with real
+engines.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from sglang_weight_exporter.hooks.install import Installation
+from sglang_weight_exporter.hooks.observer import Observer
+from sglang_weight_exporter.hooks.targets import (
+    EPLB_MANAGER,
+    RUNNER,
+    SCHEDULER_COMPONENT,
+    TARGETS,
+    UPDATER,
+)
+from sglang_weight_exporter.records import Event, Role, Snapshot
+from sglang_weight_exporter.settings import Settings
+from sglang_weight_exporter.store.reader import SnapshotReader
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+
+Answer = Callable[..., Any]
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        self.now += 0.001
+        return self.now
+
+
+class Rank:
+    """A process with the hooks on, as the exporter process sees it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.clock = Clock()
+        self.directory = directory
+        self.installation = Installation(TARGETS, self._observer)
+        self.runners = self.hook(RUNNER, ModelRunner)
+        self.updaters = self.hook(UPDATER, WeightUpdater)
+        self.components = self.hook(SCHEDULER_COMPONENT, SchedulerWeightUpdaterManager)
+        self.balancers = self.hook(EPLB_MANAGER, EPLBManager)
+
+    def _observer(self, installation: Installation) -> Observer:
+        settings = Settings(runtime_dir=self.directory, serve=False)
+        return Observer(
+            settings=settings, environ=os.environ, installation=installation, clock=self.clock
+        )
+
+    def hook(self, place: str, thing: Any) -> Any:
+        """A copy of a class or function, wrapped as if SGLang's module had just been imported."""
+        module = ModuleType(place)
+        if isinstance(thing, type):
+            functions = {key: value for key, value in vars(thing).items() if callable(value)}
+            thing = type(thing.__name__, (thing,), functions)
+        setattr(module, thing.__name__, thing)
+        self.installation.on_import(module)
+        return getattr(module, thing.__name__)
+
+    def runner(self, *, is_draft_worker: bool = False, **attributes: Any) -> Any:
+        """A loaded model runner; ``attributes`` replace those that it sets itself."""
+        runner = self.runners(is_draft_worker=is_draft_worker, **attributes)
+        runner.weight_updater = self.updaters(runner)
+        return runner
+
+    def scheduler(self, *runners: Any, flushes: bool = True) -> Any:
+        return self.components(*runners, flushes=flushes)
+
+    def snapshot(self) -> Snapshot:
+        ((_, snapshot),) = SnapshotReader(RuntimeDir.open(self.directory, os.environ)).read()
+        assert snapshot.hook_errors == {}
+        return snapshot
+
+    def role(self, name: str = "target") -> Role:
+        (role,) = (role for role in self.snapshot().roles if role.name == name)
+        return role
+
+    def totals(self, name: str = "target") -> dict[str, tuple[int, int, int]]:
+        """Source → updates, failures and calls, where any is not 0."""
+        found = {
+            source: (counts.updates, counts.failures, counts.calls)
+            for source, counts in self.role(name).updates.items()
+        }
+        return {source: numbers for source, numbers in found.items() if any(numbers)}
+
+    def events(self) -> list[Event]:
+        ((directory, _),) = SnapshotReader(RuntimeDir.open(self.directory, os.environ)).read()
+        return [directory.event(path) for path in directory.events()]
+
+
+def model(rows: int = 4) -> torch.nn.Module:
+    made = torch.nn.Module()
+    made.embed_tokens = torch.nn.Embedding(8, rows, dtype=torch.float32)
+    made.proj = torch.nn.Linear(rows, rows, bias=False, dtype=torch.float32)
+    return made
+
+
+class ModelRunner:
+    """Of 0.5.21 and later, whose updates are on a component."""
+
+    def __init__(self, *, is_draft_worker: bool = False, **attributes: Any) -> None:
+        self.server_args = SimpleNamespace(port=30000, model_path="tiny", dp_size=1)
+        self.model_config = SimpleNamespace(model_path="tiny", quantization=None)
+        self.device, self.gpu_id = "cpu", 0
+        self.is_draft_worker = is_draft_worker
+        self.startup_weight_load: Any = None
+        self.token_to_kv_pool: Any = None
+        self.model = model()
+        vars(self).update(attributes)
+        self.load_model()
+
+    def load_model(self) -> None:
+        pass
+
+    def finalize_startup_weight_load(self) -> None:
+        self.startup_weight_load = None
+
+    def alloc_memory_pool(self, memory_pool_config: Any = None) -> None:
+        self.token_to_kv_pool = SimpleNamespace()
+
+    def check_weights(self, action: str, *, role: str = "target") -> None:
+        if action == "compare":
+            raise ValueError("tensors differ")
+
+
+def succeed(*arguments: Any, **keywords: Any) -> tuple[bool, str]:
+    return True, "Success"
+
+
+def answer(*result: Any) -> Answer:
+    return lambda *arguments, **keywords: result
+
+
+def fail(error: BaseException) -> Answer:
+    def raise_it(*arguments: Any, **keywords: Any) -> Any:
+        raise error
+
+    return raise_it
+
+
+class WeightUpdater:
+    """Of 0.5.21 and later; what each call answers is the runner's ``answers``."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    def get_model_runner(self) -> Any:
+        return self._runner
+
+    def _answer(self, name: str) -> Any:
+        return getattr(self._runner, "answers", {}).get(name, succeed)()
+
+    def update_weights_from_disk(self, model_path: str, load_format: str, **more: Any) -> Any:
+        return self._answer("disk")
+
+    def update_weights_from_tensor(self, named_tensors: Any, load_format: Any = None) -> Any:
+        return self._answer("tensor")
+
+    def update_weights_from_ipc(self, recv_req: Any) -> Any:
+        return self._answer("ipc")
+
+    def update_weights_from_distributed(self, names: Any, *more: Any) -> Any:
+        return self._answer("distributed")
+
+    def receive_weights_from_distributed(self, *, names: Any, **more: Any) -> Any:
+        return self._answer("receive")
+
+    def load_weights_from_distributed(self, named_tensors: Any) -> Any:
+        return self._answer("distributed")
+
+    def begin_weight_update(self) -> None:
+        self._answer("begin")
+
+    def end_weight_update(self, *, run_post_load: bool) -> None:
+        self._answer("end")
+
+
+class Request(SimpleNamespace):
+    """A request of the scheduler; ``flush_cache`` is on as SGLang has it."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**{"flush_cache": True, "weight_version": None, **attributes})
+
+
+class SchedulerWeightUpdaterManager:
+    """Of 0.5.22, without its sessions' bookkeeping."""
+
+    def __init__(self, *runners: Any, flushes: bool = True) -> None:
+        self.runners = runners
+        self.flushes = flushes
+
+    def _fan_out(self, recv_req: Any, call: Callable[[Any], Any]) -> Any:
+        success, message = True, ""
+        for runner in self.runners:
+            success, message = call(runner.weight_updater)
+            if not success:
+                break
+        if success and recv_req.flush_cache and not self.flushes:
+            success = False
+            message = "Weights were updated, but the cache was not flushed"
+        return SimpleNamespace(success=success, message=message)
+
+    def update_weights_from_disk(self, recv_req: Any) -> Any:
+        return self._fan_out(
+            recv_req, lambda updater: updater.update_weights_from_disk("other", "auto")
+        )
+
+    def update_weights_from_tensor(self, recv_req: Any) -> Any:
+        return self._fan_out(recv_req, lambda updater: updater.update_weights_from_tensor([]))
+
+    def update_weights_from_ipc(self, recv_req: Any) -> Any:
+        return self._fan_out(recv_req, lambda updater: updater.update_weights_from_ipc(recv_req))
+
+    def release_memory_occupation(self, recv_req: Any) -> None:
+        pass
+
+    def resume_memory_occupation(self, recv_req: Any) -> None:
+        pass
+
+
+class EPLBManager:
+    """Of 0.5.16 and later: chunks of layers, a forward pass between two."""
+
+    def __init__(self, move: Callable[[], None], chunks: int) -> None:
+        self.move, self.chunks = move, chunks
+
+    def rebalance(self) -> Iterator[None]:
+        for _ in range(self.chunks):
+            yield
+            self.move()

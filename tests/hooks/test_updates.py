@@ -1,0 +1,429 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What counts as an update, as a failure and as undefined weights, whatever SGLang's calls are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hooks.standins import Answer, Rank, Request, answer, fail
+
+from sglang_weight_exporter.hooks.observer import IDLE_SECONDS
+from sglang_weight_exporter.hooks.targets import EPLB_MANAGER, EXPORTER, SCHEDULER
+
+
+@pytest.fixture
+def rank(tmp_path: Path) -> Rank:
+    return Rank(tmp_path / "runtime")
+
+
+def session(runner: Any, *, loads: int, run_post_load: bool | None = None) -> None:
+    runner.weight_updater.begin_weight_update()
+    for _ in range(loads):
+        runner.weight_updater.update_weights_from_tensor([])
+    post_load = loads == 0 if run_post_load is None else run_post_load
+    runner.weight_updater.end_weight_update(run_post_load=post_load)
+
+
+# Sessions, from 0.5.21 on.
+
+
+def test_a_session_is_one_update_of_its_calls(rank: Rank) -> None:
+    runner = rank.runner()
+    session(runner, loads=3)
+    assert rank.totals() == {"tensor": (1, 0, 3)}
+    assert rank.role().in_progress is None
+
+
+def test_a_session_without_a_call_was_written_by_a_peer(rank: Rank) -> None:
+    session(rank.runner(), loads=0)
+    assert rank.totals() == {"p2p": (1, 0, 1)}
+
+
+def test_a_draft_that_a_session_did_not_write_is_no_peer_to_peer_update(rank: Rank) -> None:
+    target, draft = rank.runner(), rank.runner(is_draft_worker=True)
+    for runner in (target, draft):
+        runner.weight_updater.begin_weight_update()
+    target.weight_updater.update_weights_from_tensor([])
+    for runner in (target, draft):
+        runner.weight_updater.end_weight_update(run_post_load=False)
+    assert rank.totals() == {"tensor": (1, 0, 1)}
+    assert rank.totals("draft") == {}
+    assert rank.role("draft").in_progress is None
+
+
+def test_a_session_whose_only_load_failed_is_no_peer_to_peer_update(rank: Rank) -> None:
+    partial = answer(
+        False,
+        "Failed to update parameter online: x. The full weights of the "
+        "ModelRunner are partially updated. Please discard the whole weights.",
+    )
+    target = rank.runner(answers={"distributed": partial})
+    draft = rank.runner(is_draft_worker=True)
+    for runner in (target, draft):
+        runner.weight_updater.begin_weight_update()
+    target.weight_updater.load_weights_from_distributed([])
+    for runner in (target, draft):
+        runner.weight_updater.end_weight_update(run_post_load=True)
+    assert rank.totals() == {"distributed": (0, 1, 1)}
+    assert rank.totals("draft") == {}
+    assert rank.role().last_update.effect == "undefined"
+
+
+def test_tensors_that_did_not_arrive_change_nothing(rank: Rank) -> None:
+    runner = rank.runner(answers={"receive": fail(RuntimeError("connection closed"))})
+    runner.weight_updater.begin_weight_update()
+    with pytest.raises(RuntimeError, match="connection closed"):
+        runner.weight_updater.receive_weights_from_distributed(names=["a"])
+    runner.weight_updater.end_weight_update(run_post_load=True)
+    assert rank.totals()["distributed"][:2] == (0, 1)
+    assert rank.role().last_update.effect == "unchanged"
+    assert "connection closed" in rank.role().last_update.message
+
+
+def test_half_of_the_buckets_is_undefined(rank: Rank) -> None:
+    runner = rank.runner(answers={"receive": fail(RuntimeError("connection closed"))})
+    runner.weight_updater.begin_weight_update()
+    runner.weight_updater.load_weights_from_distributed([])
+    with pytest.raises(RuntimeError):
+        runner.weight_updater.receive_weights_from_distributed(names=["a"])
+    runner.weight_updater.end_weight_update(run_post_load=False)
+    assert rank.totals()["distributed"][:2] == (0, 1)
+    assert rank.role().last_update.effect == "undefined"
+
+
+def test_a_session_that_cannot_be_ended_stays_open(rank: Rank) -> None:
+    runner = rank.runner(answers={"end": fail(RuntimeError("repacking failed"))})
+    with pytest.raises(RuntimeError, match="repacking failed"):
+        session(runner, loads=1)
+    assert rank.totals() == {"tensor": (0, 1, 1)}
+    assert rank.role().last_update.effect == "undefined"
+    assert rank.role().in_progress is not None
+
+
+def test_a_session_is_in_progress_between_its_calls(rank: Rank) -> None:
+    runner = rank.runner()
+    runner.weight_updater.begin_weight_update()
+    assert rank.role().in_progress.idle_seconds is None
+    rank.clock.now += 100 * IDLE_SECONDS
+    runner.weight_updater.update_weights_from_tensor([])
+    assert rank.role().in_progress.calls == 1
+    runner.weight_updater.end_weight_update(run_post_load=False)
+    assert rank.totals() == {"tensor": (1, 0, 1)}
+
+
+def test_reset_tensors_inside_a_session_does_not_end_it(rank: Rank) -> None:
+    runner = rank.runner()
+    runner.weight_updater.begin_weight_update()
+    runner.check_weights("reset_tensors")
+    assert rank.role().in_progress is not None
+    runner.weight_updater.update_weights_from_tensor([])
+    runner.weight_updater.end_weight_update(run_post_load=False)
+    assert rank.totals() == {"external": (0, 0, 1), "tensor": (1, 0, 1)}
+
+
+# Updates of several calls, until 0.5.20: SGLang reports no end.
+
+
+def test_the_request_that_flushes_the_cache_ends_an_update(rank: Rank) -> None:
+    scheduler = rank.scheduler(rank.runner())
+    for flush_cache in (False, False, True):
+        scheduler.update_weights_from_tensor(Request(flush_cache=flush_cache))
+    assert rank.totals() == {"tensor": (1, 0, 3)}
+    assert rank.role().in_progress is None
+
+
+def test_another_weight_version_begins_another_update(rank: Rank) -> None:
+    scheduler = rank.scheduler(rank.runner())
+    for version in ("1", "1", "2"):
+        scheduler.update_weights_from_tensor(Request(flush_cache=False, weight_version=version))
+    assert rank.totals() == {"tensor": (1, 0, 3)}
+    assert rank.role().in_progress.calls == 1
+    assert rank.role().last_update.weight_version == "1"
+
+
+def test_a_pause_begins_another_update(rank: Rank) -> None:
+    scheduler = rank.scheduler(rank.runner())
+    scheduler.update_weights_from_tensor(Request(flush_cache=False))
+    assert rank.role().in_progress.idle_seconds == IDLE_SECONDS
+    rank.clock.now += IDLE_SECONDS + 1
+    scheduler.update_weights_from_tensor(Request(flush_cache=False))
+    assert rank.totals() == {"tensor": (1, 0, 2)}
+
+
+def test_another_way_begins_another_update(rank: Rank) -> None:
+    scheduler = rank.scheduler(rank.runner())
+    scheduler.update_weights_from_tensor(Request(flush_cache=False))
+    scheduler.update_weights_from_disk(Request())
+    assert rank.totals() == {"tensor": (1, 0, 1), "disk": (1, 0, 1)}
+
+
+def test_calls_without_a_scheduler_are_updates_from_disk_at_once(rank: Rank) -> None:
+    rank.runner().weight_updater.update_weights_from_disk("other", "auto")
+    assert rank.totals() == {"disk": (1, 0, 1)}
+
+
+# Several model runners.
+
+
+def test_each_runner_counts_its_own(rank: Rank) -> None:
+    scheduler = rank.scheduler(rank.runner(), rank.runner(is_draft_worker=True))
+    scheduler.update_weights_from_disk(Request())
+    assert rank.totals("target") == rank.totals("draft") == {"disk": (1, 0, 1)}
+    assert len({event.update.trace_id for event in rank.events() if event.update.source}) == 1
+
+
+def test_a_draft_that_fails_after_the_target(rank: Rank) -> None:
+    rollback = answer(False, "Failed to update weights: x.\nRolling back to original weights.")
+    draft = rank.runner(is_draft_worker=True, answers={"disk": rollback})
+    target = rank.runner()
+    rank.scheduler(target, draft).update_weights_from_disk(Request())
+    assert rank.totals("target") == {"disk": (1, 0, 1)}
+    assert rank.totals("draft") == {"disk": (0, 1, 1)}
+    assert rank.role("draft").last_update.effect == "undefined"
+
+
+def test_the_draft_may_come_first(rank: Rank) -> None:  # EAGLE, 0.5.5 to 0.5.20
+    target, draft = rank.runner(), rank.runner(is_draft_worker=True)
+    rank.scheduler(draft, target).update_weights_from_tensor(Request())
+    assert rank.totals("target") == rank.totals("draft") == {"tensor": (1, 0, 1)}
+
+
+# Outcomes.
+
+
+def test_weights_that_changed_and_a_cache_that_was_not_flushed(rank: Rank) -> None:
+    rank.scheduler(rank.runner(), flushes=False).update_weights_from_disk(Request())
+    assert rank.totals() == {"disk": (1, 1, 1)}
+    update = rank.role().last_update
+    assert (update.succeeded, update.effect) == (False, "changed")
+    assert "cache was not flushed" in update.message
+
+
+ROLLBACK = "Failed to update weights: x.\nRolling back to original weights."
+CACHE = "[weight_cache] update_weights is not supported while the weight cache is active"
+DERIVED = "Online weight updates are not supported while compensated mHC weight splits are active"
+NO_GROUP = "Group g not in []. Please call `init_weights_update_group` first."
+OUTCOMES: dict[str, tuple[str, Answer, str]] = {
+    "disk-loader": ("disk", answer(False, "Failed to get model loader: x."), "unchanged"),
+    "disk-path": ("disk", answer(False, "Failed to get weights iterator: x."), "unchanged"),
+    "disk-rollback": ("disk", answer(False, ROLLBACK), "undefined"),
+    "disk-rollback-fails": ("disk", fail(OSError("gone")), "undefined"),
+    "disk-weight-cache": ("disk", fail(RuntimeError(CACHE)), "unchanged"),
+    "disk-derived": ("disk", answer(False, DERIVED), "unchanged"),
+    "tensor-shape": ("tensor", fail(AssertionError("Attempted to load weight")), "undefined"),
+    "tensor-format": ("tensor", fail(NotImplementedError("Unknown load_format=x")), "unchanged"),
+    "tensor-derived": ("tensor", answer(False, DERIVED), "unchanged"),
+    "ipc-import": ("ipc", answer(False, "IPC weight update failed: ImportError x"), "unchanged"),
+    "ipc-other": ("ipc", answer(False, "zmq"), "undefined"),
+    "no-group": ("distributed", fail(AssertionError(NO_GROUP)), "unchanged"),
+    "no-group-ever": (
+        "distributed",
+        fail(AttributeError("'ModelRunner' object has no attribute '_model_update_group'")),
+        "unchanged",
+    ),
+    "partial": ("distributed", answer(False, "x are partially updated. Please"), "undefined"),
+}
+
+
+@pytest.mark.parametrize(("source", "result", "effect"), OUTCOMES.values(), ids=OUTCOMES)
+def test_a_failure_says_whether_weights_are_undefined(
+    rank: Rank, source: str, result: Answer, effect: str
+) -> None:
+    updater = rank.runner(answers={source: result}).weight_updater
+    calls = {
+        "disk": lambda: updater.update_weights_from_disk("other", "auto"),
+        "tensor": lambda: updater.update_weights_from_tensor([]),
+        "ipc": lambda: updater.update_weights_from_ipc(Request()),
+        "distributed": lambda: updater.load_weights_from_distributed([]),
+    }
+    try:
+        returned = calls[source]()
+    except Exception as error:
+        with pytest.raises(type(error)):  # SGLang's own, untouched
+            result()
+    else:
+        assert returned == result()
+    rank.clock.now += IDLE_SECONDS + 1
+    updater.begin_weight_update()  # what is still open has ended before
+    assert rank.totals()[source] == (0, 1, 1)
+    assert rank.role().last_update.effect == effect
+
+
+def test_an_exception_in_a_session_is_told_before_it_ends_the_engine(rank: Rank) -> None:
+    runner = rank.runner(answers={"tensor": fail(ValueError("shape"))})
+    runner.weight_updater.begin_weight_update()
+    with pytest.raises(ValueError, match="shape"):
+        rank.scheduler(runner).update_weights_from_tensor(Request())
+    assert rank.totals() == {"tensor": (0, 1, 1)}
+    assert rank.events()[-1].update.effect == "undefined"
+
+
+# Experts that move between ranks, which needs several GPUs.
+
+
+def update_expert_location_with_recovery(*, move: Any) -> None:
+    move()
+
+
+def rebalanced(rank: Rank, move: Any, *, chunks: int = 3) -> None:
+    function = rank.hook(EPLB_MANAGER, update_expert_location_with_recovery)
+    for _ in rank.balancers(lambda: function(move=move), chunks).rebalance():
+        rank.clock.now += 2 * IDLE_SECONDS  # the engine has nothing to do for a while
+
+
+def test_a_rebalance_is_one_update(rank: Rank) -> None:
+    rank.runner()
+    rebalanced(rank, lambda: None)
+    assert rank.totals() == {"eplb": (1, 0, 3)}
+
+
+def test_missing_experts_from_disk_belong_to_the_rebalance(rank: Rank) -> None:
+    runner = rank.runner()
+    rebalanced(rank, lambda: runner.weight_updater.update_weights_from_disk("tiny", "auto"))
+    assert rank.totals() == {"eplb": (1, 0, 6)}
+
+
+def test_missing_experts_that_cannot_be_read(rank: Rank) -> None:
+    runner = rank.runner(answers={"disk": answer(False, ROLLBACK)})
+    rebalanced(rank, lambda: runner.weight_updater.update_weights_from_disk("tiny", "auto"))
+    assert rank.totals()["eplb"][:2] == (0, 1)
+    assert rank.role().last_update.effect == "undefined"
+
+
+def test_a_rebalance_that_moves_nothing_is_no_update(rank: Rank) -> None:
+    rank.runner()
+    rebalanced(rank, lambda: None, chunks=0)
+    assert rank.totals() == {}
+
+
+# What is no update.
+
+
+def test_checking_is_counted_apart_and_resetting_overwrites(rank: Rank) -> None:
+    runner = rank.runner()
+    runner.check_weights("snapshot")
+    with pytest.raises(ValueError, match="differ"):
+        runner.check_weights("compare")
+    assert rank.totals() == {}
+    runner.check_weights("reset_tensors")
+    assert rank.totals() == {"external": (1, 0, 1)}
+    counts = rank.snapshot().operations["check_weights"]
+    assert (counts.calls, counts.failures) == (3, 1)
+
+
+class WeightExporter:
+    def get_weights_by_name(self, name: str, truncate_size: int = 100) -> Any:
+        return [1.0] if name == "there" else None
+
+
+def test_reading_what_is_not_there_is_a_failure(rank: Rank) -> None:
+    rank.runner()
+    exporter = rank.hook(EXPORTER, WeightExporter)()
+    assert exporter.get_weights_by_name("there") == [1.0]
+    assert exporter.get_weights_by_name("not there") is None
+    counts = rank.snapshot().operations["get_weights_by_name"]
+    assert (counts.calls, counts.failures) == (2, 1)
+
+
+# Loads.
+
+
+def test_an_overlapped_load_has_ended_when_its_values_are_there(rank: Rank) -> None:
+    runner = rank.runner(startup_weight_load=object())
+    runner.alloc_memory_pool()
+    assert rank.role().loaded_at is None
+    assert rank.events() == []
+    rank.clock.now += 60
+    runner.finalize_startup_weight_load()
+    assert rank.role().load_seconds > 60
+    assert rank.role().updated_at == rank.role().loaded_at
+    (event,) = rank.events()
+    assert (event.update.action, event.update.succeeded) == ("load", True)
+    assert event.update.ended_at == rank.role().loaded_at
+
+
+def test_a_draft_adds_only_what_it_does_not_share(rank: Rank) -> None:
+    target = rank.runner()
+    draft = rank.runner(is_draft_worker=True)
+    alone = rank.role("draft").weights[0].nbytes
+    draft.model.embed_tokens = target.model.embed_tokens
+    draft.alloc_memory_pool()
+    shared = target.model.embed_tokens.weight.nbytes
+    assert rank.role("draft").weights[0].nbytes == alone - shared
+    assert rank.role("draft").weights[0].tensors == 2
+
+
+def test_drafts_of_several_layers_have_roles_of_their_own(rank: Rank) -> None:
+    rank.runner()
+    for index in range(3):
+        rank.runner(is_draft_worker=True, draft_model_idx=index)
+    names = [role.name for role in rank.snapshot().roles]
+    assert names == ["target", "draft_0", "draft_1", "draft_2"]
+
+
+# Memory that is given back.
+
+
+@pytest.mark.parametrize(
+    ("adapter", "tags", "resident"),
+    [
+        (SimpleNamespace(enabled=True), None, 0),
+        (SimpleNamespace(enabled=True), [], 0),
+        (SimpleNamespace(enabled=True), ["weights"], 0),
+        (SimpleNamespace(enabled=True), ["kv_cache"], None),
+        (SimpleNamespace(enabled=False), None, None),  # answered, and nothing done
+        (None, None, None),
+    ],
+)
+def test_released_weights_keep_their_bytes_and_have_none_resident(
+    rank: Rank, adapter: Any, tags: list[str] | None, resident: int | None
+) -> None:
+    runner = rank.runner(memory_saver_adapter=adapter)
+    scheduler = rank.scheduler(runner)
+    before = rank.role()
+    everything = sum(part.nbytes for part in before.weights)
+    scheduler.release_memory_occupation(Request(tags=tags))
+    assert rank.role().weights == before.weights
+    assert rank.role().resident == {"cpu": everything if resident is None else resident}
+    scheduler.resume_memory_occupation(Request(tags=tags))
+    assert rank.role().resident == {"cpu": everything}
+
+
+# Ranks, wherever a release keeps them.
+
+
+class Scheduler:  # until 0.5.20
+    def __init__(self, make: Any, *, dp_rank: int | None) -> None:
+        make()
+
+
+class Unset:
+    """As SGLang's context before it is set up."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("not initialized")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({"tp_rank": 1, "pp_rank": 2}, (1, 2, 3)),
+        ({"tp_rank": 1, "pp_rank": 2, "dp_rank": 3}, (1, 2, 3)),
+        ({"ps": SimpleNamespace(tp_rank=1, pp_rank=2, dp_rank=3)}, (1, 2, 3)),
+        ({"ps": Unset()}, (0, 0, 3)),
+    ],
+)
+def test_ranks(rank: Rank, attributes: dict[str, Any], expected: tuple[int, int, int]) -> None:
+    rank.hook(SCHEDULER, Scheduler)(lambda: rank.runner(**attributes), dp_rank=3)
+    ranks = rank.snapshot().ranks
+    assert (ranks.tp, ranks.pp, ranks.dp) == expected
+
+
+def test_a_draft_does_not_say_which_rank_this_is(rank: Rank) -> None:
+    rank.runner(tp_rank=1, pp_rank=1)
+    rank.runner(is_draft_worker=True, tp_rank=0, pp_rank=0)
+    assert (rank.snapshot().ranks.tp, rank.snapshot().ranks.pp) == (1, 1)
