@@ -96,16 +96,23 @@ class _PatientProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.loop.call_later(EXCHANGE_SECONDS, self._look, None)
+        self._next_look = self.loop.call_later(EXCHANGE_SECONDS, self._look, None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._next_look.cancel()
+        super().connection_lost(exc)
 
     def _look(self, before: object) -> None:
-        if self.transport.is_closing():
-            return
         cycle = self.cycle
-        if cycle is None or (cycle is before and not cycle.response_complete):
+        # Closing means waiting for the client to take what it was sent, which it may never do.
+        if (
+            cycle is None
+            or self.transport.is_closing()
+            or (cycle is before and not cycle.response_complete)
+        ):
             self.transport.abort()
         else:
-            self.loop.call_later(EXCHANGE_SECONDS, self._look, cycle)
+            self._next_look = self.loop.call_later(EXCHANGE_SECONDS, self._look, cycle)
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -160,7 +167,6 @@ def configure(application: Endpoint, settings: Settings) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         server_header=False,
-        timeout_keep_alive=30,
         ssl_certfile=settings.tls_cert_file,
         ssl_keyfile=settings.tls_key_file,
         ssl_ca_certs=None

@@ -1,0 +1,357 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""The exporter process on its port: what it answers, whom it outlasts, what it says.
+
+Each test runs the real command in a process of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import http.client
+import os
+import re
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
+
+import pytest
+import trustme
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as parse_openmetrics,
+)
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from sglang_weight_exporter.records import Engine, Ranks, Role, Snapshot, WeightUsage
+from sglang_weight_exporter.store.rank import RankStore
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass
+class Exporter:
+    """A running ``serve`` and its lines."""
+
+    process: subprocess.Popen[str]
+    port: int
+    lines: Queue[str]
+
+    def line(self, pattern: str, seconds: float = 30.0) -> str:
+        """Wait for a line that matches."""
+        deadline = time.monotonic() + seconds
+        seen = []
+        while True:
+            try:
+                seen.append(self.lines.get(timeout=max(deadline - time.monotonic(), 0)))
+            except Empty:
+                raise AssertionError(f"no line matches {pattern!r} in {seen}") from None
+            if re.search(pattern, seen[-1]):
+                return seen[-1]
+
+    def request(
+        self, path: str, method: str = "GET", **headers: str
+    ) -> tuple[int, http.client.HTTPMessage, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        try:
+            connection.request(
+                method, path, headers={k.replace("_", "-"): v for k, v in headers.items()}
+            )
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+        finally:
+            connection.close()
+
+    def threads(self) -> int:
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.findall(r"^Threads:\s+(\d+)", status, re.MULTILINE)[0])
+
+    def open_sockets(self) -> int:
+        descriptors = Path(f"/proc/{self.process.pid}/fd")
+        found = 0
+        for each in descriptors.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # Closed while we look.
+                found += "socket" in str(each.readlink())
+        return found
+
+
+@pytest.fixture
+def runtime_dir(tmp_path: Path) -> RuntimeDir:
+    return RuntimeDir.open(tmp_path / "runtime", {})
+
+
+@pytest.fixture
+def serve(runtime_dir: RuntimeDir) -> Iterator[Callable[..., Exporter]]:
+    """Start ``serve`` on a free port of the loopback address, with further flags."""
+    started: list[Exporter] = []
+
+    def start(*flags: str, port: int = 0) -> Exporter:
+        port = port or free_port()
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "sglang_weight_exporter", "serve"),
+                *("--address", "127.0.0.1", "--port", str(port)),
+                *("--runtime-dir", str(runtime_dir.path), *flags),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        exporter = Exporter(process, port, Queue())
+
+        def collect() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                exporter.lines.put(line)
+
+        Thread(target=collect, daemon=True).start()
+        started.append(exporter)
+        return exporter
+
+    yield start
+    for exporter in started:
+        exporter.process.kill()
+        exporter.process.wait()
+
+
+@pytest.fixture
+def rank(runtime_dir: RuntimeDir) -> Iterator[RankStore]:
+    """A rank with 1,000 bytes of weights, alive in this process."""
+    rank = RankStore(runtime_dir, "rank")
+    rank.write_snapshot(
+        Snapshot(
+            rank_id="rank",
+            pid=os.getpid(),
+            generation=1,
+            written_at=1.0,
+            started_at=1.0,
+            engine=Engine(name="30000", instance="one", model_name='a \\ "model"'),
+            ranks=Ranks(tp=3),
+            roles=(
+                Role(
+                    name="target",
+                    device="cpu",
+                    weights=(
+                        WeightUsage(
+                            device="cpu", kind="parameter", dtype="bfloat16", nbytes=1000, tensors=2
+                        ),
+                    ),
+                ),
+            ),
+        )
+    )
+    yield rank
+    rank.close()
+
+
+def test_metrics_in_both_formats_compressed_or_not(
+    serve: Callable[..., Exporter], rank: RankStore
+) -> None:
+    exporter = serve()
+    exporter.line("metrics are at")
+    status, headers, body = exporter.request("/metrics")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = {family.name: family for family in parse_text(body.decode())}
+    (sample,) = families["sglang_weight_bytes"].samples
+    assert sample.value == 1000
+    assert sample.labels["model_name"] == 'a \\ "model"'
+    assert sample.labels["tp_rank"] == "3"
+
+    status, headers, body = exporter.request("/metrics", accept=OPENMETRICS, accept_encoding="gzip")
+    assert status == 200
+    assert headers["content-type"].startswith("application/openmetrics-text")
+    assert headers["content-encoding"] == "gzip"
+    names = {family.name for family in parse_openmetrics(gzip.decompress(body).decode())}
+    assert "sglang_weight_updates" in names
+
+
+def test_other_pages_and_methods(serve: Callable[..., Exporter]) -> None:
+    exporter = serve()
+    exporter.line("metrics are at")
+    assert exporter.request("/healthz")[0] == 200
+    status, headers, body = exporter.request("/")
+    assert status == 200
+    assert headers["content-type"].startswith("text/html")
+    assert b'href="/metrics"' in body
+    for path in ("/metrics/", "/metric", "/favicon.ico", "/ranks", "//metrics"):
+        assert exporter.request(path)[0] == 404
+    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+        status, headers, _ = exporter.request("/metrics", method)
+        assert status == 405
+        assert headers["allow"] == "GET, HEAD"
+    status, _, body = exporter.request("/metrics", "HEAD")
+    assert (status, body) == (200, b"")
+
+
+def test_idle_and_slow_clients_block_nobody_and_are_let_go(
+    serve: Callable[..., Exporter], rank: RankStore
+) -> None:
+    exporter = serve()
+    exporter.line("metrics are at")
+    exporter.request("/metrics")
+    threads, sockets = exporter.threads(), exporter.open_sockets()
+    clients = [socket.create_connection(("127.0.0.1", exporter.port)) for _ in range(300)]
+    for client in clients[100:290]:  # Half a request, and never the rest.
+        client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n")
+    for client in clients[290:]:  # Many requests, and no answer is ever read.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 50)
+    started = time.monotonic()
+    assert exporter.request("/metrics")[0] == 200
+    assert time.monotonic() - started < 10  # Prometheus's default time-out of a scrape.
+    assert exporter.threads() == threads
+    deadline = time.monotonic() + 90
+    while exporter.open_sockets() > sockets + 1:
+        assert time.monotonic() < deadline, f"{exporter.open_sockets()} sockets are still open"
+        time.sleep(0.5)
+    assert exporter.request("/metrics")[0] == 200
+    for client in clients:
+        client.close()
+
+
+def test_a_taken_port_is_named_once_and_taken_when_it_is_free(
+    serve: Callable[..., Exporter],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        exporter = serve(port=other.getsockname()[1])
+        line = exporter.line("in use")
+        assert "SGLANG_WEIGHT_EXPORTER_PORT" in line
+        assert exporter.process.poll() is None
+    exporter.line(f"metrics are at http://127.0.0.1:{exporter.port}/metrics")
+    assert exporter.lines.empty()
+    assert exporter.request("/metrics")[0] == 200
+
+
+def test_the_line_about_the_default_port_names_dcgm_exporter(
+    serve: Callable[..., Exporter],
+) -> None:
+    try:
+        other = socket.create_server(("127.0.0.1", 9400))
+    except OSError:
+        other = None  # Somebody has it already, which is what the test needs.
+    try:
+        assert "dcgm-exporter" in serve(port=9400).line("Port 9400 .* in use")
+    finally:
+        if other is not None:
+            other.close()
+
+
+def test_https_with_and_without_client_certificates(
+    serve: Callable[..., Exporter], tmp_path: Path
+) -> None:
+    authority, stranger = trustme.CA(), trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    server = authority.issue_cert("127.0.0.1")
+    server.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
+    exporter = serve(
+        *("--tls-cert-file", str(tmp_path / "server.pem")),
+        *("--tls-key-file", str(tmp_path / "server.pem")),
+        *("--tls-client-ca-file", str(tmp_path / "ca.pem")),
+    )
+    exporter.line("metrics are at https://")
+
+    def get(client: trustme.LeafCert | None) -> int:
+        context = ssl.create_default_context()
+        authority.configure_trust(context)
+        if client is not None:
+            client.configure_cert(context)
+        connection = http.client.HTTPSConnection(
+            "127.0.0.1", exporter.port, timeout=10, context=context
+        )
+        connection.request("GET", "/metrics")
+        return connection.getresponse().status
+
+    assert get(authority.issue_cert("prometheus")) == 200
+    for refused in (None, stranger.issue_cert("prometheus")):
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            get(refused)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (("--tls-cert-file", "/nowhere.pem"), "needs a certificate and its key"),
+        (("--tls-client-ca-file", "/nowhere.pem"), "needs a certificate and its key"),
+        (("--tls-cert-file", "/nowhere.pem", "--tls-key-file", "/nowhere.pem"), "cannot be used"),
+    ],
+)
+def test_unusable_certificates_are_named_and_nothing_is_served_without_them(
+    serve: Callable[..., Exporter], flags: tuple[str, ...], complaint: str
+) -> None:
+    exporter = serve(*flags)
+    line = exporter.line(complaint)
+    assert "SGLANG_WEIGHT_EXPORTER_TLS_CERT_FILE" in line
+    with pytest.raises(ConnectionRefusedError):
+        exporter.request("/metrics")
+    assert exporter.process.poll() is None
+
+
+def test_a_second_exporter_of_one_directory_says_so_and_ends(
+    serve: Callable[..., Exporter],
+) -> None:
+    serve().line("metrics are at")
+    second = serve()
+    assert second.process.wait(30) == 1
+    assert "Another exporter process serves" in second.line("Another")
+
+
+def test_it_ends_at_once_when_it_is_asked_to(serve: Callable[..., Exporter]) -> None:
+    exporter = serve()
+    exporter.line("metrics are at")
+    exporter.request("/metrics")
+    exporter.process.send_signal(signal.SIGTERM)
+    assert exporter.process.wait(10) == 0
+
+
+def test_a_rank_that_dies_is_gone_at_the_next_scrape_and_its_files_soon(
+    serve: Callable[..., Exporter], rank: RankStore, runtime_dir: RuntimeDir
+) -> None:
+    exporter = serve()
+    exporter.line("metrics are at")
+    assert b"sglang_weight_bytes{" in exporter.request("/metrics")[2]
+    rank.close()
+    body = exporter.request("/metrics")[2]
+    assert b"sglang_weight_bytes{" not in body
+    assert b"sglang_weight_exporter_ranks 0.0" in body
+    deadline = time.monotonic() + 30
+    while list(runtime_dir.ranks.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    "variable", ["PORT=http", "PORT=0", "SERVE=maybe", "READER_WAIT_SECONDS=x"]
+)
+def test_an_unusable_setting_is_named_and_the_default_used(
+    runtime_dir: RuntimeDir, variable: str
+) -> None:
+    name, _, value = f"SGLANG_WEIGHT_EXPORTER_{variable}".partition("=")
+    result = subprocess.run(
+        [sys.executable, "-m", "sglang_weight_exporter", "status"],
+        env={
+            **os.environ,
+            "SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR": str(runtime_dir.path),
+            name: value,
+        },
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert f"{name}='{value}' cannot be used" in result.stderr
+    assert "the default" in result.stderr
