@@ -67,7 +67,9 @@ def _flattened(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor
         return
     for attribute in tensor.__tensor_flatten__()[0]:
-        yield from _flattened(f"{name}.{attribute}", getattr(tensor, attribute))
+        inner = getattr(tensor, attribute)
+        if isinstance(inner, torch.Tensor):  # DTensor names its device mesh among them.
+            yield from _flattened(f"{name}.{attribute}", inner)
 
 
 def _codes() -> defaultdict[Any, int]:

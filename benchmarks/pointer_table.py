@@ -1,0 +1,161 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the pointer table costs, as ratios to a bare loop: pointer_table.py [TENSORS ...]
+
+The baseline, measured in the same run, is what anybody would write:
+
+    [(name, p.data_ptr(), p.nbytes) for name, p in model.named_parameters()]
+
+Each figure is the median of interleaved rounds, so that a busy machine weighs on both alike. What
+runs in the engine is marked with a star. Needs torch; parquet needs pyarrow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import torch
+
+from sglang_weight_exporter.capture.changes import compare
+from sglang_weight_exporter.capture.regions import AllocationMap, merge_spans
+from sglang_weight_exporter.capture.weights import capture_weights
+from sglang_weight_exporter.cli import formats
+from sglang_weight_exporter.records import Engine, Ranks, Role, WeightTable, table_rows
+from sglang_weight_exporter.store.rank import RankStore
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.store.tables import Table
+from sglang_weight_exporter.store.weights_metadata import write_files
+
+ROUNDS = 15
+PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "norm")
+
+
+def model_of(tensors: int) -> torch.nn.Module:
+    """A model with that many parameters, nested and named as a mixture of experts is."""
+    root = torch.nn.Module()
+    layers = root.layers = torch.nn.ModuleList()
+    left = tensors
+    while left:
+        layer = torch.nn.Module()
+        experts = layer.experts = torch.nn.ModuleList()
+        layers.append(layer)
+        for _ in range(min(left, 512) // len(PARTS) + 1):
+            expert = torch.nn.Module()
+            experts.append(expert)
+            for name in PARTS[:left]:
+                part = torch.nn.Module()
+                part.weight = torch.nn.Parameter(torch.empty(4, 8, dtype=torch.bfloat16))
+                expert.add_module(name, part)
+                left -= 1
+    return root
+
+
+def bare_loop(model: torch.nn.Module) -> list[tuple[str, int, int]]:
+    return [(name, p.data_ptr(), p.nbytes) for name, p in model.named_parameters()]
+
+
+def measure(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each step; every round runs all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def steps_for(model: torch.nn.Module, directory: Path) -> dict[str, Callable[[], object]]:
+    """What is measured on one model; the first is the baseline."""
+    runtime_dir = RuntimeDir.open(directory / "runtime", os.environ)
+    store = RankStore(runtime_dir, "0" * 16)
+
+    def capture() -> WeightTable:
+        return capture_weights(model, role="target", captured_at=0.0).table
+
+    before = capture_weights(model, role="target", captured_at=0.0)
+    table = before.table
+    moved = msgspec.structs.replace(
+        before.table,
+        data_ptr=(np.frombuffer(table.data_ptr, dtype="<u8") + 64).tobytes(),
+        sha256="other",
+    )
+    after = dataclasses.replace(before, table=moved)
+    rows = list(table_rows(table))
+    read = Table(
+        rank_id="0" * 16,
+        pid=1,
+        started_at=0.0,
+        engine=Engine(name="30000", instance="0"),
+        ranks=Ranks(),
+        role=Role(name="target", device="cuda:0"),
+        weight_version="",
+        columns=table,
+    )
+    columns = {
+        "start": np.frombuffer(table.data_ptr, dtype="<u8"),
+        "nbytes": np.frombuffer(table.nbytes, dtype="<u8"),
+        "device": np.frombuffer(table.device, dtype="<u4"),
+    }
+    one_pool = AllocationMap(
+        start=np.array([columns["start"].min()], dtype=np.uint64),
+        end=np.array([columns["start"].max() + np.uint64(64)], dtype=np.uint64),
+    )
+    path = directory / "table"
+
+    def persist() -> None:
+        captured = capture()
+        name = store.write_table(captured)
+        (store.directory / name).unlink()  # An unchanged table is written once only.
+
+    steps: dict[str, Callable[[], object]] = {
+        "bare loop over named_parameters()": lambda: bare_loop(model),
+        "* capture": capture,
+        "* capture and write": persist,
+        "* capture, nothing changed": lambda: capture_weights(
+            model, role="target", captured_at=1.0, previous=before
+        ),
+        "* compare, every tensor moved": lambda: compare(before, after),
+        "* regions, one allocation each": lambda: merge_spans(
+            allocation=AllocationMap.of_storages().lookup(columns["start"]), **columns
+        ),
+        "* regions, one allocation": lambda: merge_spans(
+            allocation=one_pool.lookup(columns["start"]), **columns
+        ),
+        "* weights_metadata files": lambda: write_files(directory, read, "0"),
+        "read rows": lambda: list(table_rows(table)),
+        "format json": lambda: path.write_bytes(formats.as_json([(read, rows)])),
+        "format jsonl": lambda: path.write_bytes(formats.as_jsonl(rows)),
+        "format csv": lambda: path.write_bytes(formats.as_csv(rows)),
+        "format mooncake": lambda: path.write_bytes(formats.as_mooncake(read.regions())),
+        "format nixl": lambda: path.write_bytes(formats.as_nixl(read.regions())),
+        "format sglang-remote": lambda: path.write_bytes(formats.as_sglang_remote(rows)),
+    }
+    if importlib.util.find_spec("pyarrow"):
+        steps["format parquet"] = lambda: path.write_bytes(formats.as_parquet(rows))
+    return steps
+
+
+def main() -> None:
+    for tensors in map(int, sys.argv[1:] or (1_000, 20_000, 100_000)):
+        with tempfile.TemporaryDirectory() as directory:
+            steps = steps_for(model_of(tensors), Path(directory))
+            medians = measure(steps, max(3, ROUNDS * 20_000 // max(tensors, 20_000)))
+        baseline = next(iter(medians.values()))
+        print(f"\n{tensors:,} tensors; the bare loop takes {baseline * 1e3:.1f} ms")
+        for name, seconds in medians.items():
+            print(f"  {name:<36}{seconds / baseline:6.2f}")
+
+
+if __name__ == "__main__":
+    main()

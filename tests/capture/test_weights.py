@@ -1,0 +1,285 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""A model's tensors become rows, bytes and regions. Expected numbers come from torch itself, or
+from counting every byte's address."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
+
+import random  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from typing import Any  # noqa: E402
+
+from sglang_weight_exporter.capture.weights import (  # noqa: E402
+    WeightCapture,
+    capture_weights,
+    named_tensors,
+)
+from sglang_weight_exporter.records import Row, table_regions, table_rows  # noqa: E402
+
+
+def capture(model: Any, **options: Any) -> WeightCapture:
+    return capture_weights(model, role="target", captured_at=1.0, **options)
+
+
+def rows(model: Any) -> dict[str, Row]:
+    return {row.name: row for row in table_rows(capture(model).table)}
+
+
+def nbytes(model: Any, **options: Any) -> int:
+    return sum(part.nbytes for part in capture(model, **options).usage)
+
+
+def regions(model: Any) -> list[tuple[int, int]]:
+    return [(region.data_ptr, region.nbytes) for region in table_regions(capture(model).table)]
+
+
+def module(**tensors: Any) -> Any:
+    """A module with these parameters (tensors that are no Parameter become buffers)."""
+    made = torch.nn.Module()
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.nn.Parameter):
+            made.register_parameter(name, tensor)
+        else:
+            made.register_buffer(name, tensor)
+    return made
+
+
+def parameter(*shape: int, dtype: Any = None) -> Any:
+    return torch.nn.Parameter(torch.zeros(*shape, dtype=dtype), requires_grad=False)
+
+
+def test_a_row_is_what_torch_says_of_the_tensor() -> None:
+    weight = torch.nn.Parameter(torch.zeros(6, 4, dtype=torch.bfloat16))
+    scale = torch.zeros(3)
+    model = torch.nn.Sequential(module(weight=weight, scale=scale))
+    table = rows(model)
+    assert table["0.weight"] == Row(
+        name="0.weight",
+        data_ptr=weight.data_ptr(),
+        nbytes=48,
+        dtype="bfloat16",
+        shape=(6, 4),
+        stride=(4, 1),
+        device="cpu",
+        kind="parameter",
+        storage_ptr=weight.untyped_storage().data_ptr(),
+        storage_nbytes=48,
+    )
+    assert table["0.scale"].kind == "buffer"
+    assert table["0.scale"].nbytes == 12
+
+
+def test_names_and_order_are_torchs_with_buffers_behind_parameters() -> None:
+    model = torch.nn.TransformerEncoder(
+        torch.nn.TransformerEncoderLayer(8, 2, 16), 2, norm=torch.nn.BatchNorm1d(4)
+    )
+    expected = [name for name, _ in model.named_parameters()]
+    expected += [name for name, _ in model.named_buffers()]
+    assert list(rows(model)) == expected
+
+
+def test_a_tied_tensor_has_both_names_and_counts_once() -> None:
+    embedding = parameter(10, 4)
+    model = torch.nn.ModuleDict({"embed": module(weight=embedding), "head": module(weight=embedding)})
+    table = rows(model)
+    assert list(table) == ["embed.weight", "head.weight"]
+    assert table["embed.weight"].data_ptr == table["head.weight"].data_ptr
+    assert nbytes(model) == 160
+    assert regions(model) == [(embedding.data_ptr(), 160)]
+    (usage,) = capture(model).usage
+    assert usage.tensors == 2
+
+
+def test_a_module_that_is_used_twice_has_all_its_names() -> None:
+    shared = module(weight=parameter(2, 2))
+    model = torch.nn.ModuleDict({"first": shared, "second": torch.nn.Sequential(shared)})
+    assert list(rows(model)) == ["first.weight", "second.0.weight"]
+
+
+def test_a_module_that_contains_itself_ends() -> None:
+    model = module(weight=parameter(2))
+    model.child = torch.nn.Module()
+    model.child.parent = model
+    assert list(rows(model)) == ["weight"]
+
+
+def test_views_of_one_storage_count_their_storage_once() -> None:
+    storage = torch.zeros(100)
+    model = module(
+        head=torch.nn.Parameter(storage[:30]), tail=torch.nn.Parameter(storage[50:]), all=storage
+    )
+    table = rows(model)
+    assert {row.storage_ptr for row in table.values()} == {storage.data_ptr()}
+    assert table["tail"].data_ptr == storage.data_ptr() + 200
+    assert nbytes(model) == 400
+    usage = {part.kind: part.nbytes for part in capture(model).usage}
+    assert usage == {"parameter": 400, "buffer": 0}
+
+
+def test_two_views_with_a_gap_between_them_are_two_regions() -> None:
+    storage = torch.zeros(100)
+    model = module(head=storage[:30], tail=storage[50:])
+    assert regions(model) == [(storage.data_ptr(), 120), (storage.data_ptr() + 200, 200)]
+
+
+def test_neighbours_in_one_storage_are_one_region() -> None:
+    storage = torch.zeros(100)
+    assert regions(module(b=storage[50:], a=storage[:50])) == [(storage.data_ptr(), 400)]
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda storage: storage.view(10, 10)[:, :3],
+        lambda storage: storage[::2],
+        lambda storage: storage[:1].expand(50),
+        lambda storage: torch.as_strided(storage, (3, 3), (10, 2)),
+    ],
+    ids=["columns", "every second", "expanded", "strided"],
+)
+def test_the_region_of_a_tensor_with_holes_is_its_whole_storage(view: Any) -> None:
+    storage = torch.zeros(100)
+    tensor = view(storage)
+    assert regions(module(holes=tensor)) == [(storage.data_ptr(), 400)]
+    assert rows(module(holes=tensor))["holes"].nbytes == tensor.nbytes
+    assert nbytes(module(holes=tensor)) == 400
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda storage: storage.view(5, 20).t(), lambda storage: storage.view(2, 5, 10).permute(2, 0, 1)],
+    ids=["transposed", "permuted"],
+)
+def test_a_tensor_whose_dimensions_are_swapped_has_no_holes(view: Any) -> None:
+    storage = torch.zeros(200)[:100]
+    assert regions(module(turned=view(storage))) == [(storage.data_ptr(), 400)]
+
+
+def test_a_tensor_of_no_bytes_is_a_row_and_no_region() -> None:
+    model = module(empty=parameter(0, 4), full=parameter(1))
+    assert rows(model)["empty"].nbytes == 0
+    assert len(regions(model)) == 1
+    (usage,) = capture(model).usage
+    assert (usage.tensors, usage.nbytes) == (2, 4)
+
+
+def test_a_tensor_on_the_meta_device_has_a_row_and_no_memory() -> None:
+    model = module(placeholder=torch.nn.Parameter(torch.empty(1000, device="meta")))
+    row = rows(model)["placeholder"]
+    assert (row.device, row.data_ptr, row.nbytes, row.storage_nbytes) == ("meta", 0, 0, 0)
+    assert regions(model) == []
+    assert nbytes(model) == 0
+
+
+class Packed(torch.Tensor):
+    """A wrapper as torchao and DTensor make them: it owns no memory, the tensors inside do."""
+
+    @staticmethod
+    def __new__(cls, data: Any, scale: Any) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.bfloat16)
+
+    def __init__(self, data: Any, scale: Any) -> None:
+        self.data_part, self.scale_part = data, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["data_part", "scale_part"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(function)
+
+
+def test_the_tensors_inside_a_wrapper_stand_for_it() -> None:
+    data, scale = torch.zeros(8, 8, dtype=torch.int8), torch.zeros(8)
+    nested = Packed(Packed(data, scale), torch.zeros(2))
+    model = torch.nn.Module()
+    model.weight = torch.nn.Parameter(nested, requires_grad=False)
+    table = rows(model)
+    assert list(table) == [
+        "weight.data_part.data_part",
+        "weight.data_part.scale_part",
+        "weight.scale_part",
+    ]
+    assert table["weight.data_part.data_part"].data_ptr == data.data_ptr()
+    assert table["weight.data_part.data_part"].dtype == "int8"
+    assert nbytes(model) == 64 + 32 + 8
+
+
+@pytest.fixture
+def process_group(tmp_path: Any) -> Iterator[None]:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_dtensor_is_its_local_shard() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    whole = torch.zeros(16, 4)
+    distributed = distribute_tensor(whole, init_device_mesh("cpu", (1,)), [Shard(0)])
+    model = module(weight=torch.nn.Parameter(distributed))
+    ((name, row),) = rows(model).items()
+    assert name == "weight._local_tensor"
+    assert row.data_ptr == distributed.to_local().data_ptr()
+    assert row.nbytes == 256
+
+
+def test_what_another_role_counts_adds_rows_and_no_bytes() -> None:
+    shared, own = parameter(100), parameter(10)
+    target = capture(module(embed=shared))
+    draft = capture(module(embed=shared, layer=own), counted_elsewhere=target.storages)
+    assert draft.table.rows == 2
+    (usage,) = draft.usage
+    assert (usage.tensors, usage.nbytes) == (2, 40)
+    assert draft.storages == {own.data_ptr()}
+
+
+def test_an_unchanged_table_is_recognised_and_a_moved_tensor_is_not() -> None:
+    model = module(weight=parameter(100))
+    first = capture(model)
+    again = capture_weights(model, role="target", captured_at=2.0, previous=first)
+    assert again.table.sha256 == first.table.sha256
+    assert again.table.captured_at == 2.0
+    assert again.regions is first.regions
+    model.weight.data = torch.zeros(100)
+    moved = capture_weights(model, role="target", captured_at=3.0, previous=first)
+    assert moved.table.sha256 != first.table.sha256
+    ((row,), (old,)) = (list(table_rows(found.table)) for found in (moved, first))
+    assert row.data_ptr == model.weight.data_ptr() != old.data_ptr
+
+
+def test_a_model_without_tensors_is_an_empty_table() -> None:
+    captured = capture(torch.nn.ReLU())
+    assert captured.table.rows == 0
+    assert list(table_rows(captured.table)) == []
+    assert captured.usage == ()
+    assert captured.regions == {}
+
+
+def test_bytes_are_those_of_unique_storages_whatever_the_model() -> None:
+    generator = random.Random(1)
+    for _ in range(50):
+        storages = [torch.zeros(generator.randrange(1, 40)) for _ in range(5)]
+        tensors = {}
+        for index in range(12):
+            storage = generator.choice(storages)
+            start = generator.randrange(len(storage))
+            tensor = storage[start : generator.randrange(start, len(storage) + 1)]
+            name = f"t{index}"
+            tensors[name] = torch.nn.Parameter(tensor) if generator.random() < 0.5 else tensor
+        model = module(**tensors)
+        used = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for tensor in named_tensors(model)[1]
+        }
+        assert nbytes(model) == sum(used.values())
