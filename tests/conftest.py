@@ -26,20 +26,19 @@ NEWEST, OLDEST = "0.5.23", "0.5.9"
 
 @dataclass(frozen=True)
 class EngineKind:
-    """How the engine behind a fixture is started; `early` when collection ends."""
+    """How the engine behind a fixture is started."""
 
     version: str
     flags: tuple[str, ...] = ()
     variables: tuple[tuple[str, str], ...] = ()
-    early: bool = False
 
 
-TWO_RANKS = ("--dp-size", "2", "--enable-metrics")
 KINDS = {
-    "engine": EngineKind(NEWEST, TWO_RANKS, early=True),
-    "old_engine": EngineKind(OLDEST, ("--enable-metrics",), early=True),
-    "disabled_engine": EngineKind(NEWEST, TWO_RANKS, (("SGLANG_WEIGHT_EXPORTER_DISABLED", "1"),)),
-    "other_plugins_engine": EngineKind(NEWEST, (), (("SGLANG_PLUGINS", "some_other_plugin"),)),
+    "engine": EngineKind(NEWEST, ("--dp-size", "2", "--enable-metrics")),
+    "old_engine": EngineKind(OLDEST),
+    "disabled_engine": EngineKind(
+        NEWEST, ("--enable-metrics",), (("SGLANG_WEIGHT_EXPORTER_DISABLED", "1"),)
+    ),
 }
 
 
@@ -135,8 +134,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     asked = {name for item in session.items for name in fixtures_of(item)}
     session.config.stash[ENGINES] = engines = Engines()
-    for name, kind in KINDS.items():
-        if kind.early and name in asked:
+    for name in KINDS:
+        if name in asked:
             # What is missing is said by the tests that need it.
             with contextlib.suppress(pytest.skip.Exception, pytest.fail.Exception):
                 engines.start(name)
@@ -185,13 +184,6 @@ def old_engine(engines: Engines) -> Engine:
 
 @pytest.fixture(scope="module")
 def disabled_engine(engines: Engines) -> Iterator[Engine]:
-    """As `engine`, with this package switched off."""
+    """SGLang 0.5.23 with its own metrics on and this package switched off; one rank."""
     yield engines.start("disabled_engine").wait_until_ready()
     engines.stop("disabled_engine")
-
-
-@pytest.fixture(scope="module")
-def other_plugins_engine(engines: Engines) -> Iterator[Engine]:
-    """SGLang 0.5.23 whose user allows only a plugin that is not this one."""
-    yield engines.start("other_plugins_engine").wait_until_ready()
-    engines.stop("other_plugins_engine")
