@@ -68,7 +68,8 @@ def run(engine: Engine, script: Path, second: Path) -> Run:
         )
         assert finished.returncode == 0, finished.stdout[-6000:]
         eventually(lambda: engine.processes() == [], 60, what="every process ended")
-        return Run(*json.loads(out.read_text()), engine.runtime_dir.exists())
+        before, result, after = json.loads(out.read_text())
+        return Run(before, result, after, engine.runtime_dir.exists())
     finally:
         engine.stop()
 
