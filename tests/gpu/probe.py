@@ -1,0 +1,203 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""A plugin of SGLang that says from inside a rank what its memory really holds.
+
+It knows torch and SGLang's model runners and nothing of the package under test, except where it
+times that package's own functions. Each rank answers on a Unix socket `PID.socket` in the
+directory `GPU_PROBE_DIRECTORY`: a request is a method's name and its arguments.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import hashlib
+import multiprocessing
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Listener
+from pathlib import Path
+from typing import Any
+
+RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
+
+#: What was seen around each call: (method, is a draft, allocated before, allocated after).
+CALLS: list[tuple[str, bool, int, int]] = []
+
+
+def around(method: str) -> Callable[..., Any]:
+    """Notes what torch's allocator has handed out before and after a runner's method."""
+
+    def call(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        allocated = torch.cuda.memory_allocated if torch.cuda.is_available() else lambda: 0
+        before = allocated()
+        result = original(runner, *args, **kwargs)
+        gc.collect()
+        CALLS.append((method, bool(runner.is_draft_worker), before, allocated()))
+        return result
+
+    return call
+
+
+class _Bytes:
+    """Memory at an address, for torch to read where it lies."""
+
+    def __init__(self, address: int, size: int) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (address, False),
+            "shape": (size,),
+            "typestr": "|u1",
+            "version": 3,
+        }
+
+
+class Probe:
+    """What a rank answers."""
+
+    def calls(self) -> list[tuple[str, bool, int, int]]:
+        return CALLS
+
+    def segments(self) -> list[tuple[int, int, list[tuple[int, int]]]]:
+        """Address, bytes and blocks in use (address, bytes) of the allocator's segments."""
+        import torch
+
+        segments = []
+        for segment in torch.cuda.memory_snapshot():
+            address, blocks = segment["address"], []
+            for block in segment["blocks"]:
+                if block["state"] == "active_allocated":
+                    blocks.append((address, block["size"]))
+                address += block["size"]
+            segments.append((segment["address"], segment["total_size"], blocks))
+        return segments
+
+    def tensors(self, draft: bool) -> dict[str, tuple[int, int, bool]]:
+        """Address, bytes and contiguity of every parameter and buffer, tied names included."""
+        return {
+            name: (tensor.data_ptr(), tensor.nbytes, tensor.is_contiguous())
+            for name, tensor in self._tensors(draft).items()
+        }
+
+    def differing(self, rows: dict[str, tuple[int, int]], draft: bool) -> list[str]:
+        """Names of tensors whose bytes are not those at the address and size of their row."""
+        import torch
+
+        return [
+            name
+            for name, tensor in self._tensors(draft).items()
+            if name not in rows
+            or not torch.equal(
+                torch.as_tensor(_Bytes(*rows[name]), device=tensor.device),
+                tensor.detach().contiguous().flatten().view(torch.uint8),
+            )
+        ]
+
+    def sha256(self, rows: dict[str, tuple[int, int]]) -> dict[str, str]:
+        """Hashes of the bytes at addresses, by the rows' names."""
+        import torch
+
+        return {
+            name: hashlib.sha256(
+                torch.as_tensor(_Bytes(address, size), device="cuda").cpu().numpy().tobytes()
+            ).hexdigest()
+            for name, (address, size) in rows.items()
+        }
+
+    def kv_blocks(self) -> tuple[int, int]:
+        """Bytes of the blocks behind keys and values, and of those behind the tables of requests
+        and free slots."""
+        import torch
+
+        runner = self._runner(draft=False)
+        blocks = dict(block for _, _, blocks in self.segments() for block in blocks)
+        pool = runner.token_to_kv_pool
+        owners = (runner.req_to_token_pool, pool, runner.token_to_kv_pool_allocator)
+        tables = {
+            value.untyped_storage().data_ptr()
+            for owner in owners
+            for value in vars(owner).values()
+            if isinstance(value, torch.Tensor) and value.is_cuda
+        }
+        return (
+            sum(blocks[tensor.data_ptr()] for tensor in (*pool.k_buffer, *pool.v_buffer)),
+            sum(blocks[address] for address in tables if address),
+        )
+
+    def uuid(self) -> str:
+        import torch
+
+        return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+
+    def costs(self) -> dict[str, float]:
+        """Median milliseconds of the package's own functions, and how much they looked at."""
+        from sglang_weight_exporter.capture.regions import AllocationMap
+        from sglang_weight_exporter.capture.weights import capture_weights, named_tensors
+
+        model = self._runner(draft=False).model
+        first = capture_weights(model, role="x", captured_at=0.0, allocations=AllocationMap.of_cuda)
+
+        def milliseconds(call: Callable[[], object]) -> float:
+            seconds = []
+            for _ in range(20):
+                started = time.perf_counter()
+                call()
+                seconds.append(time.perf_counter() - started)
+            return 1000 * statistics.median(seconds)
+
+        capture = functools.partial(capture_weights, model, role="x", captured_at=0.0)
+        segments = self.segments()
+        return {
+            "tensors": len(first.table.names.split()),
+            "segments": len(segments),
+            "blocks": sum(len(blocks) for _, _, blocks in segments),
+            "names and tensors": milliseconds(lambda: named_tensors(model)),
+            "allocation map": milliseconds(AllocationMap.of_cuda),
+            "capture, changed": milliseconds(lambda: capture(allocations=AllocationMap.of_cuda)),
+            "capture, unchanged": milliseconds(lambda: capture(previous=first)),
+        }
+
+    def _tensors(self, draft: bool) -> dict[str, Any]:
+        model = self._runner(draft).model
+        return {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+
+    def _runner(self, draft: bool) -> Any:
+        from sglang.srt.model_executor.model_runner import ModelRunner
+
+        (runner,) = (
+            found
+            for found in gc.get_objects()
+            if issubclass(type(found), ModelRunner) and bool(found.is_draft_worker) == draft
+        )
+        return runner
+
+
+def answer(listener: Listener) -> None:
+    probe = Probe()
+    while True:
+        with listener.accept() as connection:
+            name, arguments = connection.recv()
+            try:
+                connection.send(getattr(probe, name)(**arguments))
+            except Exception as error:
+                connection.send(error)
+
+
+def plugin() -> None:
+    """Entry point `sglang.srt.plugins`; does nothing in SGLang's main process."""
+    if multiprocessing.parent_process() is None:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for method in ("load_model", "alloc_memory_pool"):
+        HookRegistry.register(f"{RUNNER}.{method}", around(method), HookType.AROUND)
+    path = Path(os.environ["GPU_PROBE_DIRECTORY"]) / f"{os.getpid()}.socket"
+    listener = Listener(str(path), family="AF_UNIX")
+    threading.Thread(target=answer, args=(listener,), daemon=True).start()
