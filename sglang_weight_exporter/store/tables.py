@@ -111,14 +111,14 @@ class TableReader:
         while True:
             with self._shared_lock() as shared:
                 table, obstacle = self._attempt() if shared else (None, self._busy())
+                if not self.directory.is_alive():
+                    raise RankGoneError(
+                        f"The engine process of rank {self.directory.rank_id} has ended, so its "
+                        f"addresses mean nothing any more. Look for the tables that there are now."
+                    )
                 if table is not None:
                     yield table
                     return
-            if not self.directory.is_alive():
-                raise RankGoneError(
-                    f"The engine process of rank {self.directory.rank_id} has ended, so its "
-                    f"addresses mean nothing any more. Look for the tables that there are now."
-                )
             if time.monotonic() >= deadline:
                 raise obstacle
             time.sleep(min(_LOOK_AGAIN, max(0.0, deadline - time.monotonic())))

@@ -25,7 +25,8 @@ def spans(draw: st.DrawFn) -> tuple[list[Span], list[tuple[int, int]]]:
     for device in range(draw(st.integers(1, 2))):
         address = draw(st.sampled_from([64, 1 << 47]))
         for _ in range(draw(st.integers(1, 4))):
-            address += draw(st.sampled_from([0, 0, 1, 7]))  # Mostly none: neighbours must not merge.
+            # Mostly no gap: neighbours must not merge.
+            address += draw(st.sampled_from([0, 0, 1, 7]))
             size = draw(st.integers(1, 24))
             allocations.append((device, address, size))
             address += size

@@ -84,7 +84,9 @@ def test_names_and_order_are_torchs_with_buffers_behind_parameters() -> None:
 
 def test_a_tied_tensor_has_both_names_and_counts_once() -> None:
     embedding = parameter(10, 4)
-    model = torch.nn.ModuleDict({"embed": module(weight=embedding), "head": module(weight=embedding)})
+    model = torch.nn.ModuleDict(
+        {"embed": module(weight=embedding), "head": module(weight=embedding)}
+    )
     table = rows(model)
     assert list(table) == ["embed.weight", "head.weight"]
     assert table["embed.weight"].data_ptr == table["head.weight"].data_ptr
@@ -151,7 +153,10 @@ def test_the_region_of_a_tensor_with_holes_is_its_whole_storage(view: Any) -> No
 
 @pytest.mark.parametrize(
     "view",
-    [lambda storage: storage.view(5, 20).t(), lambda storage: storage.view(2, 5, 10).permute(2, 0, 1)],
+    [
+        lambda storage: storage.view(5, 20).t(),
+        lambda storage: storage.view(2, 5, 10).permute(2, 0, 1),
+    ],
     ids=["transposed", "permuted"],
 )
 def test_a_tensor_whose_dimensions_are_swapped_has_no_holes(view: Any) -> None:

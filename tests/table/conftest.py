@@ -1,0 +1,51 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""A runtime directory, ranks in it, and the command that reads them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from engines import PREFIX, clean_environment
+
+sys.path.insert(0, str(Path(__file__).parent))  # For `published`, which tests import.
+
+from published import PublishedRank
+
+
+@pytest.fixture
+def runtime_dir(tmp_path: Path) -> Path:
+    return tmp_path / "runtime"
+
+
+@pytest.fixture
+def rank(runtime_dir: Path) -> Iterator[PublishedRank]:
+    """A rank with one table."""
+    made = PublishedRank(runtime_dir)
+    made.publish()
+    yield made
+    made.store.close()
+
+
+Command = Callable[..., subprocess.CompletedProcess[bytes]]
+
+
+@pytest.fixture
+def command(runtime_dir: Path) -> Command:
+    """Runs `python -m sglang_weight_exporter` on the runtime directory."""
+
+    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [sys.executable, "-m", "sglang_weight_exporter", *map(str, arguments)],
+            env=clean_environment(**{PREFIX + "RUNTIME_DIR": str(runtime_dir)}),
+            cwd=os.fspath(runtime_dir.parent),
+            capture_output=True,
+            timeout=60,
+        )
+
+    return run
