@@ -18,6 +18,7 @@ import msgspec
 from sglang_weight_exporter.capture.changes import compare_rows
 from sglang_weight_exporter.cli import formats
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
+from sglang_weight_exporter.cli.trace_reader import TraceError, tables_from_trace
 from sglang_weight_exporter.records import CHANGES, Row
 from sglang_weight_exporter.store.tables import Table, TableError, TableReader, open_tables
 from sglang_weight_exporter.store.weights_metadata import owners, write_files
@@ -60,6 +61,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="RANK",
         help="tensor-parallel rank N, or a list such as tp=1,dp=0",
     )
+    choose.add_argument(
+        "--from-trace",
+        type=Path,
+        metavar="FILE",
+        help="not of this host: the newest table of each rank in the spans of a file, verified "
+        "(OTLP as JSON, or what the API of Tempo, Jaeger or Phoenix gives)",
+    )
+    choose.add_argument("--trace-id", default="", help="with --from-trace: of this trace")
     choose.add_argument(
         "--wait",
         type=float,
@@ -110,7 +119,7 @@ def _ranks(text: str) -> dict[str, int]:
 def run(arguments: argparse.Namespace) -> int:
     try:
         return _run(arguments)
-    except (_ProblemError, TableError, formats.MissingLibraryError) as error:
+    except (_ProblemError, TableError, TraceError, formats.MissingLibraryError) as error:
         print(error, file=sys.stderr)
     except BrokenPipeError:
         raise
@@ -163,6 +172,8 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.regions and arguments.format in formats.OF_ROWS:
         raise _ProblemError(f"--format {arguments.format} is made of tensors. Leave --regions out.")
+    if arguments.from_trace and of_regions:
+        raise _ProblemError("Spans carry tensors and no regions. Print tensors.")
     if arguments.by and arguments.format != "text":
         raise _ProblemError("--by prints totals as text. Leave --format out.")
     if arguments.format == "parquet" and sys.stdout.isatty():
@@ -173,6 +184,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _read(arguments: argparse.Namespace) -> list[Table]:
+    if arguments.from_trace:
+        return _read_trace(arguments)
     settings = settings_from(arguments, os.environ)
     readers = open_tables(settings.runtime_dir, engine=arguments.engine, role=arguments.role)
     deadline = time.monotonic() + arguments.wait
@@ -189,6 +202,24 @@ def _read(arguments: argparse.Namespace) -> list[Table]:
             else "No rank is alive here, so there is no table. "
             "`sglang-weight-exporter status` says what may be the reason."
         )
+    return tables
+
+
+def _read_trace(arguments: argparse.Namespace) -> list[Table]:
+    found = tables_from_trace(arguments.from_trace, trace_id=arguments.trace_id)
+    tables = [
+        table
+        for table in found
+        if arguments.engine in {None, table.engine.name}
+        and arguments.role in {None, table.role.name}
+        and all(getattr(table.ranks, name) == rank for name, rank in arguments.rank.items())
+    ]
+    if not tables:
+        there = "\n".join(
+            f"  --engine {table.engine.name} --rank {_rank_name(table)} --role {table.role.name}"
+            for table in found
+        )
+        raise _ProblemError(f"No table was chosen. {arguments.from_trace} has these:\n{there}")
     return tables
 
 
@@ -285,7 +316,8 @@ def _print_tables(
             )
         print(
             f"{len(rows):,} tensors, {_unique_bytes(rows):,} bytes of memory, "
-            f"{sum(1 for _ in table.regions()):,} regions, sha256 {table.columns.sha256[:16]}…"
+            + ("" if arguments.from_trace else f"{sum(1 for _ in table.regions()):,} regions, ")
+            + f"sha256 {table.columns.sha256[:16]}…"
         )
 
 

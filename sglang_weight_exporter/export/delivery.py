@@ -49,11 +49,11 @@ LOOK_SECONDS = 1.0
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 
-#: How often an event may fail before others are tried first, and how often it may fail in between
-#: others that the collector takes before it is given up.
-PATIENCE = 5
-REFUSALS = 3
-
+#: How often the oldest event may fail before others are tried first, how many may fail at a time,
+#: and how often one may fail while others are taken before it is given up.
+PATIENCE = 3
+FAILURES = 3
+REFUSALS = 5
 
 #: What dead ranks may leave, all together, before the oldest of them is given up.
 DEAD_BYTES = 4 * EVENT_BYTES
@@ -121,10 +121,10 @@ class Delivery:
                 pause *= random.uniform(0.8, 1.0)  # noqa: S311
 
     def deliver(self) -> bool:
-        """Send all that waits, oldest first. False once the collector did not take something.
+        """Send all that waits, oldest first. False if the collector took nothing of it.
 
         When the first one keeps failing, another is tried before it: if the collector takes that,
-        it refuses the first for what it is, which must not keep the others waiting for ever.
+        it refuses the first for what it is, which must not keep the others waiting.
         """
         self._bound_dead()
         waiting = list(self._waiting())
@@ -137,25 +137,29 @@ class Delivery:
             other = min(waiting[1:], key=lambda entry: self._failures[entry[1]])
             waiting.remove(other)
             waiting.insert(0, other)
-        accepted = False
+        accepted = failed = 0
         for directory, path in waiting:
             if self._send(directory, path):
-                accepted = True
+                accepted += 1
                 self._counts.waiting -= 1
                 continue
+            failed += 1
             self._failures[path] += 1
             if accepted:
-                self._refusals[path] += 1
-            if self._refusals[path] >= REFUSALS:
-                self._give_up(
-                    path,
-                    "refused",
-                    f"The collector at {self._collector.destination} refused {path.name} "
-                    f"{REFUSALS} times and took others ({self._collector.last_error()}), so it "
-                    "is given up.",
-                )
-            return False
-        return True
+                self._refuse(path)
+            if not accepted or failed == FAILURES:
+                break
+        return accepted > 0 or failed == 0
+
+    def _refuse(self, path: Path) -> None:
+        self._refusals[path] += 1
+        if self._refusals[path] >= REFUSALS:
+            self._give_up(
+                path,
+                "refused",
+                f"The collector at {self._collector.destination} refused {path.name} {REFUSALS} "
+                f"times and took others ({self._collector.last_error()}), so it is given up.",
+            )
 
     def _waiting(self) -> Iterator[tuple[RankDirectory, Path]]:
         for directory in rank_directories(self._runtime_dir):

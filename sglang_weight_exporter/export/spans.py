@@ -225,6 +225,11 @@ def _summary(event: Event, *, names: bool) -> Attributes:
     update, ranks = event.update, event.ranks
     facts: dict[str, AttributeValue | None] = {
         "schema_version": SCHEMA_VERSION,
+        # These are of the resource too, which not every trace store keeps.
+        "rank_id": event.rank_id,
+        "pid": event.pid,
+        "engine": event.engine.name,
+        "model_name": event.engine.model_name,
         "role": event.role,
         "tp_rank": ranks.tp,
         "pp_rank": ranks.pp,
@@ -381,6 +386,7 @@ def _events(
                 "role": table.role,
                 "table.sha256": table.sha256,
                 "table.rows": table.rows,
+                "table.captured_at": table.captured_at,
                 "chunk.index": index,
                 "chunk.count": count,
                 "row.offset": chunk.offset,

@@ -1,0 +1,337 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Pointer tables out of spans: what a collector or a trace store has, put together and verified.
+
+Understood are OTLP as JSON (collectors' file exporters, one request a line; Tempo's API), Jaeger's
+API, and spans as OpenTelemetry's SDKs and Phoenix write them. Spans of other programs, and members
+that are not known here, are passed over.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sglang_weight_exporter.records import (
+    Engine,
+    Ranks,
+    Role,
+    Row,
+    TableRef,
+    Update,
+    WeightTable,
+    table_of_rows,
+)
+from sglang_weight_exporter.store.tables import Table
+
+_PREFIX = "sglang.weights."
+_CODED = ("dtype", "shape", "device")
+
+
+class TraceError(Exception):
+    """A file does not hold the whole table; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class _Span:
+    name: str
+    trace_id: str
+    span_id: str
+    attributes: dict[str, Any]
+    resource: dict[str, Any]
+    #: Attributes of its events with a part of a table.
+    chunks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def order(self) -> int:
+        return int(self.attributes.get(_PREFIX + "event.number", 0))
+
+    def get(self, name: str, default: Any = "") -> Any:
+        return self.attributes.get(_PREFIX + name, default)
+
+
+def tables_from_trace(path: Path, *, trace_id: str = "") -> list[Table]:
+    """The newest table of each role of each rank in a file, or those of one trace.
+
+    Raises ``OSError``, and :class:`TraceError` when there is none, or when one is not complete or
+    not what was sent.
+    """
+    spans = list(_read(path))
+    chunks: dict[str, list[dict[str, Any]]] = {}
+    for span in spans:
+        for chunk in span.chunks:
+            chunks.setdefault(str(chunk.get("table.sha256", "")), []).append(chunk)
+    newest: dict[tuple[str, str], _Span] = {}
+    for span in spans:
+        if span.name not in {"sglang.weights.load", "sglang.weights.update"}:
+            continue
+        if trace_id and span.trace_id != trace_id.lower().removeprefix("0x"):
+            continue
+        key = (str(span.get("rank_id")), str(span.get("role")))
+        if key not in newest or newest[key].order <= span.order:
+            newest[key] = span
+    if not newest:
+        raise TraceError(
+            f"{path} holds no span of a load or an update of weights"
+            + (f" in the trace {trace_id}" if trace_id else "")
+            + f"; it holds {len(spans)} spans in all. Spans are understood in OTLP as JSON and as "
+            "the APIs of Tempo, Jaeger and Phoenix give them."
+        )
+    return [_table(path, span, chunks) for span in newest.values()]
+
+
+def _table(path: Path, span: _Span, chunks: Mapping[str, list[dict[str, Any]]]) -> Table:
+    sha256 = str(span.get("table.sha256"))
+    whose = f"The span {span.span_id} of the trace {span.trace_id}"
+    if not sha256:
+        reason = {
+            "disabled": "spans were set to carry none (SGLANG_WEIGHT_EXPORTER_SPAN_TABLE)",
+            "missing": "it could not be read when the span was made",
+        }.get(str(span.get("table.state")), "its attributes do not name one")
+        raise TraceError(f"{whose} has no table: {reason}.")
+    if sha256 not in chunks and span.get("table.span_id"):
+        raise TraceError(
+            f"{whose} says that the table is the same as in the span {span.get('table.span_id')} "
+            f"of the trace {span.get('table.trace_id')}, which is not in {path}. Get that trace."
+        )
+    columns = _assembled(span, whose, sha256, chunks.get(sha256, ()))
+    resource, name = span.resource, str(span.get("role"))
+    return Table(
+        rank_id=str(span.get("rank_id")),
+        pid=int(span.get("pid", 0)),
+        started_at=0.0,
+        engine=Engine(
+            name=str(span.get("engine")),
+            instance=str(resource.get("sglang.engine.instance", "")),
+            model_name=str(span.get("model_name")),
+            model_path=str(resource.get("sglang.engine.model_path", "")),
+            sglang_version=str(resource.get("sglang.engine.version", "")),
+            torch_version=str(resource.get("sglang.engine.torch_version", "")),
+        ),
+        ranks=Ranks(
+            tp=_rank(span, "tp") or 0,
+            pp=_rank(span, "pp") or 0,
+            dp=_rank(span, "dp"),
+            moe_ep=_rank(span, "moe_ep"),
+        ),
+        role=Role(
+            name=name,
+            device=str(span.get("device")),
+            table=TableRef(
+                file="",
+                sha256=columns.sha256,
+                rows=columns.rows,
+                regions={},
+                captured_at=columns.captured_at,
+            ),
+            last_update=Update(
+                action="load" if span.name.endswith("load") else "update",
+                sequence=int(span.get("sequence", 0)),
+                started_at=0.0,
+                ended_at=0.0,
+                succeeded=bool(span.get("succeeded", True)),
+                effect="changed",
+            ),
+        ),
+        weight_version=str(span.get("version")),
+        columns=columns,
+    )
+
+
+def _rank(span: _Span, name: str) -> int | None:
+    value = span.get(f"{name}_rank", None)
+    return None if value is None else int(value)
+
+
+def _assembled(
+    span: _Span, whose: str, sha256: str, chunks: Sequence[dict[str, Any]]
+) -> WeightTable:
+    rows_of: dict[int, list[Row]] = {}
+    damaged: dict[int, str] = {}
+    total = int(span.get("table.rows", 0))
+    for chunk in chunks:
+        offset = int(chunk["row.offset"])
+        try:
+            if offset not in rows_of:  # A chunk that was sent twice is here twice.
+                rows_of[offset] = _rows(chunk)
+        except (KeyError, ValueError, IndexError, TypeError) as error:
+            damaged[offset] = f"chunk {chunk.get('chunk.index', '?')} is damaged ({error})"
+    problems = [text for offset, text in damaged.items() if offset not in rows_of]
+    end = 0
+    for offset in sorted(rows_of):
+        if offset > end:
+            problems.append(_gap(end, offset))
+        end = max(end, offset + len(rows_of[offset]))
+    if end < total:
+        problems.append(_gap(end, total))
+    if problems:
+        count = span.get("table.chunks", None) or (chunks[0]["chunk.count"] if chunks else "?")
+        further = int(span.get("table.spans", 1)) - 1
+        raise TraceError(
+            f"{whose} has {total:,} rows of a table in {count} chunks, of which {len(rows_of)} "
+            f"are here: {'; '.join(problems)}."
+            + (
+                f" The table continues in {further} further spans, which this span links to and "
+                "which are in traces of their own."
+                if further > 0
+                else ""
+            )
+        )
+    rows = [row for offset in sorted(rows_of) for row in rows_of[offset]]
+    captured_at = float(chunks[0].get("table.captured_at", 0)) if chunks else 0.0
+    table = table_of_rows(rows, role=str(span.get("role")), captured_at=captured_at)
+    if table.sha256 != sha256:
+        raise TraceError(
+            f"{whose} has all {total:,} rows of its table, and they are not the ones that were "
+            f"sent: their SHA-256 is {table.sha256} and should be {sha256}. Something on the way "
+            "changed or cut values."
+        )
+    return table
+
+
+def _gap(start: int, end: int) -> str:
+    return f"rows {start:,} to {end - 1:,} are missing"
+
+
+def _rows(chunk: Mapping[str, Any]) -> list[Row]:
+    """The rows of an event. Raises ``ValueError`` and the like where they are damaged."""
+    count = int(chunk["row.count"])
+    columns: dict[str, list[Any]] = {}
+    for column in Row._fields:
+        if column not in chunk:
+            raise ValueError(f"the column {column} is missing")
+        values = _array(chunk[column])
+        if len(values) != count:
+            raise ValueError(f"the column {column} has {len(values)} of {count} values")
+        if column in _CODED:
+            known = _array(chunk[f"{column}.values"])
+            values = [known[int(code)] for code in values]
+        columns[column] = values
+    return [
+        Row(
+            name=str(columns["name"][row]),
+            data_ptr=int(columns["data_ptr"][row], 16),
+            nbytes=int(columns["nbytes"][row]),
+            dtype=str(columns["dtype"][row]),
+            shape=_dimensions(columns["shape"][row]),
+            stride=_dimensions(columns["stride"][row]),
+            device=str(columns["device"][row]),
+            kind=str(columns["kind"][row]),
+            storage_ptr=int(columns["storage_ptr"][row], 16),
+            storage_nbytes=int(columns["storage_nbytes"][row]),
+        )
+        for row in range(count)
+    ]
+
+
+def _array(value: Any) -> list[Any]:
+    # Jaeger keeps an array as the text of a JSON array.
+    return json.loads(value) if isinstance(value, str) else list(value)
+
+
+def _dimensions(text: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in str(text).split(",") if part)
+
+
+# Finding spans.
+
+
+def _read(path: Path) -> Iterator[_Span]:
+    text = path.read_text(encoding="utf-8")
+    decoder, space = json.JSONDecoder(), re.compile(r"\s*")
+    position = space.match(text).end()  # type: ignore[union-attr]
+    while position < len(text):
+        try:
+            document, position = decoder.raw_decode(text, position)
+        except ValueError as error:
+            raise TraceError(f"{path} is not JSON ({error}).") from error
+        yield from _spans(document, {}, {})
+        position = space.match(text, position).end()  # type: ignore[union-attr]
+
+
+def _spans(node: Any, resource: dict[str, Any], processes: Mapping[str, Any]) -> Iterator[_Span]:
+    if isinstance(node, list):
+        for each in node:
+            yield from _spans(each, resource, processes)
+    if not isinstance(node, dict):
+        return
+    if isinstance(node.get("resource"), dict):
+        resource = _attributes(node["resource"].get("attributes"))
+    if isinstance(node.get("processes"), dict):
+        processes = node["processes"]
+    span_id = _first(node, "spanId", "span_id", "spanID") or _first(
+        node.get("context") or {}, "span_id"
+    )
+    if span_id and ("name" in node or "operationName" in node):
+        if "processID" in node:
+            resource = _process(processes.get(node["processID"]) or {})
+        yield _Span(
+            name=str(_first(node, "name", "operationName")),
+            trace_id=_hex(
+                _first(node, "traceId", "trace_id", "traceID")
+                or _first(node.get("context") or {}, "trace_id")
+            ),
+            span_id=_hex(span_id),
+            attributes=_attributes(_first(node, "attributes", "tags")),
+            resource=resource,
+            chunks=[
+                attributes
+                for event in _first(node, "events", "logs") or ()
+                if "row.offset"
+                in (attributes := _attributes(_first(event, "attributes", "fields")))
+            ],
+        )
+        return
+    for each in node.values():
+        yield from _spans(each, resource, processes)
+
+
+def _process(process: Mapping[str, Any]) -> dict[str, Any]:
+    return {"service.name": process.get("serviceName"), **_attributes(process.get("tags"))}
+
+
+def _first(node: Mapping[str, Any], *names: str) -> Any:
+    return next((node[name] for name in names if node.get(name)), None)
+
+
+def _hex(value: Any) -> str:
+    """An id in hexadecimal digits; protobuf's own JSON has it in base64."""
+    text = str(value).removeprefix("0x")
+    if len(text) in {16, 32}:
+        return text.lower()
+    try:
+        return base64.b64decode(text, validate=True).hex()
+    except ValueError:
+        return text
+
+
+def _attributes(node: Any) -> dict[str, Any]:
+    """Attributes as a list of keys and values, or as an object, which may be nested."""
+    if isinstance(node, list):
+        return {each["key"]: _value(each.get("value")) for each in node if "key" in each}
+    flat: dict[str, Any] = {}
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": each for inner, each in _attributes(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def _value(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    for kind, content in value.items():
+        if content is None:
+            continue  # Phoenix names the kinds that a value is not.
+        if kind in {"arrayValue", "array_value"}:
+            return [_value(each) for each in content.get("values", ())]
+        if kind in {"intValue", "int_value"}:
+            return int(content)  # 64-bit integers are text in protobuf's JSON.
+        return content
+    return None

@@ -1,0 +1,171 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Collectors that are down, refuse, or come back; exporters that are killed; ranks that die."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from collectors import Backend, Message, attributes_of
+from engines import eventually, free_port
+from ranks import ExporterProcess, Rank, rows
+
+StartExporter = Callable[..., ExporterProcess]
+
+
+def test_twenty_updates_outlive_a_dead_collector_and_a_killed_exporter(
+    rank: Rank, start_exporter: StartExporter
+) -> None:
+    backend = Backend()  # Not started: nobody listens.
+    endpoint = f"http://127.0.0.1:{backend.grpc_port}"
+    exporter = start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+    rank.load(rows(50))
+    for _ in range(9):
+        rank.update()
+    eventually(lambda: exporter.metric("span_failures_total") >= 2, 60, what="failed tries")
+    said = f"The collector at 127.0.0.1:{backend.grpc_port} does not take spans"
+    assert exporter.log().count(said) == 1
+    exporter.end(signal.SIGKILL)
+    for _ in range(10):
+        rank.update()
+    exporter = start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+    eventually(lambda: exporter.metric("spans_waiting") == 20, 60, what="20 waiting")
+    assert len(rank.waiting()) == 20
+
+    backend.start()
+    try:
+        eventually(lambda: not rank.waiting(), 90, what="acknowledged")
+        numbers = [attributes_of(span)["sglang.weights.event.number"] for span in backend.spans()]
+        assert numbers == list(range(1, 21))
+        assert len({span.span_id for span in backend.spans()}) == 20
+        eventually(lambda: exporter.metric("spans_exported_total") == 20)
+        assert exporter.metric("spans_waiting") == 0
+        for reason in ("queue_full", "refused", "unreadable"):
+            assert exporter.metric("spans_dropped_total", reason=reason) == 0
+    finally:
+        backend.stop()
+
+
+def test_a_killed_exporter_sends_the_same_span_again(
+    rank: Rank, backend: Backend, start_exporter: StartExporter
+) -> None:
+    """Killed after the collector has taken a span and before it has said so."""
+    rank.load(rows(10))
+    exporter: ExporterProcess
+
+    def kill(message: Message) -> str:
+        backend.messages.append(message)
+        exporter.end(signal.SIGKILL)
+        return "nobody hears this"
+
+    backend.refuses = kill
+    endpoint = f"http://127.0.0.1:{backend.grpc_port}"
+    exporter = start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+    eventually(lambda: len(backend.spans()) == 1, what="taken")
+    backend.refuses = lambda message: ""
+    start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+    eventually(lambda: not rank.waiting(), what="acknowledged")
+    first, again = backend.spans()
+    assert first == again
+
+
+def test_events_of_a_rank_that_has_died_arrive(
+    runtime_dir: Path, backend: Backend, start_exporter: StartExporter
+) -> None:
+    rank = Rank(runtime_dir)
+    rank.load(rows(10))
+    rank.store.close()
+    start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}")
+    eventually(lambda: len(backend.spans()) == 1, what="the span")
+    eventually(lambda: not rank.store.directory.exists(), what="removed")
+
+
+def test_a_span_that_is_refused_does_not_keep_others_waiting(
+    rank: Rank, backend: Backend, start_exporter: StartExporter
+) -> None:
+    def refuses(message: Message) -> str:
+        spans = [
+            span
+            for part in message.request.resource_spans
+            for scope in part.scope_spans
+            for span in scope.spans
+        ]
+        return "too odd" if attributes_of(spans[0])["sglang.weights.event.number"] == 1 else ""
+
+    backend.refuses = refuses
+    rank.load(rows(10))
+    for _ in range(12):
+        rank.update()
+    exporter = start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}")
+    eventually(lambda: len(backend.spans()) == 12, 60, what="all others")
+    assert exporter.metric("spans_dropped_total", reason="refused") == 0
+
+    def given_up() -> bool:
+        rank.update()
+        return exporter.metric("spans_dropped_total", reason="refused") == 1
+
+    eventually(given_up, 60, every=0.5, what="given up")
+    eventually(lambda: not rank.waiting(), what="nothing waiting")
+    assert "too odd" in exporter.log()
+    # The table was not in the span that was refused only: the next one carries it.
+    states = Counter(attributes_of(span)["sglang.weights.table.state"] for span in backend.spans())
+    assert states["included"] == 1
+    assert states["unchanged"] >= 11
+
+
+def test_a_damaged_event_is_counted_and_the_others_arrive(
+    rank: Rank, backend: Backend, start_exporter: StartExporter
+) -> None:
+    rank.load(rows(10))
+    rank.update()
+    (rank.store.directory / "events" / rank.waiting()[0]).write_bytes(b"damaged")
+    exporter = start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}")
+    eventually(lambda: not rank.waiting(), what="nothing waiting")
+    assert [span.name for span in backend.spans()] == ["sglang.weights.update"]
+    assert exporter.metric("spans_dropped_total", reason="unreadable") == 1
+
+
+def test_a_queue_that_was_full_counts_what_it_dropped(
+    rank: Rank, backend: Backend, start_exporter: StartExporter
+) -> None:
+    rank.store._event_count = 5
+    rank.load(rows(10))
+    for _ in range(7):
+        rank.update()
+    exporter = start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}")
+    eventually(lambda: len(backend.spans()) == 5, what="5 spans")
+    assert exporter.metric("spans_dropped_total", reason="queue_full") == 3
+    # The load is gone and its table with it; the oldest that is left carries it.
+    assert backend.spans()[0].events
+
+
+def test_without_a_collector_the_queue_stays_empty_and_nothing_counts_as_dropped(
+    rank: Rank, start_exporter: StartExporter
+) -> None:
+    rank.load(rows(10))
+    exporter = start_exporter()
+    eventually(lambda: not rank.waiting(), what="discarded")
+    rank.update()
+    eventually(lambda: not rank.waiting(), what="discarded")
+    for reason in ("queue_full", "refused", "unreadable"):
+        assert exporter.metric("spans_dropped_total", reason=reason) == 0
+    assert exporter.metric("spans_exported_total") == 0
+
+
+def test_a_collector_that_was_configured_wrongly_loses_nothing(
+    rank: Rank, backend: Backend, start_exporter: StartExporter
+) -> None:
+    rank.load(rows(10))
+    exporter = start_exporter(
+        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{free_port()}",
+        OTEL_EXPORTER_OTLP_PROTOCOL="http/json",
+    )
+    eventually(lambda: "http/json" in exporter.log(), what="said so")
+    assert "grpc and http/protobuf" in exporter.log()
+    assert rank.waiting()
+    exporter.end(signal.SIGTERM)
+    start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}")
+    eventually(lambda: len(backend.spans()) == 1, what="the span")
