@@ -1027,7 +1027,6 @@ def variable(name: str, label: str, label_name: str, narrowed_by: str, descripti
         "description": description,
         "type": "query",
         "datasource": DATASOURCE,
-        "definition": definition,
         "query": {"query": definition, "refId": name},
         "refresh": 2,
         "sort": 1,

@@ -1,8 +1,9 @@
 // SPDX-FileCopyrightText: The sglang_weight_exporter authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// node shoot.mjs URL OUT.png [WIDTH [HEIGHT]]: opens the page, waits until no panel is loading, takes
-// a picture of the whole page (of the first screen if a height is given), and prints what the page holds as JSON: each panel's state, rows and painted pixels.
+// node shoot.mjs URL OUT.png [WIDTH [HEIGHT]]: opens the page, waits until it is finished, takes a
+// picture of the whole page (of the first screen if a height is given), and prints as JSON what the
+// page holds: each panel's state, rows and painted pixels.
 import { chromium } from 'playwright-core';
 
 const [url, picture, width = '1600', height = '1000'] = process.argv.slice(2);
@@ -14,23 +15,16 @@ const browser = await chromium.launch({
 const page = await browser.newPage({ viewport: { width: Number(width), height: Number(height) } });
 const problems = [];
 page.on('pageerror', (error) => problems.push('page: ' + String(error.stack || error).slice(0, 900)));
-page.on('requestfailed', (request) => problems.push('request failed: ' + request.url()));
+page.on('requestfailed', (request) => {
+  // Icons of a panel that was drawn anew are given up: no finding.
+  if (request.failure()?.errorText !== 'net::ERR_ABORTED') problems.push('request failed: ' + request.url());
+});
+page.on('response', (response) => {
+  if (response.status() >= 400) problems.push(`${response.status()} from ${response.url()}`);
+});
 await page.goto(url);
-try {
-  await page.waitForFunction(async () => {
-    const panels = [...document.querySelectorAll('.visualization')];
-    const expected = (await (await fetch('/dashboard.json')).json()).panels.filter((p) => p.type !== 'row').length;
-    return panels.length === expected && panels.every((p) => p.dataset.type === 'text' || ['Done', 'Error'].includes(p.dataset.state));
-  }, null, { timeout: 60000, polling: 250 });
-  // A window as high as the page: tables draw only the rows that are in sight.
-  const whole = await page.evaluate(() => document.documentElement.scrollHeight);
-  if (!process.argv[5]) await page.setViewportSize({ width: Number(width), height: whole });
-  await page.waitForTimeout(1500);
-} catch (error) {
-  problems.push('not all panels finished: ' + String(error).slice(0, 300));
-}
-await page.screenshot({ path: picture });
-const found = await page.evaluate(() => {
+
+const look = () => page.evaluate(() => {
   const painted = (canvas) => {
     if (!canvas.width || !canvas.height) return 0;
     const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
@@ -39,6 +33,7 @@ const found = await page.evaluate(() => {
     return count;
   };
   return {
+    height: document.documentElement.scrollHeight,
     queries: window.queries,
     problems: window.problems,
     panels: [...document.querySelectorAll('.visualization')].map((panel) => ({
@@ -53,6 +48,32 @@ const found = await page.evaluate(() => {
     })),
   };
 });
+
+// Finished: every panel has its answer, and two looks in a row see the same page.
+async function settled(seconds) {
+  const dashboard = await (await fetch(new URL('/dashboard.json', url))).json();
+  const expected = dashboard.panels.filter((panel) => panel.type !== 'row').length;
+  let before = '';
+  for (const end = Date.now() + seconds * 1000; Date.now() < end; ) {
+    const seen = await look();
+    const answered = seen.panels.length === expected
+      && seen.panels.every((panel) => panel.type === 'text' || ['Done', 'Error'].includes(panel.state));
+    const now = JSON.stringify([seen.panels, seen.height]);
+    if (answered && now === before) return seen;
+    before = now;
+    await new Promise((resolve) => setTimeout(resolve, 700));
+  }
+  problems.push(`not all panels finished in ${seconds} s`);
+  return look();
+}
+
+let found = await settled(90);
+if (!process.argv[5]) {
+  // A window as high as the page: tables draw only the rows that are in sight.
+  await page.setViewportSize({ width: Number(width), height: found.height });
+  found = await settled(30);
+}
+await page.screenshot({ path: picture });
 found.problems.push(...problems);
 console.log(JSON.stringify(found, null, 1));
 await browser.close();

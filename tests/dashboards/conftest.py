@@ -1,0 +1,51 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Prometheus with a live CPU engine and a recorded GPU host in it, and the page of panels."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import Engine, eventually
+from monitoring import DASHBOARDS, Monitoring, replay
+from panel_page import PanelPage, build
+
+
+@pytest.fixture(scope="session")
+def dashboard() -> dict[str, Any]:
+    """The dashboard as it is shipped."""
+    shipped: dict[str, Any] = json.loads((DASHBOARDS / "sglang-weights.json").read_text())
+    return shipped
+
+
+@pytest.fixture(scope="session")
+def monitoring(engine: Engine) -> Iterator[Monitoring]:
+    """Scrapes the engine's exporter and its own metrics every second; before that lies the
+    recording of a GPU host, which a CPU engine cannot stand for: NVML, a draft, LoRA, release."""
+    directory = Path(tempfile.mkdtemp(prefix="monitoring-"))
+    replay(directory, time.time())
+    targets = {
+        "sglang-weights": f"127.0.0.1:{engine.exporter_port}",
+        "sglang": f"127.0.0.1:{engine.port}",
+    }
+    stack = Monitoring(directory, targets).start()
+    try:
+        eventually(
+            lambda: len(stack.query('sglang_weight_info{instance=~"127.*"}')) == 2,
+            what="Prometheus has both ranks",
+        )
+        yield stack
+    finally:
+        stack.stop()
+
+
+@pytest.fixture(scope="session")
+def panel_page(dashboard: dict[str, Any]) -> PanelPage:
+    """The page of panels with the shipped dashboard in it."""
+    return build(dashboard)

@@ -1,0 +1,264 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""A real Prometheus and Alertmanager for one test session, and what it takes to fill them.
+
+Debian's `prometheus` and `prometheus-alertmanager`; the alerts' webhook is this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from engines import eventually, free_port, http_get
+
+DASHBOARDS = Path(__file__).parents[1] / "dashboards"
+RULES = DASHBOARDS / "sglang-weights.rules.yml"
+RECORDING = Path(__file__).parent / "dashboards" / "recorded" / "gpu.txt"
+
+
+def run(*command: str | Path) -> str:
+    """Run a command; AssertionError with all that it printed if it fails."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert done.returncode == 0, (
+        f"{command} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+    )
+    return done.stdout
+
+
+class Webhook:
+    """Receives Alertmanager's notifications."""
+
+    def __init__(self) -> None:
+        self.notifications: list[dict[str, Any]] = []
+        notifications = self.notifications
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                notifications.append(json.loads(body))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def alerts(self, name: str, status: str, **labels: str) -> list[dict[str, Any]]:
+        """Alerts that were delivered with this status, the latest last."""
+        return [
+            alert
+            for notification in list(self.notifications)
+            for alert in notification["alerts"]
+            if alert["status"] == status
+            and alert["labels"]["alertname"] == name
+            and labels.items() <= alert["labels"].items()
+        ]
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def hastened_rules() -> str:
+    """The shipped rules with their minutes as seconds, so that a test sees alerts resolve.
+
+    Only durations change: `time() - 300`, `[10m]`, `< 600` (since the load) and `for:`.
+    """
+    text = RULES.read_text()
+    for shipped, hastened, at_least in (
+        (r"time\(\) - 300\b", "time() - 15", 3),
+        (r"\[10m\]", "[15s]", 3),
+        (r"< 600\b", "< 1", 3),
+        (r"for: (\d+)m", r"for: \1s", 8),
+    ):
+        text, count = re.subn(shipped, hastened, text)
+        assert count >= at_least, f"{shipped} is {count} times in {RULES.name}"
+    return text
+
+
+@dataclass
+class Monitoring:
+    """Prometheus and Alertmanager, started by `start` and ended by `stop`."""
+
+    directory: Path
+    targets: dict[str, str]
+    """Job name to `host:port`."""
+    port: int = field(default_factory=free_port)
+    webhook: Webhook = field(default_factory=Webhook)
+    _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        """Prometheus's address."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> Monitoring:
+        """Returns once Prometheus is ready."""
+        alertmanager = f"127.0.0.1:{free_port()}"
+        (self.directory / "rules.yml").write_text(hastened_rules())
+        configuration = {
+            "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+            "rule_files": ["rules.yml"],
+            "alerting": {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]},
+            "scrape_configs": [
+                {"job_name": job, "static_configs": [{"targets": [target]}]}
+                for job, target in self.targets.items()
+            ],
+        }
+        (self.directory / "prometheus.yml").write_text(yaml.safe_dump(configuration))
+        receiver = {
+            "name": "test",
+            "webhook_configs": [{"url": self.webhook.url, "send_resolved": True}],
+        }
+        route = {
+            "receiver": "test",
+            "group_by": ["..."],
+            "group_wait": "0s",
+            "group_interval": "1s",
+        }
+        (self.directory / "alertmanager.yml").write_text(
+            yaml.safe_dump({"route": route, "receivers": [receiver]})
+        )
+        run("promtool", "check", "config", self.directory / "prometheus.yml")
+        self._start(
+            "prometheus-alertmanager",
+            f"--config.file={self.directory / 'alertmanager.yml'}",
+            f"--storage.path={self.directory / 'alertmanager'}",
+            f"--web.listen-address={alertmanager}",
+            "--cluster.listen-address=",
+        )
+        self._start(
+            "prometheus",
+            f"--config.file={self.directory / 'prometheus.yml'}",
+            f"--storage.tsdb.path={self.directory / 'data'}",
+            f"--web.listen-address=127.0.0.1:{self.port}",
+            "--enable-feature=exemplar-storage",
+        )
+        eventually(lambda: http_get(self.url + "/-/ready")[0] == 200, what="Prometheus is ready")
+        return self
+
+    def _start(self, *command: str) -> None:
+        with (self.directory / f"{command[0]}.log").open("wb") as log:
+            self._processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+
+    def query(self, expression: str, at: float | None = None) -> list[dict[str, Any]]:
+        """Instant query. AssertionError with Prometheus's message if it refuses."""
+        parameters = {"query": expression, **({} if at is None else {"time": str(at)})}
+        return self._api("query", parameters)
+
+    def query_range(
+        self, expression: str, start: float, end: float, step: float
+    ) -> list[dict[str, Any]]:
+        """Range query."""
+        parameters = {"query": expression, "start": str(start), "end": str(end), "step": str(step)}
+        return self._api("query_range", parameters)
+
+    def _api(self, path: str, parameters: dict[str, str]) -> list[dict[str, Any]]:
+        address = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+        _, _, body = http_get(address)
+        answer = json.loads(body)
+        assert answer["status"] == "success", f"{answer['error']} in {parameters['query']}"
+        result: list[dict[str, Any]] = answer["data"]["result"]
+        return result
+
+    def stop(self) -> None:
+        """End both, and remove what they wrote."""
+        for process in self._processes:
+            process.send_signal(signal.SIGTERM)
+        for process in self._processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            process.kill()
+        self.webhook.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+# --- the recording ------------------------------------------------------------------------------
+
+
+def recorded_scrapes() -> Iterator[tuple[float, dict[str, float]]]:
+    """Seconds since the recording began, and all series at that time.
+
+    The file says at each `@` what changed since the one before; `-` is a series that ended.
+    """
+    series: dict[str, float] = {}
+    at: float | None = None
+    for line in RECORDING.read_text().splitlines():
+        if not line or line.startswith("#"):
+            continue
+        if line.startswith("@ "):
+            if at is not None:
+                yield at, dict(series)
+            at = float(line[2:])
+        elif line.startswith("- "):
+            del series[line[2:]]
+        else:
+            name, value = line.rsplit(" ", 1)
+            series[name] = float(value)
+    if at is not None:
+        yield at, dict(series)
+
+
+def replay(directory: Path, end: float, instance: str = "gpu-host:9400") -> None:
+    """Write the recording into Prometheus's storage as if it had just ended.
+
+    dcgm-exporter and SGLang's own metrics were not recorded: their series are made here, in the
+    shape that those programs give them, from the recorded memory in use.
+    """
+    scrapes = list(recorded_scrapes())
+    shift = end - scrapes[-1][0]
+    samples: dict[str, list[tuple[float, float]]] = {}
+    for at, series in scrapes:
+        for name, value in series.items():
+            moment = value + shift if "_timestamp_seconds{" in name and value else value
+            labelled = with_labels(name, instance=instance, job="sglang-weights")
+            samples.setdefault(labelled, []).append((at + shift, moment))
+            for shaped, shaped_value in shaped_like_others(name, value):
+                samples.setdefault(shaped, []).append((at + shift, shaped_value))
+    lines = [
+        f"{name} {value:.17g} {at:.3f}" for name, points in samples.items() for at, value in points
+    ]
+    text = directory / "recording.om"
+    text.write_text("\n".join([*lines, "# EOF", ""]))
+    run("promtool", "tsdb", "create-blocks-from", "openmetrics", text, directory / "data")
+
+
+def with_labels(name: str, **labels: str) -> str:
+    more = ",".join(f'{key}="{value}"' for key, value in labels.items())
+    return f"{name[:-1]},{more}}}" if name.endswith("}") else f"{name}{{{more}}}"
+
+
+def shaped_like_others(name: str, value: float) -> Sequence[tuple[str, float]]:
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', name))
+    if name.startswith("sglang_gpu_memory_used_bytes{"):
+        gpu = f'gpu="{labels["gpu"]}",UUID="{labels["gpu_uuid"]}",device="nvidia{labels["gpu"]}"'
+        dcgm = (
+            f'DCGM_FI_DEV_FB_USED{{{gpu},hostname="gpu-host",instance="gpu-host:9401",job="dcgm"}}'
+        )
+        return [(dcgm, value / 2**20)]
+    if name.startswith("sglang_kv_pool_resident_bytes{") and labels["role"] == "target":
+        rank = ",".join(f'{key}="{labels[key]}"' for key in ("model_name", "tp_rank", "pp_rank"))
+        where = f'instance="gpu-host:{labels["engine"]}",job="sglang"'
+        busy = float(value > 0)
+        return [
+            (f"sglang:token_usage{{{rank},{where}}}", 0.62 * busy),
+            (f"sglang:gen_throughput{{{rank},{where}}}", 1850.0 * busy),
+        ]
+    return []

