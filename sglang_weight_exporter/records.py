@@ -127,9 +127,11 @@ class UpdateCounts(Record, frozen=True, kw_only=True):
     failures: int = 0
     calls: int = 0
     duration: Histogram = Histogram()
-    #: Of the last update that counted: when, and the trace of its span (32 hexadecimal digits).
+    #: Of the last update that counted: when, how long, and the trace of its span (32 hexadecimal
+    #: digits).
     trace_id: str = ""
     updated_at: float | None = None
+    seconds: float | None = None
 
 
 class OperationCounts(Record, frozen=True, kw_only=True):

@@ -49,10 +49,11 @@ class Sample:
     value: float | Histogram
     #: The device that the value belongs to; empty: the role's own.
     device: str = ""
-    #: Of the span that made a counter grow last; empty where there is none.
+    #: Of the span of the last update that was counted here; empty where there is none.
     trace_id: str = ""
-    #: When that was.
+    #: When that was, and how long it took.
     at: float | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,7 @@ def _by_source(
                 read(counts),
                 trace_id=counts.trace_id if exemplar else "",
                 at=counts.updated_at,
+                seconds=counts.seconds,
             )
 
     return samples

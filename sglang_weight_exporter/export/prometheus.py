@@ -70,19 +70,33 @@ class _Family:
     def add(self, identity: tuple[str, ...], sample: Sample) -> None:
         labels = [*identity, *sample.labels]
         exemplar = None
-        if self._exemplars and sample.trace_id:
-            exemplar = Exemplar({"trace_id": sample.trace_id}, 1.0, sample.at)
+        if self._exemplars and sample.trace_id and sample.seconds is not None:
+            in_histogram = isinstance(self.metric, HistogramMetricFamily)
+            value = sample.seconds if in_histogram else 1.0
+            exemplar = Exemplar({"trace_id": sample.trace_id}, value, sample.at)
         if isinstance(self.metric, HistogramMetricFamily):
             assert isinstance(sample.value, Histogram)
-            buckets = []
-            total = 0
-            for bound, count in zip((*DURATION_BUCKETS, "+Inf"), sample.value.counts, strict=True):
-                total += count
-                buckets.append((str(bound), float(total)))
-            self.metric.add_metric(labels, buckets, sample.value.sum)
+            self.metric.add_metric(labels, _buckets(sample.value, exemplar), sample.value.sum)
         elif isinstance(self.metric, CounterMetricFamily):
             assert not isinstance(sample.value, Histogram)
             self.metric.add_metric(labels, sample.value, exemplar=exemplar)
         else:
             assert not isinstance(sample.value, Histogram)
             self.metric.add_metric(labels, sample.value)
+
+
+def _buckets(
+    histogram: Histogram, exemplar: Exemplar | None
+) -> list[tuple[str, float] | tuple[str, float, Exemplar]]:
+    """Cumulative buckets; the one that the exemplar fell into has it."""
+    buckets: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
+    total, lower = 0, float("-inf")
+    for bound, count in zip((*DURATION_BUCKETS, float("inf")), histogram.counts, strict=True):
+        total += count
+        name = "+Inf" if bound == float("inf") else str(bound)
+        if exemplar is not None and lower < exemplar.value <= bound:
+            buckets.append((name, float(total), exemplar))
+        else:
+            buckets.append((name, float(total)))
+        lower = bound
+    return buckets

@@ -655,14 +655,16 @@ class Observer:
         changed = open_.effect != "unchanged"
         changes = compare(before, role.capture)
         trace_id = self._trace_id(open_.number)
+        seconds = open_.last_call_at - open_.started_at
         counts = role.updates[open_.source]
         role.updates[open_.source] = msgspec.structs.replace(
             counts,
             updates=counts.updates + (open_.effect == "changed"),
             failures=counts.failures + open_.failed,
-            duration=counts.duration.observe(open_.last_call_at - open_.started_at),
+            duration=counts.duration.observe(seconds),
             trace_id=trace_id if open_.effect == "changed" else counts.trace_id,
             updated_at=open_.last_call_at if open_.effect == "changed" else counts.updated_at,
+            seconds=seconds if open_.effect == "changed" else counts.seconds,
         )
         if changed:
             role.updated_at = open_.last_call_at
