@@ -26,9 +26,16 @@ from sglang_weight_exporter.export.instruments import (
 )
 from sglang_weight_exporter.records import DURATION_BUCKETS, Histogram
 
+#: Roles of ranks in one part of a family. A family of 64 ranks is megabytes of Python objects.
+PART = 8
+
 
 class StoreCollector(Collector):
-    """Reads the host at each scrape. Metrics are never kept: a rank that is gone is gone."""
+    """Reads the host at each scrape. Metrics are never kept: a rank that is gone is gone.
+
+    A family comes in parts, one after the other under one name; the endpoint writes each and
+    forgets it before the next is made.
+    """
 
     def __init__(self, read: Callable[[], HostView], *, exemplars: Callable[[], bool]) -> None:
         self._read = read
@@ -39,15 +46,18 @@ class StoreCollector(Collector):
         roles = list(role_views(view.snapshots, view.now))
         exemplars = self._exemplars()
         for instrument in INSTRUMENTS:
-            family = _Family(instrument, exemplars)
-            if instrument.read_role is not None:
-                for role in roles:
-                    for sample in instrument.read_role(role):
-                        family.add(identity(role, sample.device), sample)
             if instrument.read_host is not None:
+                family = _Family(instrument, exemplars)
                 for sample in instrument.read_host(view):
                     family.add((), sample)
-            yield family.metric
+                yield family.metric
+            if instrument.read_role is not None:
+                for start in range(0, max(len(roles), 1), PART):
+                    family = _Family(instrument, exemplars)
+                    for role in roles[start : start + PART]:
+                        for sample in instrument.read_role(role):
+                            family.add(identity(role, sample.device), sample)
+                    yield family.metric
 
     def describe(self) -> list[Metric]:
         """Nothing: asking would read the store, and the names are ours alone."""

@@ -4,16 +4,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import html
+import itertools
+import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, MutableMapping
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any
 
 import uvicorn
-from prometheus_client import CollectorRegistry, make_asgi_app
+from prometheus_client import CollectorRegistry, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sglang_weight_exporter import __version__
@@ -31,6 +37,16 @@ EXCHANGE_SECONDS = 15.0
 _ALL = {"", "::", "0.0.0.0", "*"}  # noqa: S104
 
 
+#: Of zlib: gzip's container around the stream.
+_GZIP = 31
+
+#: Ends a scrape in OpenMetrics, and so each family that is encoded alone.
+_EOF = b"# EOF\n"
+
+#: The lines in front of a family's samples.
+_COMMENTS = re.compile(rb"\A(?:#.*\n)+")
+
+
 class EndpointError(Exception):
     """The endpoint cannot be opened now; the message says why and what to do."""
 
@@ -39,7 +55,7 @@ class Endpoint:
     """The ASGI application."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._metrics = make_asgi_app(registry)
+        self._registry = registry
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -51,12 +67,39 @@ class Endpoint:
         elif scope["method"] not in {"GET", "HEAD"}:
             await _answer(send, 405, "Only GET and HEAD are served.\n", allow="GET, HEAD")
         else:
-            await page(scope, receive, send)
+            await page(scope, send)
 
-    async def _healthz(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _metrics(self, scope: Message, send: Send) -> None:
+        """Part by part: the whole text of many ranks is megabytes, and others wait too."""
+        encode, content_type = choose_encoder(_header(scope, b"accept"))
+        headers = [(b"content-type", content_type.encode())]
+        gzip = "gzip" in _header(scope, b"accept-encoding").lower()
+        if gzip:
+            headers.append((b"content-encoding", b"gzip"))
+        families = self._registry.collect()
+        first = next(iter(families), None)  # Reads the store: a failure is an answer of 500.
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        compressor = zlib.compressobj(wbits=_GZIP) if gzip else None
+        ending, name = b"", ""
+        for family in () if first is None else itertools.chain([first], families):
+            text = encode(_OneFamily(family))
+            ending = _EOF if text.endswith(_EOF) else b""
+            text = text.removesuffix(_EOF)
+            if family.name == name:  # A further part: its description has been said.
+                text = _COMMENTS.sub(b"", text, count=1)
+            name = family.name
+            body = text if compressor is None else compressor.compress(text)
+            if body:
+                await send({"type": "http.response.body", "body": body, "more_body": True})
+            await asyncio.sleep(0)
+        if compressor is not None:
+            ending = compressor.compress(ending) + compressor.flush()
+        await send({"type": "http.response.body", "body": ending})
+
+    async def _healthz(self, scope: Message, send: Send) -> None:
         await _answer(send, 200, "ok\n")
 
-    async def _landing(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _landing(self, scope: Message, send: Send) -> None:
         await _answer(
             send,
             200,
@@ -66,6 +109,20 @@ class Endpoint:
             '<p><a href="/metrics">Metrics</a> · <a href="/healthz">Health</a></p></html>\n',
             content_type="text/html; charset=utf-8",
         )
+
+
+class _OneFamily(Collector):
+    """What prometheus_client's encoders take for a registry."""
+
+    def __init__(self, family: Metric) -> None:
+        self._family = family
+
+    def collect(self) -> Iterable[Metric]:
+        return [self._family]
+
+
+def _header(scope: Message, name: bytes) -> str:
+    return ",".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
 
 
 async def _answer(
