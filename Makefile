@@ -73,9 +73,11 @@ endef
 .venv/demo-%/copied: | $(CACHE)/sglang-%/complete
 	@$(copy-sglang)
 
+# uv looks in PATH and can download; pyenv's interpreters are neither.
+PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
 .venv/python%/created: | $(UV)
 	@mkdir -p .venv
-	$(UV) venv -q --clear -p $* $(@D)
+	$(UV) venv -q --clear -p $(or $(firstword $(wildcard $(PYENV)/$*.*/bin/python)),$*) $(@D)
 	touch $@
 
 # ---------------------------------------------------------------------------- tests

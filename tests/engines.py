@@ -57,6 +57,25 @@ def eventually(
         time.sleep(every)
 
 
+def kill(processes: Sequence[psutil.Process]) -> None:
+    """SIGKILL, and wait until the kernel has ended every thread and so let go of every lock.
+
+    A killed process may stay as a zombie while its parent does not look.
+    """
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+    def ended(process: psutil.Process) -> bool:
+        try:
+            threads = os.listdir(f"/proc/{process.pid}/task")  # noqa: PTH208
+            return threads == [str(process.pid)] and process.status() == psutil.STATUS_ZOMBIE
+        except (OSError, psutil.NoSuchProcess):
+            return True
+
+    eventually(lambda: all(ended(process) for process in processes), 60, what="killed")
+
+
 def free_port() -> int:
     """A free TCP port on the loopback address, below the range that outgoing connections use."""
     while True:
@@ -189,7 +208,9 @@ class Installation:
             flags += " --mem-fraction-static 0.3 --disable-cuda-graph"
             flags += " --attention-backend triton --sampling-backend pytorch"
         else:
-            flags += " --mem-fraction-static 0.2 --device cpu --disable-overlap-schedule"
+            # The fraction counts memory that other processes take meanwhile, so it is generous;
+            # --max-total-tokens is what bounds the pool.
+            flags += " --mem-fraction-static 0.8 --device cpu --disable-overlap-schedule"
         return flags.split()
 
 
@@ -226,6 +247,8 @@ class Engine:
             PREFIX + "ADDRESS": "127.0.0.1",
             **(variables or {}),
         }
+        for name, value in self.variables.items():
+            self.variables[name] = value.replace("{directory}", str(self.directory))
         if "--dp-size" in self.flags and not installation.gpu:
             # Two ranks on one NUMA node need their cores named.
             self.variables["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
@@ -370,9 +393,7 @@ class Engine:
         """End the engine and everything that it started, and remove its directory."""
         if self.started:
             self.terminate(15)
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        kill(self.processes())
         if self.started:
             self.main.wait()
         stub = self.environment.get("LD_LIBRARY_PATH", "").split(":")[0]

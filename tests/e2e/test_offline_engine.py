@@ -30,7 +30,7 @@ if __name__ == "__main__":
     first, second, url, out = sys.argv[1:]
     seconds = 5 if "SGLANG_PLUGINS" in os.environ else 30
     engine = sglang.Engine(
-        model_path=first, device="cpu", disable_overlap_schedule=True, mem_fraction_static=0.2,
+        model_path=first, device="cpu", disable_overlap_schedule=True, mem_fraction_static=0.8,
         max_total_tokens=4096, context_length=512,
     )
     before = scrape(url, seconds)
