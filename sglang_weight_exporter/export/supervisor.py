@@ -34,6 +34,7 @@ class Supervisor:
     def __init__(self, runtime_dir: RuntimeDir, environ: Mapping[str, str]) -> None:
         self._runtime_dir = runtime_dir
         self._environ = environ
+        self._said: set[str] = set()
 
     def start(self) -> None:
         threading.Thread(
@@ -97,7 +98,10 @@ class Supervisor:
         assert process.stdout is not None
         with process.stdout:
             for line in process.stdout:
-                logger.info("sglang_weight_exporter: %s", line.rstrip())
+                # Each line once: an exporter that cannot start says why with every try.
+                if line not in self._said:
+                    self._said.add(line)
+                    logger.info("sglang_weight_exporter: %s", line.rstrip())
         process.wait()
 
 

@@ -1,0 +1,159 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""One exporter for all ranks, whoever dies: ranks are processes here, and so is the exporter."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sglang_weight_exporter.records import Endpoint
+from sglang_weight_exporter.store.reader import read_endpoint
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+
+RANK = """
+import logging, os, sys
+from pathlib import Path
+from sglang_weight_exporter.export.supervisor import Supervisor
+from sglang_weight_exporter.store.rank import RankStore
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
+runtime_dir = RuntimeDir.open(Path(sys.argv[1]), {})
+rank = RankStore(runtime_dir, sys.argv[2])
+Supervisor(runtime_dir, os.environ).start()
+sys.stdin.read()
+"""
+
+Rank = subprocess.Popen[str]
+
+
+@pytest.fixture
+def runtime_dir(tmp_path: Path) -> RuntimeDir:
+    return RuntimeDir.open(tmp_path / "runtime", {})
+
+
+@pytest.fixture
+def start_rank(runtime_dir: RuntimeDir) -> Iterator[Callable[..., Rank]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks: list[Rank] = []
+
+    def start(name: str, **variables: str) -> Rank:
+        process = subprocess.Popen(
+            [sys.executable, "-c", RANK, str(runtime_dir.path), name],
+            env={
+                **os.environ,
+                "SGLANG_WEIGHT_EXPORTER_PORT": str(port),
+                "SGLANG_WEIGHT_EXPORTER_ADDRESS": "127.0.0.1",
+                **variables,
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        ranks.append(process)
+        return process
+
+    yield start
+    for process in ranks:
+        process.kill()
+        process.communicate()
+    endpoint = read_endpoint(runtime_dir)
+    if endpoint is not None:
+        os.kill(endpoint.pid, signal.SIGKILL)
+
+
+def wait_for(check: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not check():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
+
+
+def serving(runtime_dir: RuntimeDir, *, unlike: int = 0, seconds: float = 30.0) -> Endpoint:
+    """The exporter that serves now, once it does; a process other than ``unlike``."""
+    found: list[Endpoint] = []
+
+    def look() -> bool:
+        endpoint = read_endpoint(runtime_dir)
+        if endpoint is None or endpoint.url is None or endpoint.pid == unlike:
+            return False
+        found.append(endpoint)
+        return True
+
+    wait_for(look, seconds)
+    return found[0]
+
+
+def test_a_killed_exporter_is_replaced_also_by_a_rank_that_did_not_start_it(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    first = start_rank("first")
+    original = serving(runtime_dir)
+    start_rank("second")
+    os.kill(original.pid, signal.SIGKILL)
+    replaced = serving(runtime_dir, unlike=original.pid)
+    # Its parent may die: an orphan goes on, and after it the other rank takes over.
+    first.kill()
+    first.wait()
+    current = serving(runtime_dir)
+    os.kill(current.pid, signal.SIGKILL)
+    assert serving(runtime_dir, unlike=current.pid).url == replaced.url
+
+
+def test_the_exporter_ends_with_the_last_rank(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    rank = start_rank("only")
+    exporter = serving(runtime_dir)
+    rank.kill()
+    rank.communicate()
+    # 10 seconds, in which an engine that starts again would find its endpoint.
+    wait_for(lambda: not Path(f"/proc/{exporter.pid}").exists() or _is_zombie(exporter.pid), 40)
+    assert read_endpoint(runtime_dir) is None
+    assert not list(runtime_dir.ranks.iterdir())
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_an_exporter_that_cannot_start_says_why_once_and_leaves_the_rank_alone(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank], tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "uvicorn.py").write_text(
+        "import os\nopen(os.environ['TRIES'], 'a').write('x')\nraise ImportError('uvicorn is broken')"
+    )
+    tries = tmp_path / "tries"
+    rank = start_rank("rank", PYTHONPATH=str(broken), TRIES=str(tries))
+    wait_for(lambda: tries.exists() and len(tries.read_text()) >= 3, 60)
+    assert rank.poll() is None
+    rank.kill()
+    output, _ = rank.communicate()
+    assert output.count("ImportError: uvicorn is broken") == 1
+
+
+def test_sglangs_environment_does_not_reach_the_exporter(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank], tmp_path: Path
+) -> None:
+    multiprocess = tmp_path / "prometheus"
+    multiprocess.mkdir()
+    start_rank("rank", PROMETHEUS_MULTIPROC_DIR=str(multiprocess))
+    exporter = serving(runtime_dir)
+    environ = Path(f"/proc/{exporter.pid}/environ").read_bytes().split(b"\0")
+    assert not [entry for entry in environ if entry.startswith(b"PROMETHEUS_MULTIPROC_DIR=")]
+    assert not list(multiprocess.iterdir())
