@@ -1,0 +1,374 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every way to change weights that runs on a CPU, in a real rank of the oldest and the newest
+release of CI, failures included; and of one more release on demand.
+
+The rank is SGLang's Scheduler without a server (``actor.py``), because some failures end a server.
+``SGLANG_EXTRA_ENVIRONMENT`` names an environment with a further release and this package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import tiny_model
+from engines import PREFIX, Installation, sglang_version
+
+from sglang_weight_exporter.hooks.targets import version_key
+from sglang_weight_exporter.records import Event, Role, Snapshot
+
+EXTRA = "SGLANG_EXTRA_ENVIRONMENT"
+LORA_RANK = 8
+LORA_ON_CPU = "0.5.9"  # Later ones pin memory, which needs a GPU.
+BFLOAT16 = 2
+
+
+def safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Write zeros in bfloat16."""
+    header: dict[str, Any] = {}
+    size = 0
+    for name, shape in shapes.items():
+        end = size + BFLOAT16 * shape[0] * shape[1]
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [size, end]}
+        size = end
+    encoded = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(size))
+
+
+def write_adapter(directory: Path) -> None:
+    """A LoRA adapter on the query and value projections."""
+    directory.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "r": LORA_RANK,
+        "lora_alpha": 16,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(tiny_model.LAYERS):
+        for projection, heads in ("q_proj", tiny_model.HEADS), ("v_proj", tiny_model.KV_HEADS):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{projection}.lora_"
+            shapes[prefix + "A.weight"] = (LORA_RANK, tiny_model.HIDDEN)
+            shapes[prefix + "B.weight"] = (heads * tiny_model.HEAD_DIM, LORA_RANK)
+    safetensors(directory / "adapter_model.safetensors", shapes)
+
+
+def write_checkpoints(directory: Path) -> list[Path]:
+    """One to load, one like it, one whose file is cut off, one with a tensor of another shape."""
+    first, second, broken, other = (directory / name for name in "abcd")
+    for seed, checkpoint in enumerate((first, second, broken, other)):
+        tiny_model.write(checkpoint, seed)
+    cut = broken / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    file = other / "model.safetensors"
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    header["model.norm.weight"]["shape"] = [64, 2]
+    encoded = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(encoded)) + encoded + content[8 + length :])
+    write_adapter(directory / "adapter")
+    return [first, second, broken, other]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What SGLang answered to one request, and the rank after it."""
+
+    success: bool | None
+    message: str | None
+    error: str | None
+    snapshot: Snapshot
+    events: tuple[Event, ...]
+
+    @property
+    def role(self) -> Role:
+        (role,) = self.snapshot.roles
+        return role
+
+    def totals(self) -> dict[str, tuple[int, int, int]]:
+        """Source → updates, failures, calls."""
+        return {
+            source: (counts.updates, counts.failures, counts.calls)
+            for source, counts in self.role.updates.items()
+        }
+
+    def operation(self, name: str) -> tuple[int, int]:
+        counts = self.snapshot.operations.get(name)
+        return (0, 0) if counts is None else (counts.calls, counts.failures)
+
+
+class Run:
+    """All requests to one rank, in order."""
+
+    def __init__(self, steps: dict[str, Any], output: str, version: str) -> None:
+        self.output = output
+        self.version = version
+        self.steps = {name: msgspec.convert(step, Step) for name, step in steps.items()}
+
+    @property
+    def has_sessions(self) -> bool:
+        return "peer to peer begins" in self.steps
+
+    def __getitem__(self, name: str) -> Step:
+        assert name in self.steps, self.output[-6000:]
+        return self.steps[name]
+
+    def before(self, name: str) -> Step:
+        names = list(self.steps)
+        return self.steps[names[names.index(name) - 1]]
+
+    def grown(self, first: str, last: str | None = None) -> dict[str, tuple[int, int, int]]:
+        """How updates, failures and calls of each source grew from before one step to another."""
+        before, after = self.before(first).totals(), self[last or first].totals()
+        change = {
+            source: tuple(new - old for new, old in zip(after[source], before[source], strict=True))
+            for source in after
+        }
+        return {source: numbers for source, numbers in change.items() if any(numbers)}
+
+
+def run(installation: Installation, version: str) -> Run:
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        out = directory / "steps.json"
+        environment = installation.environment(
+            **{
+                PREFIX + "RUNTIME_DIR": str(directory / "runtime"),
+                PREFIX + "SERVE": "off",
+                "PYTHONFAULTHANDLER": "1",
+            }
+        )
+        actor = Path(__file__).with_name("actor.py")
+        lora = "lora" if version_key(version) <= version_key(LORA_ON_CPU) else ""
+        finished = subprocess.run(
+            [installation.python, actor, out, lora, *write_checkpoints(directory)],
+            env=environment,
+            cwd=directory,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            timeout=500,
+        )
+        assert out.exists(), finished.stdout[-6000:]
+        made = Run(json.loads(out.read_text()), finished.stdout, version)
+        assert finished.returncode == 0, finished.stdout[-6000:]
+        return made
+
+
+@pytest.fixture(
+    scope="module", params=["newest", "oldest", *(["extra"] if os.environ.get(EXTRA) else [])]
+)
+def actor(request: pytest.FixtureRequest) -> Run:
+    if request.param == "extra":
+        installation = Installation(Path(os.environ[EXTRA]) / "bin" / "python")
+    else:
+        installation = request.getfixturevalue(request.param)
+    version = sglang_version(installation.python)
+    assert version, f"no SGLang beside {installation.python}"
+    return run(installation, version)
+
+
+def test_it_is_loaded(actor: Run) -> None:
+    role = actor["start"].role
+    header = tiny_model.safetensors_header
+    assert role.name == "target"
+    assert role.loaded_at is not None
+    assert role.load_seconds is not None
+    assert actor["start"].snapshot.hook_errors == {}
+    assert actor["start"].snapshot.engine.sglang_version == actor.version
+    with tempfile.TemporaryDirectory() as directory:
+        size = sum(size for _, size in header(tiny_model.write(Path(directory) / "a")).values())
+    parameters = [part for part in role.weights or () if part.kind == "parameter"]
+    assert sum(part.nbytes for part in parameters) == size
+    (event,) = actor["start"].events
+    assert (event.update.action, event.update.succeeded) == ("load", True)
+
+
+def test_every_hook_that_the_release_has_is_on(actor: Run) -> None:
+    states = {hook.target: (hook.status, hook.reason) for hook in actor["start"].snapshot.hooks}
+    assert [item for item in states.items() if item[1][0] not in {"installed", "absent"}] == []
+    assert (states["end_weight_update"][0] == "installed") == actor.has_sessions
+
+
+def test_disk(actor: Run) -> None:
+    assert actor["disk"].success is True
+    assert actor.grown("disk") == {"disk": (1, 0, 1)}
+    update = actor["disk"].role.last_update
+    assert update is not None
+    assert (update.source, update.effect, update.succeeded) == ("disk", "changed", True)
+    assert update.model_path.endswith("/b")
+    assert actor["disk"].role.updated_at == update.ended_at
+
+
+def test_two_buckets_of_tensors_are_one_update(actor: Run) -> None:
+    last = "tensor ends" if actor.has_sessions else "last bucket"
+    first = "tensor begins" if actor.has_sessions else "first bucket"
+    assert actor["first bucket"].success is True
+    assert actor["first bucket"].role.in_progress is not None
+    assert actor["last bucket"].success is True
+    assert actor.grown(first, last) == {"tensor": (1, 0, 2)}
+    assert actor[last].role.in_progress is None
+    assert actor[last].snapshot.weight_version == "7"
+
+
+def test_a_flattened_bucket(actor: Run) -> None:
+    assert actor["flattened bucket"].success is True
+    if actor.has_sessions:
+        assert actor.grown("flattened begins", "flattened ends") == {"tensor": (1, 0, 1)}
+    else:
+        assert actor.grown("flattened bucket") == {"tensor": (1, 0, 1)}
+
+
+def test_sessions(actor: Run) -> None:
+    if not actor.has_sessions:
+        assert actor["start"].totals()["p2p"] == (0, 0, 0)
+        return
+    assert actor["no session"].success is False
+    assert actor.grown("no session") == {}
+    assert actor.grown("peer to peer begins", "peer to peer ends") == {"p2p": (1, 0, 1)}
+
+
+def test_a_distributed_batch_and_its_group(actor: Run) -> None:
+    assert actor["group opens"].success is True, actor["group opens"].message
+    assert actor["group opens"].snapshot.update_groups == 1
+    assert actor["distributed batch"].success is True, actor["distributed batch"].message
+    if actor.has_sessions:
+        grown = actor.grown("distributed begins", "distributed ends")
+    else:
+        grown = actor.grown("distributed batch")
+    assert grown == {"distributed": (1, 0, 1)}
+    assert actor["group closes"].success is True
+    assert actor["group closes"].snapshot.update_groups == 0
+    assert actor["group closes"].operation("init_weights_update_group") == (1, 0)
+    assert actor["group closes"].operation("destroy_weights_update_group") == (1, 0)
+
+
+def test_ipc_that_cannot_be(actor: Run) -> None:
+    # It needs the package checkpoint-engine, and a GPU.
+    assert actor["ipc"].success is False
+    assert actor.grown("ipc") == {"ipc": (0, 1, 1)}
+
+
+def test_reading_and_saving_are_operations(actor: Run) -> None:
+    assert actor["read"].operation("get_weights_by_name") == (1, 0)
+    assert actor["read nothing"].operation("get_weights_by_name") == (2, 1)
+    assert actor["save"].error is None
+    assert actor["save"].operation("save_sharded_model") == (1, 0)
+    assert actor.grown("read", "read nothing") == {}
+    assert actor.grown("save") == {}
+
+
+def test_reset_tensors_overwrites_weights(actor: Run) -> None:
+    assert actor["checksum"].success is True
+    assert actor.grown("checksum") == {}
+    assert actor["reset"].success is True, actor["reset"].message
+    assert actor.grown("reset") == {"external": (1, 0, 1)}
+    assert actor["compare"].success is False  # They are not what they were.
+    assert actor.grown("compare") == {}
+    assert actor["compare"].operation("check_weights") == (3, 1)
+
+
+def test_release_without_the_memory_saver_does_nothing(actor: Run) -> None:
+    # In a process with CUDA's torch and no GPU SGLang's last line of it raises, from 0.5.21 on.
+    resident = actor["start"].role.resident
+    assert actor["release"].role.resident == resident
+    assert actor["release"].role.kv_resident == actor["start"].role.kv_resident
+    assert resident is not None
+    assert sum(resident.values()) > 0
+    assert actor["resume"].role.resident == resident
+
+
+def test_lora_slots_are_there_before_and_after_an_adapter(actor: Run) -> None:
+    if "lora" not in actor.steps:
+        assert actor["start"].role.lora == ()
+        pytest.skip(f"LoRA needs a GPU after SGLang {LORA_ON_CPU}")
+    (empty,) = actor["start"].role.lora
+    assert empty.adapters == 0
+    assert empty.nbytes > 0
+    assert actor["lora"].success is True, actor["lora"].message
+    (loaded,) = actor["lora"].role.lora
+    assert (loaded.adapters, loaded.nbytes) == (1, empty.nbytes)
+    assert actor["lora off"].success is True
+    assert actor["lora off"].role.lora == (empty,)
+    assert actor.grown("lora", "lora off") == {}
+    assert actor["lora missing"].operation("load_lora_adapter") == (2, 1)
+    assert actor["lora missing"].operation("unload_lora_adapter") == (1, 0)
+
+
+def test_a_path_that_does_not_exist(actor: Run) -> None:
+    assert actor["missing path"].success is False
+    assert actor.grown("missing path") == {"disk": (0, 1, 1)}
+    update = actor["missing path"].role.last_update
+    assert update is not None
+    assert (update.succeeded, update.effect) == (False, "unchanged")
+    assert actor["missing path"].role.updated_at == actor.before("missing path").role.updated_at
+
+
+@pytest.mark.parametrize("step", ["broken file", "other shape"])
+def test_a_checkpoint_that_cannot_be_loaded_leaves_weights_undefined(actor: Run, step: str) -> None:
+    # The rollback reads the new checkpoint again, which fails again: SGLang raises.
+    assert actor[step].error is not None
+    assert actor.grown(step) == {"disk": (0, 1, 1)}
+    update = actor[step].role.last_update
+    assert update is not None
+    assert (update.succeeded, update.effect) == (False, "undefined")
+    assert update.message
+    assert actor[step].role.updated_at == update.ended_at
+    assert actor[step].role.table == msgspec.structs.replace(
+        actor["back"].role.table, captured_at=actor[step].role.table.captured_at
+    )
+
+
+def failed(actor: Run, step: str, group: str) -> Any:
+    """The update that a failing call belongs to, and how its source's totals grew."""
+    ended = actor[f"{group} ends"] if actor.has_sessions else actor[step]
+    first = f"{group} begins" if actor.has_sessions else step
+    last = f"{group} ends" if actor.has_sessions else step
+    return ended.role.last_update, actor.grown(first, last)
+
+
+def test_an_unknown_format_changes_nothing(actor: Run) -> None:
+    assert "Unknown load_format" in (actor["unknown format"].error or "")
+    assert actor["unknown format"].totals()["tensor"][1] == 1
+    failure = actor["unknown format"].role.last_update
+    assert failure is not None
+    assert (failure.succeeded, failure.effect) == (False, "unchanged")
+
+
+def test_a_group_that_does_not_exist_changes_nothing(actor: Run) -> None:
+    update, grown = failed(actor, "no group", "group")
+    assert grown["distributed"][:2] == (0, 1)
+    assert (update.succeeded, update.effect) == (False, "unchanged")
+    assert "Group nobody" in update.message
+
+
+def test_a_tensor_of_the_wrong_shape_leaves_weights_undefined(actor: Run) -> None:
+    assert actor["wrong shape"].error is not None
+    failure = actor["wrong shape"].role.last_update
+    assert failure is not None
+    assert (failure.source, failure.succeeded, failure.effect) == ("tensor", False, "undefined")
+
+
+def test_nothing_of_ours_went_wrong(actor: Run) -> None:
+    assert list(actor.steps.values())[-1].snapshot.hook_errors == {}
+    assert "sglang_weight_exporter:" not in actor.output
+
+
+def test_every_update_has_an_event(actor: Run) -> None:
+    last = list(actor.steps.values())[-1]
+    ended = sum(counts.updates + counts.failures for counts in last.role.updates.values())
+    assert len([event for event in last.events if event.update.action == "update"]) == ended
+    assert [event.number for event in last.events] == list(range(1, len(last.events) + 1))
