@@ -1,0 +1,190 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics over OTLP: the values of /metrics, in OpenTelemetry's names."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from collectors import Backend, Rotel, attributes_of
+from engines import eventually, http_get
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from ranks import ExporterProcess, Rank, rows
+
+from sglang_weight_exporter.records import (
+    Device,
+    Histogram,
+    Role,
+    Snapshot,
+    UpdateCounts,
+    WeightUsage,
+)
+
+StartExporter = Callable[..., ExporterProcess]
+TRACE = "0af7651916cd43dd8448eb211c80319c"
+UNITS = {"By": "bytes", "s": "seconds"}
+
+
+class BusyRank(Rank):
+    """A rank that has seen updates."""
+
+    def write_snapshot(self, table: Any = None) -> None:
+        now = time.time()
+        disk = UpdateCounts(
+            updates=3,
+            failures=1,
+            calls=4,
+            duration=Histogram().observe(0.05).observe(2.0).observe(2.5).observe(500.0),
+            trace_id=TRACE,
+            updated_at=now,
+            seconds=2.5,
+        )
+        role = Role(
+            name="target",
+            device="cuda:0",
+            weights=(
+                WeightUsage(
+                    device="cuda:0", kind="parameter", dtype="bfloat16", nbytes=2**40, tensors=7
+                ),
+            ),
+            loaded_at=now - 60,
+            updates={"disk": disk},
+        )
+        self.store.write_snapshot(
+            Snapshot(
+                rank_id=self.rank_id,
+                pid=os.getpid(),
+                generation=1,
+                written_at=now,
+                started_at=now - 100,
+                engine=self.engine,
+                ranks=self.ranks,
+                devices=(Device(name="cuda:0", uuid="GPU-0"),),
+                roles=(role,),
+                weight_version="7",
+            )
+        )
+
+
+@pytest.fixture
+def busy_rank(runtime_dir: Path) -> Rank:
+    return BusyRank(runtime_dir)
+
+
+def prometheus_name(metric: Any) -> str:
+    """As Prometheus and the collector translate a name of OpenTelemetry's."""
+    name = metric.name.replace(".", "_")
+    if metric.unit in UNITS:
+        name += f"_{UNITS[metric.unit]}"
+    if metric.WhichOneof("data") == "sum" and metric.sum.is_monotonic:
+        name += "_total"
+    return str(name)
+
+
+def samples(metrics: dict[str, Any]) -> Iterator[tuple[str, dict[str, str], float]]:
+    for metric in metrics.values():
+        name = prometheus_name(metric)
+        kind = metric.WhichOneof("data")
+        for point in getattr(metric, kind).data_points:
+            labels = attributes_of(point)
+            if kind == "histogram":
+                yield f"{name}_count", labels, point.count
+                yield f"{name}_sum", labels, point.sum
+                total = 0
+                bounds = [*map(str, point.explicit_bounds), "+Inf"]
+                for bound, count in zip(bounds, point.bucket_counts, strict=True):
+                    total += count
+                    yield f"{name}_bucket", {**labels, "le": bound}, total
+            else:
+                yield name, labels, getattr(point, point.WhichOneof("value"))
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+def test_the_same_values_as_a_scrape(
+    protocol: str,
+    busy_rank: Rank,
+    rotel: Rotel,
+    backend: Backend,
+    start_exporter: StartExporter,
+) -> None:
+    exporter = start_exporter(
+        OTEL_METRICS_EXPORTER="otlp",
+        OTEL_EXPORTER_OTLP_ENDPOINT=rotel.endpoint(protocol),
+        OTEL_EXPORTER_OTLP_PROTOCOL=protocol,
+        OTEL_TRACES_EXPORTER="none",
+        OTEL_METRIC_EXPORT_INTERVAL="500",
+        OTEL_SERVICE_NAME="named",
+    )
+    metrics = eventually(backend.metrics, what="metrics")
+    scrape = exporter.scrape()
+    sent = {
+        (name, tuple(sorted(labels.items()))): value for name, labels, value in samples(metrics)
+    }
+    changing = ("process_", "sglang_weight_exporter_scrape", "python_", "promhttp_")
+    scraped = {
+        (sample.name, tuple(sorted((k, v) for k, v in sample.labels.items() if v))): sample.value
+        for sample in scrape.samples
+        if not sample.name.startswith(changing)
+    }
+    assert {key for key, _ in sent} == {key for key, _ in scraped}
+    assert sent == scraped
+    assert not [name for name in metrics if name.endswith(("_total", "_bytes", "_seconds"))]
+    assert {metric.unit for metric in metrics.values()} >= {"By", "s", "{tensor}"}
+    updates = metrics["sglang.weight_updates"].sum
+    assert updates.is_monotonic
+    assert updates.aggregation_temporality == 2  # cumulative
+    message = next(each for each in backend.messages if each.signal == "metrics")
+    resource = attributes_of(message.request.resource_metrics[0].resource)
+    assert resource["service.name"] == "named"
+    assert "host.name" in resource
+    assert not backend.spans()
+
+
+def test_metrics_are_sent_only_when_asked_for(
+    rank: Rank, backend: Backend, start_exporter: StartExporter
+) -> None:
+    rank.load(rows(3))
+    start_exporter(
+        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}",
+        OTEL_METRIC_EXPORT_INTERVAL="100",
+    )
+    eventually(backend.spans, what="the span")
+    assert {message.signal for message in backend.messages} == {"traces"}
+
+
+def openmetrics(exporter: ExporterProcess) -> list[Any]:
+    accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
+    status, _, body = http_get(f"http://127.0.0.1:{exporter.port}/metrics", headers=accept)
+    assert status == 200
+    return [
+        sample
+        for family in text_string_to_metric_families(body.decode())
+        for sample in family.samples
+    ]
+
+
+def test_exemplars_name_the_trace_where_spans_are_sent(
+    busy_rank: Rank, backend: Backend, start_exporter: StartExporter
+) -> None:
+    exporter = start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}")
+    with_exemplar = [sample for sample in openmetrics(exporter) if sample.exemplar]
+    found = {
+        (sample.name, sample.labels["source"], sample.labels.get("le")): sample.exemplar
+        for sample in with_exemplar
+    }
+    assert set(found) == {
+        ("sglang_weight_updates_total", "disk", None),
+        ("sglang_weight_update_duration_seconds_bucket", "disk", "3.0"),
+    }
+    assert {exemplar.labels["trace_id"] for exemplar in found.values()} == {TRACE}
+    bucket = found["sglang_weight_update_duration_seconds_bucket", "disk", "3.0"]
+    assert bucket.value == 2.5
+
+
+def test_no_exemplar_where_no_span_is_sent(busy_rank: Rank, start_exporter: StartExporter) -> None:
+    assert not [sample for sample in openmetrics(start_exporter()) if sample.exemplar]
