@@ -1,0 +1,49 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a look at weights on a GPU costs, as ratios to a bare loop: cuda_allocations.py [TENSORS]
+
+Baseline and rounds as in `pointer_table.py`. The allocator's own account of its segments, which
+regions need, is read only when the table has changed. Needs torch and an NVIDIA GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+import torch
+from pointer_table import ROUNDS, bare_loop, measure, model_of
+
+from sglang_weight_exporter.capture.regions import AllocationMap
+from sglang_weight_exporter.capture.weights import capture_weights
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("needs an NVIDIA GPU")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, median of {ROUNDS} rounds")
+    for tensors in map(int, sys.argv[1:] or ["1000", "20000", "100000"]):
+        model = model_of(tensors).cuda()
+        capture = functools.partial(capture_weights, model, role="target", captured_at=0.0)
+        known = capture(allocations=AllocationMap.of_cuda)
+        seconds = measure(
+            {
+                "bare loop": lambda model=model: bare_loop(model),
+                "capture, table unchanged": lambda c=capture, k=known: c(
+                    allocations=AllocationMap.of_cuda, previous=k
+                ),
+                "capture, table changed": lambda c=capture: c(allocations=AllocationMap.of_cuda),
+                "allocation map alone": AllocationMap.of_cuda,
+            },
+            ROUNDS,
+        )
+        segments = len(torch.cuda.memory_snapshot())
+        print(f"\n{tensors} tensors, {segments} segments")
+        for name, taken in seconds.items():
+            print(f"  {name:<26} {1000 * taken:9.2f} ms {taken / seconds['bare loop']:7.2f}")
+        del model, capture, known
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
