@@ -22,8 +22,9 @@ OLDEST := 0.5.9
 SGLANG := $(NEWEST) $(OLDEST)
 # Rooms that need no SGLang and no torch also run on the oldest and the newest Python.
 OTHER_PYTHONS := 3.10 3.13
-WITHOUT_SGLANG := $(wildcard $(addprefix tests/,bootstrap records store export cli))
-DEBIAN_PACKAGES := gcc binutils libnuma1 prometheus prometheus-alertmanager chromium \
+WITHOUT_SGLANG := $(wildcard $(addprefix tests/,bootstrap records store export cli \
+	$(addprefix table/test_,command.py readers.py weights_metadata.py)))
+DEBIAN_PACKAGES := gcc binutils libibverbs1 libnuma1 prometheus prometheus-alertmanager chromium \
 	fonts-dejavu-core
 UV_VERSION := 0.13.9
 
@@ -113,7 +114,7 @@ test: $(if $(TESTS),,lint other-pythons) main-tests
 
 main-tests: debian-packages $(ENVIRONMENTS:%=%/copied) wheel
 	@$(call say,Tests with SGLang $(SGLANG))
-	$(call install-wheel,$(MAIN),--group test)
+	$(call install-wheel,$(MAIN),--group test --group consumers)
 	for environment in $(filter-out $(MAIN),$(ENVIRONMENTS)); do
 	  $(call install-wheel,$$environment,)
 	done

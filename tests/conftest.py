@@ -35,7 +35,13 @@ class EngineKind:
 
 KINDS = {
     "engine": EngineKind(NEWEST, ("--dp-size", "2", "--enable-metrics")),
-    "old_engine": EngineKind(OLDEST),
+    "old_engine": EngineKind(
+        OLDEST,
+        variables=(
+            ("SGLANG_WEIGHT_EXPORTER_METADATA_DIR", "{directory}/weights_metadata"),
+            ("SGLANG_WEIGHT_EXPORTER_READER_WAIT_SECONDS", "5"),
+        ),
+    ),
     "disabled_engine": EngineKind(
         NEWEST, ("--enable-metrics",), (("SGLANG_WEIGHT_EXPORTER_DISABLED", "1"),)
     ),

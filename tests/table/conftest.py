@@ -7,15 +7,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from engines import PREFIX, clean_environment
-
-sys.path.insert(0, str(Path(__file__).parent))  # For `published`, which tests import.
-
-from published import PublishedRank
+from table.published import Command, PublishedRank
 
 
 @pytest.fixture
@@ -30,9 +27,6 @@ def rank(runtime_dir: Path) -> Iterator[PublishedRank]:
     made.publish()
     yield made
     made.store.close()
-
-
-Command = Callable[..., subprocess.CompletedProcess[bytes]]
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ argument `updating` it dies in the middle of an update.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ from sglang_weight_exporter.records import (
 )
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+
+#: Runs `sglang-weight-exporter` with arguments.
+Command = Callable[..., subprocess.CompletedProcess[bytes]]
 
 #: A tied pair, a buffer, and names that a filter can tell apart.
 ROWS = (

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from published import ROWS, PublishedRank
+from table.published import ROWS, PublishedRank
 
 import sglang_weight_exporter
 from sglang_weight_exporter import (
