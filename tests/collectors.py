@@ -12,6 +12,8 @@ import gzip
 import http.server
 import importlib.util
 import shutil
+import socket
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -43,12 +45,33 @@ class Message:
     headers: dict[str, str]
 
 
+@dataclass(frozen=True)
+class Tls:
+    """Files (PEM) of a server that asks clients for a certificate."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path
+
+    def grpc(self) -> grpc.ServerCredentials:
+        pair = (self.key.read_bytes(), self.certificate.read_bytes())
+        return grpc.ssl_server_credentials(
+            [pair], self.client_ca.read_bytes(), require_client_auth=True
+        )
+
+    def http(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(self.client_ca))
+        context.load_cert_chain(self.certificate, self.key)
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+
 class Backend:
     """Takes OTLP over gRPC (with gRPC's limit of 4 MiB a message) and over HTTP."""
 
-    def __init__(self, *, grpc_port: int | None = None, http_port: int | None = None) -> None:
-        self.grpc_port = grpc_port or free_port()
-        self.http_port = http_port or free_port()
+    def __init__(self, *, tls: Tls | None = None) -> None:
+        self.grpc_port, self.http_port = free_port(), free_port()
+        self._tls = tls
         self.messages: list[Message] = []
         #: Asked before a request is taken; a sentence refuses it.
         self.refuses: Callable[[Message], str] = lambda message: ""
@@ -63,10 +86,16 @@ class Backend:
         metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(
             _Service(self, "metrics", metrics_service_pb2.ExportMetricsServiceResponse), self._grpc
         )
-        self._grpc.add_insecure_port(f"127.0.0.1:{self.grpc_port}")
+        address = f"127.0.0.1:{self.grpc_port}"
+        if self._tls is None:
+            self._grpc.add_insecure_port(address)
+        else:
+            self._grpc.add_secure_port(address, self._tls.grpc())
         self._grpc.start()
         handler = type("Handler", (_Handler,), {"backend": self})
         self._http = http.server.ThreadingHTTPServer(("127.0.0.1", self.http_port), handler)
+        if self._tls is not None:
+            self._http.socket = self._tls.http().wrap_socket(self._http.socket, server_side=True)
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
         return self
 
@@ -202,8 +231,6 @@ class Rotel:
         return self
 
     def _listens(self) -> bool:
-        import socket
-
         for port in (self.grpc_port, self.http_port):
             with socket.create_connection(("127.0.0.1", port), 1):
                 pass

@@ -163,10 +163,14 @@ class ExporterProcess:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> ExporterProcess:
+        environment = clean_environment(**self.variables)
+        # To the library `requests` these win over OTEL_EXPORTER_OTLP_CERTIFICATE.
+        for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+            environment.pop(variable, None)
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "sglang_weight_exporter", "serve"],
-                env=clean_environment(**self.variables),
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

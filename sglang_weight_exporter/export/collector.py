@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -18,19 +19,28 @@ class _Exporter(Protocol):
 Exporter = TypeVar("Exporter", bound=_Exporter)
 
 
-class LastMessage(logging.Handler):
-    """Keeps what OpenTelemetry's exporters last complained about.
+class Complaint(logging.Handler):
+    """Keeps what OpenTelemetry's exporters first complain about when they fail.
 
-    They write a line for every failed try; here one line says that the collector is gone and one
-    that it is back.
+    They write a line for every try, the first with the cause; here one line says that the
+    collector is gone and one that it is back.
     """
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.text = ""
+        self._here = threading.local()
+
+    @property
+    def text(self) -> str:
+        """Of this thread: each signal is sent from one of its own."""
+        return getattr(self._here, "text", "")
+
+    @text.setter
+    def text(self, text: str) -> None:
+        self._here.text = text
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.text = record.getMessage()
+        self.text = self.text or record.getMessage()
 
 
 class Collector(Generic[Exporter]):
@@ -46,25 +56,25 @@ class Collector(Generic[Exporter]):
         *,
         signal: str,
         destination: str,
-        messages: LastMessage,
+        complaint: Complaint,
     ) -> None:
         self.destination = destination
         self._make = make
         self.signal = signal
-        self._messages = messages
+        self._complaint = complaint
         self._exporter: Exporter | None = None
         self._failing = False
 
     def take(self, send: Callable[[Exporter], bool]) -> bool:
         """Whether the collector acknowledged what ``send`` sent. Blocks for as long as
         ``OTEL_EXPORTER_OTLP_TIMEOUT``; never raises."""
-        self._messages.text = ""
+        self._complaint.text = ""
         try:
             if self._exporter is None:
                 self._exporter = self._make()
             taken = send(self._exporter)
         except Exception as error:
-            self._messages.text = f"{type(error).__name__}: {error}"
+            self._complaint.text = f"{type(error).__name__}: {error}"
             taken = False
         if not taken:
             # Anew, because certificates may have changed and gRPC waits long to connect again.
@@ -85,7 +95,7 @@ class Collector(Generic[Exporter]):
 
     def last_error(self) -> str:
         """Why something was not taken, as OpenTelemetry's exporter said it."""
-        return self._messages.text.rstrip(".") or "without a reason"
+        return self._complaint.text.rstrip(".") or "without a reason"
 
     def close(self) -> None:
         """Give up the connection, and a try that is under way in another thread."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
-from sglang_weight_exporter.export.collector import Collector, LastMessage
+from sglang_weight_exporter.export.collector import Collector, Complaint
 from sglang_weight_exporter.export.instruments import HostView, SpanCounts
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.reader import RankDirectory
@@ -151,7 +151,7 @@ class Telemetry:
         counts: SpanCounts,
     ) -> None:
         self._collectors: list[Collector[Any]] = []
-        self._messages = LastMessage()
+        self._complaint = Complaint()
         self._delivery: Delivery | None = None
         self._metrics: PeriodicMetrics | None = None
         if (choice := choose(environ, "traces")) is not None:
@@ -192,7 +192,7 @@ class Telemetry:
             make,
             signal="spans" if signal == "traces" else "metrics",
             destination=choice.destination,
-            messages=self._messages,
+            complaint=self._complaint,
         )
         self._collectors.append(collector)
         logger.info("%s are sent to %s", collector.signal, choice.destination)
@@ -205,7 +205,7 @@ class Telemetry:
     def start(self) -> None:
         if self._collectors:
             opentelemetry = logging.getLogger("opentelemetry")
-            opentelemetry.addHandler(self._messages)
+            opentelemetry.addHandler(self._complaint)
             opentelemetry.propagate = False
         if self._delivery is not None:
             self._delivery.start()
