@@ -48,6 +48,11 @@ class EngineKind:
 KINDS = {
     "gpu_engine": EngineKind("--enable-memory-saver"),
     "two_gpu_engine": EngineKind("--enable-memory-saver --tp-size 2", gpus=(0, 1)),
+    "offload_engine": EngineKind("--cpu-offload-gb 1"),
+    "lora_engine": EngineKind(
+        "--enable-lora --max-lora-rank 16 --lora-target-modules q_proj v_proj"
+        " --max-loras-per-batch 2"
+    ),
     "eagle_engine": EngineKind(
         "--speculative-algorithm EAGLE --speculative-draft-model-path {eagle} " + SPECULATIVE
     ),
@@ -204,6 +209,8 @@ class GpuEngines:
             flags=[*flags, "--max-total-tokens", str(TOKENS), "--skip-server-warmup"],
             variables={
                 "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+                # Engines that share GPU 0 leave it with less free memory than GPU 1.
+                "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
                 "GPU_PROBE_DIRECTORY": str(probes),
                 "PYTHONPATH": os.pathsep.join(
                     filter(None, [str(self.directory / "site"), os.environ.get("PYTHONPATH")])

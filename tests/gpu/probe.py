@@ -196,7 +196,7 @@ def plugin() -> None:
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for method in ("load_model", "alloc_memory_pool"):
+    for method in ("load_model", "init_lora_manager", "alloc_memory_pool"):
         HookRegistry.register(f"{RUNNER}.{method}", around(method), HookType.AROUND)
     path = Path(os.environ["GPU_PROBE_DIRECTORY"]) / f"{os.getpid()}.socket"
     listener = Listener(str(path), family="AF_UNIX")
