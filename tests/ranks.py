@@ -80,11 +80,19 @@ class Rank:
         """An update; without rows in place, with a message a failed one."""
         return self.event("update", table_rows, message=message)
 
-    def event(self, action: str, table_rows: list[Row] | None, *, message: str = "") -> Event:
+    def update_to(self, table: WeightTable) -> Event:
+        """An update after which the table is this one."""
+        return self.event("update", table)
+
+    def event(
+        self, action: str, after: list[Row] | WeightTable | None, *, message: str = ""
+    ) -> Event:
         now = time.time()
         previous = self.table
-        if table_rows is not None:
-            self.table = table_of_rows(table_rows, role="target", captured_at=now)
+        if isinstance(after, WeightTable):
+            self.table = after
+        elif after is not None:
+            self.table = table_of_rows(after, role="target", captured_at=now)
         assert self.table is not None
         self.number += 1
         trace_id = f"{int(self.engine.instance, 16):016x}{self.number:016x}"
