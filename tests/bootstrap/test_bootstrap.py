@@ -53,6 +53,7 @@ def python(site: Path, code: str, **variables: str) -> subprocess.CompletedProce
     return subprocess.run(
         [sys.executable, "-S", "-c", program],
         env={**environ, **variables},
+        cwd="/",  # -c puts the working directory in sys.path, and the checkout has the package
         capture_output=True,
         text=True,
         timeout=60,
