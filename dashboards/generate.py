@@ -857,17 +857,19 @@ def ranks() -> list[Json]:
 
 def joined_with_sglang() -> list[Json]:
     def usage(metric: str) -> str:
-        selected = host(metric + '{model_name=~"$model"}')
+        # SGLang's `sglang:` arrives as `sglang_` where Prometheus and the client library behind
+        # SGLang agree on OpenMetrics, which knows no colons.
+        selected = host(f'{{__name__=~"sglang[:_]{metric}", model_name=~"$model"}}')
         return f"max by ({SGLANG_RANK}) ({selected})"
 
-    tokens, pool = usage("sglang:token_usage"), KV_BYTES_BY_SGLANG_RANK
+    tokens, pool = usage("token_usage"), KV_BYTES_BY_SGLANG_RANK
     return row(
         "With SGLang's own metrics",
         timeseries(
             "KV tokens in use",
             "SGLang's sglang:token_usage by rank (TP/PP/DP). SGLang reports the first TP rank "
             "unless it was started with --enable-metrics-for-all-schedulers.",
-            [query(ranked(usage("sglang:token_usage")), SGLANG_LEGEND)],
+            [query(ranked(usage("token_usage")), SGLANG_LEGEND)],
             "percentunit",
             NO_SGLANG,
             width=8,
@@ -893,7 +895,7 @@ def joined_with_sglang() -> list[Json]:
         timeseries(
             "Generation throughput",
             "SGLang's sglang:gen_throughput: what a reload (dashed lines) costs in tokens.",
-            [query(ranked(usage("sglang:gen_throughput")), SGLANG_LEGEND)],
+            [query(ranked(usage("gen_throughput")), SGLANG_LEGEND)],
             "short",
             NO_SGLANG,
             width=8,

@@ -53,6 +53,28 @@ class PanelPage:
         assert done.returncode == 0, f"{arguments}:\n{done.stdout}{done.stderr}"
         return done.stdout
 
+    def type_errors(self, *sources: str) -> str:
+        """What the TypeScript compiler has against these files; empty when they are right."""
+        flags = ["--noEmit", "--strict", "--skipLibCheck", "--target", "es2022"]
+        flags += ["--module", "esnext", "--moduleResolution", "bundler"]
+        compiler = [self.node, "node_modules/typescript/bin/tsc", *flags, *sources]
+        done = subprocess.run(compiler, cwd=self.directory, capture_output=True, text=True)
+        assert done.returncode in (0, 1, 2), done.stderr
+        return done.stdout
+
+    def write_types(self, dashboard: str, name: str) -> str:
+        """Write the JSON as TypeScript that must satisfy Grafana's schema; returns the file."""
+        (self.directory / f"{name}.json").write_text(dashboard)
+        self.node_run("check-types.mjs", f"{name}.json", f"{name}.ts")
+        return f"{name}.ts"
+
+    def check_manifest(self, manifest: dict[str, Any], directory: Path) -> None:
+        """AssertionError unless it fits the CRD of the Prometheus operator, all fields known."""
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+        self.node_run("check-manifest.mjs", directory / "manifest.json", "manifest.ts")
+        errors = self.type_errors("manifest.ts")
+        assert not errors, errors
+
     def look(
         self, prometheus: str, picture: Path, *, query: str = "", size: tuple[str, ...] = ("1600",)
     ) -> dict[str, Any]:

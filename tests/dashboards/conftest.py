@@ -26,7 +26,7 @@ def dashboard() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def monitoring(engine: Engine) -> Iterator[Monitoring]:
-    """Scrapes the engine's exporter and its own metrics every second; before that lies the
+    """Scrapes the engine's exporter and its own metrics; before that lies the
     recording of a GPU host, which a CPU engine cannot stand for: NVML, a draft, LoRA, release."""
     directory = Path(tempfile.mkdtemp(prefix="monitoring-"))
     replay(directory, time.time())
@@ -36,10 +36,13 @@ def monitoring(engine: Engine) -> Iterator[Monitoring]:
     }
     stack = Monitoring(directory, targets).start()
     try:
-        eventually(
-            lambda: len(stack.query('sglang_weight_info{instance=~"127.*"}')) == 2,
-            what="Prometheus has both ranks",
-        )
+        for series in ("sglang_weight_info", "sglang[:_]token_usage"):
+            selected = f'{{__name__=~"{series}",instance=~"127.*"}}'
+            eventually(
+                lambda selected=selected: len(stack.query(selected)) == 2,
+                60,
+                what=f"Prometheus has {selected} of both ranks",
+            )
         yield stack
     finally:
         stack.stop()

@@ -1,0 +1,315 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is shipped in dashboards/ is current, consistent with the exporter, and valid."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from monitoring import DASHBOARDS, RULES, run
+from panel_page import PanelPage
+
+from sglang_weight_exporter.export.instruments import IDENTITY, INSTRUMENTS
+
+ROOT = DASHBOARDS.parent
+RULE_TESTS = DASHBOARDS / "sglang-weights.rules.test.yml"
+
+
+def alerts() -> list[dict[str, Any]]:
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"] if "alert" in rule]
+
+
+def rule_expressions() -> list[str]:
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    return [rule["expr"] for group in groups for rule in group["rules"]]
+
+
+# --- generated ----------------------------------------------------------------------------------
+
+
+def test_generated_files_are_current() -> None:
+    run(sys.executable, DASHBOARDS / "generate.py", "--check")
+
+
+def test_a_stale_file_is_named(tmp_path: Path) -> None:
+    shutil.copytree(DASHBOARDS, tmp_path / "dashboards")
+    stale = tmp_path / "dashboards" / "sglang-weights.json"
+    stale.write_text(stale.read_text().replace("Tensors moved", "Tensors shifted"))
+    command = [sys.executable, str(tmp_path / "dashboards" / "generate.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "sglang-weights.json" in done.stderr
+    assert "Tensors shifted" in stale.read_text()  # --check writes nothing
+    assert subprocess.run(command[:-1]).returncode == 0
+    assert "Tensors shifted" not in stale.read_text()
+
+
+# --- rules --------------------------------------------------------------------------------------
+
+
+def test_rules_are_valid_and_their_tests_pass() -> None:
+    run("promtool", "check", "rules", "--lint-fatal", RULES)
+    run("promtool", "test", "rules", RULE_TESTS)
+
+
+def test_every_alert_is_tested_and_has_a_runbook() -> None:
+    names = [rule["alert"] for rule in alerts()]
+    tests = yaml.safe_load(RULE_TESTS.read_text())["tests"]
+    worded = {case["alertname"] for test in tests for case in test.get("alert_rule_test", [])}
+    assert worded == set(names)
+    sections = re.findall(r"^## (\w+)$", (ROOT / "docs" / "alerts.md").read_text(), re.MULTILINE)
+    assert sections == [*dict.fromkeys(sections)]
+    assert set(sections) == set(names)
+    for rule in alerts():
+        assert rule["annotations"].keys() == {"summary", "description", "runbook"}
+        assert rule["annotations"]["runbook"] == f"docs/alerts.md#{rule['alert'].lower()}"
+        assert rule["labels"]["severity"] in {"info", "warning", "critical"}
+
+
+@pytest.mark.parametrize(
+    ("condition", "without"),
+    [
+        (" > sglang_weight_loaded_timestamp_seconds", ""),
+        ("for: 10m", "for: 1m"),
+        ('{state="failed"}', '{state!="installed"}'),
+        (" unless changes(engine:sglang_weight_loaded_timestamp_seconds:max[30m]) > 0", ""),
+        ("and on (job, instance) last_over_time(sglang_weight_exporter_build_info[1h])", ""),
+        ("== sglang_weight_last_update_timestamp_seconds offset 10m", ">= 0"),
+        ("max by (UUID) (DCGM", "sum by (UUID) (DCGM"),
+    ],
+)
+def test_the_rules_tests_notice_a_lost_condition(
+    tmp_path: Path, condition: str, without: str
+) -> None:
+    shutil.copy(RULE_TESTS, tmp_path)
+    text = RULES.read_text()
+    assert condition in text
+    (tmp_path / RULES.name).write_text(text.replace(condition, without))
+    done = subprocess.run(
+        ["promtool", "test", "rules", RULE_TESTS.name], cwd=tmp_path, capture_output=True
+    )
+    assert done.returncode != 0
+
+
+# --- names --------------------------------------------------------------------------------------
+
+
+def served() -> dict[str, set[str]]:
+    """Series that the exporter serves, with their labels, from its own table of instruments."""
+    found = {}
+    for instrument in INSTRUMENTS:
+        labels = {*instrument.labels, *(IDENTITY if instrument.read_role else ())}
+        suffixes = {"counter": ["_total"], "gauge": [""]}.get(
+            instrument.kind, ["_bucket", "_sum", "_count"]
+        )
+        for suffix in suffixes:
+            found[instrument.name + suffix] = labels | ({"le"} if suffix == "_bucket" else set())
+    return found
+
+
+def expressions(dashboard: dict[str, Any]) -> list[str]:
+    found = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    found += [annotation["expr"] for annotation in dashboard["annotations"]["list"]]
+    found += [
+        variable["query"]["query"]
+        for variable in dashboard["templating"]["list"]
+        if variable["type"] == "query"
+    ]
+    return found
+
+
+def test_only_series_that_the_exporter_serves_are_asked_for(dashboard: dict[str, Any]) -> None:
+    names = served()
+    for expression in [*expressions(dashboard), *rule_expressions()]:
+        for name in re.findall(r"(?<![:\w])sglang_(?:weight|kv|lora|gpu)\w*(?!\w*:)", expression):
+            assert name in names, f"{name} in {expression}"
+        for name, matchers in re.findall(r"(?<![:\w])(sglang_\w+)\{([^}]*)\}", expression):
+            asked = set(re.findall(r"(\w+)\s*(?:=~|!=|!~|=)", matchers))
+            assert asked <= names[name] | {"instance", "job"}, f"{name}{{{matchers}}}"
+
+
+def test_rank_series_are_not_told_apart_by_labels_that_were_forgotten() -> None:
+    """Every rank label is either kept or aggregated away by name in the rules."""
+    ranks = {"tp_rank", "pp_rank", "dp_rank", "moe_ep_rank"}
+    for rule in alerts():
+        for labels in re.findall(r"(?:max|min|sum|count) without \(([^)]*)\)", rule["expr"]):
+            named = {label.strip() for label in labels.split(",")}
+            if "tp_rank" in named:
+                assert ranks - named <= {"pp_rank"}, f"{rule['alert']}: {labels}"
+
+
+# --- the dashboard ------------------------------------------------------------------------------
+
+
+def test_every_panel_explains_itself(dashboard: dict[str, Any]) -> None:
+    for panel in dashboard["panels"]:
+        if panel["type"] in {"row", "text"}:
+            continue
+        defaults = panel["fieldConfig"]["defaults"]
+        assert len(panel["description"]) > 30, panel["title"]
+        assert len(defaults["noValue"]) > 10, panel["title"]
+        if panel["type"] == "heatmap":
+            assert panel["options"]["yAxis"]["unit"]
+        elif panel["type"] != "table":
+            assert defaults["unit"], panel["title"]
+
+
+def test_panels_neither_overlap_nor_leave_the_grid(dashboard: dict[str, Any]) -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        at = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(at["x"], at["x"] + at["w"])
+            for y in range(at["y"], at["y"] + at["h"])
+        }
+        assert not cells & taken, panel["title"]
+        assert at["x"] + at["w"] <= 24, panel["title"]
+        taken |= cells
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+
+
+def test_nothing_is_bound_to_one_grafana(dashboard: dict[str, Any]) -> None:
+    assert set(re.findall(r'"uid": "([^"]*)"', json.dumps(dashboard))) == {
+        "sglang-weights",
+        "${datasource}",
+    }
+    names = [variable["name"] for variable in dashboard["templating"]["list"]]
+    assert names == ["datasource", "model", "instance", "engine", "role", "gpu"]
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sglang_weight_exporter", "dashboard", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_prints_what_is_shipped() -> None:
+    assert command().stdout == (DASHBOARDS / "sglang-weights.json").read_text()
+    assert command("--rules").stdout == RULES.read_text()
+
+
+def test_the_command_writes_both_files(tmp_path: Path) -> None:
+    done = command("--output", tmp_path / "new" / "directory")
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        assert Path(line).read_text() == (DASHBOARDS / Path(line).name).read_text()
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_the_command_says_why_it_cannot_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = command("--output", tmp_path / "file")
+    assert done.returncode == 1
+    assert f"{tmp_path / 'file'} cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+# --- deployment ---------------------------------------------------------------------------------
+
+
+def manifests(name: str) -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DASHBOARDS / "kubernetes" / name).read_text()))
+
+
+@pytest.mark.parametrize("name", ["in-engine.yaml", "sidecar.yaml"])
+@pytest.mark.parametrize("release", ["1.29", "1.33"])
+def test_deployments_fit_the_kubernetes_api(name: str, release: str) -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    for manifest in manifests(name):
+        kubernetes_validate.validate(manifest, release, strict=True)
+
+
+@pytest.mark.parametrize("name", ["podmonitor.yaml", "prometheusrule.yaml"])
+def test_operator_objects_fit_their_definitions(
+    name: str, panel_page: PanelPage, tmp_path: Path
+) -> None:
+    (manifest,) = manifests(name)
+    panel_page.check_manifest(manifest, tmp_path)
+    manifest["spec"]["unheard"] = "of"
+    with pytest.raises(AssertionError, match="'unheard' does not exist"):
+        panel_page.check_manifest(manifest, tmp_path)
+
+
+def test_the_pod_monitor_selects_both_forms() -> None:
+    (monitor,) = manifests("podmonitor.yaml")
+    for name in ("in-engine.yaml", "sidecar.yaml"):
+        (deployment,) = manifests(name)
+        template = deployment["spec"]["template"]
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= (
+            template["metadata"]["labels"].items()
+        )
+        ports = {
+            port["name"]
+            for container in template["spec"]["containers"]
+            for port in container["ports"]
+        }
+        assert {each["port"] for each in monitor["spec"]["podMetricsEndpoints"]} == ports
+
+
+def test_the_sidecar_shares_the_runtime_directory() -> None:
+    (deployment,) = manifests("sidecar.yaml")
+    containers = deployment["spec"]["template"]["spec"]["containers"]
+    variable = "SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR"
+    directories = {
+        entry["value"]
+        for container in containers
+        for entry in container["env"]
+        if entry["name"] == variable
+    }
+    assert len(directories) == 1
+    (directory,) = map(Path, directories)
+    for container in containers:
+        mounts = {Path(mount["mountPath"]) for mount in container["volumeMounts"]}
+        assert directory.parent in mounts
+
+
+def test_the_compose_file_is_valid_and_complete() -> None:
+    compose = DASHBOARDS / "compose"
+    specification = pytest.importorskip("compose_spec")
+    parsed = yaml.safe_load((compose / "compose.yaml").read_text())
+    specification.ComposeSpecification.model_validate(parsed)
+    for service in parsed["services"].values():
+        assert re.search(r":v?\d+\.\d+\.\d+$", service["image"]), service["image"]
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            if source.startswith("."):
+                assert (compose / source).is_file(), source
+            else:
+                assert source in parsed["volumes"]
+
+
+def test_prometheus_and_alertmanager_accept_their_files(tmp_path: Path) -> None:
+    shutil.copy(DASHBOARDS / "compose" / "prometheus.yml", tmp_path)
+    shutil.copy(RULES, tmp_path)
+    run("promtool", "check", "config", tmp_path / "prometheus.yml")
+    run("amtool", "check-config", DASHBOARDS / "compose" / "alertmanager.yml")
+
+
+@pytest.mark.parametrize("block", range(3))
+def test_configuration_in_the_documentation_is_accepted(tmp_path: Path, block: int) -> None:
+    text = (ROOT / "docs" / "deployment.md").read_text()
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    fragment = yaml.safe_load(blocks[block])
+    if "metric_relabel_configs" in fragment:
+        fragment = {"scrape_configs": [{"job_name": "sglang-weights", **fragment}]}
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(fragment))
+    agent = ["--agent"] if "remote_write" in fragment else []
+    run("promtool", "check", "config", *agent, tmp_path / "prometheus.yml")
