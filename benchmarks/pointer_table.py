@@ -6,8 +6,8 @@ The baseline, measured in the same run, is what anybody would write:
 
     [(name, p.data_ptr(), p.nbytes) for name, p in model.named_parameters()]
 
-Each figure is the median of interleaved rounds, so that a busy machine weighs on both alike. What
-runs in the engine is marked with a star. Needs torch; parquet needs pyarrow.
+Processor time, the least of interleaved rounds, so that other work on the machine counts as little
+as possible. What runs in the engine is marked with a star. Needs torch; parquet needs pyarrow.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -36,7 +35,7 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.store.tables import Table
 from sglang_weight_exporter.store.weights_metadata import write_files
 
-ROUNDS = 15
+ROUNDS = 20
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "norm")
 
 
@@ -65,14 +64,14 @@ def bare_loop(model: torch.nn.Module) -> list[tuple[str, int, int]]:
 
 
 def measure(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each step; every round runs all of them."""
+    """Processor seconds of each step at its fastest; every round runs all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            started = time.perf_counter()
+            started = time.process_time()
             step()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(taken) for name, taken in seconds.items()}
+            seconds[name].append(time.process_time() - started)
+    return {name: min(taken) for name, taken in seconds.items()}
 
 
 def steps_for(model: torch.nn.Module, directory: Path) -> dict[str, Callable[[], object]]:
@@ -150,10 +149,10 @@ def main() -> None:
     for tensors in map(int, sys.argv[1:] or (1_000, 20_000, 100_000)):
         with tempfile.TemporaryDirectory() as directory:
             steps = steps_for(model_of(tensors), Path(directory))
-            medians = measure(steps, max(3, ROUNDS * 20_000 // max(tensors, 20_000)))
-        baseline = next(iter(medians.values()))
+            fastest = measure(steps, max(3, ROUNDS * 20_000 // max(tensors, 20_000)))
+        baseline = next(iter(fastest.values()))
         print(f"\n{tensors:,} tensors; the bare loop takes {baseline * 1e3:.1f} ms")
-        for name, seconds in medians.items():
+        for name, seconds in fastest.items():
             print(f"  {name:<36}{seconds / baseline:6.2f}")
 
 

@@ -138,11 +138,26 @@ class TableReader:
         :meth:`read` raises.
         """
         deadline = time.monotonic() + timeout
-        while self.is_current(table):
+        seen: tuple[int, int] | None = None
+        while True:
+            written = self._written()
+            # Read only when there is something new: waiting should cost next to nothing.
+            if written != seen or not self.directory.is_alive():
+                if not self.is_current(table):
+                    break
+                seen = written
             if time.monotonic() >= deadline:
                 raise TimeoutError(f"The weights did not change in {timeout:g} seconds.")
             time.sleep(_LOOK_AGAIN)
         return self.read(max(0.0, deadline - time.monotonic()))
+
+    def _written(self) -> tuple[int, int] | None:
+        """Tells one snapshot file from the next."""
+        try:
+            status = (self.directory.path / "snapshot").stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns
 
     def _attempt(self) -> tuple[Table | None, TableError]:
         """A table if it is the same before and after reading, or else why there is none."""
