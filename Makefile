@@ -5,6 +5,7 @@
 # make test                      everything that CI runs
 # make test TESTS=tests/store    one suite, without lint and without other Python versions
 # make lint                      ruff and mypy
+# make benchmark                 what things cost, as ratios to a baseline of the same run
 #
 # On a new Debian 12 machine `make test` as root installs what it needs. Environments live in
 # .venv/; what is slow to install is kept in the user's cache directory for the next checkout.
@@ -15,7 +16,7 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 .SECONDARY:
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo wheel debian-packages main-tests other-pythons clean
+.PHONY: help test lint demo benchmark wheel debian-packages main-tests other-pythons clean
 
 NEWEST := 0.5.23
 OLDEST := 0.5.9
@@ -145,6 +146,15 @@ lint: wheel .venv/python3/created
 demo: .venv/demo-$(NEWEST)/copied wheel
 	@$(call install-wheel,.venv/demo-$(NEWEST),)
 	exec .venv/demo-$(NEWEST)/bin/python demo/demo.py $(if $(DEMO_EXIT),--exit)
+
+# ---------------------------------------------------------------------------- benchmarks
+
+benchmark: $(MAIN)/copied wheel
+	@$(call install-wheel,$(MAIN),--group test)
+	for program in startup pointer_table reader_interference otlp scrape throughput; do
+	  $(call say,$$program)
+	  $(MAIN)/bin/python benchmarks/$$program.py
+	done
 
 clean:
 	rm -rf .venv
