@@ -19,7 +19,7 @@ from sglang_weight_exporter.capture.changes import compare_rows
 from sglang_weight_exporter.cli import formats
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.cli.trace_reader import TraceError, tables_from_trace
-from sglang_weight_exporter.records import CHANGES, Row
+from sglang_weight_exporter.records import CHANGES, Ranks, Row
 from sglang_weight_exporter.store.tables import Table, TableError, TableReader, open_tables
 from sglang_weight_exporter.store.weights_metadata import owners, write_files
 
@@ -187,14 +187,14 @@ def _read(arguments: argparse.Namespace) -> list[Table]:
     if arguments.from_trace:
         return _read_trace(arguments)
     settings = settings_from(arguments, os.environ)
-    readers = open_tables(settings.runtime_dir, engine=arguments.engine, role=arguments.role)
-    deadline = time.monotonic() + arguments.wait
-    tables = [
-        table
-        for table in (reader.read(max(0.0, deadline - time.monotonic())) for reader in readers)
-        if all(getattr(table.ranks, name) == rank for name, rank in arguments.rank.items())
+    readers = [
+        reader
+        for reader in open_tables(
+            settings.runtime_dir, engine=arguments.engine, role=arguments.role
+        )
+        if all(getattr(reader.ranks, name) == rank for name, rank in arguments.rank.items())
     ]
-    if not tables:
+    if not readers:
         there = open_tables(settings.runtime_dir)
         raise _ProblemError(
             f"No table was chosen. There are these:\n{_list(there)}"
@@ -202,6 +202,17 @@ def _read(arguments: argparse.Namespace) -> list[Table]:
             else "No rank is alive here, so there is no table. "
             "`sglang-weight-exporter status` says what may be the reason."
         )
+    deadline = time.monotonic() + arguments.wait
+    tables, problems = [], []
+    for reader in readers:
+        try:
+            tables.append(reader.read(max(0.0, deadline - time.monotonic())))
+        except TableError as error:
+            problems.append(error)
+    if not tables:
+        raise problems[0]
+    for problem in problems:  # One rank's trouble hides no other rank's table.
+        print(problem, file=sys.stderr)
     return tables
 
 
@@ -215,40 +226,32 @@ def _read_trace(arguments: argparse.Namespace) -> list[Table]:
         and all(getattr(table.ranks, name) == rank for name, rank in arguments.rank.items())
     ]
     if not tables:
-        there = "\n".join(
-            f"  --engine {table.engine.name} --rank {_rank_name(table)} --role {table.role.name}"
-            for table in found
+        raise _ProblemError(
+            f"No table was chosen. {arguments.from_trace} has these:\n{_list(found)}"
         )
-        raise _ProblemError(f"No table was chosen. {arguments.from_trace} has these:\n{there}")
     return tables
 
 
-def _list(readers: Iterable[TableReader]) -> str:
-    lines = []
-    for reader in readers:
-        snapshot = reader.directory.snapshot()
-        ranks = msgspec.structs.asdict(snapshot.ranks)
-        rank = ",".join(f"{name}={value}" for name, value in ranks.items() if value is not None)
-        lines.append(f"  --engine {snapshot.engine.name} --rank {rank} --role {reader.role}")
-    return "\n".join(lines)
+def _list(tables: Iterable[Table | TableReader]) -> str:
+    return "\n".join(
+        f"  --engine {table.engine.name} --rank {_rank_name(table.ranks)} --role "
+        + (table.role if isinstance(table, TableReader) else table.role.name)
+        for table in tables
+    )
 
 
 def _single(tables: Sequence[Table], purpose: str) -> Table:
     if len(tables) > 1:
         raise _ProblemError(
             f"{purpose} takes one table: addresses of two processes do not mix. Choose one of:\n"
-            + "\n".join(
-                f"  --engine {table.engine.name} --rank {_rank_name(table)} "
-                f"--role {table.role.name}"
-                for table in tables
-            )
+            + _list(tables)
         )
     return tables[0]
 
 
-def _rank_name(table: Table) -> str:
-    ranks = msgspec.structs.asdict(table.ranks)
-    return ",".join(f"{name}={value}" for name, value in ranks.items() if value is not None)
+def _rank_name(ranks: Ranks) -> str:
+    values = msgspec.structs.asdict(ranks)
+    return ",".join(f"{name}={value}" for name, value in values.items() if value is not None)
 
 
 def _rows(table: Table, arguments: argparse.Namespace) -> list[Row]:
@@ -281,7 +284,7 @@ def _print_tables(
         if index:
             print()
         print(
-            f"engine {table.engine.name}  {_rank_name(table)}  {table.role.name}  "
+            f"engine {table.engine.name}  {_rank_name(table.ranks)}  {table.role.name}  "
             f"process {table.pid}  SGLang {table.engine.sglang_version}  {table.engine.model_name}"
         )
         if table.released:
@@ -410,7 +413,7 @@ def _matching(tables: list[tuple[dict[str, Any], list[Row]]], table: Table, name
     if len(found) != 1:
         raise _ProblemError(
             f"{name} has {len(found)} tables of the {table.role.name} model of "
-            f"{_rank_name(table)}, so there is nothing to compare with."
+            f"{_rank_name(table.ranks)}, so there is nothing to compare with."
         )
     return found[0]
 
@@ -443,7 +446,7 @@ def _print_last_changes(tables: Sequence[Table]) -> int:
     differ = False
     for table in tables:
         update = table.role.last_update
-        print(f"engine {table.engine.name}  {_rank_name(table)}  {table.role.name}")
+        print(f"engine {table.engine.name}  {_rank_name(table.ranks)}  {table.role.name}")
         if update is None or update.action == "load":
             print("  no update since the load")
             continue

@@ -86,9 +86,11 @@ class Table:
 class TableReader:
     """Reads the table of one role of one rank, again and again."""
 
-    def __init__(self, directory: RankDirectory, role: str) -> None:
+    def __init__(self, directory: RankDirectory, role: str, engine: Engine, ranks: Ranks) -> None:
         self.directory = directory
         self.role = role
+        self.engine = engine
+        self.ranks = ranks
 
     def read(self, timeout: float = 0.0) -> Table:
         """A consistent table, waiting up to ``timeout`` seconds for one.
@@ -261,7 +263,7 @@ def open_tables(
     """
     directory = RuntimeDir.open(runtime_dir or _from_environ(), os.environ)
     return [
-        TableReader(rank, found.name)
+        TableReader(rank, found.name, snapshot.engine, snapshot.ranks)
         for rank, snapshot in sorted(SnapshotReader(directory).read(), key=_order)
         for found in snapshot.roles
         if engine in {None, snapshot.engine.name} and role in {None, found.name}

@@ -215,6 +215,13 @@ class TestSeveralTables:
         assert ran.returncode == 0
         assert ran.stdout == b"0 moved, 0 added, 0 removed, 0 resized, 0 device\n"
 
+    def test_a_rank_in_the_middle_of_an_update_hides_no_other(self, command: Command) -> None:
+        self.made[0].begin_update()
+        ran = command("table", "--wait", "0.1")
+        assert sum(line.startswith("engine ") for line in lines(ran)) == 2
+        assert ran.stderr.decode().count("being updated") == 1
+        assert command("table", "--wait", "0.1", "--rank", "1").stderr == b""
+
     def test_the_layout_is_written_for_all(self, command: Command, tmp_path: Path) -> None:
         ran = command("table", "--layout", "weights-metadata", tmp_path / "out")
         written = {Path(line).name for line in lines(ran)}
