@@ -162,7 +162,7 @@ def install(interpreter: Interpreter) -> None:
     made = []
     try:
         links = site / _LINKS
-        links.mkdir(exist_ok=True)
+        links.mkdir(parents=True, exist_ok=True)
         made.append(links)
         link = links / _NAME
         link.unlink(missing_ok=True)
