@@ -119,6 +119,8 @@ def event_spans(
     further = [_context(event, part) for part in range(1, len(packed))]
     links += [Link(each) for each in further]
     update = event.update
+    # The table's file is not written anew when nothing in it has changed.
+    captured_at = 0.0 if event.table is None else event.table.captured_at
     common: dict[str, Any] = {
         "resource": _resource(event),
         "start_time": _nanoseconds(update.started_at),
@@ -131,7 +133,7 @@ def event_spans(
             f"sglang.weights.{update.action}",
             context=context,
             attributes=attributes,
-            events=_events(packed[0] if packed else [], table),
+            events=_events(packed[0] if packed else [], table, captured_at),
             links=links,
             status=Status(StatusCode.UNSET) if update.succeeded else failed,
             **common,
@@ -148,7 +150,7 @@ def event_spans(
                     "sglang.weights.table.part": part,
                     "sglang.weights.table.sha256": "" if table is None else table.sha256,
                 },
-                events=_events(events, table),
+                events=_events(events, table, captured_at),
                 links=[Link(context)],
                 **common,
             )
@@ -373,7 +375,7 @@ def _packed(chunks: Sequence[_Chunk]) -> Iterator[list[tuple[int, int, _Chunk]]]
 
 
 def _events(
-    chunks: Sequence[tuple[int, int, _Chunk]], table: WeightTable | None
+    chunks: Sequence[tuple[int, int, _Chunk]], table: WeightTable | None, captured_at: float
 ) -> list[SpanEvent]:
     if table is None:
         return []
@@ -386,13 +388,13 @@ def _events(
                 "role": table.role,
                 "table.sha256": table.sha256,
                 "table.rows": table.rows,
-                "table.captured_at": table.captured_at,
+                "table.captured_at": captured_at,
                 "chunk.index": index,
                 "chunk.count": count,
                 "row.offset": chunk.offset,
                 "row.count": len(chunk.rows),
             },
-            timestamp=_nanoseconds(table.captured_at),
+            timestamp=_nanoseconds(captured_at),
         )
         for index, count, chunk in chunks
     ]
