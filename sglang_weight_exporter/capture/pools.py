@@ -5,24 +5,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 
 def owned_tensors(
-    root: object, follow: Callable[[object], bool]
+    root: object,
+    follow: Callable[[object], bool],
+    backed: dict[int, int] | None = None,
 ) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
     """Tensors reachable from ``root`` through attributes, containers and dataclasses.
 
-    Yields each with the attribute names that lead to it. Other objects are entered only where
-    ``follow`` says so: a pool may refer to its scheduler, and that to everything.
+    Yields each with the attribute names that lead to it (``NAME[KEY]`` inside a dictionary).
+    Other objects are entered only where ``follow`` says so: a pool may refer to its scheduler,
+    and that to everything.
+
+    ``backed``, if given, receives the physical bytes of storages that reserve addresses for more
+    than they have (by address; complete when the iteration has ended).
     """
     seen: set[int] = set()
-    stack: list[tuple[tuple[str, ...], Any]] = [((), root)]
-    while stack:
-        path, value = stack.pop()
+    queue: deque[tuple[tuple[str, ...], Any]] = deque([((), root)])
+    while queue:
+        path, value = queue.popleft()  # The shortest way to an object names it.
         if isinstance(value, torch.Tensor):
             yield path, value
             continue
@@ -30,15 +38,29 @@ def owned_tensors(
             continue
         seen.add(id(value))
         if isinstance(value, dict):
-            stack.extend((path, item) for item in value.values())
+            name = path[-1] if path else ""
+            queue.extend(((*path[:-1], f"{name}[{key}]"), item) for key, item in value.items())
         elif isinstance(value, (list, tuple, set, frozenset)):
             names = getattr(value, "_fields", None)  # A named tuple's.
             if names is None:
-                stack.extend((path, item) for item in value)
+                queue.extend((path, item) for item in value)
             else:
-                stack.extend(((*path, name), item) for name, item in zip(names, value, strict=True))
+                queue.extend(((*path, name), item) for name, item in zip(names, value, strict=True))
         elif value is root or dataclasses.is_dataclass(value) or follow(value):
-            stack.extend(((*path, name), item) for name, item in _attributes(value))
+            if backed is not None:
+                backed.update(_backed_storages(value))
+            queue.extend(((*path, name), item) for name, item in _attributes(value))
+
+
+def _backed_storages(owner: object) -> Iterator[tuple[int, int]]:
+    """Of an owner of virtual memory (SGLang's ``KvVmmBufferOwner``): it knows the sum only, which
+    stands for its first tensor."""
+    physical = getattr(owner, "backed_bytes", None)
+    tensors = getattr(owner, "tensors", None)
+    if isinstance(physical, int) and isinstance(tensors, list):
+        for tensor in tensors:
+            yield tensor.untyped_storage().data_ptr(), physical
+            physical = 0
 
 
 def _attributes(value: object) -> Iterator[tuple[str, object]]:
@@ -51,11 +73,15 @@ def _attributes(value: object) -> Iterator[tuple[str, object]]:
 
 
 def storage_bytes(
-    tensors: Iterator[tuple[str, torch.Tensor]], *, counted: set[int]
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    counted: set[int],
+    backed: Mapping[int, int] = MappingProxyType({}),
 ) -> dict[tuple[str, str], int]:
     """Bytes of unique storages by ``(device, label)``; a storage counts for its first label.
 
-    ``counted`` holds the addresses that were counted already, and is added to.
+    ``counted`` holds the addresses that were counted already, and is added to. ``backed``: bytes
+    of storages that do not have what they reserve, by address.
     """
     totals: dict[tuple[str, str], int] = {}
     for label, tensor in tensors:
@@ -67,5 +93,5 @@ def storage_bytes(
         address = storage.data_ptr()
         if address and address not in counted:
             counted.add(address)
-            totals[key] += storage.nbytes()
+            totals[key] += backed.get(address, storage.nbytes())
     return totals

@@ -13,7 +13,7 @@ from sglang_weight_exporter.capture.pools import owned_tensors, storage_bytes
 from sglang_weight_exporter.records import KvPoolUsage, LoraUsage
 
 #: Tensors that help kernels find the pool and hold no key, value or state.
-_BOOKKEEPING = ("_ptrs", "_strides", "_mapping", "_pos", "_loc")
+_BOOKKEEPING = ("_ptrs", "_strides", "_mapping", "_pos", "_loc", "free_slots")
 
 #: Pools of state beside the KV pool, on `runner.req_to_token_pool` (0.5.2 and later).
 _STATE_POOLS = ("mamba_pool", "mamba_ckpt_pool", "short_conv_pool", "ngram_pool")
@@ -24,20 +24,24 @@ _LABELS = (
     ("mamba", "mamba"),
     ("conv", "mamba"),
     ("ngram", "ngram"),
-    ("index", "index"),
     ("compress_state", "compress_state"),
+    ("index", "index"),
+    ("qsa", "index"),
     ("c128", "c128"),
     ("c4", "c4"),
     ("unified", "unified"),
 )
 
 
+#: Where SGLang keeps pools and their parts, and what else it keeps there.
+_POOL_MODULES = ("sglang.srt.mem_cache.", "sglang.srt.hardware_backend.")
+_NO_POOLS = ("Host", "Allocator", "ReqToToken", "Controller")
+
+
 def _is_pool(value: object) -> bool:
     kind = type(value)
-    return (
-        kind.__module__.startswith("sglang.")
-        and any(word in kind.__name__ for word in ("Pool", "KVCache", "KeyCache", "State"))
-        and not any(word in kind.__name__ for word in ("Host", "Allocator", "ReqToToken"))
+    return kind.__module__.startswith(_POOL_MODULES) and not any(
+        word in kind.__name__ for word in _NO_POOLS
     )
 
 
@@ -49,16 +53,20 @@ def _label(path: tuple[str, ...]) -> str:
     return "full"
 
 
-def _pool_tensors(runner: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    roots: list[tuple[tuple[str, ...], Any]] = [((), getattr(runner, "token_to_kv_pool", None))]
+def _pool_tensors(runner: Any, backed: dict[int, int]) -> Iterator[tuple[str, torch.Tensor]]:
+    # The one buffer of unified pools first: the others are views into it, and share it as they
+    # need it.
+    roots: list[tuple[tuple[str, ...], Any]] = [
+        (("unified",), getattr(runner, "_unified_memory_pool", None)),
+        ((), getattr(runner, "token_to_kv_pool", None)),
+    ]
     request_pool = getattr(runner, "req_to_token_pool", None)
     roots += [((name,), getattr(request_pool, name, None)) for name in _STATE_POOLS]
-    roots.append((("unified",), getattr(runner, "_unified_memory_pool", None)))
     for prefix, root in roots:
         if root is None:
             continue
-        for path, tensor in owned_tensors(root, _is_pool):
-            if not path or not path[-1].endswith(_BOOKKEEPING):
+        for path, tensor in owned_tensors(root, _is_pool, backed):
+            if not path or not path[-1].partition("[")[0].endswith(_BOOKKEEPING):
                 yield _label((*prefix, *path)), tensor
 
 
@@ -69,11 +77,13 @@ def kv_pools(runner: Any, counted: set[int]) -> tuple[KvPoolUsage, ...] | None:
     """
     if getattr(runner, "token_to_kv_pool", None) is None:
         return None
-    tokens: dict[str, Any] = {
-        "full": getattr(runner, "full_max_total_num_tokens", None)
-        or getattr(runner, "max_total_num_tokens", None),
-        "swa": getattr(runner, "swa_max_total_num_tokens", None),
-    }
+    full = getattr(runner, "full_max_total_num_tokens", None) or getattr(
+        runner, "max_total_num_tokens", None
+    )
+    swa = getattr(runner, "swa_max_total_num_tokens", None)
+    tokens: dict[str, Any] = {"full": full, "unified": full, "swa": swa}
+    backed: dict[int, int] = {}
+    tensors = list(_pool_tensors(runner, backed))
     return tuple(
         KvPoolUsage(
             device=device,
@@ -81,7 +91,8 @@ def kv_pools(runner: Any, counted: set[int]) -> tuple[KvPoolUsage, ...] | None:
             nbytes=nbytes,
             tokens=None if tokens.get(pool) is None else int(tokens[pool]),
         )
-        for (device, pool), nbytes in storage_bytes(_pool_tensors(runner), counted=counted).items()
+        for (device, pool), nbytes in storage_bytes(tensors, counted=counted, backed=backed).items()
+        if nbytes
     )
 
 
