@@ -296,6 +296,8 @@ def timeseries(
                     "fillOpacity": 80 if bars else 45 if stacked else 0,
                     "showPoints": "never",
                     "spanNulls": False,
+                    # An axis of counts that are all 0 would go to 100.
+                    **({"axisSoftMax": 1} if decimals == 0 else {}),
                     "stacking": {"mode": "normal" if stacked or bars else "none", "group": "A"},
                 },
             },
@@ -730,7 +732,6 @@ def ranks() -> list[Json]:
             ' "rank", "/", "tp_rank", "pp_rank", "dp_rank", "moe_ep_rank")'
         ),
         "Weights": rank_sum("sglang_weight_bytes"),
-        "Resident": rank_sum("sglang_weight_resident_bytes"),
         "Tensors": rank_sum("sglang_weight_tensors"),
         "Regions": rank_sum("sglang_weight_regions"),
         "KV pool": rank_sum("sglang_kv_pool_bytes"),
@@ -743,6 +744,7 @@ def ranks() -> list[Json]:
         "Last change": (
             f"max by ({RANK}) ({select('sglang_weight_last_update_timestamp_seconds')}) * 1000"
         ),
+        "Resident": rank_sum("sglang_weight_resident_bytes"),
         "Load time": f"max by ({RANK}) ({select('sglang_weight_load_duration_seconds')})",
     }
     targets = queries(columns, instant=True, format="table")
@@ -758,6 +760,25 @@ def ranks() -> list[Json]:
         "Regions": "none",
         "KV tokens": "none",
         "Weight version": "none",
+    }
+    widths = {
+        "Target": 130,
+        "Engine": 85,
+        "Role": 75,
+        "TP/PP/DP/EP": 120,
+        "Device": 85,
+        "GPU": 125,
+        "Model path": 190,
+        "Weights": 100,
+        "Tensors": 95,
+        "Regions": 95,
+        "KV pool": 100,
+        "KV tokens": 110,
+        "KV bytes a token": 155,
+        "Weight version": 140,
+        "Last change": 165,
+        "Resident": 105,
+        "Load time": 110,
     }
     order = [
         "instance",
@@ -790,9 +811,10 @@ def ranks() -> list[Json]:
         "sglang_version": "SGLang",
         "torch_version": "torch",
     }
+    bar = ranked(select("sglang_weight_bytes"))
     dtypes = query(
-        'sum by (where, dtype) (label_join({}, "where", " ", "instance", "engine", "role",'
-        ' "tp_rank", "pp_rank", "dp_rank", "moe_ep_rank"))'.format(select("sglang_weight_bytes")),
+        "sum by (where, dtype)"
+        f' (label_join({bar}, "where", " ", "instance", "engine", "role", "rank"))',
         instant=True,
         format="table",
     )
@@ -818,14 +840,17 @@ def ranks() -> list[Json]:
                 },
             ],
             NOT_LOADED,
+            # The words for an empty panel are not meant for an empty cell.
+            {
+                "matcher": {"id": "byRegexp", "options": "/.*/"},
+                "properties": [{"id": "noValue", "value": "-"}],
+            },
             *(override(name, unit=unit) for name, unit in units.items()),
-            override("Model path", custom__width=220),
-            override("Target", custom__width=150),
-            override("GPU", custom__width=130),
+            *(override(name, custom__width=width) for name, width in widths.items()),
         ),
         stacked_bars(
             "Dtype mix",
-            "Bytes of weights by dtype, one bar a rank (target, engine, role, tp pp dp ep).",
+            "Bytes of weights by dtype, one bar a rank (target, engine, role, TP/PP/DP).",
             [dtypes],
             [
                 {
@@ -841,10 +866,12 @@ def ranks() -> list[Json]:
         ),
         timeseries(
             "KV capacity in tokens",
-            "Tokens that the KV pools can hold, by pool, summed over ranks of each engine.",
+            "Tokens that each engine's KV pools can hold. Tensor and pipeline ranks hold parts of "
+            "the same tokens and count once, data-parallel ranks add up.",
             [
                 query(
-                    f"sum by ({ENGINE}, pool) ({select('sglang_kv_pool_tokens')})",
+                    f"sum by ({ENGINE}, pool) (max by ({ENGINE}, pool, dp_rank)"
+                    f" ({select('sglang_kv_pool_tokens', TARGET)}))",
                     "{{instance}} {{engine}} {{pool}}",
                 )
             ],

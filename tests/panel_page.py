@@ -57,7 +57,7 @@ class PanelPage:
         """What the TypeScript compiler has against these files; empty when they are right."""
         flags = ["--noEmit", "--strict", "--skipLibCheck", "--target", "es2022"]
         flags += ["--module", "esnext", "--moduleResolution", "bundler"]
-        compiler = [self.node, "node_modules/typescript/bin/tsc", *flags, *sources]
+        compiler = [str(self.node), "node_modules/typescript/bin/tsc", *flags, *sources]
         done = subprocess.run(compiler, cwd=self.directory, capture_output=True, text=True)
         assert done.returncode in (0, 1, 2), done.stderr
         return done.stdout

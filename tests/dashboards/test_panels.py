@@ -44,16 +44,17 @@ def filled_in(expression: str, values: dict[str, str]) -> str:
 @pytest.fixture(scope="module")
 def reloaded(engine: Engine, monitoring: Monitoring, checkpoints: tuple[Path, Path]) -> float:
     """A reload, with a version that is a number, and a failed one have been scraped; the time."""
+    failures = f'sglang_weight_update_failures_total{{engine="{engine.port}",source="disk"}}'
+    # Growth is seen between two scrapes of a graph's step at least.
+    eventually(lambda: monitoring.query(f"count_over_time({failures}[1m]) > 3"), 60)
     body = {"model_path": str(checkpoints[0]), "weight_version": "7"}
     _, answer = engine.post("/update_weights_from_disk", body)
     assert answer["success"], answer
     engine.update_weights_from_disk(Path("/nowhere/at/all"))
-    here = f'engine="{engine.port}",source="disk"'
-    for series in (f"sglang_weight_update_failures_total{{{here}}}", "sglang_weight_version"):
-        eventually(
-            lambda series=series: monitoring.query(f"sum({series}) >= 2"),
-            what=f"{series} is scraped",
-        )
+    counted = engine.scrape().sum("sglang_weight_update_failures_total", source="disk")
+    eventually(
+        lambda: monitoring.query(f"sum({failures}) == {counted}"), what="both updates are scraped"
+    )
     return time.time()
 
 
