@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tiny_model
-from engines import Engine, Installation, Scrape, eventually
+from engines import READY_SECONDS, Engine, Installation, Scrape, eventually
 
 SCRIPT = """
 import json, os, sys, time, urllib.request
@@ -64,7 +64,7 @@ def run(engine: Engine, script: Path, second: Path) -> Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=420,
+            timeout=READY_SECONDS,
         )
         assert finished.returncode == 0, finished.stdout[-6000:]
         eventually(lambda: engine.processes() == [], 60, what="every process ended")
