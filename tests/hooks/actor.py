@@ -3,10 +3,10 @@
 """A rank without a server: SGLang's Scheduler in a process that nobody told about plugins, as
 Ray's SchedulerActor has it, sent every request that touches weights.
 
-`actor.py OUT LORA FIRST SECOND BROKEN OTHER_SHAPE`: LORA is "lora" or nothing; then the checkpoint
-to load, one of the same shape, one whose file is cut off, one of another shape. Writes to OUT, as
-JSON, what each request answered and the rank's snapshot and events after it. Requests that fail go
-last: some of them would end a server.
+`actor.py OUT RANKS LORA FIRST SECOND BROKEN OTHER_SHAPE`: RANKS is how many of these processes run
+at once, LORA "lora" or nothing; then the checkpoint to load, one of the same shape, one whose file
+is cut off, one of another shape. Writes to OUT, as JSON, what each request answered and the rank's
+snapshot and events after it. Requests that fail go last: some of them would end a server.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
 from sglang_weight_exporter.settings import Settings
-from sglang_weight_exporter.store.reader import rank_directories
+from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader, rank_directories
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 NORM = "model.norm.weight"
@@ -74,13 +75,25 @@ class Script:
         settings, _ = Settings.from_environ(os.environ)
         self.runtime_dir = RuntimeDir.open(settings.runtime_dir, os.environ)
 
+    def own_directory(self) -> RankDirectory:
+        for directory, snapshot in SnapshotReader(self.runtime_dir).read():
+            if snapshot.pid == os.getpid():
+                return directory
+        raise LookupError("this process has published nothing")
+
+    def wait_for(self, ranks: int) -> None:
+        """Until so many are loaded: each must have chosen its engine's name beside the others."""
+        deadline = time.monotonic() + 300
+        while len(list(rank_directories(self.runtime_dir))) < ranks and time.monotonic() < deadline:
+            time.sleep(0.1)
+
     def step(self, name: str, act: Callable[[], Any]) -> None:
         try:
             with torch.inference_mode():  # As SGLang's event loop has it.
                 result, error = act(), None
         except Exception as caught:
             result, error = None, repr(caught)
-        (directory,) = rank_directories(self.runtime_dir)
+        directory = self.own_directory()
         self.steps[name] = {
             "success": None if result is None else getattr(result, "success", True),
             "message": getattr(result, "message", None) or getattr(result, "error_message", None),
@@ -93,10 +106,10 @@ class Script:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    lora, first, second, broken, other_shape = sys.argv[2:]
+    ranks, lora, first, second, broken, other_shape = sys.argv[2:]
     script = Script(out)
     scheduler = make_scheduler(first, lora=bool(lora))
-    script.step("start", lambda: None)
+    script.step("start", lambda: script.wait_for(int(ranks)))
 
     def ask(request: str, **arguments: Any) -> Callable[[], Any]:
         return lambda: scheduler._request_dispatcher(getattr(io_struct, request)(**arguments))

@@ -14,6 +14,7 @@ import os
 import struct
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,46 +140,79 @@ class Run:
         return {source: numbers for source, numbers in change.items() if any(numbers)}
 
 
-def run(installation: Installation, version: str) -> Run:
-    with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary)
-        out = directory / "steps.json"
-        environment = installation.environment(
-            **{
-                PREFIX + "RUNTIME_DIR": str(directory / "runtime"),
-                PREFIX + "SERVE": "off",
-                "PYTHONFAULTHANDLER": "1",
-            }
-        )
-        actor = Path(__file__).with_name("actor.py")
+class Running:
+    """A rank that is being sent its requests."""
+
+    def __init__(self, release: str, installation: Installation, ranks: int, shared: Path) -> None:
+        version = sglang_version(installation.python)
+        assert version, f"no SGLang beside {installation.python}"
+        self.version = version
+        self.directory = shared / release
+        self.directory.mkdir()
+        self.out = self.directory / "steps.json"
+        self.log = self.directory / "log"
         lora = "lora" if version_key(version) <= version_key(LORA_ON_CPU) else ""
-        finished = subprocess.run(
-            [installation.python, actor, out, lora, *write_checkpoints(directory)],
-            env=environment,
-            cwd=directory,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=500,
-        )
-        assert out.exists(), finished.stdout[-6000:]
-        made = Run(json.loads(out.read_text()), finished.stdout, version)
-        assert finished.returncode == 0, finished.stdout[-6000:]
-        return made
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [
+                    installation.python,
+                    Path(__file__).with_name("actor.py"),
+                    self.out,
+                    str(ranks),
+                    lora,
+                    *write_checkpoints(self.directory),
+                ],
+                env=installation.environment(
+                    **{PREFIX + "RUNTIME_DIR": str(shared / "runtime"), PREFIX + "SERVE": "off"}
+                ),
+                cwd=self.directory,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def run(self) -> Run:
+        self.process.wait(500)
+        output = self.log.read_text(errors="replace")
+        assert self.process.returncode == 0, output[-6000:]
+        return Run(json.loads(self.out.read_text()), output, self.version)
 
 
-@pytest.fixture(
-    scope="module", params=["newest", "oldest", *(["extra"] if os.environ.get(EXTRA) else [])]
-)
-def actor(request: pytest.FixtureRequest) -> Run:
-    if request.param == "extra":
-        installation = Installation(Path(os.environ[EXTRA]) / "bin" / "python")
-    else:
-        installation = request.getfixturevalue(request.param)
-    version = sglang_version(installation.python)
-    assert version, f"no SGLang beside {installation.python}"
-    return run(installation, version)
+RELEASES = ["newest", "oldest", *(["extra"] if os.environ.get(EXTRA) else [])]
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Run]]:
+    """One rank of each release, all on this host at once."""
+    installations = {}
+    for release in RELEASES:
+        if release == "extra":
+            installations[release] = Installation(Path(os.environ[EXTRA]) / "bin" / "python")
+        else:
+            installations[release] = request.getfixturevalue(release)
+    running: dict[str, Running] = {}
+    with tempfile.TemporaryDirectory() as shared:
+        try:
+            for release, installation in installations.items():
+                ranks = len(installations)
+                running[release] = Running(release, installation, ranks, Path(shared))
+            yield {release: rank.run() for release, rank in running.items()}
+        finally:
+            for rank in running.values():
+                rank.process.kill()
+                rank.process.wait()
+
+
+@pytest.fixture(params=RELEASES)
+def actor(request: pytest.FixtureRequest, runs: dict[str, Run]) -> Run:
+    return runs[request.param]
+
+
+def test_engines_on_one_host_have_names_of_their_own(runs: dict[str, Run]) -> None:
+    engines = [run["start"].snapshot.engine for run in runs.values()]
+    port = "30000"  # SGLang's default, and theirs: nothing of them listens on it.
+    names = [port, *(f"{port}-{number}" for number in range(2, len(engines) + 1))]
+    assert sorted(engine.name for engine in engines) == names
+    assert len({engine.instance for engine in engines}) == len(engines)
 
 
 def test_it_is_loaded(actor: Run) -> None:
