@@ -7,7 +7,9 @@ Engines run on the CPU, or on the GPU with `gpu=True`. The tests and the demo us
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import http.client
 import json
 import os
@@ -139,6 +141,7 @@ class Scrape:
         return float(found[0].value)
 
 
+@functools.cache
 def cuda_driver_stub(python: Path) -> Path:
     """A directory with an empty `libcuda.so.1` that SGLang's kernel library links against.
 
@@ -154,6 +157,7 @@ def cuda_driver_stub(python: Path) -> Path:
     names = {word.split("@")[0] for word in symbols.split() if word.startswith("cu")}
     functions = sorted(name for name in names if name[2:3].isupper())
     directory = Path(tempfile.mkdtemp(prefix="cuda-stub-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
     source = "\n".join(f"int {name}(void) {{ return 100; }}" for name in functions)
     (directory / "cuda.c").write_text(source)
     compile_library = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1"]
@@ -401,7 +405,4 @@ class Engine:
         kill(self.processes())
         if self.started:
             self.main.wait()
-        stub = self.environment.get("LD_LIBRARY_PATH", "").split(":")[0]
-        if "cuda-stub-" in stub:
-            shutil.rmtree(stub, ignore_errors=True)
         shutil.rmtree(self.directory, ignore_errors=True)
