@@ -59,11 +59,12 @@ class Collector(Generic[Exporter]):
         complaint: Complaint,
     ) -> None:
         self.destination = destination
+        #: Whether it did not take what it was sent last.
+        self.failing = False
         self._make = make
         self.signal = signal
         self._complaint = complaint
         self._exporter: Exporter | None = None
-        self._failing = False
 
     def take(self, send: Callable[[Exporter], bool]) -> bool:
         """Whether the collector acknowledged what ``send`` sent. Blocks for as long as
@@ -79,9 +80,9 @@ class Collector(Generic[Exporter]):
         if not taken:
             # Anew, because certificates may have changed and gRPC waits long to connect again.
             self.close()
-        if taken and self._failing:
+        if taken and self.failing:
             logger.info("The collector at %s takes %s again.", self.destination, self.signal)
-        elif not taken and not self._failing:
+        elif not taken and not self.failing:
             logger.warning(
                 "The collector at %s does not take %s (%s). It is asked again, at most half a "
                 "minute apart%s.",
@@ -90,7 +91,7 @@ class Collector(Generic[Exporter]):
                 self.last_error(),
                 ", and what waits is kept" if self.signal == "spans" else "",
             )
-        self._failing = not taken
+        self.failing = not taken
         return taken
 
     def last_error(self) -> str:

@@ -107,6 +107,8 @@ class Delivery:
         pause = 0.0
         while True:
             stopping = self._stop.wait(pause or LOOK_SECONDS)
+            if stopping and pause:
+                return  # The collector does not answer; what waits is kept.
             try:
                 delivered = self.deliver()
             except Exception:

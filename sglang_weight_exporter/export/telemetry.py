@@ -214,6 +214,9 @@ class Telemetry:
 
     def stop(self) -> None:
         """Send what can be sent soon. The rest waits in the store for the next exporter."""
+        for collector in self._collectors:
+            if collector.failing:
+                collector.close()
         for sender in (self._delivery, self._metrics):
             if sender is not None:
                 sender.stop(STOP_SECONDS)
