@@ -861,7 +861,7 @@ def ranks() -> list[Json]:
             "where\\dtype",
             NOT_LOADED,
             share=False,
-            width=12,
+            width=9,
             height=8,
         ),
         timeseries(
@@ -877,7 +877,29 @@ def ranks() -> list[Json]:
             ],
             "short",
             "No KV pool allocated yet",
-            width=12,
+            width=8,
+        ),
+        timeseries(
+            "Who else touched weights",
+            "Calls that read, save, send or check weights, or load adapters or open update groups, "
+            "summed over ranks; failed ones apart.",
+            [
+                query(
+                    f"sum by (operation) ({happened('sglang_weight_operations_total')})",
+                    "{{operation}}",
+                ),
+                query(
+                    f"sum by (operation) ({happened('sglang_weight_operation_failures_total')})",
+                    "failed: {{operation}}",
+                    ref="B",
+                ),
+            ],
+            "short",
+            NOT_LOADED,
+            width=7,
+            bars=True,
+            decimals=0,
+            calcs=("sum",),
         ),
     )
 
@@ -978,7 +1000,7 @@ def exporter() -> list[Json]:
             [query(f"sglang_weight_exporter_ranks{here}", "{{instance}}")],
             "short",
             NOT_LOADED,
-            width=6,
+            width=4,
             decimals=0,
         ),
         timeseries(
@@ -992,7 +1014,7 @@ def exporter() -> list[Json]:
             override("installed", color={"mode": "fixed", "fixedColor": "green"}),
             override("absent", color={"mode": "fixed", "fixedColor": "#8e929b"}),
             override("pending", color={"mode": "fixed", "fixedColor": "yellow"}),
-            width=6,
+            width=5,
             decimals=0,
         ),
         timeseries(
@@ -1007,7 +1029,7 @@ def exporter() -> list[Json]:
             ],
             "s",
             NOT_LOADED,
-            width=6,
+            width=5,
         ),
         timeseries(
             "Errors",
@@ -1019,7 +1041,25 @@ def exporter() -> list[Json]:
             ],
             "short",
             NOT_LOADED,
-            width=6,
+            width=5,
+            decimals=0,
+        ),
+        timeseries(
+            "Spans",
+            "Loads and updates whose span the collector has acknowledged, has yet to acknowledge, "
+            "or will never get. All stay 0 without an OTLP endpoint.",
+            [
+                query(f"sum(sglang_weight_exporter_spans_exported_total{here})", "exported"),
+                query(f"sum(sglang_weight_exporter_spans_waiting{here})", "waiting", ref="B"),
+                query(
+                    f"sum by (reason) (sglang_weight_exporter_spans_dropped_total{here})",
+                    "dropped: {{reason}}",
+                    ref="C",
+                ),
+            ],
+            "short",
+            NOT_LOADED,
+            width=5,
             decimals=0,
         ),
     )
