@@ -120,6 +120,35 @@ def test_the_answer_of_jaeger(document: dict[str, Any], tmp_path: Path) -> None:
     assert as_rows(table(file, "--format", "jsonl").stdout) == EXPECTED
 
 
+def test_the_answer_of_phoenix(document: dict[str, Any], tmp_path: Path) -> None:
+    """As Phoenix answered when it was tried: attributes as an object, and no resource."""
+
+    def plain(value: dict[str, Any]) -> Any:
+        ((kind, content),) = value.items()
+        if kind == "arrayValue":
+            return [plain(each) for each in content["values"]]
+        return int(content) if kind == "intValue" else content
+
+    def members(attributes: list[dict[str, Any]]) -> dict[str, Any]:
+        return {each["key"]: plain(each["value"]) for each in attributes}
+
+    span = span_of(document)
+    answer = {
+        "id": "U3Bhbjo4",
+        "name": span["name"],
+        "context": {"trace_id": "ab" * 16, "span_id": "cd" * 8},
+        "parent_id": None,
+        "attributes": members(span["attributes"]),
+        "events": [
+            {"name": event["name"], "attributes": members(event["attributes"])}
+            for event in span["events"]
+        ],
+    }
+    file = written(tmp_path, {"data": [answer], "next_cursor": None})
+    assert as_rows(table(file, "--format", "jsonl").stdout) == EXPECTED
+    assert table(file, "--trace-id", "cd" * 16).returncode == 2
+
+
 def test_a_chunk_that_is_missing_is_named(document: dict[str, Any], tmp_path: Path) -> None:
     del span_of(document)["events"][1]
     answer = table(written(tmp_path, document))
