@@ -194,7 +194,8 @@ class UpdateInProgress(Record, frozen=True, kw_only=True):
     #: Whether one of the calls has failed already.
     failed: bool = False
     #: SGLang before 0.5.21 has no end of an update made of several calls: such an update counts
-    #: as ended once no call came for this many seconds. ``None``: an end will be reported.
+    #: as ended once no call came for this many seconds. ``None``: an end will be reported, of the
+    #: update or of the call that is running.
     idle_seconds: float | None = None
 
 

@@ -82,6 +82,8 @@ class _OpenUpdate:
     session: bool = False
     #: SGLang will report the end: of a session, or of a rebalance.
     bounded: bool = False
+    #: A call that writes weights is running.
+    calling: bool = False
     calls: int = 0
     failed: bool = False
     effect: Effect = "unchanged"
@@ -90,6 +92,7 @@ class _OpenUpdate:
 
     def record(self, succeeded: bool, effect: Effect, message: str, at: float) -> None:
         self.calls += 1
+        self.calling = False
         self.last_call_at = at
         if not succeeded:
             self.failed = True
@@ -605,6 +608,10 @@ class Observer:
             if idle or open_.source != source:
                 self._end(role)
         if role.open is not None:
+            # Readers take an update of several calls for ended when none came for a while: a call
+            # may run for longer than that.
+            role.open.calling = True
+            self._write()
             self._lock_table()
             return False
         if self._request is None:
@@ -616,6 +623,7 @@ class Observer:
             last_call_at=now,
             session=session,
             bounded=session or bounded,
+            calling=not session,
             weight_version="" if self._request is None else self._request.weight_version,
         )
         self._write()
@@ -871,7 +879,7 @@ class Observer:
                 last_call_at=role.open.last_call_at,
                 calls=role.open.calls,
                 failed=role.open.failed,
-                idle_seconds=None if role.open.bounded else IDLE_SECONDS,
+                idle_seconds=None if role.open.bounded or role.open.calling else IDLE_SECONDS,
             ),
             last_update=role.last_update,
         )

@@ -154,6 +154,22 @@ def test_a_pause_begins_another_update(rank: Rank) -> None:
     assert rank.totals() == {"tensor": (1, 0, 2)}
 
 
+def test_a_call_longer_than_the_pause_does_not_look_like_its_end(rank: Rank) -> None:
+    seen = []
+
+    def slow(*arguments: Any, **keywords: Any) -> tuple[bool, str]:
+        seen.append(rank.role().in_progress)
+        return True, "Success"
+
+    scheduler = rank.scheduler(rank.runner(answers={"tensor": slow}))
+    for _ in range(2):
+        scheduler.update_weights_from_tensor(Request(flush_cache=False))
+    assert [progress.calls for progress in seen] == [0, 1]
+    # For readers: an end will come, so that no pause is one.
+    assert [progress.idle_seconds for progress in seen] == [None, None]
+    assert rank.role().in_progress.idle_seconds == IDLE_SECONDS
+
+
 def test_another_way_begins_another_update(rank: Rank) -> None:
     scheduler = rank.scheduler(rank.runner())
     scheduler.update_weights_from_tensor(Request(flush_cache=False))
