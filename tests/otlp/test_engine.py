@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from collectors import Backend, Rotel, attributes_of, table_rows_of
-from engines import PREFIX, Engine, Installation, eventually
+from engines import PREFIX, Engine, Installation, eventually, http_get
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from ranks import ExporterProcess
 
 
@@ -119,6 +120,17 @@ def test_load_and_reloads_of_two_ranks_over_both_protocols(
         traces = [{span.trace_id for span in each.values()} for each in (updates, failed)]
         assert [len(trace) for trace in traces] == [1, 1]
         assert traces[0] != traces[1]
+        status, _, body = http_get(
+            f"http://127.0.0.1:{second.port}/metrics",
+            headers={"Accept": "application/openmetrics-text; version=1.0.0"},
+        )
+        exemplars = {
+            sample.exemplar.labels["trace_id"]
+            for family in text_string_to_metric_families(body.decode())
+            for sample in family.samples
+            if sample.exemplar
+        }
+        assert exemplars == {trace.hex() for trace in traces[0]}
     finally:
         second.end(signal.SIGTERM)
 
