@@ -821,7 +821,7 @@ def ranks() -> list[Json]:
     return row(
         "Ranks",
         table(
-            "Ranks",
+            "What each rank holds",
             "One line a rank, role and device: what is loaded, from where, how much memory it "
             "spans, and what its KV pool holds. Model path is the path at launch.",
             targets,

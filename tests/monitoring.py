@@ -162,22 +162,30 @@ class Monitoring:
     def query(self, expression: str, at: float | None = None) -> list[dict[str, Any]]:
         """Instant query. AssertionError with Prometheus's message if it refuses."""
         parameters = {"query": expression, **({} if at is None else {"time": str(at)})}
-        return self._api("query", parameters)
+        found: list[dict[str, Any]] = self._api("query", parameters)["result"]
+        return found
 
     def query_range(
         self, expression: str, start: float, end: float, step: float
     ) -> list[dict[str, Any]]:
         """Range query."""
         parameters = {"query": expression, "start": str(start), "end": str(end), "step": str(step)}
-        return self._api("query_range", parameters)
+        found: list[dict[str, Any]] = self._api("query_range", parameters)["result"]
+        return found
 
-    def _api(self, path: str, parameters: dict[str, str]) -> list[dict[str, Any]]:
+    def active_alerts(self, name: str, **labels: str) -> list[dict[str, Any]]:
+        """Alerts that Prometheus holds now, with their labels and annotations."""
+        alerts: list[dict[str, Any]] = self._api("alerts", {})["alerts"]
+        wanted = {"alertname": name, **labels}
+        return [alert for alert in alerts if wanted.items() <= alert["labels"].items()]
+
+    def _api(self, path: str, parameters: dict[str, str]) -> dict[str, Any]:
         address = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         _, _, body = http_get(address)
         answer = json.loads(body)
-        assert answer["status"] == "success", f"{answer['error']} in {parameters['query']}"
-        result: list[dict[str, Any]] = answer["data"]["result"]
-        return result
+        assert answer["status"] == "success", f"{answer['error']} in {parameters}"
+        data: dict[str, Any] = answer["data"]
+        return data
 
     def stop(self) -> None:
         """End both, and remove what they wrote."""

@@ -138,7 +138,7 @@ def test_panels_are_drawn_by_grafanas_libraries(
     for word in ("Target weights", "Draft weights", "LoRA", "KV pool", "Everything else in use"):
         assert word in panels["Where did my GPU memory go"]["text"]
     for word in ("Model path", "Weights", "Tensors"):
-        assert word in panels["Ranks"]["text"]
+        assert word in panels["What each rank holds"]["text"]
     # The annotation was asked, and has a line for each reload of each engine.
     assert next(query["series"] for query in found["queries"] if query.get("annotation")) >= 2
 

@@ -49,7 +49,7 @@ const look = () => page.evaluate(() => {
   };
 });
 
-// Finished: every panel has its answer, and two looks in a row see the same page.
+// Finished: every panel has its answer and shows something, and two looks in a row see the same page.
 async function settled(seconds) {
   const dashboard = await (await fetch(new URL('/dashboard.json', url))).json();
   const expected = dashboard.panels.filter((panel) => panel.type !== 'row').length;
@@ -57,7 +57,8 @@ async function settled(seconds) {
   for (const end = Date.now() + seconds * 1000; Date.now() < end; ) {
     const seen = await look();
     const answered = seen.panels.length === expected
-      && seen.panels.every((panel) => panel.type === 'text' || ['Done', 'Error'].includes(panel.state));
+      && seen.panels.every((panel) => panel.type === 'text' || ['Done', 'Error'].includes(panel.state))
+      && seen.panels.every((panel) => panel.text || panel.canvases.length);
     const now = JSON.stringify([seen.panels, seen.height]);
     if (answered && now === before) return seen;
     before = now;
