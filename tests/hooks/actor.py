@@ -55,13 +55,19 @@ def make_scheduler(model: str, *, lora: bool) -> Scheduler:
     flags += " --max-total-tokens 4096 " + (LORA if lora else "")
     server_args = prepare_server_args(["--model-path", model, *flags.split()])
     port_args = PortArgs.init_new(server_args)
+    ranks = (0, 0, 0, 0, 0, 0, None)
     try:
-        from sglang.srt.managers.scheduler import configure_scheduler_process
-        from sglang.srt.runtime_context import SpawnRanks, publish
-    except ImportError:
-        return Scheduler(server_args, port_args, 0, 0, 0, 0, 0, 0, None)
-    ranks = SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
-    publish(server_args, role="scheduler", ranks=ranks)
+        from sglang.srt import runtime_context
+    except ImportError:  # until 0.5.13
+        return Scheduler(server_args, port_args, *ranks)
+    if not hasattr(runtime_context, "SpawnRanks"):  # until 0.5.20
+        if hasattr(runtime_context, "publish"):
+            runtime_context.publish(server_args, role="scheduler")
+        return Scheduler(server_args, port_args, *ranks)
+    from sglang.srt.managers.scheduler import configure_scheduler_process
+
+    only = runtime_context.SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0)
+    runtime_context.publish(server_args, role="scheduler", ranks=only)
     configure_scheduler_process(server_args, 0)
     return Scheduler(server_args, port_args)
 

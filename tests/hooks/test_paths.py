@@ -14,6 +14,7 @@ import os
 import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,10 +171,14 @@ class Running:
                 stderr=subprocess.STDOUT,
             )
 
+    def ended(self) -> bool:
+        """AssertionError with the end of the log if it ended badly."""
+        code = self.process.poll()
+        assert code in {None, 0}, self.log.read_text(errors="replace")[-6000:]
+        return code is not None
+
     def run(self) -> Run:
-        self.process.wait(500)
         output = self.log.read_text(errors="replace")
-        assert self.process.returncode == 0, output[-6000:]
         return Run(json.loads(self.out.read_text()), output, self.version)
 
 
@@ -195,6 +200,12 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Run]]:
             for release, installation in installations.items():
                 ranks = len(installations)
                 running[release] = Running(release, installation, ranks, Path(shared))
+            deadline = time.monotonic() + 500
+            still = list(running.values())
+            while still:
+                still = [rank for rank in still if not rank.ended()]
+                assert time.monotonic() < deadline, "the ranks did not end in 500 seconds"
+                time.sleep(0.2)
             yield {release: rank.run() for release, rank in running.items()}
         finally:
             for rank in running.values():
