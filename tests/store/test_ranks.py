@@ -167,11 +167,12 @@ def test_a_forked_child_does_not_keep_its_dead_parent_alive(
     runtime_dir: RuntimeDir, start_rank: Callable[[str, str], subprocess.Popen[str]]
 ) -> None:
     code = """
-child = os.fork()
-if child == 0:
+if os.fork() == 0:
+    (rank.directory / "child").write_text(str(os.getpid()))
     time.sleep(600)
     os._exit(0)
-print(child, file=open(rank.directory / "child", "w"), flush=True)
+while not (rank.directory / "child").exists() or not (rank.directory / "child").read_text():
+    time.sleep(0.01)
 """
     rank = start_rank("a", code)
     child = int((runtime_dir.ranks / "a" / "child").read_text())
