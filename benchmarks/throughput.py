@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny_model
 from engines import Engine, Installation
 
-ROUNDS = 12
+ROUNDS = 60
 REQUESTS = 8
 TOKENS = 64
 
