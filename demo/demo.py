@@ -23,7 +23,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import tiny_model
-from engines import Engine, Installation, Scrape, eventually, free_port, http_get
+from engines import Engine, Installation, Scrape, eventually, http_get
+from ports import free_port
 
 TERMINAL = sys.stdout.isatty()
 PORT, EXPORTER_PORT = 30000, 9400

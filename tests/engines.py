@@ -13,10 +13,8 @@ import functools
 import http.client
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
@@ -76,15 +75,6 @@ def kill(processes: Sequence[psutil.Process]) -> None:
             return True
 
     eventually(lambda: all(ended(process) for process in processes), 60, what="killed")
-
-
-def free_port() -> int:
-    """A free TCP port on the loopback address, below the range that outgoing connections use."""
-    while True:
-        port = random.randint(24100, 31999)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 def http_get(
@@ -241,7 +231,7 @@ class Engine:
         self.directory = Path(tempfile.mkdtemp(prefix="engine-"))
         self.runtime_dir = self.directory / "runtime"
         self.log_file = self.directory / "engine.log"
-        self.port = port or free_port()
+        self.port = port or free_port(engine=True)
         self.exporter_port = exporter_port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.exporter_url = f"http://127.0.0.1:{self.exporter_port}"

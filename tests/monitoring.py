@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from engines import eventually, free_port, http_get
+from engines import eventually, http_get
+from ports import free_port
 
 DASHBOARDS = Path(__file__).parents[1] / "dashboards"
 RULES = DASHBOARDS / "sglang-weights.rules.yml"

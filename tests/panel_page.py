@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import eventually, free_port, http_get
+from engines import eventually, http_get
+from ports import free_port
 
 SOURCES = Path(__file__).parent / "dashboards" / "panels"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sglang-weight-exporter"

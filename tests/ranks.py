@@ -15,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-from engines import PREFIX, Scrape, clean_environment, free_port
+from engines import PREFIX, Scrape, clean_environment
+from ports import free_port
 
 from sglang_weight_exporter.records import (
     Device,

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 from sglang_weight_exporter.records import Endpoint
 from sglang_weight_exporter.store.reader import read_endpoint
@@ -42,9 +42,7 @@ def runtime_dir(tmp_path: Path) -> RuntimeDir:
 
 @pytest.fixture
 def start_rank(runtime_dir: RuntimeDir) -> Iterator[Callable[..., Rank]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     ranks: list[Rank] = []
 
     def start(name: str, **variables: str) -> Rank:

@@ -3,10 +3,11 @@
 """A rank without a server: SGLang's Scheduler in a process that nobody told about plugins, as
 Ray's SchedulerActor has it, sent every request that touches weights.
 
-`actor.py OUT RANKS LORA FIRST SECOND BROKEN OTHER_SHAPE`: RANKS is how many of these processes run
-at once, LORA "lora" or nothing; then the checkpoint to load, one of the same shape, one whose file
-is cut off, one of another shape. Writes to OUT, as JSON, what each request answered and the rank's
-snapshot and events after it. Requests that fail go last: some of them would end a server.
+`actor.py OUT RANKS LORA TRAINER_PORT FIRST SECOND BROKEN OTHER_SHAPE`: RANKS is how many of these
+processes run at once, LORA "lora" or nothing; then a free port, the checkpoint to load, one of the
+same shape, one whose file is cut off, one of another shape. Writes to OUT, as JSON, what each
+request answered and the rank's snapshot and events after it. Requests that fail go last: some of
+them would end a server.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -112,7 +112,7 @@ class Script:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    ranks, lora, first, second, broken, other_shape = sys.argv[2:]
+    ranks, lora, port, first, second, broken, other_shape = sys.argv[2:]
     script = Script(out)
     scheduler = make_scheduler(first, lora=bool(lora))
     script.step("start", lambda: script.wait_for(int(ranks)))
@@ -159,10 +159,7 @@ def main() -> None:
         with session("peer to peer"):
             pass
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with subprocess.Popen([sys.executable, "-c", TRAINER, str(port)]) as trainer:
+    with subprocess.Popen([sys.executable, "-c", TRAINER, port]) as trainer:
         group = {"group_name": "trainer"}
         script.step(
             "group opens",

@@ -24,6 +24,7 @@ import msgspec
 import pytest
 import tiny_model
 from engines import PREFIX, Installation, sglang_version
+from ports import free_port
 
 from sglang_weight_exporter.hooks.targets import version_key
 from sglang_weight_exporter.records import Event, Role, Snapshot
@@ -161,6 +162,7 @@ class Running:
                     self.out,
                     str(ranks),
                     lora,
+                    str(free_port()),
                     *write_checkpoints(self.directory),
                 ],
                 env=installation.environment(

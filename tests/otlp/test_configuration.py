@@ -11,7 +11,8 @@ import psutil
 import pytest
 import trustme
 from collectors import Backend, Tls
-from engines import eventually, free_port
+from engines import eventually
+from ports import free_port
 from ranks import ExporterProcess, Rank, rows
 
 StartExporter = Callable[..., ExporterProcess]

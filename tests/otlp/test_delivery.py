@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from collectors import Backend, Message, attributes_of
-from engines import eventually, free_port
+from engines import eventually
+from ports import free_port
 from ranks import ExporterProcess, Rank, rows
 
 StartExporter = Callable[..., ExporterProcess]
