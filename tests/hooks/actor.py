@@ -30,6 +30,7 @@ from sglang.srt.server_args import PortArgs, prepare_server_args
 from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
+from sglang_weight_exporter import TableReader, open_tables, record_update, updating
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader, rank_directories
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -87,6 +88,13 @@ class Script:
                 return directory
         raise LookupError("this process has published nothing")
 
+    def own_reader(self) -> TableReader:
+        own = self.own_directory()
+        (reader,) = [
+            found for found in open_tables(self.runtime_dir.path) if found.directory == own
+        ]
+        return reader
+
     def wait_for(self, ranks: int) -> None:
         """Until so many are loaded: each must have chosen its engine's name beside the others."""
         deadline = time.monotonic() + 300
@@ -108,6 +116,32 @@ class Script:
             "events": [msgspec.to_builtins(directory.event(path)) for path in directory.events()],
         }
         self.out.write_text(json.dumps(self.steps))
+
+
+def change_by_own_means(script: Script, runner: Any) -> None:
+    """Write into a real parameter behind SGLang's back, and announce it."""
+    weight = runner.model.get_parameter(NORM)
+
+    def in_place() -> None:
+        weight.data.fill_(3.0)
+        record_update(runner)
+
+    def elsewhere() -> None:
+        with updating(runner):
+            weight.data = weight.data.clone()
+
+    def half() -> None:
+        with updating(runner, source="p2p"):
+            weight.data[:64].fill_(4.0)
+            raise ConnectionError("the link is down")
+
+    script.step("announced in place", in_place)
+    with updating(runner):
+        script.step("inside a block", lambda: weight.data.fill_(2.0))
+        script.step("a reader inside a block", script.own_reader().read)
+    script.step("a reader after a block", script.own_reader().read)
+    script.step("announced elsewhere", elsewhere)
+    script.step("announced half", half)
 
 
 def main() -> None:
@@ -186,6 +220,7 @@ def main() -> None:
     script.step("checksum", ask("CheckWeightsReqInput", action="snapshot"))
     script.step("reset", ask("CheckWeightsReqInput", action="reset_tensors"))
     script.step("compare", ask("CheckWeightsReqInput", action="compare"))
+    change_by_own_means(script, scheduler.tp_worker.model_runner)
     script.step("release", ask("ReleaseMemoryOccupationReqInput"))
     script.step("resume", ask("ResumeMemoryOccupationReqInput"))
     if lora:

@@ -328,6 +328,52 @@ def test_reset_tensors_overwrites_weights(actor: Run) -> None:
     assert actor["compare"].operation("check_weights") == (3, 1)
 
 
+def test_a_write_in_place_that_is_announced(actor: Run) -> None:
+    assert actor["announced in place"].error is None
+    assert actor.grown("announced in place") == {"external": (1, 0, 1)}
+    update = actor["announced in place"].role.last_update
+    assert update is not None
+    assert (update.source, update.effect, update.succeeded) == ("external", "changed", True)
+    assert not update.changes
+    assert actor["announced in place"].role.updated_at == update.ended_at
+
+
+def test_a_block_of_announced_writes_is_in_progress_until_its_end(actor: Run) -> None:
+    assert actor["inside a block"].error is None
+    progress = actor["inside a block"].role.in_progress
+    assert progress is not None
+    assert (progress.source, progress.idle_seconds) == ("external", None)
+    assert "UpdateInProgressError" in (actor["a reader inside a block"].error or "")
+    assert actor["a reader after a block"].error is None
+    assert actor["a reader after a block"].role.in_progress is None
+    assert actor.grown("inside a block", "a reader after a block") == {"external": (1, 0, 1)}
+
+
+def test_a_tensor_that_was_replaced_has_moved(actor: Run) -> None:
+    assert actor["announced elsewhere"].error is None
+    assert actor.grown("announced elsewhere") == {"external": (1, 0, 1)}
+    before, after = (
+        step.role for step in (actor.before("announced elsewhere"), actor["announced elsewhere"])
+    )
+    assert after.moved - before.moved == 1
+    assert after.last_update is not None
+    assert after.last_update.changes.names == {"moved": ("model.norm.weight",)}
+    assert after.table is not None
+    assert before.table is not None
+    assert after.table.sha256 != before.table.sha256
+    assert after.weights == before.weights
+
+
+def test_an_announced_block_that_raises_leaves_weights_undefined(actor: Run) -> None:
+    assert "the link is down" in (actor["announced half"].error or "")
+    assert actor.grown("announced half") == {"p2p": (0, 1, 1)}
+    update = actor["announced half"].role.last_update
+    assert update is not None
+    assert (update.succeeded, update.effect) == (False, "undefined")
+    assert update.message == "the link is down"
+    assert actor["announced half"].role.in_progress is None
+
+
 def test_release_without_the_memory_saver_does_nothing(actor: Run) -> None:
     # In a process with CUDA's torch and no GPU SGLang's last line of it raises, from 0.5.21 on.
     resident = actor["start"].role.resident
