@@ -6,6 +6,9 @@ A table is consistent when no update was in progress from before it was read unt
 decides is the snapshot: an update writes it before it touches a tensor. The table lock does more,
 where ``SGLANG_WEIGHT_EXPORTER_READER_WAIT_SECONDS`` is set: an update that finds a reader inside
 waits for it. Nothing stays locked when a reader or an engine dies.
+
+A reader takes nothing from the engine but processor time and memory bandwidth: it opens files for
+reading, which locks no directory, and what it has read it keeps until the snapshot says otherwise.
 """
 
 from __future__ import annotations
@@ -25,15 +28,22 @@ from sglang_weight_exporter.records import (
     Role,
     Row,
     Snapshot,
+    TableRef,
     WeightTable,
     table_regions,
     table_rows,
 )
-from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader, UnreadableError
+from sglang_weight_exporter.store.reader import (
+    RankDirectory,
+    SnapshotReader,
+    UnreadableError,
+    decode,
+)
 from sglang_weight_exporter.store.runtime_dir import VARIABLE, RuntimeDir
 
-#: How often a waiting reader looks again, in seconds.
-_LOOK_AGAIN = 0.005
+#: A reader that waits looks again after a twentieth of the time it has waited, in these bounds
+#: (seconds): it is told late by that much and costs next to nothing while nothing happens.
+_LOOK_AGAIN = (0.005, 0.05)
 
 
 class TableError(Exception):
@@ -91,6 +101,10 @@ class TableReader:
         self.role = role
         self.engine = engine
         self.ranks = ranks
+        #: As last read, each with what tells whether it is still that. Replaced as a whole, so
+        #: threads may share a reader.
+        self._last_snapshot: tuple[bytes, Snapshot] | None = None
+        self._last_columns: tuple[TableRef, WeightTable] | None = None
 
     def read(self, timeout: float = 0.0) -> Table:
         """A consistent table, waiting up to ``timeout`` seconds for one.
@@ -109,7 +123,7 @@ class TableReader:
         ``SGLANG_WEIGHT_EXPORTER_READER_WAIT_SECONDS``, by default not at all: whoever reads
         memory at these addresses asks :meth:`is_current` before using what it read.
         """
-        deadline = time.monotonic() + timeout
+        waiting = _Waiting(timeout)
         while True:
             with self._shared_lock() as shared:
                 table, obstacle = self._attempt() if shared else (None, self._busy())
@@ -121,14 +135,13 @@ class TableReader:
                 if table is not None:
                     yield table
                     return
-            if time.monotonic() >= deadline:
+            if not waiting.pause():
                 raise obstacle
-            time.sleep(min(_LOOK_AGAIN, max(0.0, deadline - time.monotonic())))
 
     def is_current(self, table: Table) -> bool:
         """Whether nothing has begun to change the weights since the table was read."""
         try:
-            role = self._role(self.directory.snapshot())
+            role = self._role(self._snapshot())
         except (OSError, TableError, UnreadableError):
             return False
         return self.directory.is_alive() and _state(role) == _state(table.role)
@@ -139,32 +152,29 @@ class TableReader:
         Raises ``TimeoutError`` when there was none in ``timeout`` seconds, and otherwise what
         :meth:`read` raises.
         """
-        deadline = time.monotonic() + timeout
-        seen: tuple[int, int] | None = None
-        while True:
-            written = self._written()
-            # Read only when there is something new: waiting should cost next to nothing.
-            if written != seen or not self.directory.is_alive():
-                if not self.is_current(table):
-                    break
-                seen = written
-            if time.monotonic() >= deadline:
+        waiting = _Waiting(timeout)
+        while self.is_current(table):
+            if not waiting.pause():
                 raise TimeoutError(f"The weights did not change in {timeout:g} seconds.")
-            time.sleep(_LOOK_AGAIN)
-        return self.read(max(0.0, deadline - time.monotonic()))
+        return self.read(waiting.left)
 
-    def _written(self) -> tuple[int, int] | None:
-        """Tells one snapshot file from the next."""
-        try:
-            status = (self.directory.path / "snapshot").stat()
-        except OSError:
-            return None
-        return status.st_ino, status.st_mtime_ns
+    def _snapshot(self) -> Snapshot:
+        """What the rank says now, decoded only when it is not what it said last.
+
+        Its content is compared and not the time of the file: two of one tick of the kernel's
+        clock, in one inode after the other, look the same.
+        """
+        path = self.directory.path / "snapshot"
+        content = path.read_bytes()
+        last = self._last_snapshot
+        if last is None or last[0] != content:
+            self._last_snapshot = last = (content, decode(content, Snapshot, path))
+        return last[1]
 
     def _attempt(self) -> tuple[Table | None, TableError]:
         """A table if it is the same before and after reading, or else why there is none."""
         try:
-            snapshot = self.directory.snapshot()
+            snapshot = self._snapshot()
             role = self._role(snapshot)
             if role.table is None:
                 return None, TableError(
@@ -174,9 +184,12 @@ class TableReader:
                 )
             if _in_progress(role):
                 return None, self._busy()
-            columns = self.directory.table(role.table.file)
-            if _state(self._role(self.directory.snapshot())) != _state(role):
-                return None, self._busy()
+            last = self._last_columns
+            if last is None or last[0] != role.table:
+                last = (role.table, self.directory.table(role.table.file))
+                if _state(self._role(self._snapshot())) != _state(role):
+                    return None, self._busy()
+                self._last_columns = last
         except FileNotFoundError:
             return None, self._busy()  # Replaced in this moment, or the rank has gone.
         except UnreadableError as error:
@@ -189,7 +202,7 @@ class TableReader:
             ranks=snapshot.ranks,
             role=role,
             weight_version=snapshot.weight_version,
-            columns=columns,
+            columns=last[1],
         ), TableError()
 
     def _role(self, snapshot: Snapshot) -> Role:
@@ -223,6 +236,28 @@ class TableReader:
             yield shared
         finally:
             os.close(descriptor)
+
+
+class _Waiting:
+    """For something that another process does, by looking again and again."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._started = time.monotonic()
+
+    @property
+    def left(self) -> float:
+        """Seconds until the timeout."""
+        return max(0.0, self._started + self._timeout - time.monotonic())
+
+    def pause(self) -> bool:
+        """Sleep until it is time to look again; ``False`` at once when the time is over."""
+        left = self.left
+        if left:
+            shortest, longest = _LOOK_AGAIN
+            waited = time.monotonic() - self._started
+            time.sleep(min(max(shortest, waited / 20), longest, left))
+        return left > 0.0
 
 
 def _in_progress(role: Role) -> bool:
