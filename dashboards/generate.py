@@ -129,8 +129,9 @@ RELOADED_AT = (
 )
 
 GPU_SPLIT = {
-    "Target weights": per_gpu(select("sglang_weight_resident_bytes", TARGET)),
-    "Draft weights": per_gpu(select("sglang_weight_resident_bytes", 'role!="target"')),
+    # An encoder's are part of the target, and a weight-cache daemon's are all of it.
+    "Target weights": per_gpu(select("sglang_weight_resident_bytes", 'role!~"draft.*"')),
+    "Draft weights": per_gpu(select("sglang_weight_resident_bytes", 'role=~"draft.*"')),
     "LoRA": per_gpu(select("sglang_lora_pool_bytes")),
     "KV pool": per_gpu(select("sglang_kv_pool_resident_bytes")),
     "Everything else in use": (

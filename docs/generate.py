@@ -38,7 +38,7 @@ Series of a rank carry these labels, the rank labels as SGLang's own metrics hav
 |---|---|
 | `model_name` | SGLang's served model name |
 | `engine` | the HTTP port in SGLang's settings; `-2`, `-3`… behind it for a further engine of this host with the same port |
-| `role` | `target`, `draft`, or `draft_0`, `draft_1`… with several draft layers |
+| `role` | `target`, `draft`, or `draft_0`, `draft_1`… with several draft layers; `encoder` of an encoder server; `weight_cache` of a weight-cache daemon |
 | `tp_rank`, `pp_rank`, `dp_rank`, `moe_ep_rank` | parallel ranks; empty where SGLang has none |
 | `device` | torch's name in the rank's process: `cuda:0`, `cpu` |
 | `gpu_uuid` | NVML's UUID with its prefix (`GPU-…`, `MIG-…`), which joins with dcgm-exporter's `UUID`; empty on a CPU |

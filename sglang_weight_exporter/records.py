@@ -71,6 +71,9 @@ class WeightUsage(Record, frozen=True, kw_only=True):
     dtype: str
     nbytes: int
     tensors: int
+    #: Bytes of storages that these tensors use and that count elsewhere: at the target whose
+    #: embeddings a draft uses, or at the weight-cache daemon that they are mapped from.
+    shared: int = 0
 
 
 class KvPoolUsage(Record, frozen=True, kw_only=True):
@@ -200,9 +203,9 @@ class UpdateInProgress(Record, frozen=True, kw_only=True):
 
 
 class Role(Record, frozen=True, kw_only=True):
-    """One model of a rank: the target, or a draft."""
+    """One model of a rank: the target, or a draft; or what a process without an engine holds."""
 
-    #: ``target``, ``draft``, ``draft_1``, …
+    #: ``target``, ``draft``, ``draft_1``, …, ``encoder``, ``weight_cache``.
     name: str
     #: The device of the model runner.
     device: str

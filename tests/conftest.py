@@ -31,6 +31,8 @@ class EngineKind:
     version: str
     flags: tuple[str, ...] = ()
     variables: tuple[tuple[str, str], ...] = ()
+    #: Loads a vision tower alone.
+    vision: bool = False
 
 
 KINDS = {
@@ -44,6 +46,10 @@ KINDS = {
     ),
     "disabled_engine": EngineKind(
         NEWEST, ("--enable-metrics",), (("SGLANG_WEIGHT_EXPORTER_DISABLED", "1"),)
+    ),
+    # With the variable on, SGLang asks for operators that only its own build for CPUs has.
+    "encoder": EngineKind(
+        NEWEST, ("--encoder-only", "--dp-size", "2"), (("SGLANG_USE_CPU_ENGINE", "0"),), vision=True
     ),
 }
 
@@ -80,15 +86,17 @@ class Engines:
             self._directory = Path(tempfile.mkdtemp(prefix="checkpoints-"))
             for seed, name in enumerate("ab"):
                 tiny_model.write(self._directory / name, seed)
+            tiny_model.write_vision(self._directory / "vision")
         return self._directory / "a", self._directory / "b"
 
     def start(self, name: str) -> Engine:
         """Start the engine unless it was started; does not wait."""
         if name not in self._engines:
             kind = KINDS[name]
+            first, _ = self.checkpoints()
             engine = Engine(
                 installation_of(kind.version),
-                self.checkpoints()[0],
+                first.with_name("vision") if kind.vision else first,
                 flags=kind.flags,
                 variables=dict(kind.variables),
             )
@@ -186,6 +194,13 @@ def engine(engines: Engines) -> Engine:
 def old_engine(engines: Engines) -> Engine:
     """SGLang 0.5.9, which has no plugins and updates weights in ModelRunner; one rank."""
     return engines.start("old_engine").wait_until_ready()
+
+
+@pytest.fixture(scope="module")
+def encoder(engines: Engines) -> Iterator[Engine]:
+    """An encoder server of SGLang 0.5.23, which has no model runner; two data-parallel ranks."""
+    yield engines.start("encoder").wait_until_ready()
+    engines.stop("encoder")
 
 
 @pytest.fixture(scope="module")

@@ -189,8 +189,7 @@ class Installation:
         path = os.environ.get("LD_LIBRARY_PATH")
         return clean_environment(
             LD_LIBRARY_PATH=f"{stub}:{path}" if path else str(stub),
-            SGLANG_USE_CPU_ENGINE="1",
-            **variables,
+            **{"SGLANG_USE_CPU_ENGINE": "1", **variables},
         )
 
     def server_flags(self) -> list[str]:

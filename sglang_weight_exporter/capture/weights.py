@@ -85,7 +85,7 @@ class WeightCapture:
     usage: tuple[WeightUsage, ...]
     #: Address of each unique storage that was counted here.
     storages: frozenset[int]
-    #: Addresses that were left out because another role counts them.
+    #: Addresses that were left out because they are counted elsewhere.
     counted_elsewhere: frozenset[int]
     #: Device name to number of regions.
     regions: dict[str, int]
@@ -102,8 +102,9 @@ def capture_weights(
 ) -> WeightCapture:
     """Read the table of a model.
 
-    ``counted_elsewhere``: storages that another role's capture has counted already (a draft model
-    shares the target's embeddings); they are rows of the table and add no bytes.
+    ``counted_elsewhere``: storages that are counted already, by another role (a draft model uses
+    the target's embeddings) or another process (a weight-cache daemon); they are rows of the table
+    and add no bytes but ``shared`` ones.
     ``allocations``: asked for the boundaries of regions, and only when the table differs from
     ``previous``, because that costs more than the table itself.
     """
@@ -175,6 +176,12 @@ def capture_weights(
     )
 
 
+def storages_of(model: torch.nn.Module) -> frozenset[int]:
+    """Addresses of the storages behind a model's tensors, as ``WeightCapture.storages``."""
+    _, tensors, _ = named_tensors(model)
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors) - {0}
+
+
 def _regions(
     columns: dict[str, Any],
     stride_values: tuple[tuple[int, ...], ...],
@@ -227,9 +234,12 @@ def _usage(
     size = np.zeros(len(unique), dtype=np.uint64)
     np.maximum.at(size, inverse.reshape(-1), columns["storage_nbytes"])
     size[unique == 0] = 0
-    if counted_elsewhere:
-        size[np.isin(unique, np.fromiter(counted_elsewhere, dtype=np.uint64))] = 0
     nbytes = np.zeros(groups, dtype=np.uint64)
+    shared = np.zeros(groups, dtype=np.uint64)
+    if counted_elsewhere:
+        elsewhere = np.isin(unique, np.fromiter(counted_elsewhere, dtype=np.uint64))
+        np.add.at(shared, group[first[elsewhere]], size[elsewhere])
+        size[elsewhere] = 0
     np.add.at(nbytes, group[first], size)
     usage = tuple(
         WeightUsage(
@@ -238,6 +248,7 @@ def _usage(
             dtype=dtype_values[index % len(dtype_values)],
             nbytes=int(nbytes[index]),
             tensors=int(tensors[index]),
+            shared=int(shared[index]),
         )
         for index in range(groups)
         if tensors[index]

@@ -118,9 +118,11 @@ def _print_role(role: Role, now: float) -> None:
     if role.weights is not None:
         nbytes = sum(part.nbytes for part in role.weights)
         tensors = sum(part.tensors for part in role.weights)
+        shared = sum(part.shared for part in role.weights)
         released = role.resident is not None and nbytes > 0 and not sum(role.resident.values())
         print(
             f"    weights {nbytes:,} bytes in {tensors:,} tensors"
+            + (f", and {shared:,} that count elsewhere" if shared else "")
             + (", released" if released else "")
         )
     for pool in role.kv_pools or ():

@@ -131,6 +131,13 @@ def _weight_tensors(view: RoleView) -> Iterator[Sample]:
         yield Sample((part.kind, part.dtype), part.tensors, part.device)
 
 
+def _shared(view: RoleView) -> Iterator[Sample]:
+    totals: dict[str, int] = {}
+    for part in view.role.weights or ():
+        totals[part.device] = totals.get(part.device, 0) + part.shared
+    return _by_device({device: nbytes for device, nbytes in totals.items() if nbytes})
+
+
 def _by_device(totals: dict[str, int] | None) -> Iterator[Sample]:
     for device, value in (totals or {}).items():
         yield Sample((), value, device)
@@ -285,6 +292,14 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "By",
         "Bytes of weights backed by physical memory now; 0 while released.",
         read_role=lambda view: _by_device(view.role.resident),
+    ),
+    Instrument(
+        "sglang_weight_shared_bytes",
+        "gauge",
+        "By",
+        "Bytes of weights that this model uses and that count elsewhere: a draft's at its target, "
+        "mapped ones at the weight-cache daemon. Absent where there are none.",
+        read_role=_shared,
     ),
     Instrument(
         "sglang_weight_regions",

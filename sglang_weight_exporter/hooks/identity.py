@@ -1,16 +1,23 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which rank of which engine this process is, read from a model runner of any release."""
+"""Which rank of which engine this process is, read from a model runner of any release, or from
+what holds a model without one: an encoder server's ``MMEncoder``, a ``WeightCacheDaemon``."""
 
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from sglang_weight_exporter.records import Engine, Ranks
+
+_ENCODER, _WEIGHT_CACHE = "encoder", "weight_cache"
+
+#: Classes that load a model and are no model runners, and the role of it.
+_WITHOUT_RUNNER = {"MMEncoder": _ENCODER, "WeightCacheDaemon": _WEIGHT_CACHE}
 
 
 def ranks_of(runner: Any, dp_rank: int | None) -> Ranks:
@@ -21,7 +28,7 @@ def ranks_of(runner: Any, dp_rank: int | None) -> Ranks:
     a narrowed tensor-parallel rank.
     """
     return Ranks(
-        tp=_rank(runner, "tp_rank") or 0,
+        tp=_rank(runner, "rank" if role_of(runner) == _ENCODER else "tp_rank") or 0,
         pp=_rank(runner, "pp_rank") or 0,
         dp=_rank(runner, "dp_rank") if dp_rank is None else dp_rank,
         moe_ep=_rank(runner, "moe_ep_rank"),
@@ -52,7 +59,11 @@ def _parallel(context: Any) -> Any:
 
 
 def role_of(runner: Any) -> str:
-    """``target``, ``draft`` or, with several draft layers, ``draft_0``, ``draft_1``, …"""
+    """``target``, ``draft`` or, with several draft layers, ``draft_0``, ``draft_1``, …;
+    ``encoder`` and ``weight_cache`` where there is no model runner."""
+    without_runner = _WITHOUT_RUNNER.get(type(runner).__name__)
+    if without_runner is not None:
+        return without_runner
     if not getattr(runner, "is_draft_worker", False):
         return "target"
     index = getattr(runner, "draft_model_idx", None)
@@ -60,8 +71,8 @@ def role_of(runner: Any) -> str:
 
 
 def device_of(runner: Any) -> str:
-    """torch's name of the runner's device."""
-    kind = str(getattr(runner, "device", "cpu"))
+    """torch's name of the runner's device; a weight-cache daemon only has the GPU's number."""
+    kind = str(getattr(runner, "device", "cuda" if role_of(runner) == _WEIGHT_CACHE else "cpu"))
     if kind in {"cpu", "mps"} or ":" in kind:
         return kind
     return f"{kind}:{int(getattr(runner, 'gpu_id', 0))}"
@@ -76,13 +87,32 @@ def instance_of(runner: Any) -> str:
     """The same for all ranks of one engine on this host, and for no other engine.
 
     Ranks are children of one process (the engine's, or its data-parallel controller), which may
-    have several engines; those differ in the port that their ranks meet at.
+    have several engines; those differ in the port that their ranks meet at. In Ray all are children
+    of the host's raylet, and each engine has a placement group.
     """
     parent = os.getppid()
+    role = role_of(runner)
+    if role == _ENCODER and multiprocessing.parent_process() is None:
+        parent = os.getpid()  # Rank 0 is the server itself, and the other ranks' parent.
     facts = [str(parent), _start_time(parent), str(server_setting(runner, "port"))]
-    if (server_setting(runner, "dp_size") or 1) == 1:
+    facts.append(_placement_group())
+    if role in _WITHOUT_RUNNER.values():
+        facts.append(role)
+    elif (server_setting(runner, "dp_size") or 1) == 1:
         facts.append(str(getattr(runner, "dist_port", None)))
     return hashlib.sha256("|".join(facts).encode()).hexdigest()[:16]
+
+
+def _placement_group() -> str:
+    """Ray's identifier of it, where Ray has started this process."""
+    ray = sys.modules.get("ray")
+    try:
+        # Asked for its context, a Ray that was only imported would start a cluster.
+        if ray is not None and ray.is_initialized():
+            return str(ray.get_runtime_context().get_placement_group_id())
+    except Exception:
+        return ""
+    return ""
 
 
 def _start_time(pid: int) -> str:
@@ -96,9 +126,12 @@ def _start_time(pid: int) -> str:
 
 def engine_of(runner: Any) -> Engine:
     """Facts about the engine; its name is the HTTP port, which the store makes unique."""
-    path = str(server_setting(runner, "model_path") or "")
+    path = str(server_setting(runner, "model_path") or getattr(runner, "model_path", None) or "")
+    name = str(server_setting(runner, "port") or "0")
+    if role_of(runner) == _WEIGHT_CACHE:
+        name = "weight-cache"  # It serves no HTTP; its settings are those of an engine beside it.
     return Engine(
-        name=str(server_setting(runner, "port") or "0"),
+        name=name,
         instance=instance_of(runner),
         model_name=str(server_setting(runner, "served_model_name") or path),
         model_path=path,

@@ -95,8 +95,17 @@ class Installation:
     def on_import(self, module: ModuleType) -> None:
         """Wrap the targets of a module that has just run. Never raises."""
         self._states = None
+        self._install_all(module.__name__, module)
+        # `python -m` runs a module under one of these names, the second in its spawned children.
+        for alias in ("__main__", "__mp_main__"):
+            main = sys.modules.get(alias)
+            name = getattr(getattr(main, "__spec__", None), "name", None)
+            if main is not None and name is not None:
+                self._install_all(name, main)
+
+    def _install_all(self, name: str, module: ModuleType) -> None:
         for target in self._targets:
-            if target.module == module.__name__:
+            if target.module == name:
                 try:
                     self._install(target, module)
                 except Exception as error:

@@ -28,7 +28,7 @@ import torch
 from sglang_weight_exporter.capture import devices
 from sglang_weight_exporter.capture.changes import compare
 from sglang_weight_exporter.capture.regions import AllocationMap
-from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
+from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights, storages_of
 from sglang_weight_exporter.export.supervisor import Supervisor
 from sglang_weight_exporter.hooks import identity, pools
 from sglang_weight_exporter.hooks.install import Around, Call, Outcome
@@ -191,6 +191,9 @@ class Observer:
         self._snapshot_seconds: float | None = None
         #: Inside ``Scheduler.__init__``, whose end reports the loads.
         self._starting = False
+        self._load_began_at: float | None = None
+        #: Addresses of storages that a weight-cache daemon holds.
+        self._mapped: frozenset[int] = frozenset()
 
     # The life of a rank and of its model runners.
 
@@ -224,22 +227,29 @@ class Observer:
         role = self._role(call.owner)
         if role is None:
             return
-        first = role.loaded_at is None
-        self._number += 1
         started_at = self._clock()
         self._write()
         outcome = yield
+        self._record_load(role, call.owner, outcome, started_at)
+        if outcome.error is not None:
+            self._report_load(role)
+        else:
+            self._scan(role)
+        self._write()
+
+    def _record_load(self, role: _Role, owner: Any, outcome: Outcome, started_at: float) -> None:
+        self._number += 1
         ended_at = self._clock()
-        if getattr(call.owner, "startup_weight_load", None) is not None:
+        if getattr(owner, "startup_weight_load", None) is not None:
             role.loading_since = started_at
         elif outcome.error is None:
-            if first:
+            if role.loaded_at is None:
                 role.loaded_at, role.load_seconds = ended_at, ended_at - started_at
             role.updated_at = ended_at
         if outcome.error is None:
-            role.model_path = _model_path(call.owner)
+            role.model_path = _model_path(owner)
             self._weight_version = self._weight_version or str(
-                identity.server_setting(call.owner, "weight_version") or ""
+                identity.server_setting(owner, "weight_version") or ""
             )
         update = Update(
             action="load",
@@ -249,16 +259,11 @@ class Observer:
             succeeded=outcome.error is None,
             effect="changed" if outcome.error is None else "undefined",
             message="" if outcome.error is None else repr(outcome.error),
-            model_path=_model_path(call.owner),
+            model_path=_model_path(owner),
             weight_version=self._weight_version,
             trace_id=self._trace_id(self._number),
         )
         role.last_update = role.unreported_load = update
-        if outcome.error is not None:
-            self._report_load(role)
-        else:
-            self._scan(role)
-        self._write()
 
     def finalize_load(self, call: Call) -> Around:
         """``finalize_startup_weight_load``: with overlapped loading, ``load_model`` returned with
@@ -293,6 +298,42 @@ class Observer:
             if role.loaded_at is not None:
                 self._report_load(role)
             self._write()
+
+    # Models without a model runner.
+
+    def begin_load(self, call: Call) -> Around:
+        """``get_model_loader``, the first step of every load."""
+        self._load_began_at = self._clock()
+        yield
+
+    def start_encoder(self, call: Call) -> Around:
+        """``run_dp_worker`` of an encoder server; the encoder is told its rank when it is made."""
+        self._dp_rank = int(call.argument("dp_rank"))
+        yield
+
+    def load_encoder(self, call: Call) -> Around:
+        """``MMEncoder.__init__``, which loads the model."""
+        outcome = yield
+        self._loaded_without_runner(call.owner, outcome)
+
+    def export_weights(self, call: Call) -> Around:
+        """``WeightCacheDaemon._export_state``, the last step of its ``load``."""
+        outcome = yield
+        self._loaded_without_runner(call.owner, outcome)
+
+    def _loaded_without_runner(self, owner: Any, outcome: Outcome) -> None:
+        role = self._role_of(owner)
+        if role is not None and self._load_began_at is not None:
+            self._record_load(role, owner, outcome, self._load_began_at)
+            self._scan(role)
+            self._report_load(role)
+            self._write()
+
+    def map_weights(self, call: Call) -> Around:
+        """``IpcModelLoader`` maps a weight-cache daemon's tensors: they count there."""
+        outcome = yield
+        if isinstance(outcome.result, torch.nn.Module):
+            self._mapped |= storages_of(outcome.result)
 
     # Updates, at the level where tensors change.
 
@@ -548,11 +589,14 @@ class Observer:
 
     def _role(self, owner: Any) -> _Role | None:
         """The role of a runner, or of the runner that a component belongs to."""
-        role = self._find_role(owner)
-        if role is not None:
-            return role
         runner = _runner(owner)
-        if runner is None or not self._open_store(runner):
+        return None if runner is None else self._role_of(runner)
+
+    def _role_of(self, runner: Any) -> _Role | None:
+        for role in self._roles.values():
+            if role.runner() is runner:
+                return role
+        if not self._open_store(runner):
             return None
         name = identity.role_of(runner)
         further = 1
@@ -782,7 +826,7 @@ class Observer:
         if not isinstance(model, torch.nn.Module):
             role.capture = role.table = None
             return
-        counted: frozenset[int] = frozenset()
+        counted = self._mapped
         for earlier in self._roles.values():
             if earlier is role:
                 break
@@ -894,7 +938,8 @@ def _runner(owner: Any) -> Any:
 
 
 def _model_path(runner: Any) -> str:
-    return str(getattr(getattr(runner, "model_config", None), "model_path", "") or "")
+    """Of the model's configuration; a weight-cache daemon has the path itself."""
+    return str(getattr(getattr(runner, "model_config", runner), "model_path", "") or "")
 
 
 def _resident(usage: tuple[Any, ...] | None, *, released: bool) -> dict[str, int] | None:

@@ -24,6 +24,12 @@ SCHEDULER_MIXIN = "sglang.srt.managers.scheduler_update_weights_mixin"
 SCHEDULER_COMPONENT = "sglang.srt.managers.scheduler_components.weight_updater"
 OLD_EPLB_MANAGER = "sglang.srt.managers.eplb_manager"
 EPLB_MANAGER = "sglang.srt.eplb.eplb_manager"
+LOADER = "sglang.srt.model_loader.loader"
+OLD_ENCODER = "sglang.srt.disaggregation.encode_server"
+ENCODER = "sglang.srt.disaggregation.encoder.server"
+ENCODER_RUNTIME = "sglang.srt.disaggregation.encoder.runtime"
+WEIGHT_CACHE_DAEMON = "sglang.srt.weight_cache.daemon"
+IPC_LOADER = "sglang.srt.weight_cache.ipc_loader"
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,41 @@ TARGETS: tuple[Target, ...] = (
         "ModelRunner.post_capture_resize_kv_pool",
         "allocate_kv_pool",
         "0.5.16",
+    ),
+    # Models without a model runner: of encoder servers, and of the weight-cache daemon, from which
+    # engines map their weights. `python -m` runs the daemon's module under another name, which is
+    # found when the first of these modules is imported after it: the loader's, by `load()`.
+    Target("get_model_loader", LOADER, "get_model_loader", "begin_load", "0.4.1"),
+    *_everywhere(
+        "encoder",
+        "load_encoder",
+        (
+            (OLD_ENCODER, "MMEncoder.__init__", "0.5.7", "0.5.18"),
+            (ENCODER, "MMEncoder.__init__", "0.5.19", None),
+        ),
+    ),
+    *_everywhere(
+        "encoder.run_dp_worker",
+        "start_encoder",
+        (
+            (OLD_ENCODER, "run_dp_worker", "0.5.13.post1", "0.5.18"),
+            (ENCODER_RUNTIME, "run_dp_worker", "0.5.19", None),
+        ),
+        reads=("dp_rank",),
+    ),
+    Target(
+        "weight_cache.export",
+        WEIGHT_CACHE_DAEMON,
+        "WeightCacheDaemon._export_state",
+        "export_weights",
+        "0.5.17",
+    ),
+    Target(
+        "weight_cache.map",
+        IPC_LOADER,
+        "IpcModelLoader._load_zero_copy_mode",
+        "map_weights",
+        "0.5.17",
     ),
     # Updates, at the level where tensors change.
     *_runner_then("update_weights_from_disk", "update", "0.4.1", source="disk"),

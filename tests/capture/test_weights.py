@@ -245,7 +245,7 @@ def test_what_another_role_counts_adds_rows_and_no_bytes() -> None:
     draft = capture(module(embed=shared, layer=own), counted_elsewhere=target.storages)
     assert draft.table.rows == 2
     (usage,) = draft.usage
-    assert (usage.tensors, usage.nbytes) == (2, 40)
+    assert (usage.tensors, usage.nbytes, usage.shared) == (2, 40, 400)
     assert draft.storages == {own.data_ptr()}
 
 

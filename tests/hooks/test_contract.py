@@ -99,8 +99,10 @@ NO_HOOK = {
 #: Columns of the table in docs/compatibility.md: a way to change, move or read weights, and the
 #: hooks on it. A release that has one of several hooks has the way.
 WAYS: dict[str, tuple[str, ...]] = {
-    "load": ("scheduler.__init__", "__init__", "load_model"),
+    "load": ("scheduler.__init__", "__init__", "load_model", "get_model_loader"),
     "overlapped load": ("finalize_startup_weight_load",),
+    "encoder": ("encoder", "encoder.run_dp_worker"),
+    "weight cache": ("weight_cache.export", "weight_cache.map"),
     "KV pool": ("kv_pool",),
     "KV resize": ("post_capture_resize_kv_pool",),
     "disk": ("update_weights_from_disk", "scheduler.update_weights_from_disk"),

@@ -4,15 +4,36 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from hooks.standins import Answer, Rank, Request, answer, fail
+import torch
+from hooks.standins import (
+    Answer,
+    IpcModelLoader,
+    Rank,
+    Request,
+    WeightCacheDaemon,
+    answer,
+    fail,
+    get_model_loader,
+    model,
+)
 
+from sglang_weight_exporter.hooks import identity
 from sglang_weight_exporter.hooks.observer import IDLE_SECONDS
-from sglang_weight_exporter.hooks.targets import EPLB_MANAGER, EXPORTER, SCHEDULER
+from sglang_weight_exporter.hooks.targets import (
+    EPLB_MANAGER,
+    EXPORTER,
+    IPC_LOADER,
+    LOADER,
+    SCHEDULER,
+    WEIGHT_CACHE_DAEMON,
+)
 
 
 @pytest.fixture
@@ -370,6 +391,7 @@ def test_a_draft_adds_only_what_it_does_not_share(rank: Rank) -> None:
     draft.alloc_memory_pool()
     shared = target.model.embed_tokens.weight.nbytes
     assert rank.role("draft").weights[0].nbytes == alone - shared
+    assert rank.role("draft").weights[0].shared == shared
     assert rank.role("draft").weights[0].tensors == 2
 
 
@@ -379,6 +401,54 @@ def test_drafts_of_several_layers_have_roles_of_their_own(rank: Rank) -> None:
         rank.runner(is_draft_worker=True, draft_model_idx=index)
     names = [role.name for role in rank.snapshot().roles]
     assert names == ["target", "draft_0", "draft_1", "draft_2"]
+
+
+# Weights that a weight-cache daemon holds.
+
+
+def test_weights_of_a_daemon_count_there_and_not_in_the_engine(rank: Rank) -> None:
+    loaders = rank.hook(IPC_LOADER, IpcModelLoader)
+    mapped = loaders(model())._load_zero_copy_mode(None, None, {}, None)
+    runner = rank.runner(model=mapped)
+    whole = sum(tensor.nbytes for tensor in mapped.parameters())
+    (usage,) = rank.role().weights
+    assert (usage.nbytes, usage.shared, usage.tensors) == (0, whole, 2)
+    assert rank.role().resident == {"cpu": 0}
+    adapter = torch.nn.Parameter(torch.zeros(16))
+    runner.model.adapter = adapter  # of the engine's own
+    runner.alloc_memory_pool()
+    (usage,) = rank.role().weights
+    assert (usage.nbytes, usage.shared, usage.tensors) == (adapter.nbytes, whole, 3)
+
+
+@pytest.mark.parametrize("alias", [None, "__main__", "__mp_main__"])
+def test_a_daemon_is_a_rank_of_its_own(
+    rank: Rank, alias: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if alias is None:
+        daemons = rank.hook(WEIGHT_CACHE_DAEMON, WeightCacheDaemon)
+    else:  # `python -m`, whose module nobody imports under its own name
+        daemons = type("WeightCacheDaemon", (WeightCacheDaemon,), dict(vars(WeightCacheDaemon)))
+        main = ModuleType(alias)
+        main.__spec__ = ModuleSpec(WEIGHT_CACHE_DAEMON, None)
+        main.WeightCacheDaemon = daemons
+        monkeypatch.setitem(sys.modules, alias, main)
+    daemon = daemons()
+    rank.hook(LOADER, get_model_loader)()
+    daemon._export_state()
+    snapshot = rank.snapshot()
+    assert (snapshot.engine.name, snapshot.engine.model_path) == ("weight-cache", "tiny")
+    assert (snapshot.ranks.tp, snapshot.ranks.pp) == (1, 0)
+    (role,) = snapshot.roles
+    assert role.name == "weight_cache"
+    assert role.load_seconds is not None
+    assert role.load_seconds > 0
+    (usage,) = role.weights
+    assert usage.nbytes == sum(tensor.nbytes for tensor in daemon.model.parameters())
+    (event,) = rank.events()
+    assert (event.update.action, event.update.succeeded) == ("load", True)
+    del daemon.device
+    assert identity.device_of(daemon) == "cuda:0"
 
 
 # Memory that is given back.
