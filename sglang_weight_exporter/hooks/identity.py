@@ -71,8 +71,10 @@ def role_of(runner: Any) -> str:
 
 
 def device_of(runner: Any) -> str:
-    """torch's name of the runner's device; a weight-cache daemon only has the GPU's number."""
-    kind = str(getattr(runner, "device", "cuda" if role_of(runner) == _WEIGHT_CACHE else "cpu"))
+    """torch's name of the runner's device; a weight-cache daemon's is where its model is."""
+    if role_of(runner) == _WEIGHT_CACHE:
+        return str(next(runner.model.parameters()).device)
+    kind = str(getattr(runner, "device", "cpu"))
     if kind in {"cpu", "mps"} or ":" in kind:
         return kind
     return f"{kind}:{int(getattr(runner, 'gpu_id', 0))}"

@@ -51,9 +51,9 @@ LORA = "--enable-lora --max-lora-rank 8 --max-loras-per-batch 2 --lora-backend t
 LORA += " --lora-target-modules q_proj v_proj"
 
 
-def make_scheduler(model: str, *, lora: bool) -> Scheduler:
-    flags = "--device cpu --disable-overlap-schedule --mem-fraction-static 0.2 --context-length 512"
-    flags += " --max-total-tokens 4096 " + (LORA if lora else "")
+def make_scheduler(model: str, *, flags: str = "") -> Scheduler:
+    flags += " --device cpu --disable-overlap-schedule --mem-fraction-static 0.2"
+    flags += " --context-length 512 --max-total-tokens 4096"
     server_args = prepare_server_args(["--model-path", model, *flags.split()])
     port_args = PortArgs.init_new(server_args)
     ranks = (0, 0, 0, 0, 0, 0, None)
@@ -148,7 +148,7 @@ def main() -> None:
     out = Path(sys.argv[1])
     ranks, lora, port, first, second, broken, other_shape = sys.argv[2:]
     script = Script(out)
-    scheduler = make_scheduler(first, lora=bool(lora))
+    scheduler = make_scheduler(first, flags=LORA if lora else "")
     script.step("start", lambda: script.wait_for(int(ranks)))
 
     def ask(request: str, **arguments: Any) -> Callable[[], Any]:

@@ -111,7 +111,6 @@ class WeightCacheDaemon:
     def __init__(self) -> None:
         self.server_args = SimpleNamespace(port=30000, model_path="tiny", dp_size=1)
         self.gpu_id, self.tp_rank, self.pp_rank = 0, 1, 0
-        self.device = "cpu"  # which a daemon does not have: it is always a GPU's
         self.model_path = "tiny"
         self.model = model()
 
