@@ -55,6 +55,15 @@ LATENT: dict[str, Any] = {
     "layer_num": LAYERS,
     **COMMON,
 }
+SPARSE = {
+    **LATENT,
+    "dtype": torch.bfloat16,
+    "page_size": 64,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "index_head_dim": 128,
+    "kv_cache_dim": 576,
+}
 FP4 = getattr(torch, "float4_e2m1fn_x2", torch.uint8)
 
 
@@ -102,8 +111,63 @@ def mla_fp4() -> Any:
 def sparse_attention() -> Any:
     """DSA, which was NSA until 0.5.12."""
     kind = getattr(memory_pool, "DSATokenToKVPool", None) or memory_pool.NSATokenToKVPool
-    arguments = LATENT | {"page_size": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
-    return kind(dtype=torch.bfloat16, index_head_dim=128, kv_cache_dim=576, **arguments)
+    return kind(**SPARSE)
+
+
+@builds
+def sparse_attention_hisparse() -> Any:
+    from sglang.srt.mem_cache.hisparse_memory_pool import HiSparseDSATokenToKVPool
+
+    return HiSparseDSATokenToKVPool(**SPARSE)
+
+
+@builds
+def sparse_attention_layer_split() -> Any:
+    from sglang.srt.mem_cache.dsa_cache_layer_split import LayerSplitDSATokenToKVPool
+    from sglang.srt.runtime_context import get_parallel
+
+    alone = SimpleNamespace(world_size=1, pynccl_comm=None)
+    with get_parallel().override(attn_cp_group=alone):
+        return LayerSplitDSATokenToKVPool(layer_shard_rank=0, layer_shard_size=2, **SPARSE)
+
+
+def one_of_two(page_size: int) -> dict[str, Any]:
+    """The first of two ranks that keep every other page. Their communicator needs NCCL, and so
+    GPUs; a pool only keeps it."""
+    from sglang.srt.mem_cache import page_interleave_pool
+    from sglang.srt.mem_cache.page_interleave import PageShardSpec
+
+    page_interleave_pool.PyNcclCommunicator = lambda **arguments: None
+    group = SimpleNamespace(world_size=2, rank_in_group=0, cpu_group=None, device="cpu")
+    shard = PageShardSpec(
+        shard_rank=0,
+        shard_size=2,
+        page_size=page_size,
+        max_prefix_tokens=2 * page_size,
+        chunk_tokens=page_size,
+    )
+    return {"shard_spec": shard, "shard_group": group}
+
+
+@builds
+def mha_page_interleave() -> Any:
+    from sglang.srt.mem_cache.page_interleave_pool import PageInterleaveMHATokenToKVPool
+
+    return PageInterleaveMHATokenToKVPool(dtype=torch.bfloat16, **one_of_two(PAGE), **PAGED)
+
+
+@builds
+def mla_page_interleave() -> Any:
+    from sglang.srt.mem_cache.page_interleave_pool import PageInterleaveMLATokenToKVPool
+
+    return PageInterleaveMLATokenToKVPool(dtype=torch.bfloat16, **one_of_two(PAGE), **LATENT)
+
+
+@builds
+def sparse_attention_page_interleave() -> Any:
+    from sglang.srt.mem_cache.page_interleave_pool import PageInterleaveDSATokenToKVPool
+
+    return PageInterleaveDSATokenToKVPool(**one_of_two(64), **SPARSE)
 
 
 @builds
@@ -232,6 +296,34 @@ def minimax() -> Any:
         end_layer=3,
         **SHAPE,
     )
+
+
+SPARSE_ONLY: dict[str, Any] = {
+    "dense_layer_ids": [],
+    "sparse_layer_ids": [0, 1, 2],
+    "disable_value_sparse_layer_ids": [0, 1, 2],
+    "start_layer": 0,
+    "end_layer": 3,
+    "dtype": torch.bfloat16,
+    **SHAPE,
+}
+
+
+@builds
+def minimax_hisparse() -> Any:
+    from sglang.srt.mem_cache.hisparse_memory_pool import HiSparseMHAMainPool
+
+    return memory_pool.MiniMaxSparseKVPool(
+        size=SIZE, page_size=PAGE, idx_head_dim=16, main_pool_cls=HiSparseMHAMainPool, **SPARSE_ONLY
+    )
+
+
+@builds
+def minimax_nvfp4() -> Any:
+    from sglang.srt.mem_cache.minimax_m3_nvfp4_pool import MiniMaxM3Nvfp4KVPool
+
+    arguments = SPARSE_ONLY | {"head_dim": 128}
+    return MiniMaxM3Nvfp4KVPool(size=2 * SIZE, page_size=128, idx_head_dim=128, **arguments)
 
 
 @builds

@@ -35,6 +35,11 @@ POOLS: dict[str, tuple[set[str], frozenset[str]]] = {
     "mla": ({"full"}, BOTH),
     "mla_fp4": ({"full"}, BOTH),
     "sparse_attention": ({"full", "index"}, BOTH),
+    "sparse_attention_hisparse": ({"full", "index"}, NEWEST),
+    "sparse_attention_layer_split": ({"full", "index"}, NEWEST),
+    "mha_page_interleave": ({"full"}, NEWEST),
+    "mla_page_interleave": ({"full"}, NEWEST),
+    "sparse_attention_page_interleave": ({"full", "index"}, NEWEST),
     "swa": ({"full", "swa"}, BOTH),
     "mamba": ({"mamba"}, BOTH),
     "mamba_speculative": ({"mamba"}, BOTH),
@@ -42,6 +47,8 @@ POOLS: dict[str, tuple[set[str], frozenset[str]]] = {
     "hybrid_linear": ({"full", "mamba"}, BOTH),
     "qsa": ({"full", "index", "mamba"}, NEWEST),
     "minimax": ({"full", "index"}, NEWEST),
+    "minimax_hisparse": ({"full", "index"}, NEWEST),
+    "minimax_nvfp4": ({"full", "index"}, NEWEST),
     "ngram": ({"ngram"}, NEWEST),
     "short_conv": ({"mamba"}, NEWEST),
     "deepseek_v4": ({"swa", "c4", "c128", "index", "compress_state"}, NEWEST),
@@ -53,8 +60,18 @@ SGLANG_REPORTS: dict[str, set[str]] = {
     "hybrid_linear": {"full"},
     "qsa": {"full", "index"},
 }
-#: Scales, and the placeholders of a pool that keeps nothing.
-SGLANG_REPORTS_LESS = {("mla_fp4", "oldest"), ("mla_fp4", "newest"), ("mha_fp4", "oldest")}
+#: It leaves out scales, layers that another rank owns, and the scratch where pages of several ranks
+#: come together; and the placeholders of a pool that keeps nothing.
+SGLANG_REPORTS_LESS = {
+    ("mla_fp4", "oldest"),
+    ("mla_fp4", "newest"),
+    ("mha_fp4", "oldest"),
+    ("minimax_nvfp4", "newest"),
+    ("sparse_attention_layer_split", "newest"),
+    ("mha_page_interleave", "newest"),
+    ("mla_page_interleave", "newest"),
+    ("sparse_attention_page_interleave", "newest"),
+}
 SGLANG_REPORTS_NOTHING = {("mha_no_op", "newest")}
 
 
