@@ -11,11 +11,11 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from sglang_weight_exporter.hooks.calls import Around, Call, Outcome
 from sglang_weight_exporter.hooks.targets import TARGETS, Target, version_key
 
 if TYPE_CHECKING:
@@ -26,52 +26,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sglang_weight_exporter")
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a call of SGLang's ended: with a result or with an exception."""
-
-    result: Any = None
-    error: BaseException | None = None
-
-
-#: What an observer's method returns for a call: it runs to its ``yield`` before SGLang's code
-#: and goes on with the outcome after it.
-Around = Generator[None, Outcome, None]
-
-
-class Call:
-    """One call of a target, as SGLang made it."""
-
-    def __init__(
-        self, target: Target, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
-    ) -> None:
-        self.target = target
-        self._original = original
-        self._args = args
-        self._kwargs = kwargs
-
-    @property
-    def owner(self) -> Any:
-        """``self`` of a method."""
-        return self._args[0]
-
-    def argument(self, name: str) -> Any:
-        """An argument, however it was passed; ``None`` where the signature lacks it."""
-        try:
-            bound = _signature(self._original).bind(*self._args, **self._kwargs)
-        except TypeError:
-            return None  # SGLang's own call is about to fail with the same words.
-        bound.apply_defaults()
-        return bound.arguments.get(name)
-
-
 def _announced(owner: Any) -> None:
     """Stands for a call that is not SGLang's."""
-
-
-@functools.cache
-def _signature(original: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(original)
 
 
 class Installation:

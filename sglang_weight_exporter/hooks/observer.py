@@ -31,7 +31,7 @@ from sglang_weight_exporter.capture.regions import AllocationMap
 from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights, storages_of
 from sglang_weight_exporter.export.supervisor import Supervisor
 from sglang_weight_exporter.hooks import identity, pools
-from sglang_weight_exporter.hooks.install import Around, Call, Outcome
+from sglang_weight_exporter.hooks.calls import Around, Call, Outcome, effect_of, verdict_on
 from sglang_weight_exporter.records import (
     CHANGES,
     SOURCES,
@@ -346,8 +346,8 @@ class Observer:
         source: Source = "eplb" if self._moving_experts else way
         own = self._begin(role, source)
         outcome = yield
-        succeeded, message = _verdict(outcome)
-        effect = _effect(way, outcome, succeeded, message)
+        succeeded, message = verdict_on(outcome)
+        effect = effect_of(way, outcome, succeeded, message)
         self._record(role, source, succeeded, effect, message)
         if own and self._request is None and source in {"disk", "ipc"}:
             self._end(role)
@@ -361,7 +361,7 @@ class Observer:
         if role is not None and role.open is not None and outcome.error is not None:
             self._session_calls += 1
             role.open.source = call.target.source
-            role.open.record(False, "unchanged", _verdict(outcome)[1], self._clock())
+            role.open.record(False, "unchanged", verdict_on(outcome)[1], self._clock())
             self._write()
 
     def begin_session(self, call: Call) -> Around:
@@ -387,7 +387,7 @@ class Observer:
         open_ = role.open
         if outcome.error is not None:
             open_.source = open_.source or "p2p"
-            open_.record(False, "undefined", _verdict(outcome)[1], self._clock())
+            open_.record(False, "undefined", verdict_on(outcome)[1], self._clock())
         elif self._session_calls == 0 and call.argument("run_post_load"):
             # Nothing came through SGLang: a peer wrote into the tensors (RDMA).
             self._record(role, "p2p", True, "changed", "")
@@ -419,7 +419,7 @@ class Observer:
         )
         outcome = yield
         self._request = None
-        succeeded, message = _verdict(outcome)
+        succeeded, message = verdict_on(outcome)
         open_roles = [(role, role.open) for role in self._roles.values() if role.open is not None]
         only_flush_failed = not succeeded and not any(open_.failed for _, open_ in open_roles)
         for role, open_ in open_roles:
@@ -455,7 +455,7 @@ class Observer:
             return
         own = self._begin(role, source)
         outcome = yield
-        succeeded, message = _verdict(outcome)
+        succeeded, message = verdict_on(outcome)
         self._record(role, source, succeeded, "changed" if succeeded else "undefined", message)
         if own:
             self._end(role)
@@ -482,7 +482,7 @@ class Observer:
         self._moving_experts = True
         outcome = yield
         self._moving_experts = False
-        succeeded, message = _verdict(outcome)
+        succeeded, message = verdict_on(outcome)
         self._record(role, "eplb", succeeded, "changed" if succeeded else "undefined", message)
         if self._rebalancing:
             self._write()
@@ -522,14 +522,14 @@ class Observer:
     def open_group(self, call: Call) -> Around:
         """A process group for distributed updates."""
         outcome = yield
-        if _verdict(outcome)[0]:
+        if verdict_on(outcome)[0]:
             self._groups.add(str(call.argument("group_name")))
         self._count_operation(call.target.name, outcome)
 
     def close_group(self, call: Call) -> Around:
         """The group is gone."""
         outcome = yield
-        if _verdict(outcome)[0]:
+        if verdict_on(outcome)[0]:
             self._groups.discard(str(call.argument("group_name")))
         self._count_operation(call.target.name, outcome)
 
@@ -553,7 +553,7 @@ class Observer:
             return
         own = self._begin(role, "external")
         outcome = yield
-        succeeded, message = _verdict(outcome)
+        succeeded, message = verdict_on(outcome)
         self._record(role, "external", succeeded, "changed" if succeeded else "undefined", message)
         if own:
             self._end(role)
@@ -569,7 +569,7 @@ class Observer:
 
     def _count_operation(self, operation: str, outcome: Outcome, *, failed: bool = False) -> None:
         counts = self._operations.get(operation, OperationCounts())
-        failed = failed or not _verdict(outcome)[0]
+        failed = failed or not verdict_on(outcome)[0]
         self._operations[operation] = OperationCounts(
             calls=counts.calls + 1, failures=counts.failures + failed
         )
@@ -949,52 +949,3 @@ def _resident(usage: tuple[Any, ...] | None, *, released: bool) -> dict[str, int
     for part in usage:
         totals[part.device] = totals.get(part.device, 0) + (0 if released else part.nbytes)
     return totals
-
-
-def _verdict(outcome: Outcome) -> tuple[bool, str]:
-    """Whether a call of SGLang's succeeded, and its message.
-
-    Runners answer with ``(success, message)``, schedulers and LoRA with an object that has
-    ``success``; other answers mean success.
-    """
-    if outcome.error is not None:
-        return False, str(outcome.error) or repr(outcome.error)
-    result = outcome.result
-    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], bool):
-        return result[0], str(result[1])
-    success = getattr(result, "success", True)
-    message = getattr(result, "message", None) or getattr(result, "error_message", None)
-    return bool(success), str(message or "")
-
-
-def _effect(source: Source, outcome: Outcome, succeeded: bool, message: str) -> Effect:
-    """What a call did to the weights, by what SGLang's code does before each of its messages."""
-    if succeeded:
-        return "changed"
-    error = outcome.error
-    if error is not None:
-        return "unchanged" if _refused(error, message) else "undefined"
-    if source == "disk":
-        # The rollback reads the new checkpoint again, in every release.
-        return "undefined" if message.startswith("Failed to update weights") else "unchanged"
-    if source == "ipc":
-        refused = "ImportError" in message or message.startswith(_REFUSALS)
-        return "unchanged" if refused else "undefined"
-    return "undefined" if "partially updated" in message else "unchanged"
-
-
-#: Beginnings of messages that SGLang gives before it has touched anything: a weight cache shared
-#: with other engines, derived weights that cannot follow, an unknown format, no update group.
-_REFUSALS = (
-    "[weight_cache]",
-    "Online weight updates are not supported",
-    "Unknown load_format",
-    "Group ",
-)
-
-
-def _refused(error: BaseException, message: str) -> bool:
-    if isinstance(error, (AssertionError, NotImplementedError, RuntimeError)):
-        return message.startswith(_REFUSALS)
-    # Until 0.4.8 the group is looked up as an attribute that only its creation sets.
-    return isinstance(error, AttributeError) and "_model_update_group" in message
