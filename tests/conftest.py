@@ -47,9 +47,17 @@ KINDS = {
     "disabled_engine": EngineKind(
         NEWEST, ("--enable-metrics",), (("SGLANG_WEIGHT_EXPORTER_DISABLED", "1"),)
     ),
-    # With the variable on, SGLang asks for operators that only its own build for CPUs has.
     "encoder": EngineKind(
-        NEWEST, ("--encoder-only", "--dp-size", "2"), (("SGLANG_USE_CPU_ENGINE", "0"),), vision=True
+        NEWEST,
+        ("--encoder-only", "--dp-size", "2"),
+        (
+            # With it on, SGLang asks for operators that only its own build for CPUs has.
+            ("SGLANG_USE_CPU_ENGINE", "0"),
+            ("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:{otlp_port}"),
+            ("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf"),
+            ("OTEL_SERVICE_NAME", "encoders"),
+        ),
+        vision=True,
     ),
 }
 

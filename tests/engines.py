@@ -240,8 +240,13 @@ class Engine:
             PREFIX + "ADDRESS": "127.0.0.1",
             **(variables or {}),
         }
+        #: Where a collector may listen: `{otlp_port}` in a variable.
+        self.otlp_port = free_port()
+        places = {"{directory}": str(self.directory), "{otlp_port}": str(self.otlp_port)}
         for name, value in self.variables.items():
-            self.variables[name] = value.replace("{directory}", str(self.directory))
+            for place, meant in places.items():
+                value = value.replace(place, meant)
+            self.variables[name] = value
         if "--dp-size" in self.flags and not installation.gpu:
             # Two ranks on one NUMA node need their cores named.
             self.variables["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"

@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""A real encoder server: a vision tower without a model runner, on two data-parallel ranks."""
+"""A real encoder server: a vision tower without a model runner, on two data-parallel ranks, with
+OTLP configured in the environment that it is started in."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import time
 
 import pytest
 import tiny_model
+from collectors import Backend, attributes_of
 from engines import Engine, eventually
 
 from sglang_weight_exporter.store.reader import SnapshotReader
@@ -43,3 +45,20 @@ def test_both_ranks_are_one_engine_that_says_what_it_loaded(encoder: Engine) -> 
         assert (load.action, load.succeeded) == ("load", True)
         assert role.load_seconds == pytest.approx(load.ended_at - load.started_at)
         assert role.load_seconds > 0
+
+
+def test_a_collector_that_comes_late_gets_the_loads_of_both_ranks(encoder: Engine) -> None:
+    backend = Backend()
+    backend.http_port = encoder.otlp_port
+    backend.start()
+    try:
+        eventually(lambda: len(backend.spans("sglang.weights.load")) >= 2, 60, what="two loads")
+        found = backend.spans_with_resource()
+    finally:
+        backend.stop()
+    assert {resource["service.name"] for _, resource in found} == {"encoders"}
+    assert {attributes_of(span)["sglang.weights.dp_rank"] for span, _ in found} == {0, 1}
+    assert len({span.trace_id for span, _ in found}) == 1
+    (table,) = {attributes_of(span)["sglang.weights.tensors"] for span, _ in found}
+    scrape = encoder.scrape()
+    assert table == scrape.sum("sglang_weight_tensors", role="encoder", dp_rank="0")
