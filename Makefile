@@ -115,7 +115,7 @@ test: $(if $(TESTS),,lint other-pythons) main-tests
 
 main-tests: debian-packages $(ENVIRONMENTS:%=%/copied) wheel
 	@$(call say,Tests with SGLang $(SGLANG))
-	$(call install-wheel,$(MAIN),--group test --group consumers --group panels)
+	$(call install-wheel,$(MAIN),--group test --group consumers --group ray --group panels)
 	for environment in $(filter-out $(MAIN),$(ENVIRONMENTS)); do
 	  $(call install-wheel,$$environment,)
 	done
