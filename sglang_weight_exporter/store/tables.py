@@ -41,9 +41,9 @@ from sglang_weight_exporter.store.reader import (
 )
 from sglang_weight_exporter.store.runtime_dir import VARIABLE, RuntimeDir
 
-#: A reader that waits looks again after a twentieth of the time it has waited, in these bounds
-#: (seconds): it is told late by that much and costs next to nothing while nothing happens.
-_LOOK_AGAIN = (0.005, 0.05)
+#: A reader that waits looks again after a tenth of the time it has waited, in these bounds
+#: (seconds): it is told late by that much. Waking up costs more than looking.
+_LOOK_AGAIN = (0.01, 0.05)
 
 
 class TableError(Exception):
@@ -256,7 +256,7 @@ class _Waiting:
         if left:
             shortest, longest = _LOOK_AGAIN
             waited = time.monotonic() - self._started
-            time.sleep(min(max(shortest, waited / 20), longest, left))
+            time.sleep(min(max(shortest, waited / 10), longest, left))
         return left > 0.0
 
 
