@@ -246,7 +246,10 @@ def test_it_is_loaded(actor: Run) -> None:
 
 def test_every_hook_that_the_release_has_is_on(actor: Run) -> None:
     states = {hook.target: (hook.status, hook.reason) for hook in actor["start"].snapshot.hooks}
-    assert [item for item in states.items() if item[1][0] not in {"installed", "absent"}] == []
+    off = {name for name, (status, _) in states.items() if status not in {"installed", "absent"}}
+    # Modules of processes that have no model runner; a rank does not import them.
+    assert off <= {"encoder", "encoder.run_dp_worker", "weight_cache.export", "weight_cache.map"}
+    assert all(states[name][0] == "pending" for name in off)
     assert (states["end_weight_update"][0] == "installed") == actor.has_sessions
 
 
