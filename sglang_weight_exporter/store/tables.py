@@ -42,7 +42,8 @@ from sglang_weight_exporter.store.reader import (
 from sglang_weight_exporter.store.runtime_dir import VARIABLE, RuntimeDir
 
 #: A reader that waits looks again after a tenth of the time it has waited, in these bounds
-#: (seconds): it is told late by that much. Waking up costs more than looking.
+#: (seconds): it is told late by that much. A look after a sleep takes 0.4 ms, with cold caches,
+#: and not 0.03 ms as in a loop.
 _LOOK_AGAIN = (0.01, 0.05)
 
 
