@@ -169,12 +169,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         signal = self.path.rpartition("/")[2]
-        kind = {
+        kinds: dict[str, Any] = {
             "traces": trace_service_pb2.ExportTraceServiceRequest,
             "metrics": metrics_service_pb2.ExportMetricsServiceRequest,
-        }[signal]
+        }
         headers = {key.lower(): value for key, value in self.headers.items()}
-        message = Message(signal, "http", len(body), kind.FromString(body), headers)
+        message = Message(signal, "http", len(body), kinds[signal].FromString(body), headers)
         reason = self.backend.take(message)
         self.send_response(400 if reason else 200)
         self.send_header("Content-Type", "application/x-protobuf")

@@ -20,9 +20,9 @@ TOKENS, PAGE, BFLOAT16 = 4096, 1, 2
 
 def test_a_model_runner_on_its_own_is_a_rank(newest: Installation, tmp_path: Path) -> None:
     model = tiny_model.write(tmp_path / "model")
-    command = [newest.python, "-m", "sglang.benchmark.one_batch", "--correctness-test"]
+    command = [str(newest.python), "-m", "sglang.benchmark.one_batch", "--correctness-test"]
     finished = subprocess.run(
-        [*command, "--model-path", model, *newest.server_flags()],
+        [*command, "--model-path", str(model), *newest.server_flags()],
         env=newest.environment(
             **{PREFIX + "RUNTIME_DIR": str(tmp_path / "runtime"), PREFIX + "SERVE": "off"}
         ),
