@@ -140,7 +140,7 @@ lint: wheel .venv/python3/created
 	.venv/python3/bin/ruff check .
 	.venv/python3/bin/ruff format --check .
 	.venv/python3/bin/mypy
-	MYPYPATH=tests .venv/python3/bin/mypy demo tests/{conftest,engines,tiny_model}.py tests/e2e
+	.venv/python3/bin/mypy autoload benchmarks dashboards demo docs tests
 
 # ---------------------------------------------------------------------------- demo
 

@@ -28,11 +28,13 @@ def main() -> None:
         known = capture(allocations=AllocationMap.of_cuda)
         seconds = measure(
             {
-                "bare loop": lambda model=model: bare_loop(model),
-                "capture, table unchanged": lambda c=capture, k=known: c(
-                    allocations=AllocationMap.of_cuda, previous=k
+                "bare loop": functools.partial(bare_loop, model),
+                "capture, table unchanged": functools.partial(
+                    capture, allocations=AllocationMap.of_cuda, previous=known
                 ),
-                "capture, table changed": lambda c=capture: c(allocations=AllocationMap.of_cuda),
+                "capture, table changed": functools.partial(
+                    capture, allocations=AllocationMap.of_cuda
+                ),
                 "allocation map alone": AllocationMap.of_cuda,
             },
             ROUNDS,

@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -48,6 +49,10 @@ def update(rank: Rank, weights: torch.nn.Module) -> float:
     return time.thread_time() - started
 
 
+def has_sent(rank: Rank) -> bool:
+    return not rank.waiting()
+
+
 def main() -> None:
     tensors = int(sys.argv[1]) if len(sys.argv) > 1 else 20_000
     directory = Path(tempfile.mkdtemp())
@@ -72,7 +77,7 @@ def main() -> None:
                 if number >= 2:
                     seconds[name].append(taken)
             for rank in ranks.values():
-                eventually(lambda rank=rank: not rank.waiting(), 120, what="an empty queue")
+                eventually(partial(has_sent, rank), 120, what="an empty queue")
         ratios = [on / off for on, off in zip(seconds["on"], seconds["off"], strict=True)]
         rows = sum(1 for _ in table_rows(ranks["on"].table)) if ranks["on"].table else 0
         print(f"{rows} tensors, {UPDATES} updates each, in turn")

@@ -25,6 +25,7 @@ from sglang_weight_exporter.records import (
     Device,
     Engine,
     HookState,
+    Kind,
     KvPoolUsage,
     Ranks,
     Role,
@@ -43,14 +44,15 @@ def rank(runtime_dir: RuntimeDir, number: int) -> RankStore:
     store = RankStore(runtime_dir, f"{number:016x}")
     device = Device(name="cuda:0", uuid=f"GPU-{number:032x}", product="NVIDIA H100 80GB HBM3")
     names = dict.fromkeys(target.name for target in TARGETS)
+    kinds: tuple[tuple[Kind, str], ...] = (
+        ("parameter", "bfloat16"),
+        ("parameter", "float8_e4m3fn"),
+        ("parameter", "float32"),
+        ("buffer", "float32"),
+    )
     usage = tuple(
         WeightUsage(device="cuda:0", kind=kind, dtype=dtype, nbytes=10**9, tensors=300)
-        for kind, dtype in (
-            ("parameter", "bfloat16"),
-            ("parameter", "float8_e4m3fn"),
-            ("parameter", "float32"),
-            ("buffer", "float32"),
-        )
+        for kind, dtype in kinds
     )
     store.write_snapshot(
         Snapshot(

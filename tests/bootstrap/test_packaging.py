@@ -23,7 +23,7 @@ def environment(tmp_path: Path) -> Path:
 
 
 def pip(environment: Path, *arguments: str) -> None:
-    command = [environment / "bin" / "python", "-m", "pip", "-q", *arguments]
+    command = [str(environment / "bin" / "python"), "-m", "pip", "-q", *arguments]
     subprocess.run(command, check=True, timeout=300)
 
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 np = pytest.importorskip("numpy", reason="needs numpy, which comes with SGLang")
@@ -39,7 +41,7 @@ def spans(draw: st.DrawFn) -> tuple[list[Span], list[tuple[int, int]]]:
 
 
 def merged(found: list[Span]) -> list[tuple[int, int, int]]:
-    columns = list(zip(*found, strict=True)) if found else [[], [], [], []]
+    columns: list[Any] = list(zip(*found, strict=True)) if found else [[], [], [], []]
     regions = merge_spans(
         device=np.array(columns[0], dtype=np.uint32),
         allocation=np.array(columns[1], dtype=np.uint64),

@@ -180,7 +180,7 @@ def test_a_tensor_on_the_meta_device_has_a_row_and_no_memory() -> None:
     assert nbytes(model) == 0
 
 
-class Packed(torch.Tensor):
+class Packed(torch.Tensor):  # type: ignore[name-defined]
     """A wrapper as torchao and DTensor make them: it owns no memory, the tensors inside do."""
 
     @staticmethod

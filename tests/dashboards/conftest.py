@@ -8,6 +8,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ def dashboard() -> dict[str, Any]:
     """The dashboard as it is shipped."""
     shipped: dict[str, Any] = json.loads((DASHBOARDS / "sglang-weights.json").read_text())
     return shipped
+
+
+def has_both(stack: Monitoring, selected: str) -> bool:
+    return len(stack.query(selected)) == 2
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +44,7 @@ def monitoring(engine: Engine) -> Iterator[Monitoring]:
         for series in ("sglang_weight_info", "sglang[:_]token_usage"):
             selected = f'{{__name__=~"{series}",instance=~"127.*"}}'
             eventually(
-                lambda selected=selected: len(stack.query(selected)) == 2,
+                partial(has_both, stack, selected),
                 60,
                 what=f"Prometheus has {selected} of both ranks",
             )

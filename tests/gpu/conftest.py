@@ -16,12 +16,17 @@ import importlib.util
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import eventually
+from engines import Engine, eventually
 from gpu_engines import KINDS, GpuEngine, GpuEngines, nvidia_smi, write_checkpoint
+
+
+def answers_or_has_ended(engine: Engine) -> bool:
+    return engine.main.poll() is not None or engine.ready()
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +52,7 @@ def gpu_engines(request: pytest.FixtureRequest) -> Iterator[GpuEngines]:
                 engines.start(name)
         for running in engines.engines.values():
             eventually(
-                lambda engine=running.engine: engine.main.poll() is not None or engine.ready(),
+                partial(answers_or_has_ended, running.engine),
                 400,
                 every=0.5,
             )

@@ -27,7 +27,14 @@ from sglang_weight_exporter.hooks.targets import (
     TARGETS,
     UPDATER,
 )
-from sglang_weight_exporter.records import Event, Role, Snapshot
+from sglang_weight_exporter.records import (
+    Event,
+    Role,
+    Snapshot,
+    Update,
+    UpdateInProgress,
+    WeightUsage,
+)
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -91,6 +98,21 @@ class Rank:
     def role(self, name: str = "target") -> Role:
         (role,) = (role for role in self.snapshot().roles if role.name == name)
         return role
+
+    def last_update(self, name: str = "target") -> Update:
+        update = self.role(name).last_update
+        assert update is not None, "nothing was loaded or updated"
+        return update
+
+    def in_progress(self, name: str = "target") -> UpdateInProgress:
+        progress = self.role(name).in_progress
+        assert progress is not None, "no update is in progress"
+        return progress
+
+    def weights(self, name: str = "target") -> tuple[WeightUsage, ...]:
+        weights = self.role(name).weights
+        assert weights is not None, "the weights could not be read"
+        return weights
 
     def totals(self, name: str = "target") -> dict[str, tuple[int, int, int]]:
         """Source → updates, failures and calls, where any is not 0."""

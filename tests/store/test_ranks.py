@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -60,7 +61,7 @@ def snapshot(rank_id: str, generation: int = 1, **fields: object) -> Snapshot:
 
 
 def table(role: str = "target", digit: str = "a", padding: int = 0) -> WeightTable:
-    columns = dict.fromkeys(
+    columns: dict[str, Any] = dict.fromkeys(
         ("data_ptr", "nbytes", "storage_ptr", "storage_nbytes", "dtype", "shape", "stride"), b""
     )
     return WeightTable(
