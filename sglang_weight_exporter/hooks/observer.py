@@ -349,10 +349,13 @@ class Observer:
         succeeded, message = verdict_on(outcome)
         effect = effect_of(way, outcome, succeeded, message)
         self._record(role, source, succeeded, effect, message)
-        if own and self._request is None and source in {"disk", "ipc"}:
-            self._end(role)
-        else:
-            self._write()
+        if source in {"disk", "ipc"}:
+            if self._request is not None:
+                return  # It ends the update in a moment, and writes then.
+            if own:
+                self._end(role)
+                return
+        self._write()
 
     def receive(self, call: Call) -> Around:
         """Tensors arrive, to be loaded by further calls; seen for its failures."""
@@ -434,7 +437,8 @@ class Observer:
                 open_.weight_version = self._weight_version = version
             if not succeeded or served.flush_cache or open_.source in {"disk", "ipc"}:
                 self._end(role)
-        self._write()
+        if any(role.open is not None for role, _ in open_roles):
+            self._write()
 
     def change_version(self, call: Call) -> Around:
         """SGLang took note of a new weight version."""
