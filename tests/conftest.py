@@ -112,6 +112,11 @@ class Engines:
             engine.start()
         return self._engines[name]
 
+    def let_others_go_first(self) -> None:
+        """Have engines that only wait take the processor from nobody."""
+        for engine in self._engines.values():
+            engine.let_others_go_first()
+
     def stop(self, name: str) -> None:
         """End one engine for good and free its memory."""
         if name in self._engines:
@@ -161,6 +166,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             # What is missing is said by the tests that need it.
             with contextlib.suppress(pytest.skip.Exception, pytest.fail.Exception):
                 engines.start(name)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    engines = item.config.stash.get(ENGINES, None)
+    if engines is not None:
+        engines.let_others_go_first()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

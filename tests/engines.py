@@ -253,6 +253,7 @@ class Engine:
         self.environment: dict[str, str] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._log_offset = 0
+        self._controller_waits = False
 
     def start(self) -> None:
         """Start the server in a process group of its own, out of Ctrl-C's reach; does not wait."""
@@ -302,12 +303,19 @@ class Engine:
             if time.monotonic() > deadline:
                 raise AssertionError(f"no health in {seconds:g} s:\n{self.log()[-6000:]}")
             time.sleep(0.5)
-        for process in self.processes():
-            # SGLang's data-parallel controller polls without a pause: let others go first.
-            with contextlib.suppress(psutil.Error):
+        self.let_others_go_first()
+        return self
+
+    def let_others_go_first(self) -> None:
+        """Lower the priority of SGLang's data-parallel controller, which polls without a pause from
+        its start on; does nothing until there is one."""
+        if self._controller_waits or "--dp-size" not in self.flags or not self.started:
+            return
+        with contextlib.suppress(psutil.Error):
+            for process in psutil.Process(self.main.pid).children(recursive=True):
                 if "data_parallel_controller" in " ".join(process.cmdline()):
                     process.nice(19)
-        return self
+                    self._controller_waits = True
 
     def post(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
         """POST a JSON body to SGLang; status and parsed answer, also of an error."""
