@@ -215,7 +215,7 @@ class Observer:
     def construct(self, call: Call) -> Around:
         """``ModelRunner.__init__``: loads the model somewhere inside, and changes it after that."""
         outcome = yield
-        role = self._find_role(call.owner)
+        role = self._find_role(_runner(call.owner))
         if role is not None and outcome.error is None:
             self._scan(role)
             if role.kv_pools is not None or not hasattr(call.owner, "alloc_memory_pool"):
@@ -269,7 +269,7 @@ class Observer:
         """``finalize_startup_weight_load``: with overlapped loading, ``load_model`` returned with
         placeholders and the values have come only now."""
         outcome = yield
-        role = self._find_role(call.owner)
+        role = self._find_role(_runner(call.owner))
         if role is None or role.loading_since is None or role.unreported_load is None:
             return
         started_at, role.loading_since = role.loading_since, None
@@ -581,10 +581,9 @@ class Observer:
 
     # Roles.
 
-    def _find_role(self, owner: Any) -> _Role | None:
-        runner = _runner(owner)
+    def _find_role(self, runner: Any) -> _Role | None:
         for role in self._roles.values():
-            if role.runner() is runner:
+            if runner is not None and role.runner() is runner:
                 return role
         return None
 
@@ -597,9 +596,9 @@ class Observer:
         return None if runner is None else self._role_of(runner)
 
     def _role_of(self, runner: Any) -> _Role | None:
-        for role in self._roles.values():
-            if role.runner() is runner:
-                return role
+        role = self._find_role(runner)
+        if role is not None:
+            return role
         if not self._open_store(runner):
             return None
         name = identity.role_of(runner)
