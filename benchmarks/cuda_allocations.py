@@ -14,7 +14,7 @@ import sys
 import torch
 from pointer_table import ROUNDS, bare_loop, measure, model_of
 
-from sglang_weight_exporter.capture.regions import AllocationMap
+from sglang_weight_exporter.capture.allocations import AllocationMap
 from sglang_weight_exporter.capture.weights import capture_weights
 
 

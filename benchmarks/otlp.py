@@ -26,7 +26,7 @@ from engines import eventually
 from ranks import ExporterProcess, Rank
 
 from sglang_weight_exporter.capture.weights import capture_weights
-from sglang_weight_exporter.records import table_rows
+from sglang_weight_exporter.weight_table import table_rows
 
 UPDATES = 30
 

@@ -25,15 +25,16 @@ import msgspec
 import numpy as np
 import torch
 
-from sglang_weight_exporter.capture.changes import compare
-from sglang_weight_exporter.capture.regions import AllocationMap, merge_spans
+from sglang_weight_exporter.capture.allocations import AllocationMap
+from sglang_weight_exporter.capture.regions import merge_spans
 from sglang_weight_exporter.capture.weights import capture_weights
 from sglang_weight_exporter.cli import formats
-from sglang_weight_exporter.records import Engine, Ranks, Role, WeightTable, table_rows
+from sglang_weight_exporter.records import Engine, Ranks, Role
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.store.tables import Table
 from sglang_weight_exporter.store.weights_metadata import write_files
+from sglang_weight_exporter.weight_table import WeightTable, compare_tables, table_rows
 
 ROUNDS = 20
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "norm")
@@ -106,16 +107,15 @@ def steps_for(model: torch.nn.Module, directory: Path) -> dict[str, Callable[[],
         "nbytes": np.frombuffer(table.nbytes, dtype="<u8"),
         "device": np.frombuffer(table.device, dtype="<u4"),
     }
-    one_pool = AllocationMap(
-        start=np.array([columns["start"].min()], dtype=np.uint64),
-        end=np.array([columns["start"].max() + np.uint64(64)], dtype=np.uint64),
+    one_pool = AllocationMap.of_spans(
+        [(int(columns["start"].min()), int(columns["start"].max()) + 64, False)]
     )
     path = directory / "table"
 
     def persist() -> None:
         captured = capture()
         name = store.write_table(captured)
-        (store.directory / name).unlink()  # An unchanged table is written once only.
+        (store.path / name).unlink()  # An unchanged table is written once only.
 
     steps: dict[str, Callable[[], object]] = {
         "bare loop over named_parameters()": lambda: bare_loop(model),
@@ -124,7 +124,7 @@ def steps_for(model: torch.nn.Module, directory: Path) -> dict[str, Callable[[],
         "* capture, nothing changed": lambda: capture_weights(
             model, role="target", captured_at=1.0, previous=before
         ),
-        "* compare, every tensor moved": lambda: compare(before, after),
+        "* compare, every tensor moved": lambda: compare_tables(before.table, after.table),
         "* regions, one allocation each": lambda: merge_spans(
             allocation=AllocationMap.of_storages().lookup(columns["start"]), **columns
         ),

@@ -58,8 +58,6 @@ def rank(runtime_dir: RuntimeDir, number: int) -> RankStore:
         Snapshot(
             rank_id=store.rank_id,
             pid=os.getpid(),
-            generation=1,
-            written_at=time.time(),
             started_at=time.time(),
             engine=Engine(
                 name=str(30000 + number // 8), instance="i", model_name="deepseek-ai/DeepSeek-V3"

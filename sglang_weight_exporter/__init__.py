@@ -16,7 +16,6 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False  # typing's own costs its import; type checkers know the name.
 if TYPE_CHECKING:
     from sglang_weight_exporter.hooks.announce import record_update, updating
-    from sglang_weight_exporter.records import Region, Row
     from sglang_weight_exporter.store.tables import (
         RankGoneError,
         Table,
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
         UpdateInProgressError,
         open_tables,
     )
+    from sglang_weight_exporter.weight_table import Region, Row
 
 __all__ = [
     "RankGoneError",
@@ -46,6 +46,6 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     home = {"record_update": "hooks.announce", "updating": "hooks.announce"}
-    home |= {"Region": "records", "Row": "records"}
+    home |= {"Region": "weight_table", "Row": "weight_table"}
     module = import_module(f"{__name__}.{home.get(name, 'store.tables')}")
     return getattr(module, name)

@@ -9,10 +9,7 @@ bytes, times are Unix seconds (floats), durations are seconds. A value that coul
 
 from __future__ import annotations
 
-import hashlib
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import msgspec
 
@@ -23,8 +20,7 @@ SCHEMA_VERSION = 1
 Source = Literal["disk", "distributed", "tensor", "ipc", "p2p", "eplb", "external"]
 SOURCES: tuple[Source, ...] = get_args(Source)
 
-Kind = Literal["parameter", "buffer"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["parameter", "buffer", "derived"]
 
 Change = Literal["added", "removed", "resized", "device"]
 CHANGES: tuple[Change, ...] = get_args(Change)
@@ -37,15 +33,17 @@ Effect = Literal["changed", "unchanged", "undefined"]
 #: yet. ``absent``: this SGLang release has no such target. ``failed``: it is there, and wrapping
 #: it failed.
 HookStatus = Literal["installed", "pending", "absent", "failed"]
-HOOK_STATUSES: tuple[HookStatus, ...] = get_args(HookStatus)
 
 #: Upper bounds in seconds of ``sglang_weight_update_duration_seconds``: from a tiny model's
 #: reload to a checkpoint of a terabyte over a network file system.
 DURATION_BUCKETS: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
-class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """Base of all records: immutable, named fields, unknown fields ignored on reading."""
+class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Base of all records: immutable, named fields, unknown fields ignored on reading.
+
+    None refers to itself, so Python's garbage collector has nothing to do with them.
+    """
 
 
 class Device(Record, frozen=True, kw_only=True):
@@ -99,7 +97,7 @@ class TableRef(Record, frozen=True, kw_only=True):
 
     #: File name inside the rank's directory.
     file: str
-    #: Of the table's canonical form (``capture.weights``), hexadecimal.
+    #: The table's fingerprint (`weight_table.table_sha256`), hexadecimal.
     sha256: str
     rows: int
     #: Device name to number of contiguous regions.
@@ -171,8 +169,9 @@ class Update(Record, frozen=True, kw_only=True):
     #: ``load`` for the first load, ``update`` for everything after it.
     action: Literal["load", "update"]
     source: Source | None = None
-    #: Counts loads and updates of this role, failed ones included, from 1. Ranks of one engine
-    #: go through the same sequence, so the number names the same update on every rank.
+    #: Counts loads, updates and requests of the process, failed ones included, from 1; all roles
+    #: share it. Ranks of one engine go through the same sequence, so the number names the same
+    #: update on every rank.
     sequence: int
     started_at: float
     ended_at: float
@@ -267,9 +266,6 @@ class Snapshot(Record, frozen=True, kw_only=True):
     schema: int = SCHEMA_VERSION
     rank_id: str
     pid: int
-    #: Grows by one with every snapshot of this process.
-    generation: int
-    written_at: float
     started_at: float
     engine: Engine
     ranks: Ranks = Ranks()
@@ -286,149 +282,6 @@ class Snapshot(Record, frozen=True, kw_only=True):
     events_dropped: int = 0
 
 
-class WeightTable(Record, frozen=True, kw_only=True):
-    """The pointer table of one role: one row a named tensor, stored as columns.
-
-    Numeric columns are little-endian arrays: ``u64`` for addresses and bytes, ``u32`` for codes
-    into the ``*_values`` beside them. Values are numbered by first appearance. ``names`` is UTF-8,
-    one name a line.
-    """
-
-    schema: int = SCHEMA_VERSION
-    role: str
-    captured_at: float
-    sha256: str
-    rows: int
-    names: bytes
-    data_ptr: bytes
-    nbytes: bytes
-    storage_ptr: bytes
-    storage_nbytes: bytes
-    dtype: bytes
-    dtype_values: tuple[str, ...]
-    shape: bytes
-    shape_values: tuple[tuple[int, ...], ...]
-    stride: bytes
-    stride_values: tuple[tuple[int, ...], ...]
-    device: bytes
-    device_values: tuple[str, ...]
-    kind: bytes
-    kind_values: tuple[str, ...]
-    #: Contiguous runs inside one allocation: ``u64`` addresses and bytes, ``u32`` codes into
-    #: ``device_values``.
-    region_ptr: bytes = b""
-    region_nbytes: bytes = b""
-    region_device: bytes = b""
-
-
-#: What the fingerprint of a table covers, in this order.
-_FINGERPRINTED = (
-    "names",
-    "data_ptr",
-    "nbytes",
-    "storage_ptr",
-    "storage_nbytes",
-    "dtype",
-    "dtype_values",
-    "shape",
-    "shape_values",
-    "stride",
-    "stride_values",
-    "device",
-    "device_values",
-    "kind",
-    "kind_values",
-)
-
-
-def table_sha256(fields: Mapping[str, Any]) -> str:
-    """The fingerprint of a table's rows, hexadecimal; ``fields`` are those of `WeightTable`.
-
-    SHA-256 over each column's length (``u64``, little-endian) and content; the ``*_values`` as
-    compact JSON. Role, time and regions are not part of it.
-    """
-    digest = hashlib.sha256()
-    for name in _FINGERPRINTED:
-        column = fields[name]
-        content = column if isinstance(column, bytes) else msgspec.json.encode(column)
-        digest.update(len(content).to_bytes(8, "little"))
-        digest.update(content)
-    return digest.hexdigest()
-
-
-class Row(NamedTuple):
-    """One named tensor of a table."""
-
-    name: str
-    #: Address of the first element in the engine process.
-    data_ptr: int
-    #: Elements times their size: for a tensor with holes less than the memory it spans.
-    nbytes: int
-    dtype: str
-    shape: tuple[int, ...]
-    #: In elements.
-    stride: tuple[int, ...]
-    device: str
-    kind: str
-    #: The allocation behind the tensor; the same for tied tensors and views.
-    storage_ptr: int
-    storage_nbytes: int
-
-
-class Region(NamedTuple):
-    """A contiguous run of memory inside one allocation that holds weights."""
-
-    data_ptr: int
-    nbytes: int
-    device: str
-
-
-def table_rows(table: WeightTable) -> Iterator[Row]:
-    """The rows of a table, in the model's order: parameters, then buffers."""
-    if not table.rows:
-        return iter(())
-    return map(
-        Row,
-        table.names.decode().split("\n"),
-        array("Q", table.data_ptr),
-        array("Q", table.nbytes),
-        map(table.dtype_values.__getitem__, array("I", table.dtype)),
-        map(table.shape_values.__getitem__, array("I", table.shape)),
-        map(table.stride_values.__getitem__, array("I", table.stride)),
-        map(table.device_values.__getitem__, array("I", table.device)),
-        map(table.kind_values.__getitem__, array("I", table.kind)),
-        array("Q", table.storage_ptr),
-        array("Q", table.storage_nbytes),
-    )
-
-
-def table_of_rows(rows: Sequence[Row], *, role: str, captured_at: float) -> WeightTable:
-    """The table that has these rows, with its fingerprint and without regions."""
-    fields: dict[str, Any] = {
-        "rows": len(rows),
-        "names": "\n".join(row.name for row in rows).encode(),
-    }
-    for column in ("data_ptr", "nbytes", "storage_ptr", "storage_nbytes"):
-        fields[column] = array("Q", [getattr(row, column) for row in rows]).tobytes()
-    for column in ("dtype", "shape", "stride", "device", "kind"):
-        codes: dict[Any, int] = {}
-        numbers = [codes.setdefault(getattr(row, column), len(codes)) for row in rows]
-        fields[column] = array("I", numbers).tobytes()
-        fields[f"{column}_values"] = tuple(codes)
-    sha256 = table_sha256(fields)
-    return WeightTable(role=role, captured_at=captured_at, sha256=sha256, **fields)
-
-
-def table_regions(table: WeightTable) -> Iterator[Region]:
-    """The regions of a table, by device and address."""
-    return map(
-        Region,
-        array("Q", table.region_ptr),
-        array("Q", table.region_nbytes),
-        map(table.device_values.__getitem__, array("I", table.region_device)),
-    )
-
-
 class Event(Record, frozen=True, kw_only=True):
     """One ended load or update, waiting to be exported as a span."""
 
@@ -443,7 +296,7 @@ class Event(Record, frozen=True, kw_only=True):
     device: Device
     update: Update
     weights: tuple[WeightUsage, ...] | None = None
-    #: The table after the update; ``file`` lies in the rank's directory of events.
+    #: The table after the update.
     table: TableRef | None = None
     #: Of the table in the event before this one of the same role; equal when nothing changed.
     previous_sha256: str = ""

@@ -19,9 +19,10 @@ from typing import Any
 import tiny_model
 from engines import Engine, Installation
 
-from sglang_weight_exporter.records import Snapshot, WeightTable
+from sglang_weight_exporter.records import Snapshot
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.weight_table import WeightTable
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 1024, 4096, 8, 32000
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 128

@@ -24,16 +24,14 @@ from sglang_weight_exporter.records import (
     Event,
     Ranks,
     Role,
-    Row,
     Snapshot,
     TableRef,
     Update,
-    WeightTable,
     WeightUsage,
-    table_of_rows,
 )
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows
 
 
 def rows(count: int, *, base: int = 0x7F00_0000_0000) -> list[Row]:
@@ -131,7 +129,7 @@ class Rank:
             ),
             previous_sha256="" if previous is None else previous.sha256,
         )
-        self.store.append_event(event)
+        self.store.append_event(event, self.table)
         self.write_snapshot(event.table)
         return event
 
@@ -140,8 +138,6 @@ class Rank:
             Snapshot(
                 rank_id=self.rank_id,
                 pid=os.getpid(),
-                generation=1,
-                written_at=time.time(),
                 started_at=time.time(),
                 engine=self.engine,
                 ranks=self.ranks,
@@ -153,7 +149,7 @@ class Rank:
 
     def waiting(self) -> list[str]:
         """Files of events that were not acknowledged."""
-        return sorted(path.name for path in (self.store.directory / "events").glob("*.event"))
+        return sorted(path.name for path in (self.store.path / "events").glob("*.event"))
 
 
 class ExporterProcess:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -72,26 +72,34 @@ def _attributes(value: object) -> Iterator[tuple[str, object]]:
                 yield name, getattr(value, name)
 
 
-def storage_bytes(
+class Storage(NamedTuple):
+    """A piece of memory that tensors of a pool lie in."""
+
+    address: int
+    device: str
+    #: Of the first tensor in it.
+    label: str
+    nbytes: int
+
+
+def unique_storages(
     tensors: Iterable[tuple[str, torch.Tensor]],
     *,
-    counted: set[int],
+    counted: Container[int] = (),
     backed: Mapping[int, int] = MappingProxyType({}),
-) -> dict[tuple[str, str], int]:
-    """Bytes of unique storages by ``(device, label)``; a storage counts for its first label.
+) -> list[Storage]:
+    """Storages of labelled tensors, each once, for its first label.
 
-    ``counted`` holds the addresses that were counted already, and is added to. ``backed``: bytes
-    of storages that do not have what they reserve, by address.
+    ``counted``: addresses that are counted elsewhere and left out. ``backed``: bytes of storages
+    that do not have what they reserve, by address.
     """
-    totals: dict[tuple[str, str], int] = {}
+    found: dict[int, Storage] = {}
     for label, tensor in tensors:
         if tensor.is_meta:
             continue
         storage = tensor.untyped_storage()
-        key = (str(tensor.device), label)
-        totals.setdefault(key, 0)
         address = storage.data_ptr()
-        if address and address not in counted:
-            counted.add(address)
-            totals[key] += backed.get(address, storage.nbytes())
-    return totals
+        if address and address not in found and address not in counted:
+            nbytes = backed.get(address, storage.nbytes())
+            found[address] = Storage(address, str(tensor.device), label, nbytes)
+    return list(found.values())

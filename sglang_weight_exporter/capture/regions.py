@@ -8,67 +8,12 @@ when its key is looked up. Where one ends is the allocator's knowledge, not the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-Addresses = npt.NDArray[np.uint64]
-
-
-@dataclass(frozen=True)
-class AllocationMap:
-    """Non-overlapping allocations sorted by address; a storage in none of them is its own."""
-
-    start: Addresses
-    end: Addresses
-
-    @classmethod
-    def of_storages(cls) -> AllocationMap:
-        """Each storage is an allocation, as torch's CPU allocator has it."""
-        return cls(np.array([], dtype=np.uint64), np.array([], dtype=np.uint64))
-
-    @classmethod
-    def of_cuda(cls) -> AllocationMap:
-        """From the caching allocator: one ``cudaMalloc`` a segment.
-
-        An expandable segment is mapped piece by piece, so there each block stands alone. Memory
-        that came from elsewhere (CUDA IPC) is in no segment.
-        """
-        spans: list[tuple[int, int]] = []
-        for segment in _memory_segments():
-            if segment.get("is_expandable"):
-                address = segment["address"]
-                for block in segment["blocks"]:
-                    spans.append((address, address + block["size"]))
-                    address += block["size"]
-            else:
-                spans.append((segment["address"], segment["address"] + segment["total_size"]))
-        spans.sort()
-        return cls(
-            np.array([start for start, _ in spans], dtype=np.uint64),
-            np.array([end for _, end in spans], dtype=np.uint64),
-        )
-
-    def lookup(self, storage_ptr: Addresses) -> Addresses:
-        """Start of the allocation that each storage lies in."""
-        if not len(self.start):
-            return storage_ptr
-        index = np.searchsorted(self.start, storage_ptr, side="right").astype(np.int64) - 1
-        inside = (index >= 0) & (storage_ptr < self.end[index])
-        return np.where(inside, self.start[index], storage_ptr)
-
-
-def _memory_segments() -> list[dict[str, Any]]:
-    memory_snapshot: Callable[..., list[dict[str, Any]]] = torch.cuda.memory.memory_snapshot
-    try:
-        # Without the history of allocations: a fraction of the time (torch 2.11 and later).
-        return memory_snapshot(include_traces=False)
-    except TypeError:
-        return memory_snapshot()
+from sglang_weight_exporter.capture.allocations import Addresses
 
 
 @dataclass(frozen=True)

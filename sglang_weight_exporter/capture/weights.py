@@ -3,78 +3,34 @@
 """A model's tensors → the pointer table and the bytes per device, kind and dtype.
 
 This runs inside the engine, between the last byte of an update and the first token after it, so
-the loop is written for speed: one pass over the tensors, one append a column, no object a tensor.
+the loop is written for speed: one pass a column, no object a tensor.
 """
 
 from __future__ import annotations
 
 import itertools
+from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from sglang_weight_exporter.capture.regions import AllocationMap, Regions, merge_spans
-from sglang_weight_exporter.records import Kind, WeightTable, WeightUsage, table_sha256
-
-
-def named_tensors(model: torch.nn.Module) -> tuple[list[str], list[torch.Tensor], int]:
-    """Names and tensors of every parameter, then of every buffer; and how many are parameters.
-
-    Unlike ``named_parameters()`` a tied tensor appears under all its names. Wrapper subclasses
-    (DTensor, torchao's quantized tensors) own no memory themselves and are replaced by the
-    tensors inside them, named ``NAME.INNER``.
-    """
-    parameters: tuple[list[str], list[torch.Tensor]] = ([], [])
-    buffers: tuple[list[str], list[torch.Tensor]] = ([], [])
-    is_wrapper = _IsWrapper()
-    stack: list[tuple[str, torch.nn.Module, tuple[int, ...]]] = [("", model, ())]
-    while stack:
-        prefix, module, ancestors = stack.pop()
-        for (names, tensors), own in (parameters, module._parameters), (buffers, module._buffers):
-            for name, tensor in own.items():
-                if tensor is None:
-                    continue
-                if is_wrapper[type(tensor)]:
-                    for inner_name, inner in _flattened(prefix + name, tensor):
-                        names.append(inner_name)
-                        tensors.append(inner)
-                else:
-                    names.append(prefix + name)
-                    tensors.append(tensor)
-        if module._modules:
-            path = (*ancestors, id(module))
-            for name, child in reversed(module._modules.items()):
-                if child is not None and id(child) not in path:
-                    stack.append((f"{prefix}{name}.", child, path))
-    return parameters[0] + buffers[0], parameters[1] + buffers[1], len(parameters[0])
-
-
-class _IsWrapper(dict[type, bool]):
-    """By type: asking a tensor for an attribute that it lacks costs more than reading it."""
-
-    def __missing__(self, kind: type) -> bool:
-        self[kind] = hasattr(kind, "__tensor_flatten__")
-        return self[kind]
-
-
-def _flattened(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    if not hasattr(type(tensor), "__tensor_flatten__"):
-        yield name, tensor
-        return
-    for attribute in tensor.__tensor_flatten__()[0]:
-        inner = getattr(tensor, attribute)
-        if isinstance(inner, torch.Tensor):  # DTensor names its device mesh among them.
-            yield from _flattened(f"{name}.{attribute}", inner)
-
-
-def _codes() -> defaultdict[Any, int]:
-    """Numbers values by first appearance, at the speed of a dictionary."""
-    return defaultdict(itertools.count().__next__)
+from sglang_weight_exporter.capture.allocations import AllocationMap
+from sglang_weight_exporter.capture.regions import Regions, merge_spans
+from sglang_weight_exporter.capture.tensors import (
+    NamedTensors,
+    Remembered,
+    Slot,
+    derived_slots,
+    named_tensors,
+)
+from sglang_weight_exporter.records import Kind, WeightUsage
+from sglang_weight_exporter.weight_table import WeightTable, table_sha256
 
 
 @dataclass(frozen=True)
@@ -89,6 +45,14 @@ class WeightCapture:
     counted_elsewhere: frozenset[int]
     #: Device name to number of regions.
     regions: dict[str, int]
+    #: Device name to bytes that keep their memory while SGLang's memory saver has released the
+    #: weights: what lies outside of its regions, and what is not on a GPU.
+    stays: dict[str, int]
+    #: Why tensors have no row, a sentence each: they have no storage (uninitialized, sparse).
+    unreadable: tuple[str, ...] = ()
+    #: Where derived weights hang.
+    slots: tuple[Slot, ...] = ()
+    remembered: Remembered | None = field(default=None, repr=False, compare=False)
 
 
 def capture_weights(
@@ -99,6 +63,7 @@ def capture_weights(
     counted_elsewhere: frozenset[int] = frozenset(),
     allocations: Callable[[], AllocationMap] = AllocationMap.of_storages,
     previous: WeightCapture | None = None,
+    thorough: bool = True,
 ) -> WeightCapture:
     """Read the table of a model.
 
@@ -107,52 +72,52 @@ def capture_weights(
     and add no bytes but ``shared`` ones.
     ``allocations``: asked for the boundaries of regions, and only when the table differs from
     ``previous``, because that costs more than the table itself.
+    ``thorough``: find out anew where derived weights hang. Otherwise they are where ``previous``
+    has them, and nothing is read again if nothing has changed.
     """
-    names, tensors, parameters = named_tensors(model)
-    dtypes, shapes, strides, devices, kinds = _codes(), _codes(), _codes(), _codes(), _codes()
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    columns = {
-        "data_ptr": np.array([tensor.data_ptr() for tensor in tensors], dtype="<u8"),
-        "nbytes": np.array([tensor.nbytes for tensor in tensors], dtype="<u8"),
-        "storage_ptr": np.array([storage.data_ptr() for storage in storages], dtype="<u8"),
-        "storage_nbytes": np.array([storage.nbytes() for storage in storages], dtype="<u8"),
-        "dtype": np.array([dtypes[tensor.dtype] for tensor in tensors], dtype="<u4"),
-        "shape": np.array([shapes[tensor.shape] for tensor in tensors], dtype="<u4"),
-        "stride": np.array([strides[tensor.stride()] for tensor in tensors], dtype="<u4"),
-        "device": np.array([devices[tensor.device] for tensor in tensors], dtype="<u4"),
-        "kind": np.array(
-            [kinds["parameter" if row < parameters else "buffer"] for row in range(len(names))],
-            dtype="<u4",
-        ),
-    }
-    for device, code in devices.items():
-        if device.type == "meta":  # Has a size and no memory.
-            columns["nbytes"][columns["device"] == code] = 0
-            columns["storage_nbytes"][columns["device"] == code] = 0
-    dtype_values = tuple(str(value).removeprefix("torch.") for value in dtypes)
-    device_values = tuple(str(value) for value in devices)
-    kind_values: tuple[Kind, ...] = tuple(kinds)
+    if previous is not None and not thorough and previous.remembered is not None:
+        same = previous.counted_elsewhere == counted_elsewhere
+        if same and previous.remembered.is_current(model):
+            return _again(previous, captured_at)
+    slots = derived_slots(model) if thorough or previous is None else previous.slots
+    found = named_tensors(model, slots)
+    columns, values, unreadable = _columns(found)
+    dtype_values = tuple(str(value).removeprefix("torch.") for value in values["dtype"])
+    device_values = tuple(str(value) for value in values["device"])
+    kind_values: tuple[Kind, ...] = tuple(values["kind"])
     fields: dict[str, Any] = {
-        "rows": len(names),
-        "names": "\n".join(names).encode(),
+        "rows": len(columns["kind"]),
+        "names": "\n".join(values["names"]).encode(errors="backslashreplace"),
         **{name: column.tobytes() for name, column in columns.items()},
         "dtype_values": dtype_values,
-        "shape_values": tuple(tuple(value) for value in shapes),
-        "stride_values": tuple(strides),
+        "shape_values": tuple(map(tuple, values["shape"])),
+        "stride_values": tuple(values["stride"]),
         "device_values": device_values,
         "kind_values": kind_values,
     }
     sha256 = table_sha256(fields)
+    remembered = None
+    if found.plain and not unreadable:
+        remembered = Remembered.of(
+            found,
+            slots,
+            data_ptr=columns["data_ptr"].tolist(),
+            shape=_decoded(columns["shape"], values["shape"]),
+            dtype=_decoded(columns["dtype"], values["dtype"]),
+            storage_ptr=columns["storage_ptr"].tolist(),
+            storage_nbytes=columns["storage_nbytes"].tolist(),
+        )
     if (
         previous is not None
         and previous.table.sha256 == sha256
         and previous.counted_elsewhere == counted_elsewhere
     ):
-        return replace(
-            previous, table=msgspec.structs.replace(previous.table, captured_at=captured_at)
-        )
-    regions = _regions(columns, fields["stride_values"], fields["shape_values"], allocations)
-    usage, counted = _usage(columns, dtype_values, device_values, kind_values, counted_elsewhere)
+        return replace(_again(previous, captured_at), slots=slots, remembered=remembered)
+    map_of_allocations = allocations()
+    regions = _regions(columns, fields["stride_values"], fields["shape_values"], map_of_allocations)
+    usage, counted, stays = _usage(
+        columns, dtype_values, device_values, kind_values, counted_elsewhere, map_of_allocations
+    )
     return WeightCapture(
         table=WeightTable(
             role=role,
@@ -173,32 +138,123 @@ def capture_weights(
                 strict=True,
             )
         ),
+        stays=stays,
+        unreadable=unreadable,
+        slots=slots,
+        remembered=remembered,
     )
+
+
+def _again(capture: WeightCapture, captured_at: float) -> WeightCapture:
+    table = msgspec.structs.replace(capture.table, captured_at=captured_at)
+    return replace(capture, table=table)
 
 
 def storages_of(model: torch.nn.Module) -> frozenset[int]:
     """Addresses of the storages behind a model's tensors, as ``WeightCapture.storages``."""
-    _, tensors, _ = named_tensors(model)
-    return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors) - {0}
+    found = named_tensors(model, derived_slots(model))
+    return frozenset(tensor.untyped_storage().data_ptr() for tensor in found.tensors) - {0}
+
+
+def _decoded(codes: npt.NDArray[Any], values: Iterable[Any]) -> list[Any]:
+    return list(map(list(values).__getitem__, codes.tolist()))
+
+
+def _codes() -> defaultdict[Any, int]:
+    """Numbers values by first appearance, at the speed of a dictionary."""
+    return defaultdict(itertools.count().__next__)
+
+
+def _columns(
+    found: NamedTensors,
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any], tuple[str, ...]]:
+    """Columns, the values that their codes stand for with the names, and what has no row."""
+    names, tensors = found.names, found.tensors
+    kinds: npt.NDArray[Any] = np.zeros(len(tensors), dtype="<u4")
+    kinds[found.parameters :] = 1
+    kinds[found.parameters + found.buffers :] = 2
+    unreadable: tuple[str, ...] = ()
+    try:
+        columns, values = _read(tensors)
+    except Exception:
+        # One of them is strange. Which one is asked only now, because it costs.
+        reasons = list(map(_obstacle, tensors))
+        unreadable = tuple(
+            f"{name}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason
+        )
+        readable = [row for row, reason in enumerate(reasons) if not reason]
+        names = [names[row] for row in readable]
+        kinds = kinds[readable]
+        columns, values = _read([tensors[row] for row in readable])
+    there = np.unique(kinds)
+    columns["kind"] = np.searchsorted(there, kinds).astype("<u4")
+    all_kinds: tuple[Kind, ...] = ("parameter", "buffer", "derived")
+    values["kind"] = [all_kinds[kind] for kind in there.tolist()]
+    values["names"] = names
+    return columns, values, unreadable
+
+
+def _read(tensors: list[torch.Tensor]) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """All columns in one pass: the tensors are not in the processor's caches, and each is fetched
+    once. Storages are not kept as objects."""
+    dtypes, shapes, strides, devices = _codes(), _codes(), _codes(), _codes()
+    addresses = [array("Q") for _ in range(3)]
+    codes = [array("I") for _ in range(4)]
+    data_ptr, storage_ptr, storage_nbytes = (column.append for column in addresses)
+    dtype, shape, stride, device = (column.append for column in codes)
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        data_ptr(tensor.data_ptr())
+        storage_ptr(storage.data_ptr())
+        storage_nbytes(storage.nbytes())
+        dtype(dtypes[tensor.dtype])
+        shape(shapes[tensor.shape])
+        stride(strides[tensor.stride()])
+        device(devices[tensor.device])
+    columns: dict[str, npt.NDArray[Any]] = {}
+    for names, arrays, kind in (
+        (("data_ptr", "storage_ptr", "storage_nbytes"), addresses, "<u8"),
+        (("dtype", "shape", "stride", "device"), codes, "<u4"),
+    ):
+        for name, values in zip(names, arrays, strict=True):
+            columns[name] = np.array(values, dtype=kind)
+    elements = np.array([size.numel() for size in shapes], dtype="<u8")
+    itemsize = np.array([each.itemsize for each in dtypes], dtype="<u8")
+    columns["nbytes"] = elements[columns["shape"]] * itemsize[columns["dtype"]]
+    for each, code in devices.items():
+        if each.type == "meta":  # Has a size and no memory.
+            columns["nbytes"][columns["device"] == code] = 0
+            columns["storage_nbytes"][columns["device"] == code] = 0
+    return columns, {"dtype": dtypes, "shape": shapes, "stride": strides, "device": devices}
+
+
+def _obstacle(tensor: torch.Tensor) -> str:
+    """Why a tensor cannot be a row; empty if it can."""
+    try:
+        _read([tensor])
+    except Exception as error:
+        return f"{type(tensor).__name__} ({' '.join(str(error).split())[:200]})"
+    return ""
 
 
 def _regions(
     columns: dict[str, Any],
     stride_values: tuple[tuple[int, ...], ...],
     shape_values: tuple[tuple[int, ...], ...],
-    allocations: Callable[[], AllocationMap],
+    allocations: AllocationMap,
 ) -> Regions:
-    pairs = list(zip(columns["shape"].tolist(), columns["stride"].tolist(), strict=True))
-    dense = {
-        (shape, stride): _is_dense(shape_values[shape], stride_values[stride])
-        for shape, stride in set(pairs)
-    }
     # The span of a tensor with holes is not its nbytes: its whole storage stands for it.
-    whole = np.array([not dense[pair] for pair in pairs], dtype=bool)
+    pairs = columns["shape"].astype(np.uint64) * max(1, len(stride_values)) + columns["stride"]
+    unique, inverse = np.unique(pairs, return_inverse=True)
+    has_holes = []
+    for pair in unique.tolist():
+        shape, stride = divmod(pair, len(stride_values))
+        has_holes.append(not _is_dense(shape_values[shape], stride_values[stride]))
+    whole = np.array(has_holes, dtype=bool)[inverse.reshape(-1)]
     return merge_spans(
         start=np.where(whole, columns["storage_ptr"], columns["data_ptr"]),
         nbytes=np.where(whole, columns["storage_nbytes"], columns["nbytes"]),
-        allocation=allocations().lookup(columns["storage_ptr"]),
+        allocation=allocations.lookup(columns["storage_ptr"]),
         device=columns["device"],
     )
 
@@ -222,7 +278,9 @@ def _usage(
     device_values: tuple[str, ...],
     kind_values: tuple[Kind, ...],
     counted_elsewhere: frozenset[int],
-) -> tuple[tuple[WeightUsage, ...], frozenset[int]]:
+    allocations: AllocationMap,
+) -> tuple[tuple[WeightUsage, ...], frozenset[int], dict[str, int]]:
+    """Bytes of unique storages, their addresses, and the bytes that stay when others go."""
     group = (columns["device"].astype(np.int64) * len(kind_values) + columns["kind"]) * len(
         dtype_values
     ) + columns["dtype"]
@@ -253,4 +311,8 @@ def _usage(
         for index in range(groups)
         if tensors[index]
     )
-    return usage, frozenset(unique[size > 0].tolist())
+    counted = size > 0
+    stays = allocations.stays(
+        unique[counted], size[counted], columns["device"][first[counted]], device_values
+    )
+    return usage, frozenset(unique[counted].tolist()), stays

@@ -16,8 +16,8 @@ from typing import Any
 
 import msgspec
 
-from sglang_weight_exporter.records import Region, Row
 from sglang_weight_exporter.store.tables import Table
+from sglang_weight_exporter.weight_table import Region, Row
 
 
 class MissingLibraryError(Exception):

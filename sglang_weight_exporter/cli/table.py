@@ -15,13 +15,13 @@ from typing import Any
 
 import msgspec
 
-from sglang_weight_exporter.capture.changes import compare_rows
 from sglang_weight_exporter.cli import formats
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.cli.trace_reader import TraceError, tables_from_trace
-from sglang_weight_exporter.records import CHANGES, Ranks, Row
+from sglang_weight_exporter.records import CHANGES, Ranks
 from sglang_weight_exporter.store.tables import Table, TableError, TableReader, open_tables
 from sglang_weight_exporter.store.weights_metadata import owners, write_files
+from sglang_weight_exporter.weight_table import Row, compare_rows
 
 _SORTS: dict[str, Callable[[Row], Any]] = {
     "name": lambda row: row.name,

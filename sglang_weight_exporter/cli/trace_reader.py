@@ -17,17 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_weight_exporter.records import (
-    Engine,
-    Ranks,
-    Role,
-    Row,
-    TableRef,
-    Update,
-    WeightTable,
-    table_of_rows,
-)
+from sglang_weight_exporter.records import Engine, Ranks, Role, TableRef, Update
 from sglang_weight_exporter.store.tables import Table
+from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows
 
 _PREFIX = "sglang.weights."
 _CODED = ("dtype", "shape", "device")

@@ -29,15 +29,12 @@ from sglang_weight_exporter.export.spans import (
     event_spans,
     selected,
 )
-from sglang_weight_exporter.records import Event, Record, WeightTable
-from sglang_weight_exporter.store.rank import EVENT_BYTES, event_table_file
-from sglang_weight_exporter.store.reader import (
-    RankDirectory,
-    UnreadableError,
-    rank_directories,
-    read,
-)
-from sglang_weight_exporter.store.runtime_dir import RuntimeDir, write_atomically
+from sglang_weight_exporter.records import Event, Record
+from sglang_weight_exporter.store.decoding import UnreadableError
+from sglang_weight_exporter.store.events import EVENT_BYTES
+from sglang_weight_exporter.store.reader import RankDirectory, rank_directories
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.weight_table import WeightTable
 
 logger = logging.getLogger("sglang_weight_exporter")
 
@@ -166,19 +163,19 @@ class Delivery:
     def _waiting(self) -> Iterator[tuple[RankDirectory, Path]]:
         for directory in rank_directories(self._runtime_dir):
             self._count_dropped(directory)
-            for path in directory.events():
+            for path in directory.events.waiting():
                 yield directory, path
 
     def _send(self, directory: RankDirectory, path: Path) -> bool:
         """Whether nothing of this event has to wait any more."""
         try:
-            event = directory.event(path)
+            event = directory.events.event(path)
         except FileNotFoundError:
             return True  # The rank has dropped it in this moment, and counts it.
         except UnreadableError as error:
             self._give_up(path, "unreadable", str(error))
             return True
-        built = self._spans(directory, path, event)
+        built = self._spans(directory, event)
         for span in built.spans:
             if not self._collector.take(partial(_export, span)):
                 self._counts.failures += 1
@@ -191,7 +188,7 @@ class Delivery:
             self._remember(directory, event.role, built.sent)
         return True
 
-    def _spans(self, directory: RankDirectory, path: Path, event: Event) -> EventSpans:
+    def _spans(self, directory: RankDirectory, event: Event) -> EventSpans:
         if not self._table:
             return event_spans(event, None, state="disabled")
         if event.table is None:
@@ -199,33 +196,25 @@ class Delivery:
         sent = self._remembered(directory).get(event.role)
         if sent is not None and sent.sha256 == event.table.sha256:
             return event_spans(event, None, state="unchanged", unchanged_since=sent)
-        table = self._read_table(directory, path, event)
+        table = self._read_table(directory, event)
         if table is None:
             return event_spans(event, None, state="missing")
         if self._names is not None:
             table = selected(table, self._names)
         return event_spans(event, table, state="included")
 
-    def _read_table(self, directory: RankDirectory, path: Path, event: Event) -> WeightTable | None:
-        assert event.table is not None
-        for candidate in (
-            path.with_name(event_table_file(event.table.sha256)),
-            # A rank writes the event before it links the table to it.
-            directory.path / event.table.file,
-        ):
-            try:
-                return read(candidate, WeightTable)
-            except FileNotFoundError:
-                continue
-            except UnreadableError as error:
-                logger.warning("%s", error)
-        return None
+    def _read_table(self, directory: RankDirectory, event: Event) -> WeightTable | None:
+        try:
+            return directory.events.table(event)
+        except FileNotFoundError:
+            return None
+        except UnreadableError as error:
+            logger.warning("%s", error)
+            return None
 
     def _remembered(self, directory: RankDirectory) -> dict[str, SentTable]:
         try:
-            exported = msgspec.json.decode(
-                (directory.path / "exported").read_bytes(), type=_Exported
-            )
+            exported = msgspec.json.decode(directory.exported(), type=_Exported)
         except (OSError, msgspec.DecodeError):
             return {}
         return exported.tables if exported.destination == self._destination else {}
@@ -234,7 +223,7 @@ class Delivery:
         tables = {**self._remembered(directory), role: sent}
         record = _Exported(destination=self._destination, tables=tables)
         try:
-            write_atomically(directory.path / "exported", msgspec.json.encode(record))
+            directory.note_exported(msgspec.json.encode(record))
         except OSError:
             return  # A full disk: the next span carries the table again.
 
@@ -260,18 +249,17 @@ class Delivery:
             if directory.is_alive():
                 continue
             try:
-                status = [path.stat() for path in (directory.path / "events").iterdir()]
+                newest, nbytes = directory.events.size()
             except FileNotFoundError:
                 continue  # Removed in this moment.
-            if status:
-                newest = max(each.st_mtime for each in status)
-                dead.append((newest, sum(each.st_size for each in status), directory))
+            if nbytes:
+                dead.append((newest, nbytes, directory))
         dead.sort(key=lambda entry: entry[0], reverse=True)
         total = 0
         for _, size, directory in dead:
             total += size
             if total > self._dead_bytes:
-                events = directory.events()
+                events = directory.events.waiting()
                 logger.warning(
                     "%d loads and updates of the rank %s, which has ended, are given up: the "
                     "collector at %s did not take them, and more than %d bytes wait.",

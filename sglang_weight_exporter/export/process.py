@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Mapping
 
-import msgspec
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from sglang_weight_exporter import __version__
@@ -32,8 +31,13 @@ from sglang_weight_exporter.export.telemetry import Telemetry
 from sglang_weight_exporter.records import Endpoint as EndpointRecord
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.locks import FileLock
-from sglang_weight_exporter.store.reader import SnapshotReader, rank_directories
-from sglang_weight_exporter.store.runtime_dir import RuntimeDir, write_atomically
+from sglang_weight_exporter.store.reader import (
+    SnapshotReader,
+    rank_directories,
+    remove_endpoint,
+    write_endpoint,
+)
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 logger = logging.getLogger("sglang_weight_exporter")
 
@@ -97,7 +101,7 @@ class Exporter:
             await asyncio.gather(*tasks, stopped, return_exceptions=True)
             self._telemetry.stop()
             with contextlib.suppress(OSError):
-                self._runtime_dir.exporter_file.unlink(missing_ok=True)
+                remove_endpoint(self._runtime_dir)
 
     def _read(self) -> HostView:
         with self._reading:  # A scrape, and the thread that sends metrics.
@@ -140,7 +144,7 @@ class Exporter:
             problem=problem,
         )
         with contextlib.suppress(OSError):  # A full disk: `status` knows less, nothing else does.
-            write_atomically(self._runtime_dir.exporter_file, msgspec.json.encode(record))
+            write_endpoint(self._runtime_dir, record)
 
     async def _look_after_ranks(self) -> None:
         """Remove what dead ranks left, and end some time after the last one."""

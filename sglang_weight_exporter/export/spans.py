@@ -25,15 +25,8 @@ from opentelemetry.trace import Link, SpanContext, TraceFlags
 from opentelemetry.trace.status import Status, StatusCode
 
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.records import (
-    SCHEMA_VERSION,
-    Event,
-    Record,
-    Row,
-    WeightTable,
-    table_of_rows,
-    table_rows,
-)
+from sglang_weight_exporter.records import SCHEMA_VERSION, Event, Record
+from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows, table_rows
 
 #: Of one span event. A collector's gRPC receiver takes messages of 4 MiB, uncompressed.
 EVENT_ROWS = 2_000

@@ -225,14 +225,14 @@ class Telemetry:
 
     def is_done_with(self, directory: RankDirectory) -> bool:
         """Whether what a dead rank left may be removed."""
-        return self._delivery is None or not directory.events()
+        return self._delivery is None or not directory.events.waiting()
 
     def discard(self, directory: RankDirectory) -> None:
         """Without a collector nothing waits for one: let the rank's queue not fill up and count
         events as dropped that nobody asked for."""
         if self._delivery is None:
-            for path in directory.events():
-                path.unlink(missing_ok=True)
+            for path in directory.events.waiting():
+                directory.events.acknowledge(path)
 
 
 def _what_of_the_table(settings: Settings) -> tuple[bool, re.Pattern[str] | None]:

@@ -227,9 +227,22 @@ def _make_observer(installation: Installation) -> Observer:
     # Late: the data model and torch's share of the work are needed in a rank, and not in the
     # HTTP server, the tokenizer and the detokenizer, which import SGLang too.
     from sglang_weight_exporter.hooks.observer import Observer
+    from sglang_weight_exporter.publisher.publisher import Publisher
+    from sglang_weight_exporter.rank import Rank
+    from sglang_weight_exporter.runners.roles import Roles
+    from sglang_weight_exporter.runners.scan import Scan
     from sglang_weight_exporter.settings import Settings
 
     settings, complaints = Settings.from_environ(os.environ)
     for complaint in complaints:
         logger.warning("sglang_weight_exporter: %s", complaint)
-    return Observer(settings=settings, environ=os.environ, installation=installation)
+    roles = Roles(installation.report)
+    return Observer(
+        Rank(
+            roles=roles,
+            scan=Scan(roles, report=installation.report),
+            publisher=Publisher(settings, os.environ, report=installation.report),
+            hooks=installation.states,
+            errors=lambda: dict(installation.errors),
+        )
+    )

@@ -22,7 +22,6 @@ EXPORTER = "sglang.srt.model_executor.model_runner_components.weight_exporter"
 SCHEDULER = "sglang.srt.managers.scheduler"
 SCHEDULER_MIXIN = "sglang.srt.managers.scheduler_update_weights_mixin"
 SCHEDULER_COMPONENT = "sglang.srt.managers.scheduler_components.weight_updater"
-OLD_EPLB_MANAGER = "sglang.srt.managers.eplb_manager"
 EPLB_MANAGER = "sglang.srt.eplb.eplb_manager"
 LOADER = "sglang.srt.model_loader.loader"
 OLD_ENCODER = "sglang.srt.disaggregation.encode_server"
@@ -160,7 +159,7 @@ TARGETS: tuple[Target, ...] = (
     Target("get_model_loader", LOADER, "get_model_loader", "begin_load", "0.4.1"),
     *_everywhere(
         "encoder",
-        "load_encoder",
+        "load_without_runner",
         (
             (OLD_ENCODER, "MMEncoder.__init__", "0.5.7", "0.5.18"),
             (ENCODER, "MMEncoder.__init__", "0.5.19", None),
@@ -179,7 +178,7 @@ TARGETS: tuple[Target, ...] = (
         "weight_cache.export",
         WEIGHT_CACHE_DAEMON,
         "WeightCacheDaemon._export_state",
-        "export_weights",
+        "load_without_runner",
         "0.5.17",
     ),
     Target(

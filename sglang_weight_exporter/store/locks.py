@@ -11,19 +11,27 @@ import weakref
 from pathlib import Path
 from types import TracebackType
 
-#: O_NOFOLLOW: nobody who can write to a shared temporary directory may make us open his file.
-_OPEN_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+from sglang_weight_exporter.store.files import Directory
 
 
 class FileLock:
     """An ``flock`` on a file of its own, in one of two modes.
 
     A lock belongs to the open file and a forked child shares it, so a child that outlives its
-    parent would keep a dead rank alive: the child's copy is closed at fork.
+    parent would keep a dead rank alive: the child's copy is closed at fork. It means nothing once
+    another file is at the path, because others lock that one: such a lock is never taken, and
+    :meth:`is_current` tells of one that was taken before.
+
+    ``directory``: where the file is, opened; ``path`` is then for messages. ``create``: off, the
+    file must be there.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, *, directory: Directory | None = None, create: bool = True
+    ) -> None:
         self.path = path
+        self._directory = directory
+        self._flags = os.O_RDWR | (os.O_CREAT if create else 0)
         self._descriptor: int | None = None
         close = weakref.WeakMethod(self.close)
 
@@ -41,19 +49,51 @@ class FileLock:
         """
         if self._descriptor is not None:
             raise RuntimeError(f"{self.path} is locked by this object already.")
-        descriptor = os.open(self.path, _OPEN_FLAGS, 0o600)
         operation = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | (
             0 if block else fcntl.LOCK_NB
         )
+        while True:
+            descriptor = self._open()
+            try:
+                fcntl.flock(descriptor, operation)
+                current = self._is_at_path(descriptor)
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno == errno.EWOULDBLOCK:
+                    return False
+                raise
+            if current:
+                self._descriptor = descriptor
+                return True
+            os.close(descriptor)  # Its directory was removed and made again meanwhile.
+
+    def _open(self) -> int:
+        if self._directory is not None:
+            return self._directory.open_file(self.path.name, self._flags)
+        return os.open(self.path, self._flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+    def _is_at_path(self, descriptor: int) -> bool:
+        ours = os.fstat(descriptor)
         try:
-            fcntl.flock(descriptor, operation)
-        except OSError as error:
-            os.close(descriptor)
-            if error.errno == errno.EWOULDBLOCK:
-                return False
-            raise
+            if self._directory is not None:
+                there = self._directory.file_status(self.path.name)
+            else:
+                there = self.path.lstat()
+        except FileNotFoundError:
+            return False
+        return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+
+    def is_current(self) -> bool:
+        """Whether the lock is held, on the file that others would lock too."""
+        try:
+            return self._descriptor is not None and self._is_at_path(self._descriptor)
+        except OSError:
+            return True  # It cannot be told, so nothing is known to be wrong.
+
+    def adopt(self, descriptor: int) -> None:
+        """Own a lock that another process has taken and handed down."""
+        os.set_inheritable(descriptor, False)
         self._descriptor = descriptor
-        return True
 
     @property
     def held(self) -> bool:
@@ -96,7 +136,8 @@ def is_held(path: Path) -> bool:
     see each other.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        # O_NONBLOCK: a FIFO of this name would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return False
     try:

@@ -6,22 +6,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
-from collections import deque
-from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 
-from sglang_weight_exporter.records import Event, Snapshot, WeightTable
+from sglang_weight_exporter.records import Event, Snapshot
+from sglang_weight_exporter.store.events import EVENT_BYTES, EVENT_COUNT, EventQueue
+from sglang_weight_exporter.store.files import Directory
 from sglang_weight_exporter.store.locks import FileLock
-from sglang_weight_exporter.store.runtime_dir import RuntimeDir, write_atomically
-
-#: How much may wait for a collector that does not answer. Events share a table that did not
-#: change, so a thousand reloads in place fit into a megabyte.
-EVENT_BYTES = 64 * 2**20
-EVENT_COUNT = 1000
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
+from sglang_weight_exporter.weight_table import WeightTable
 
 
 def table_file(role: str, sha256: str) -> str:
@@ -29,26 +23,13 @@ def table_file(role: str, sha256: str) -> str:
     return f"{role}-{sha256[:16]}.table"
 
 
-def event_file(number: int, sha256: str) -> str:
-    """Name of an event's file: sorts by number and names the table it belongs to."""
-    return f"{number:012d}-{sha256[:16] or 'none'}.event"
-
-
-def event_table_file(sha256: str) -> str:
-    """Name under which the directory of events keeps a table that an event refers to."""
-    return f"{sha256[:16]}.table"
-
-
-def table_of(event: Path) -> str:
-    """Stem of the table file that an event's file names."""
-    return event.stem.partition("-")[2]
-
-
 class RankStore:
     """One rank's directory, made and locked; removed by the exporter process after its death.
 
-    Methods raise ``OSError`` when the file system does not let them write; what they would have
-    replaced is then gone as well, because an old number is worse than none.
+    Methods raise ``OSError`` when the file system does not let them write; a snapshot that would
+    have been replaced is then gone as well, because an old number is worse than none. A directory
+    that has vanished is made anew (a session manager removes ``$XDG_RUNTIME_DIR`` when its user
+    logs out, also while an engine goes on in the background).
     """
 
     def __init__(
@@ -61,113 +42,112 @@ class RankStore:
     ) -> None:
         self.runtime_dir = runtime_dir
         self.rank_id = rank_id
-        self.directory = runtime_dir.ranks / rank_id
-        self.events_dropped = 0
-        self._event_bytes = event_bytes
-        self._event_count = event_count
+        self.path = runtime_dir.ranks / rank_id
         self._encode = msgspec.msgpack.Encoder().encode
-        self._create()
+        self._directory = self._make()
+        events = self._directory.open_directory("events")
+        self._events = EventQueue(events, event_bytes=event_bytes, event_count=event_count)
+        #: Files of tables that are in the directory.
+        self._tables: set[str] = set()
 
-    def _create(self) -> None:
+    def _make(self) -> Directory:
         """Make the directory under a hidden name and show it once its lock is held: whoever
         sees it sees it alive."""
-        hidden = self.runtime_dir.ranks / f".{self.rank_id}"
-        shutil.rmtree(hidden, ignore_errors=True)
-        (hidden / "events").mkdir(parents=True, mode=0o700)
-        hidden.chmod(0o700)
-        self.lock = FileLock(hidden / "lock")
-        self.lock.acquire()
-        (hidden / "table.lock").touch(mode=0o600)  # Here for readers before the first update.
-        self.table_lock = FileLock(self.directory / "table.lock")
-        hidden.rename(self.directory)
+        ranks = self.runtime_dir.open_ranks()
+        hidden = f".{self.rank_id}"
+        ranks.remove_directory(hidden)
+        directory = ranks.open_directory(hidden, make=True)
+        directory.open_directory("events", make=True).close()
+        lock = FileLock(self.path / "lock", directory=directory)
+        lock.acquire()
+        table_lock = FileLock(self.path / "table.lock", directory=directory)
+        table_lock.acquire()  # Here for readers before the first update.
+        table_lock.release()
+        ranks.rename(hidden, self.rank_id)
+        self._lock, self._table_lock = lock, table_lock
+        return directory
+
+    @property
+    def events_dropped(self) -> int:
+        """Events that had to make room for newer ones."""
+        return self._events.dropped
 
     def write_snapshot(self, snapshot: Snapshot) -> None:
         """Replace the snapshot, and remove tables that it no longer names."""
-        self._write(self.directory / "snapshot", self._encode(snapshot))
+        self._come_back()
+        try:
+            self._directory.write("snapshot", self._encode(snapshot))
+        except OSError:
+            self.withdraw()
+            raise
         keep = {role.table.file for role in snapshot.roles if role.table is not None}
-        for entry in os.scandir(self.directory):
-            if entry.name.endswith(".table") and entry.name not in keep:
-                Path(entry.path).unlink(missing_ok=True)
+        for file in self._tables - keep:
+            self._directory.remove(file)
+            self._tables.discard(file)
 
     def write_table(self, table: WeightTable) -> str:
         """Keep a table; returns its file's name. Takes effect with the next snapshot."""
-        name = table_file(table.role, table.sha256)
-        path = self.directory / name
-        if not path.exists():
-            self._write(path, self._encode(table))
-        return name
+        self._come_back()
+        file = table_file(table.role, table.sha256)
+        if file not in self._tables:
+            self._directory.write(file, self._encode(table))
+            self._tables.add(file)
+        return file
 
-    def lock_table(self, *, wait_seconds: float = 0.0) -> None:
+    def append_event(self, event: Event, table: WeightTable | None) -> None:
+        """Queue an event with the table after it; the oldest ones make room."""
+        self._come_back()
+        beside = None
+        if table is not None and (file := table_file(table.role, table.sha256)) in self._tables:
+            beside = (self._directory, file)
+        self._events.append(event, table, beside=beside)
+
+    def withdraw(self) -> None:
+        """Say nothing rather than something old. Where the file system does not even let us
+        remove, the rank is given up for dead until it can be written again."""
+        try:
+            self._directory.remove("snapshot")
+        except OSError:
+            self._lock.release()
+
+    def lock_table(self, *, wait_seconds: float = 0.0) -> float:
         """Keep readers of tables out while weights are written; does nothing if they are out.
 
         An update waits for readers for so long and not longer, and then goes on without the lock:
-        a reader that is still in there finds out from the snapshot.
+        a reader that is still in there finds out from the snapshot. Returns the seconds waited.
         """
-        deadline = time.monotonic() + wait_seconds
+        started = time.monotonic()
         with contextlib.suppress(OSError):
-            while not self.table_lock.held and not self.table_lock.acquire():
-                if time.monotonic() >= deadline:
-                    return
+            while not self._table_lock.held and not self._table_lock.acquire():
+                if time.monotonic() >= started + wait_seconds:
+                    break
                 time.sleep(0.001)
+        return time.monotonic() - started
 
     def unlock_table(self) -> None:
         """Let readers in again."""
-        self.table_lock.release()
-
-    def append_event(self, event: Event) -> None:
-        """Queue an event; the oldest ones make room and are counted as dropped."""
-        events = self.directory / "events"
-        sha256 = "" if event.table is None else event.table.sha256
-        self._write(events / event_file(event.number, sha256), self._encode(event))
-        if event.table is not None:
-            with contextlib.suppress(FileExistsError):
-                os.link(self.directory / event.table.file, events / event_table_file(sha256))
-        self._drop_oldest(events)
-
-    def _drop_oldest(self, directory: Path) -> None:
-        # The directory itself is the queue: the exporter process takes events out of it, and only
-        # this side removes tables, so that none goes while a new event begins to refer to it.
-        sizes = {Path(entry.path): entry.stat().st_size for entry in os.scandir(directory)}
-        events = deque(sorted(path for path in sizes if path.suffix == ".event"))
-        tables = {path.stem: path for path in sizes if path.suffix == ".table"}
-        while True:
-            needed = {table_of(path) for path in events}
-            for stem in tables.keys() - needed:
-                path = tables.pop(stem)
-                path.unlink(missing_ok=True)
-            size = sum(sizes[path] for path in (*events, *tables.values()))
-            if len(events) <= 1 or (size <= self._event_bytes and len(events) <= self._event_count):
-                return
-            try:
-                events.popleft().unlink()
-            except FileNotFoundError:
-                continue  # Exported in this moment.
-            self.events_dropped += 1
-
-    def remove_snapshot(self) -> None:
-        """Say nothing rather than something old."""
-        (self.directory / "snapshot").unlink(missing_ok=True)
+        self._table_lock.release()
 
     def close(self) -> None:
         """Leave: the next look at the runtime directory finds this rank dead."""
-        self.lock.release()
+        self._lock.release()
 
-    def _write(self, path: Path, content: bytes) -> None:
-        try:
-            self._retrying(lambda: write_atomically(path, content))
-        except OSError:
-            self.remove_snapshot()
-            raise
-
-    def _retrying(self, write: Callable[[], None]) -> None:
-        try:
-            write()
-        except FileNotFoundError:
-            # The directory is gone: a session manager removes $XDG_RUNTIME_DIR when its user
-            # logs out, also while an engine goes on in the background.
-            if self.directory.exists():
-                raise
-            self.lock.close()
+    def _come_back(self) -> None:
+        """Be alive, in a directory that is there."""
+        if self._directory.is_at(self.path):
+            if self._lock.held:
+                return
+            with contextlib.suppress(OSError):  # Given up before, and perhaps removed just now.
+                if self._lock.acquire() and self._directory.is_at(self.path):
+                    return
+        self._lock.close()
+        self._table_lock.close()
+        with contextlib.suppress(RuntimeDirError):  # Its reason is the next line's, in short.
             RuntimeDir.open(self.runtime_dir.path, os.environ)
-            self._create()
-            write()
+        try:
+            directory = self._make()
+        except RuntimeDirError as error:
+            raise OSError(str(error)) from error
+        self._directory = directory
+        self._tables.clear()
+        self._events.move(directory.open_directory("events"))

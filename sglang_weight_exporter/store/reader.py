@@ -4,57 +4,23 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
-from sglang_weight_exporter.records import (
-    SCHEMA_VERSION,
-    Endpoint,
-    Event,
-    Record,
-    Snapshot,
-    WeightTable,
-)
-from sglang_weight_exporter.store.locks import is_held
+from sglang_weight_exporter.records import Endpoint, Snapshot
+from sglang_weight_exporter.store.decoding import UnreadableError, read
+from sglang_weight_exporter.store.events import WaitingEvents
+from sglang_weight_exporter.store.files import Directory, read_file, write_atomically
+from sglang_weight_exporter.store.locks import FileLock, is_held
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.weight_table import WeightTable
 
-AnyRecord = TypeVar("AnyRecord", bound=Record)
-
-
-class UnreadableError(Exception):
-    """A file is damaged or of another version; the message names it and says what to do."""
-
-
-class _Version(msgspec.Struct):
-    schema: int
-
-
-def decode(content: bytes, kind: type[AnyRecord], path: Path) -> AnyRecord:
-    """A record from a file's content. Raises :class:`UnreadableError`."""
-    try:
-        version = msgspec.msgpack.decode(content, type=_Version).schema
-        if version != SCHEMA_VERSION:
-            raise UnreadableError(
-                f"{path} was written by another version of sglang-weight-exporter (schema "
-                f"{version}, this one reads {SCHEMA_VERSION}), so its rank is left out. Install "
-                f"the same version beside SGLang and where the exporter process runs."
-            )
-        return msgspec.msgpack.decode(content, type=kind)
-    except msgspec.DecodeError as error:
-        raise UnreadableError(
-            f"{path} is damaged ({error}), so it is left out. "
-            f"The next update of its rank writes it anew."
-        ) from error
-
-
-def read(path: Path, kind: type[AnyRecord]) -> AnyRecord:
-    """The record in a file. Raises ``OSError`` and :class:`UnreadableError`."""
-    return decode(path.read_bytes(), kind, path)
+#: Of what the exporter process keeps for itself.
+_LARGEST_NOTE = 2**20
 
 
 @dataclass(frozen=True)
@@ -76,16 +42,27 @@ class RankDirectory:
     def table(self, file: str) -> WeightTable:
         return read(self.path / file, WeightTable)
 
-    def events(self) -> list[Path]:
-        """Files of waiting events, oldest first."""
-        return sorted((self.path / "events").glob("*.event"))
+    @property
+    def events(self) -> WaitingEvents:
+        """Loads and updates that wait to be exported."""
+        return WaitingEvents(self.path / "events")
 
-    def event(self, path: Path) -> Event:
-        return read(path, Event)
+    def exported(self) -> bytes:
+        """What the exporter process noted of its last export. Raises ``OSError``."""
+        return read_file(self.path / "exported", _LARGEST_NOTE)
+
+    def note_exported(self, content: bytes) -> None:
+        """Raises ``OSError``."""
+        write_atomically(self.path / "exported", content)
 
     def remove(self) -> None:
-        """Remove what a dead rank left."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Remove what a dead rank left. One that has come back meanwhile is left alone."""
+        with contextlib.suppress(OSError):
+            ranks = Directory.open(self.path.parent)
+            lock = FileLock(self.path / "lock", create=False)
+            if lock.acquire():
+                ranks.remove_directory(self.path.name)
+                lock.release()
 
 
 def rank_directories(runtime_dir: RuntimeDir) -> Iterator[RankDirectory]:
@@ -104,9 +81,21 @@ def read_endpoint(runtime_dir: RuntimeDir) -> Endpoint | None:
     if not is_held(runtime_dir.exporter_lock):
         return None
     try:
-        return msgspec.json.decode(runtime_dir.exporter_file.read_bytes(), type=Endpoint)
+        return msgspec.json.decode(
+            read_file(runtime_dir.exporter_file, _LARGEST_NOTE), type=Endpoint
+        )
     except (OSError, msgspec.DecodeError):
         return None
+
+
+def write_endpoint(runtime_dir: RuntimeDir, endpoint: Endpoint) -> None:
+    """Say where the exporter process serves. Raises ``OSError``."""
+    write_atomically(runtime_dir.exporter_file, msgspec.json.encode(endpoint))
+
+
+def remove_endpoint(runtime_dir: RuntimeDir) -> None:
+    """The exporter process ends. Raises ``OSError``."""
+    runtime_dir.exporter_file.unlink(missing_ok=True)
 
 
 @dataclass

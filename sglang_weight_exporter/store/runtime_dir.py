@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from sglang_weight_exporter.store.files import Directory
+
 VARIABLE = "SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR"
 
 
@@ -18,11 +20,23 @@ class RuntimeDirError(Exception):
 
 
 def default_path(environ: Mapping[str, str], uid: int) -> Path:
-    """``$XDG_RUNTIME_DIR/sglang-weight-exporter``, else one of the user's own in ``/tmp``."""
+    """``$XDG_RUNTIME_DIR/sglang-weight-exporter``, else one of the user's own in ``/tmp``.
+
+    ``su`` and ``sudo`` leave another user's ``XDG_RUNTIME_DIR`` in place, who can do there what he
+    likes: only one that belongs to this user is taken.
+    """
     xdg = environ.get("XDG_RUNTIME_DIR", "")
-    if xdg and Path(xdg).is_dir() and os.access(xdg, os.W_OK):
+    if xdg and _belongs_to(Path(xdg), uid) and os.access(xdg, os.W_OK):
         return Path(xdg) / "sglang-weight-exporter"
     return Path(tempfile.gettempdir()) / f"sglang-weight-exporter-{uid}"
+
+
+def _belongs_to(path: Path, uid: int) -> bool:
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == uid
 
 
 class RuntimeDir:
@@ -44,33 +58,31 @@ class RuntimeDir:
             if path is not None:
                 directory.path.parent.mkdir(parents=True, exist_ok=True)
             directory.path.mkdir(mode=0o700, exist_ok=True)
-            directory._check(uid)
-            directory.ranks.mkdir(mode=0o700, exist_ok=True)
+            directory.open_ranks()
         except OSError as error:
-            if os.path.lexists(directory.path):
-                directory._check(uid)
+            problem = directory._problem(uid)
+            if problem:
+                raise _untrusted(directory.path, problem) from error
             raise RuntimeDirError(
                 f"The runtime directory {directory.path} cannot be made ({error.strerror}), so "
                 f"nothing is published. Set {VARIABLE} to a directory that this user can write to."
             ) from error
         return directory
 
-    def _check(self, uid: int) -> None:
-        status = self.path.lstat()
-        if stat.S_ISLNK(status.st_mode):
-            problem = "is a symbolic link"
-        elif not stat.S_ISDIR(status.st_mode):
-            problem = "is not a directory"
-        elif status.st_uid != uid:
-            problem = f"belongs to the user with id {status.st_uid} and not to {uid}"
-        elif status.st_mode & 0o077:
-            problem = f"is open to others (mode {stat.S_IMODE(status.st_mode):04o}, not 0700)"
-        else:
-            return
-        raise RuntimeDirError(
-            f"The runtime directory {self.path} {problem}, so nothing is written to it. "
-            f"Remove it or mend it, or set {VARIABLE} to another directory."
-        )
+    def open_ranks(self) -> Directory:
+        """The directory of the ranks' directories, opened from one that was checked when it was
+        open. Raises ``OSError`` and :class:`RuntimeDirError`."""
+        root = Directory.open(self.path)
+        problem = _problem_with(root.status(), os.getuid())
+        if problem:
+            raise _untrusted(self.path, problem)
+        return root.open_directory(self.ranks.name, make=True)
+
+    def _problem(self, uid: int) -> str:
+        try:
+            return _problem_with(self.path.lstat(), uid)
+        except OSError:
+            return ""
 
     @property
     def ranks(self) -> Path:
@@ -89,21 +101,21 @@ class RuntimeDir:
         return self.path / "engines.lock"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace ``path`` by a file of mode 0600 with this content; on failure nothing is left.
+def _problem_with(status: os.stat_result, uid: int) -> str:
+    """Why a directory is not to be trusted; empty if it is."""
+    if stat.S_ISLNK(status.st_mode):
+        return "is a symbolic link"
+    if not stat.S_ISDIR(status.st_mode):
+        return "is not a directory"
+    if status.st_uid != uid:
+        return f"belongs to the user with id {status.st_uid} and not to {uid}"
+    if status.st_mode & 0o077:
+        return f"is open to others (mode {stat.S_IMODE(status.st_mode):04o}, not 0700)"
+    return ""
 
-    Not synced to disk: what a rank says of itself need not survive the machine.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(
-        temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+
+def _untrusted(path: Path, problem: str) -> RuntimeDirError:
+    return RuntimeDirError(
+        f"The runtime directory {path} {problem}, so nothing is written to it. "
+        f"Remove it or mend it, or set {VARIABLE} to another directory."
     )
-    try:
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
-            view = memoryview(content)
-            while view:
-                view = view[file.write(view) :]
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -21,25 +21,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_weight_exporter.records import (
-    Engine,
-    Ranks,
-    Region,
-    Role,
-    Row,
-    Snapshot,
-    TableRef,
-    WeightTable,
-    table_regions,
-    table_rows,
-)
-from sglang_weight_exporter.store.reader import (
-    RankDirectory,
-    SnapshotReader,
-    UnreadableError,
-    decode,
-)
+from sglang_weight_exporter.records import Engine, Ranks, Role, Snapshot, TableRef
+from sglang_weight_exporter.store.decoding import LARGEST_FILE, UnreadableError, decode
+from sglang_weight_exporter.store.files import read_file
+from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import VARIABLE, RuntimeDir
+from sglang_weight_exporter.weight_table import Region, Row, WeightTable, table_regions, table_rows
 
 #: A reader that waits looks again after a tenth of the time it has waited, in these bounds
 #: (seconds): it is told late by that much. A look after a sleep takes 0.4 ms, with cold caches,
@@ -166,7 +153,7 @@ class TableReader:
         clock, in one inode after the other, look the same.
         """
         path = self.directory.path / "snapshot"
-        content = path.read_bytes()
+        content = read_file(path, LARGEST_FILE)
         last = self._last_snapshot
         if last is None or last[0] != content:
             self._last_snapshot = last = (content, decode(content, Snapshot, path))

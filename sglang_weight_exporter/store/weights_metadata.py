@@ -27,10 +27,10 @@ from typing import Any
 
 import msgspec
 
-from sglang_weight_exporter.records import Row
+from sglang_weight_exporter.store.files import write_atomically
 from sglang_weight_exporter.store.locks import FileLock
-from sglang_weight_exporter.store.runtime_dir import write_atomically
 from sglang_weight_exporter.store.tables import Table
+from sglang_weight_exporter.weight_table import Row
 
 _GIB = 2**30
 

@@ -14,7 +14,8 @@ pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from sglang_weight_exporter.capture.regions import AllocationMap, merge_spans  # noqa: E402
+from sglang_weight_exporter.capture.allocations import AllocationMap  # noqa: E402
+from sglang_weight_exporter.capture.regions import merge_spans  # noqa: E402
 
 Span = tuple[int, int, int, int]  # device, allocation, start, nbytes
 
@@ -115,10 +116,7 @@ def test_a_storage_belongs_to_the_allocation_around_it_or_stands_alone(
             kept.append((start, end))
     addresses += [start for start, _ in kept] + [end - 1 for _, end in kept]
     addresses += [end for _, end in kept]
-    allocation_map = AllocationMap(
-        start=np.array([start for start, _ in kept], dtype=np.uint64),
-        end=np.array([end for _, end in kept], dtype=np.uint64),
-    )
+    allocation_map = AllocationMap.of_spans([(start, end, False) for start, end in kept])
     expected = [
         next((start for start, end in kept if start <= address < end), address)
         for address in addresses
@@ -135,3 +133,26 @@ def test_neighbouring_allocations_are_not_merged() -> None:
 
 def test_neighbours_in_one_allocation_are_merged() -> None:
     assert merged([(0, 4096, 4096, 1024), (0, 4096, 5120, 1024)]) == [(0, 4096, 2048)]
+
+
+GPU_REGION, GPU_OTHER = (4096, 8192, True), (16384, 32768, False)
+
+
+def stays(spans: list[tuple[int, int, bool]], storages: dict[int, int]) -> dict[str, int]:
+    """Of storages on a GPU, by address and bytes, beside one of 64 bytes on the CPU."""
+    return AllocationMap.of_spans(spans).stays(
+        np.array([*storages, 1 << 40], dtype=np.uint64),
+        np.array([*storages.values(), 64], dtype=np.uint64),
+        np.array([*[0] * len(storages), 1], dtype=np.uint32),
+        ("cuda:0", "cpu"),
+    )
+
+
+def test_what_lies_outside_of_the_savers_regions_keeps_its_memory() -> None:
+    inside, outside, of_no_segment = {4096: 1024, 5120: 512}, {16384: 256}, {1 << 30: 128}
+    found = stays([GPU_REGION, GPU_OTHER], inside | outside | of_no_segment)
+    assert found == {"cuda:0": 256 + 128, "cpu": 64}
+
+
+def test_a_saver_whose_regions_cannot_be_told_apart_releases_the_whole_gpu() -> None:
+    assert stays([GPU_OTHER], {16384: 256}) == {"cuda:0": 0, "cpu": 64}

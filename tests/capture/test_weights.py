@@ -13,12 +13,12 @@ import random  # noqa: E402
 from collections.abc import Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
+from sglang_weight_exporter.capture.tensors import named_tensors  # noqa: E402
 from sglang_weight_exporter.capture.weights import (  # noqa: E402
     WeightCapture,
     capture_weights,
-    named_tensors,
 )
-from sglang_weight_exporter.records import Row, table_regions, table_rows  # noqa: E402
+from sglang_weight_exporter.weight_table import Row, table_regions, table_rows  # noqa: E402
 
 
 def capture(model: Any, **options: Any) -> WeightCapture:
@@ -285,6 +285,6 @@ def test_bytes_are_those_of_unique_storages_whatever_the_model() -> None:
         model = module(**tensors)
         used = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for tensor in named_tensors(model)[1]
+            for tensor in named_tensors(model).tensors
         }
         assert nbytes(model) == sum(used.values())

@@ -132,8 +132,6 @@ def rank(runtime_dir: RuntimeDir) -> Iterator[RankStore]:
         Snapshot(
             rank_id="rank",
             pid=os.getpid(),
-            generation=1,
-            written_at=1.0,
             started_at=1.0,
             engine=Engine(name="30000", instance="one", model_name='a \\ "model"'),
             ranks=Ranks(tp=3),

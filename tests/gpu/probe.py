@@ -135,7 +135,7 @@ class Probe:
 
     def costs(self) -> dict[str, float]:
         """Median milliseconds of the package's own functions, and how much they looked at."""
-        from sglang_weight_exporter.capture.regions import AllocationMap
+        from sglang_weight_exporter.capture.allocations import AllocationMap
         from sglang_weight_exporter.capture.weights import capture_weights, named_tensors
 
         model = self._runner(draft=False).model

@@ -20,7 +20,7 @@ import json, sys
 from array import array
 import torch
 import torch.multiprocessing as multiprocessing
-from sglang_weight_exporter.capture.regions import AllocationMap
+from sglang_weight_exporter.capture.allocations import AllocationMap
 from sglang_weight_exporter.capture.weights import capture_weights
 
 def look(tensors):

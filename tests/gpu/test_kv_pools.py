@@ -167,7 +167,6 @@ def test_a_pool_is_what_torch_allocated_for_it(name: str, record_property: Recor
     if importlib.util.find_spec("sglang") is None:
         pytest.skip("needs SGLang 0.5.17 or later")
     import torch
-
     from sglang_weight_exporter.hooks.pools import kv_pools
 
     gc.collect()

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sglang_weight_exporter.capture.allocations import AllocationMap
 from sglang_weight_exporter.hooks.install import Installation
 from sglang_weight_exporter.hooks.observer import Observer
 from sglang_weight_exporter.hooks.targets import (
@@ -27,6 +28,8 @@ from sglang_weight_exporter.hooks.targets import (
     TARGETS,
     UPDATER,
 )
+from sglang_weight_exporter.publisher.publisher import Publisher
+from sglang_weight_exporter.rank import Rank as SglangRank
 from sglang_weight_exporter.records import (
     Event,
     Role,
@@ -35,6 +38,8 @@ from sglang_weight_exporter.records import (
     UpdateInProgress,
     WeightUsage,
 )
+from sglang_weight_exporter.runners.roles import Roles
+from sglang_weight_exporter.runners.scan import Scan
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -59,6 +64,7 @@ class Rank:
     def __init__(self, directory: Path) -> None:
         self.clock = Clock()
         self.directory = directory
+        self.allocations = AllocationMap.of_storages()
         self.installation = Installation(TARGETS, self._observer)
         self.runners = self.hook(RUNNER, ModelRunner)
         self.updaters = self.hook(UPDATER, WeightUpdater)
@@ -67,8 +73,22 @@ class Rank:
 
     def _observer(self, installation: Installation) -> Observer:
         settings = Settings(runtime_dir=self.directory, serve=False)
+        roles = Roles(installation.report)
+        scan = Scan(
+            roles,
+            report=installation.report,
+            clock=self.clock,
+            allocations=lambda device: self.allocations,
+        )
         return Observer(
-            settings=settings, environ=os.environ, installation=installation, clock=self.clock
+            SglangRank(
+                roles=roles,
+                scan=scan,
+                publisher=Publisher(settings, os.environ, report=installation.report),
+                hooks=installation.states,
+                errors=lambda: dict(installation.errors),
+                clock=self.clock,
+            )
         )
 
     def hook(self, place: str, thing: Any) -> Any:
@@ -124,7 +144,7 @@ class Rank:
 
     def events(self) -> list[Event]:
         ((directory, _),) = SnapshotReader(RuntimeDir.open(self.directory, os.environ)).read()
-        return [directory.event(path) for path in directory.events()]
+        return [directory.events.event(path) for path in directory.events.waiting()]
 
 
 class WeightCacheDaemon:

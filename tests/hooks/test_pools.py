@@ -19,7 +19,6 @@ from typing import Any
 import pytest
 import torch
 from engines import PREFIX, Installation
-
 from sglang_weight_exporter.hooks.pools import kv_pools
 
 #: Pool → the labels of its parts, and the releases of CI that have it.

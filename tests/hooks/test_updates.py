@@ -24,7 +24,7 @@ from hooks.standins import (
     model,
 )
 
-from sglang_weight_exporter.hooks.observer import IDLE_SECONDS
+from sglang_weight_exporter.capture.allocations import AllocationMap
 from sglang_weight_exporter.hooks.targets import (
     EPLB_MANAGER,
     EXPORTER,
@@ -33,6 +33,7 @@ from sglang_weight_exporter.hooks.targets import (
     SCHEDULER,
     WEIGHT_CACHE_DAEMON,
 )
+from sglang_weight_exporter.ledger import IDLE_SECONDS
 
 
 @pytest.fixture
@@ -395,9 +396,8 @@ def test_a_draft_adds_only_what_it_does_not_share(rank: Rank) -> None:
 
 
 def test_drafts_of_several_layers_have_roles_of_their_own(rank: Rank) -> None:
-    rank.runner()
-    for index in range(3):
-        rank.runner(is_draft_worker=True, draft_model_idx=index)
+    runners = [rank.runner()]
+    runners += [rank.runner(is_draft_worker=True, draft_model_idx=index) for index in range(3)]
     names = [role.name for role in rank.snapshot().roles]
     assert names == ["target", "draft_0", "draft_1", "draft_2"]
 
@@ -450,6 +450,22 @@ def test_a_daemon_is_a_rank_of_its_own(
 # Memory that is given back.
 
 
+class OnGpu(AllocationMap):
+    """All of the memory saver's regions: its releases need a GPU."""
+
+    def stays(
+        self, ptr: Any, nbytes: Any, device: Any, device_values: tuple[str, ...]
+    ) -> dict[str, int]:
+        return dict.fromkeys(device_values, 0)
+
+
+def test_weights_that_are_not_on_a_gpu_stay_when_those_of_the_gpu_are_released(rank: Rank) -> None:
+    runner = rank.runner(memory_saver_adapter=SimpleNamespace(enabled=True))
+    everything = sum(part.nbytes for part in rank.weights())
+    rank.scheduler(runner).release_memory_occupation(Request(tags=["weights"]))
+    assert rank.role().resident == {"cpu": everything}
+
+
 @pytest.mark.parametrize(
     ("adapter", "tags", "resident"),
     [
@@ -464,6 +480,7 @@ def test_a_daemon_is_a_rank_of_its_own(
 def test_released_weights_keep_their_bytes_and_have_none_resident(
     rank: Rank, adapter: Any, tags: list[str] | None, resident: int | None
 ) -> None:
+    rank.allocations = OnGpu.of_storages()
     runner = rank.runner(memory_saver_adapter=adapter)
     scheduler = rank.scheduler(runner)
     before = rank.weights()

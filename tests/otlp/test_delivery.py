@@ -81,7 +81,7 @@ def test_events_of_a_rank_that_has_died_arrive(
     rank.store.close()
     start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}")
     eventually(lambda: len(backend.spans()) == 1, what="the span")
-    eventually(lambda: not rank.store.directory.exists(), what="removed")
+    eventually(lambda: not rank.store.path.exists(), what="removed")
 
 
 def test_a_span_that_is_refused_does_not_keep_others_waiting(
@@ -122,7 +122,7 @@ def test_a_damaged_event_is_counted_and_the_others_arrive(
 ) -> None:
     rank.load(rows(10))
     rank.update()
-    (rank.store.directory / "events" / rank.waiting()[0]).write_bytes(b"damaged")
+    (rank.store.path / "events" / rank.waiting()[0]).write_bytes(b"damaged")
     exporter = start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}")
     eventually(lambda: not rank.waiting(), what="nothing waiting")
     assert [span.name for span in backend.spans()] == ["sglang.weights.update"]

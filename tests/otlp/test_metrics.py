@@ -59,8 +59,6 @@ class BusyRank(Rank):
             Snapshot(
                 rank_id=self.rank_id,
                 pid=os.getpid(),
-                generation=1,
-                written_at=now,
                 started_at=now - 100,
                 engine=self.engine,
                 ranks=self.ranks,

@@ -14,7 +14,7 @@ from engines import eventually
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from ranks import ExporterProcess, Rank, rows
 
-from sglang_weight_exporter.records import Row
+from sglang_weight_exporter.weight_table import Row
 
 StartExporter = Callable[..., ExporterProcess]
 PROTOCOLS = ("grpc", "http/protobuf")

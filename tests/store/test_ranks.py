@@ -29,18 +29,14 @@ from sglang_weight_exporter.records import (
     Snapshot,
     TableRef,
     Update,
-    WeightTable,
 )
 from sglang_weight_exporter.store.claims import claim_engine_name
+from sglang_weight_exporter.store.decoding import UnreadableError, read
 from sglang_weight_exporter.store.locks import FileLock, is_held
 from sglang_weight_exporter.store.rank import RankStore
-from sglang_weight_exporter.store.reader import (
-    SnapshotReader,
-    UnreadableError,
-    rank_directories,
-    read,
-)
+from sglang_weight_exporter.store.reader import SnapshotReader, rank_directories
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.weight_table import WeightTable
 
 
 @pytest.fixture
@@ -48,12 +44,11 @@ def runtime_dir(tmp_path: Path) -> RuntimeDir:
     return RuntimeDir.open(tmp_path / "runtime", {})
 
 
-def snapshot(rank_id: str, generation: int = 1, **fields: object) -> Snapshot:
+def snapshot(rank_id: str, version: int = 1, **fields: object) -> Snapshot:
     described: dict[str, object] = {
         "rank_id": rank_id,
         "pid": os.getpid(),
-        "generation": generation,
-        "written_at": 1.0,
+        "weight_version": str(version),
         "started_at": 1.0,
         "engine": Engine(name="30000", instance="one"),
     }
@@ -114,9 +109,9 @@ from sglang_weight_exporter.records import Engine, Snapshot
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 rank = RankStore(RuntimeDir.open(Path(sys.argv[1]), {}), sys.argv[2])
-def write(generation):
-    rank.write_snapshot(Snapshot(rank_id=sys.argv[2], pid=os.getpid(), generation=generation,
-        written_at=1.0, started_at=1.0, engine=Engine(name="30000", instance="one")))
+def write(version):
+    rank.write_snapshot(Snapshot(rank_id=sys.argv[2], pid=os.getpid(), weight_version=str(version),
+        started_at=1.0, engine=Engine(name="30000", instance="one")))
 write(1)
 """
 
@@ -169,10 +164,10 @@ def test_a_forked_child_does_not_keep_its_dead_parent_alive(
 ) -> None:
     code = """
 if os.fork() == 0:
-    (rank.directory / "child").write_text(str(os.getpid()))
+    (rank.path / "child").write_text(str(os.getpid()))
     time.sleep(600)
     os._exit(0)
-while not (rank.directory / "child").exists() or not (rank.directory / "child").read_text():
+while not (rank.path / "child").exists() or not (rank.path / "child").read_text():
     time.sleep(0.01)
 """
     rank = start_rank("a", code)
@@ -192,8 +187,8 @@ def test_a_reader_never_sees_half_a_snapshot(
     code = """
 import threading
 def rewrite():
-    for generation in range(2, 3000):
-        write(generation)
+    for version in range(2, 3000):
+        write(version)
 threading.Thread(target=rewrite).start()
 """
     start_rank("a", code)
@@ -202,7 +197,7 @@ threading.Thread(target=rewrite).start()
     seen: list[int] = []
     deadline = time.monotonic() + 60
     while not seen or seen[-1] < 2999:
-        seen += [found.generation for _, found in reader.read()]
+        seen += [int(found.weight_version) for _, found in reader.read()]
         assert time.monotonic() < deadline
     assert complaints == []
     assert seen == sorted(seen)
@@ -215,13 +210,13 @@ def test_a_damaged_file_costs_its_rank_and_no_other(
 ) -> None:
     broken, sound = RankStore(runtime_dir, "broken"), RankStore(runtime_dir, "sound")
     sound.write_snapshot(snapshot("sound"))
-    (broken.directory / "snapshot").write_bytes(content)
+    (broken.path / "snapshot").write_bytes(content)
     complaints: list[str] = []
     reader = SnapshotReader(runtime_dir, on_unreadable=complaints.append)
     for _ in range(3):
         assert [found.rank_id for _, found in reader.read()] == ["sound"]
     (complaint,) = complaints  # Said once, not at each scrape.
-    assert str(broken.directory / "snapshot") in complaint
+    assert str(broken.path / "snapshot") in complaint
     assert reader.unreadable == 1
     broken.write_snapshot(snapshot("broken"))
     assert [found.rank_id for _, found in reader.read()] == ["broken", "sound"]
@@ -229,7 +224,7 @@ def test_a_damaged_file_costs_its_rank_and_no_other(
 
 def test_a_file_of_another_version_is_named_and_left_alone(runtime_dir: RuntimeDir) -> None:
     rank = RankStore(runtime_dir, "future")
-    path = rank.directory / "snapshot"
+    path = rank.path / "snapshot"
     path.write_bytes(msgspec.msgpack.encode({"schema": 999, "something": "new"}))
     with pytest.raises(UnreadableError, match=r"another version.*schema 999"):
         read(path, Snapshot)
@@ -246,13 +241,13 @@ def test_a_table_lives_as_long_as_the_snapshot_or_an_event_names_it(
         rank.write_snapshot(
             snapshot("a", number, roles=[Role(name="target", device="cpu", table=occurred.table)])
         )
-        rank.append_event(occurred)
+        rank.append_event(occurred, kept)
 
     publish(1, table(digit="a"))
     publish(2, table(digit="b"))
-    tables = {path.name for path in rank.directory.glob("*.table")}
+    tables = {path.name for path in rank.path.glob("*.table")}
     assert tables == {f"target-{'b' * 16}.table"}
-    events = rank.directory / "events"
+    events = rank.path / "events"
     assert {path.name for path in events.glob("*.table")} == {
         f"{'a' * 16}.table",
         f"{'b' * 16}.table",
@@ -266,19 +261,20 @@ def test_a_table_lives_as_long_as_the_snapshot_or_an_event_names_it(
 def test_the_queue_is_bounded_and_drops_the_oldest_and_counts(runtime_dir: RuntimeDir) -> None:
     few = RankStore(runtime_dir, "few", event_count=3)
     for number in range(1, 6):
-        few.append_event(event(number, few, None))
+        few.append_event(event(number, few, None), None)
     (directory,) = rank_directories(runtime_dir)
-    assert [directory.event(path).number for path in directory.events()] == [3, 4, 5]
+    assert [directory.events.event(path).number for path in directory.events.waiting()] == [3, 4, 5]
     assert few.events_dropped == 2
 
     small = RankStore(runtime_dir, "small", event_bytes=50_000)
     for number, digit in enumerate("abcde", start=1):
-        small.append_event(event(number, small, table(digit=digit, padding=20_000)))
-    size = sum(path.stat().st_size for path in (small.directory / "events").iterdir())
+        kept = table(digit=digit, padding=20_000)
+        small.append_event(event(number, small, kept), kept)
+    size = sum(path.stat().st_size for path in (small.path / "events").iterdir())
     assert size <= 50_000
     assert small.events_dropped == 3
     newest = next(each for each in rank_directories(runtime_dir) if each.rank_id == "small")
-    assert [newest.event(path).number for path in newest.events()] == [4, 5]
+    assert [newest.events.event(path).number for path in newest.events.waiting()] == [4, 5]
 
 
 def test_a_vanished_directory_is_made_again(runtime_dir: RuntimeDir) -> None:
@@ -313,12 +309,12 @@ def test_on_a_full_disk_an_old_number_is_taken_away_and_comes_back_new(small_dis
     with pytest.raises(OSError, match="No space left"):
         filler.write_bytes(b"x" * 300_000)
     with pytest.raises(OSError, match="No space left"):
-        rank.write_snapshot(snapshot("a", 2, weight_version="v" * 100_000))
-    assert ids(runtime_dir) == []  # The truth or nothing: generation 1 is over.
+        rank.write_snapshot(snapshot("a", 2, engine=Engine(name="v" * 200_000, instance="one")))
+    assert ids(runtime_dir) == []  # The truth or nothing: version 1 is over.
     filler.unlink()
     rank.write_snapshot(snapshot("a", 3))
     ((_, found),) = SnapshotReader(runtime_dir).read()
-    assert found.generation == 3
+    assert found.weight_version == "3"
 
 
 def test_engines_of_one_port_get_names_of_their_own(runtime_dir: RuntimeDir) -> None:

@@ -10,11 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_weight_exporter.store.runtime_dir import (
-    RuntimeDir,
-    RuntimeDirError,
-    write_atomically,
-)
+from sglang_weight_exporter.store.files import write_atomically
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
 
 
 def mode(path: Path) -> int:

@@ -22,18 +22,16 @@ from sglang_weight_exporter.records import (
     Engine,
     Ranks,
     Role,
-    Row,
     Snapshot,
     TableChanges,
     TableRef,
     Update,
     UpdateInProgress,
-    WeightTable,
     WeightUsage,
-    table_of_rows,
 )
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows
 
 #: Runs `sglang-weight-exporter` with arguments.
 Command = Callable[..., subprocess.CompletedProcess[bytes]]
@@ -125,8 +123,6 @@ class PublishedRank:
             Snapshot(
                 rank_id=self.store.rank_id,
                 pid=os.getpid(),
-                generation=self.sequence,
-                written_at=time.time(),
                 started_at=time.time(),
                 engine=self.engine,
                 ranks=self.ranks,

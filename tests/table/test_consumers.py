@@ -24,7 +24,7 @@ from engines import Installation
 from table.published import Command, PublishedRank
 
 from sglang_weight_exporter.cli.formats import as_nixl
-from sglang_weight_exporter.records import Region
+from sglang_weight_exporter.weight_table import Region
 
 REASON = "needs {}: `make test` installs it (dependency group `consumers`)"
 

@@ -24,8 +24,9 @@ from sglang_weight_exporter import (
     UpdateInProgressError,
     open_tables,
 )
-from sglang_weight_exporter.records import Ranks, table_of_rows
+from sglang_weight_exporter.records import Ranks
 from sglang_weight_exporter.store.locks import FileLock
+from sglang_weight_exporter.weight_table import table_of_rows
 
 MOVED = tuple(row._replace(data_ptr=row.data_ptr + 2**20) for row in ROWS)
 

@@ -4,12 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
 
-from sglang_weight_exporter.capture.pools import owned_tensors, storage_bytes
+from sglang_weight_exporter.capture.pools import Storage, owned_tensors, unique_storages
 from sglang_weight_exporter.records import KvPoolUsage, LoraUsage
 
 #: Tensors that help kernels find the pool and hold no key, value or state.
@@ -70,20 +70,29 @@ def _pool_tensors(runner: Any, backed: dict[int, int]) -> Iterator[tuple[str, to
                 yield _label((*prefix, *path)), tensor
 
 
-def kv_pools(runner: Any, counted: set[int]) -> tuple[KvPoolUsage, ...] | None:
-    """KV pools of a runner; ``None`` before they are allocated.
+def kv_storages(runner: Any, counted: Container[int] = ()) -> list[Storage] | None:
+    """Memory of a runner's KV pools, labelled with the pool; ``None`` before they are allocated.
 
-    ``counted``: addresses of storages that an earlier runner's pools hold; added to.
+    ``counted``: addresses of storages that an earlier runner's pools hold.
     """
     if getattr(runner, "token_to_kv_pool", None) is None:
         return None
+    backed: dict[int, int] = {}
+    tensors = list(_pool_tensors(runner, backed))
+    return unique_storages(tensors, counted=counted, backed=backed)
+
+
+def kv_usage(runner: Any, storages: Iterable[Storage]) -> tuple[KvPoolUsage, ...]:
+    """Bytes and tokens of each pool."""
     full = getattr(runner, "full_max_total_num_tokens", None) or getattr(
         runner, "max_total_num_tokens", None
     )
     swa = getattr(runner, "swa_max_total_num_tokens", None)
     tokens: dict[str, Any] = {"full": full, "unified": full, "swa": swa}
-    backed: dict[int, int] = {}
-    tensors = list(_pool_tensors(runner, backed))
+    totals: dict[tuple[str, str], int] = {}
+    for storage in storages:
+        key = (storage.device, storage.label)
+        totals[key] = totals.get(key, 0) + storage.nbytes
     return tuple(
         KvPoolUsage(
             device=device,
@@ -91,7 +100,7 @@ def kv_pools(runner: Any, counted: set[int]) -> tuple[KvPoolUsage, ...] | None:
             nbytes=nbytes,
             tokens=None if tokens.get(pool) is None else int(tokens[pool]),
         )
-        for (device, pool), nbytes in storage_bytes(tensors, counted=counted, backed=backed).items()
+        for (device, pool), nbytes in totals.items()
         if nbytes
     )
 
@@ -105,8 +114,8 @@ def lora_usage(runner: Any) -> tuple[LoraUsage, ...]:
     adapters = len(getattr(manager, "loras", ()))
     slots = ((str(path[0]), tensor) for path, tensor in owned_tensors(pool, lambda value: False))
     devices: dict[str, int] = {}
-    for (device, _), nbytes in storage_bytes(slots, counted=set()).items():
-        devices[device] = devices.get(device, 0) + nbytes
+    for storage in unique_storages(slots):
+        devices[storage.device] = devices.get(storage.device, 0) + storage.nbytes
     return tuple(
         LoraUsage(device=device, nbytes=nbytes, adapters=adapters)
         for device, nbytes in devices.items()

@@ -4,8 +4,7 @@
 
 from __future__ import annotations
 
-from sglang_weight_exporter.capture.changes import compare_rows
-from sglang_weight_exporter.records import Row
+from sglang_weight_exporter.weight_table import Row, compare_rows
 
 ROW = Row("w", 4096, 64, "bfloat16", (8, 4), (4, 1), "cuda:0", "parameter", 4096, 64)
 

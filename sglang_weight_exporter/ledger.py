@@ -1,0 +1,629 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What happened to the weights of one process: loads, updates, sessions, requests, rebalances.
+
+Pure state. It knows nothing of SGLang, of tensors or of files, so nothing that goes wrong with
+those can change what it says. Every method is safe from any thread, and none waits.
+
+A call that writes weights is begun and finished (:meth:`Ledger.begin`, :meth:`Ledger.finish`); one
+call or several are an update. An update of several ends in one of three ways, whichever SGLang's
+release offers: the end of its session (0.5.21 and later), a request that asks for the cache to be
+flushed, or no call for :data:`IDLE_SECONDS` (a heuristic, for clients that never ask). What has
+ended is collected with :meth:`Ledger.take_ended`.
+
+A role has two updates at a time at most: one that somebody asked for, and one of experts that move
+between ranks, which goes on between and inside forward passes whatever else happens.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import msgspec
+
+from sglang_weight_exporter.records import (
+    CHANGES,
+    SOURCES,
+    Change,
+    Effect,
+    OperationCounts,
+    Role,
+    Source,
+    TableChanges,
+    Update,
+    UpdateCounts,
+    UpdateInProgress,
+)
+
+#: An update whose release reports no end counts as ended after this long without a call.
+IDLE_SECONDS = 10.0
+
+#: When the end of a call is the end of its update: always; unless a request of the scheduler's is
+#: being served, which then ends it; or never.
+EndsWith = Literal["call", "request", "later"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a call that writes weights ended."""
+
+    succeeded: bool
+    effect: Effect
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A load or update of a role that has ended and is counted.
+
+    ``update`` is ``None`` for a session in which nothing was written: it may have changed the
+    weights all the same, because quantized ones are unpacked and packed again.
+    """
+
+    role: str
+    update: Update | None
+
+
+@dataclass(eq=False)
+class _Open:
+    """An update that has begun."""
+
+    source: Source | None
+    number: int
+    started_at: float
+    last_call_at: float
+    session: bool = False
+    #: SGLang will report the end: of a session, or of a rebalance.
+    bounded: bool = False
+    #: Calls that are running: an announced block inside a call of SGLang's is a second one.
+    running: int = 0
+    calls: int = 0
+    failed: bool = False
+    effect: Effect = "unchanged"
+    message: str = ""
+    weight_version: str = ""
+
+    def record(self, verdict: Verdict, at: float) -> None:
+        self.calls += 1
+        self.last_call_at = at
+        if not verdict.succeeded:
+            self.failed = True
+            self.message = verdict.message
+        effects = {self.effect, verdict.effect}
+        if "undefined" in effects or (self.failed and "changed" in effects):
+            self.effect = "undefined"  # Some buckets of several are in, and some are not.
+        elif "changed" in effects:
+            self.effect = "changed"
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A call that has begun, to be handed back when it ends."""
+
+    role: str
+    source: Source
+    ends_with: EndsWith
+    #: Whether this call opened its update.
+    opened: bool
+    open: _Open
+    #: Whether experts move: in this call, or around it on the same thread.
+    moves: bool
+
+
+@dataclass
+class _Role:
+    loaded_at: float | None = None
+    load_seconds: float | None = None
+    updated_at: float | None = None
+    #: The checkpoint that is served; SGLang's own is overwritten by an update that fails.
+    model_path: str = ""
+    updates: dict[Source, UpdateCounts] = field(
+        default_factory=lambda: {source: UpdateCounts() for source in SOURCES}
+    )
+    moved: int = 0
+    changes: dict[Change, int] = field(default_factory=lambda: dict.fromkeys(CHANGES, 0))
+    update: _Open | None = None
+    rebalance: _Open | None = None
+    last_update: Update | None = None
+    #: When a load began that has left placeholders, whose values come later.
+    loading_since: float | None = None
+    #: A load that is told of once the role's pools are allocated: its table changes till then.
+    untold_load: Update | None = None
+
+    @property
+    def open(self) -> tuple[_Open, ...]:
+        return tuple(each for each in (self.update, self.rebalance) if each is not None)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A request of the scheduler that is being served."""
+
+    number: int
+    flush_cache: bool
+    weight_version: str
+
+
+class Ledger:
+    """The account of one process. ``trace_id``: update number → the trace of its span."""
+
+    def __init__(
+        self,
+        *,
+        clock: Callable[[], float] = time.time,
+        thread: Callable[[], int] = threading.get_ident,
+        trace_id: Callable[[int], str] = lambda number: "",
+    ) -> None:
+        self._clock = clock
+        self._thread = thread
+        self._trace_id = trace_id
+        self._lock = threading.RLock()
+        self._roles: dict[str, _Role] = {}
+        self._ended: list[Ended] = []
+        self._number = 0
+        self._requests: dict[int, _Request] = {}
+        #: Threads on which experts are being moved right now.
+        self._moving: set[int] = set()
+        self._rebalancing = False
+        #: Calls since the first runner's session began.
+        self._session_calls = 0
+        self._starting = False
+        self._load_began_at: float | None = None
+        self._weight_version = ""
+        self._operations: dict[str, OperationCounts] = {}
+        self._groups: set[str] = set()
+        self._released: set[str] = set()
+
+    # What others ask.
+
+    def take_ended(self) -> list[Ended]:
+        """Loads and updates that have ended since this was asked last, in order."""
+        with self._lock:
+            ended, self._ended = self._ended, []
+            return ended
+
+    @property
+    def weight_version(self) -> str:
+        return self._weight_version
+
+    @property
+    def operations(self) -> dict[str, OperationCounts]:
+        with self._lock:
+            return dict(self._operations)
+
+    @property
+    def update_groups(self) -> int:
+        return len(self._groups)
+
+    @property
+    def released(self) -> frozenset[str]:
+        """Tags of the memory saver whose physical memory is given back now."""
+        with self._lock:
+            return frozenset(self._released)
+
+    def in_session(self) -> bool:
+        """Whether a session of any role goes on."""
+        with self._lock:
+            return any(role.update and role.update.session for role in self._roles.values())
+
+    def is_updating(self, role: str) -> bool:
+        """Whether an update of this role has begun and not ended."""
+        with self._lock:
+            return role in self._roles and bool(self._roles[role].open)
+
+    def describe(self, name: str, record: Role) -> Role:
+        """The record of a role with what this ledger knows of it."""
+        with self._lock:
+            role = self._roles[name]
+            return msgspec.structs.replace(
+                record,
+                model_path=role.model_path,
+                loaded_at=role.loaded_at,
+                load_seconds=role.load_seconds,
+                updated_at=role.updated_at,
+                updates=dict(role.updates),
+                moved=role.moved,
+                changes=dict(role.changes),
+                in_progress=_in_progress(role.open[0]) if role.open else None,
+                last_update=role.last_update,
+            )
+
+    # Roles come and go.
+
+    def add_role(self, name: str) -> None:
+        """A model runner of this role has appeared. One of the same name that went before it has
+        left its counts, which belong to the process."""
+        with self._lock:
+            before = self._roles.get(name, _Role())
+            self._roles[name] = _Role(
+                updates=before.updates, moved=before.moved, changes=before.changes
+            )
+
+    # Loads.
+
+    def begin_start(self) -> None:
+        """The process loads its models: until the end nothing is told of a load, because a draft
+        gives up its own embeddings for the target's only then."""
+        with self._lock:
+            self._starting = True
+
+    def end_start(self) -> None:
+        """All models are loaded and share what they share."""
+        with self._lock:
+            self._starting = False
+            for name in self._roles:
+                self.tell_load(name)
+
+    def begin_load(self) -> float:
+        """A load begins; the time it began, also kept for :meth:`load_began_at`."""
+        with self._lock:
+            self._load_began_at = self._clock()
+            return self._load_began_at
+
+    @property
+    def load_began_at(self) -> float | None:
+        """When the last load began."""
+        return self._load_began_at
+
+    def end_load(
+        self,
+        name: str,
+        started_at: float,
+        *,
+        error: str = "",
+        placeholders: bool = False,
+        model_path: str = "",
+        weight_version: str = "",
+    ) -> None:
+        """A load has ended. ``placeholders``: its values come later (:meth:`finalize_load`)."""
+        with self._lock:
+            role = self._roles[name]
+            self._number += 1
+            ended_at = self._clock()
+            if placeholders:
+                role.loading_since = started_at
+            elif not error:
+                if role.loaded_at is None:
+                    role.loaded_at, role.load_seconds = ended_at, ended_at - started_at
+                role.updated_at = ended_at
+            if not error:
+                role.model_path = model_path
+                self._weight_version = self._weight_version or weight_version
+            role.last_update = role.untold_load = Update(
+                action="load",
+                sequence=self._number,
+                started_at=started_at,
+                ended_at=ended_at,
+                succeeded=not error,
+                effect="undefined" if error else "changed",
+                message=error,
+                model_path=model_path,
+                weight_version=self._weight_version,
+                trace_id=self._trace_id(self._number),
+            )
+            if error:
+                self.tell_load(name)
+
+    def finalize_load(self, name: str, *, error: str = "") -> None:
+        """The values of a load that had left placeholders have come."""
+        with self._lock:
+            role = self._roles[name]
+            if role.loading_since is None or role.untold_load is None:
+                return
+            started_at, role.loading_since = role.loading_since, None
+            ended_at = self._clock()
+            if not error:
+                role.loaded_at = role.updated_at = ended_at
+                role.load_seconds = ended_at - started_at
+            role.last_update = role.untold_load = msgspec.structs.replace(
+                role.untold_load,
+                ended_at=ended_at,
+                succeeded=not error,
+                effect="undefined" if error else "changed",
+                message=error,
+            )
+            self.tell_load(name)
+
+    def tell_load(self, name: str) -> None:
+        """The table of a load is what it will be: let the load have ended, if it has."""
+        with self._lock:
+            role = self._roles[name]
+            if self._starting or role.loading_since is not None:
+                return
+            load, role.untold_load = role.untold_load, None
+            if load is not None:
+                self._ended.append(Ended(name, load))
+
+    # Calls that write weights.
+
+    def begin(self, name: str, source: Source, *, ends_with: EndsWith) -> Ticket:
+        """A call is about to write weights: a whole update, or one part of it."""
+        with self._lock:
+            moves = self._thread() in self._moving
+            if moves:  # Missing experts that are read from disk again, and the like.
+                return self._begin(name, "eplb", "call")
+            return self._begin(name, source, ends_with)
+
+    def finish(self, ticket: Ticket, verdict: Verdict) -> None:
+        """The call has returned or raised."""
+        with self._lock:
+            role = self._roles[ticket.role]
+            open_ = ticket.open
+            open_.running -= 1
+            counts = role.updates[ticket.source]
+            role.updates[ticket.source] = msgspec.structs.replace(counts, calls=counts.calls + 1)
+            if not ticket.moves:
+                self._session_calls += 1
+                if open_.source is None or ticket.source != "external":
+                    open_.source = ticket.source
+            open_.record(verdict, self._clock())
+            served = ticket.ends_with == "request" and self._thread() in self._requests
+            if ticket.opened and ticket.ends_with != "later" and not served:
+                self._end(ticket.role, open_)
+
+    def fail_receiving(self, name: str, source: Source, message: str) -> None:
+        """Tensors of an open update did not arrive."""
+        with self._lock:
+            open_ = self._roles[name].update
+            if open_ is not None:
+                self._session_calls += 1
+                open_.source = source
+                open_.record(Verdict(False, "unchanged", message), self._clock())
+
+    def _begin(self, name: str, source: Source, ends_with: EndsWith) -> Ticket:
+        role = self._roles[name]
+        moves = source == "eplb"
+        open_ = role.rebalance if moves else role.update
+        now = self._clock()
+        if open_ is not None and not open_.session and not open_.running:
+            idle = not open_.bounded and now - open_.last_call_at > IDLE_SECONDS
+            if idle or open_.source != source:
+                self._end(name, open_)
+                open_ = None
+        opened = open_ is None
+        if open_ is None:
+            open_ = self._open(role, source, now, bounded=moves and self._rebalancing)
+        open_.running += 1
+        return Ticket(name, source, ends_with, opened, open_, moves)
+
+    def _open(self, role: _Role, source: Source | None, now: float, *, bounded: bool) -> _Open:
+        request = None if source == "eplb" else self._requests.get(self._thread())
+        if request is None:
+            self._number += 1
+        open_ = _Open(
+            source=source,
+            number=self._number if request is None else request.number,
+            started_at=now,
+            last_call_at=now,
+            session=source is None,
+            bounded=bounded,
+            weight_version="" if request is None else request.weight_version,
+        )
+        if source == "eplb":
+            role.rebalance = open_
+        else:
+            role.update = open_
+        return open_
+
+    def _end(self, name: str, open_: _Open) -> None:
+        """Close an update and count it."""
+        role = self._roles[name]
+        if role.update is open_:
+            role.update = None
+        elif role.rebalance is open_:
+            role.rebalance = None
+        else:
+            return
+        if open_.source is None:
+            self._ended.append(Ended(name, None))
+            return
+        trace_id = self._trace_id(open_.number)
+        seconds = open_.last_call_at - open_.started_at
+        counts = role.updates[open_.source]
+        counted = open_.effect == "changed"
+        role.updates[open_.source] = msgspec.structs.replace(
+            counts,
+            updates=counts.updates + counted,
+            failures=counts.failures + open_.failed,
+            duration=counts.duration.observe(seconds),
+            trace_id=trace_id if counted else counts.trace_id,
+            updated_at=open_.last_call_at if counted else counts.updated_at,
+            seconds=seconds if counted else counts.seconds,
+        )
+        if open_.effect != "unchanged":
+            role.updated_at = open_.last_call_at
+        role.last_update = Update(
+            action="update",
+            source=open_.source,
+            sequence=open_.number,
+            started_at=open_.started_at,
+            ended_at=open_.last_call_at,
+            calls=open_.calls,
+            succeeded=not open_.failed,
+            effect=open_.effect,
+            message=open_.message,
+            weight_version=open_.weight_version or self._weight_version,
+            trace_id=trace_id,
+        )
+        self._ended.append(Ended(name, role.last_update))
+
+    def compare(self, ended: Ended, *, model_path: str, changes: TableChanges) -> Update | None:
+        """Complete what has ended by what the look after it found."""
+        with self._lock:
+            update = ended.update
+            role = self._roles[ended.role]
+            if update is None or update.action == "load":
+                return update
+            complete = msgspec.structs.replace(update, model_path=model_path, changes=changes)
+            if role.last_update is update:
+                role.last_update = complete
+            if update.effect != "unchanged":
+                role.model_path = model_path
+            role.moved += changes.moved
+            for change in CHANGES:
+                role.changes[change] += getattr(changes, change)
+            return complete
+
+    # Sessions: an update with a beginning and an end, and any number of calls between.
+
+    def begin_session(self, name: str) -> None:
+        with self._lock:
+            role = self._roles[name]
+            open_ = role.update
+            if open_ is not None and open_.session:
+                if open_.calls:
+                    return  # SGLang refuses a second one.
+                role.update = None  # It came to nothing: another runner's could not begin.
+            elif open_ is not None:
+                self._end(name, open_)
+            if not self.in_session():
+                self._session_calls = 0
+            self._open(role, None, self._clock(), bounded=True)
+
+    def abandon_session(self, name: str) -> None:
+        """It could not begin: quantized weights are unpacked in place, perhaps some of them."""
+        with self._lock:
+            open_ = self._roles[name].update
+            if open_ is not None:
+                self._end(name, open_)
+
+    def end_session(self, name: str, *, error: str = "", run_post_load: bool = False) -> None:
+        """The session is over, or could not be ended, which leaves it open.
+
+        ``run_post_load``: SGLang finishes weights that no call of its own has loaded.
+        """
+        with self._lock:
+            role = self._roles[name]
+            open_ = role.update
+            if open_ is None:
+                return
+            if error:
+                open_.source = open_.source or "p2p"
+                open_.record(Verdict(False, "undefined", error), self._clock())
+            elif self._session_calls == 0 and run_post_load:
+                # Nothing came through SGLang: a peer wrote into the tensors (RDMA).
+                ticket = self._begin(name, "p2p", "later")
+                self.finish(ticket, Verdict(True, "changed"))
+            if open_.calls:
+                open_.last_call_at = self._clock()
+            self._end(name, open_)
+            if error:
+                reopened = self._open(role, None, self._clock(), bounded=True)
+                reopened.source = open_.source
+
+    # Requests: where updates of several calls or roles end.
+
+    def begin_request(self, *, flush_cache: bool, weight_version: str) -> None:
+        """The scheduler serves a request to update weights."""
+        with self._lock:
+            for name, role in self._roles.items():
+                open_ = role.update
+                if (
+                    open_ is not None
+                    and not open_.session
+                    and weight_version
+                    and open_.weight_version not in {"", weight_version}
+                ):
+                    self._end(name, open_)
+            self._number += 1
+            self._requests[self._thread()] = _Request(self._number, flush_cache, weight_version)
+
+    def end_request(self, *, succeeded: bool, message: str, raised: bool) -> None:
+        """It is answered, or has raised, which ends the engine."""
+        with self._lock:
+            request = self._requests.pop(self._thread(), None)
+            open_updates = [
+                (name, role.update) for name, role in self._roles.items() if role.update is not None
+            ]
+            only_flush_failed = not succeeded and not any(open_.failed for _, open_ in open_updates)
+            for name, open_ in open_updates:
+                if only_flush_failed and open_.calls:
+                    # The weights are the new ones; the cache keeps what the old ones left in it.
+                    open_.failed, open_.message = True, message
+                if raised and open_.calls:
+                    self._end(name, open_)
+                    continue
+                if open_.session or request is None:
+                    continue
+                if request.weight_version and open_.effect == "changed":
+                    open_.weight_version = self._weight_version = request.weight_version
+                if not succeeded or request.flush_cache or open_.source in {"disk", "ipc"}:
+                    self._end(name, open_)
+
+    def change_version(self, version: str) -> None:
+        """SGLang took note of a new weight version."""
+        with self._lock:
+            self._weight_version = version
+            for role in self._roles.values():
+                if role.update is not None:
+                    role.update.weight_version = version
+
+    # Experts that move between ranks.
+
+    def begin_rebalance(self) -> None:
+        """All moves until its end are one update."""
+        with self._lock:
+            self._rebalancing = True
+
+    def end_rebalance(self) -> None:
+        with self._lock:
+            self._rebalancing = False
+            for name, role in self._roles.items():
+                if role.rebalance is not None:
+                    self._end(name, role.rebalance)
+
+    def begin_move(self, name: str) -> Ticket | None:
+        """Some layers' experts move; ``None`` inside another move of this thread."""
+        with self._lock:
+            if self._thread() in self._moving:
+                return None
+            self._moving.add(self._thread())
+            return self._begin(name, "eplb", "later" if self._rebalancing else "call")
+
+    def finish_move(self, ticket: Ticket, verdict: Verdict) -> None:
+        with self._lock:
+            self._moving.discard(self._thread())
+            self.finish(ticket, verdict)
+
+    # Memory that is given back, and what surrounds an update.
+
+    def release(self, tags: set[str]) -> None:
+        """Physical memory goes, addresses stay."""
+        with self._lock:
+            self._released |= tags
+
+    def resume(self, tags: set[str]) -> None:
+        with self._lock:
+            self._released -= tags
+
+    def open_group(self, name: str) -> None:
+        """A process group for distributed updates."""
+        with self._lock:
+            self._groups.add(name)
+
+    def close_group(self, name: str) -> None:
+        with self._lock:
+            self._groups.discard(name)
+
+    def count_operation(self, operation: str, *, failed: bool) -> None:
+        """Weights were read, saved, sent or checked."""
+        with self._lock:
+            counts = self._operations.get(operation, OperationCounts())
+            self._operations[operation] = OperationCounts(
+                calls=counts.calls + 1, failures=counts.failures + failed
+            )
+
+
+def _in_progress(open_: _Open) -> UpdateInProgress:
+    return UpdateInProgress(
+        source=open_.source,
+        started_at=open_.started_at,
+        last_call_at=open_.last_call_at,
+        calls=open_.calls,
+        failed=open_.failed,
+        idle_seconds=None if open_.bounded or open_.running else IDLE_SECONDS,
+    )

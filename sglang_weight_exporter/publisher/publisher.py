@@ -1,0 +1,202 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank knows → its files. Each of them fails alone, says so, and is made up for later.
+
+A full disk, a directory that is gone or read-only, no descriptor left: what could not be written
+is kept and written with the next success. A static engine may have no next event for weeks, so a
+thread tries again until all is written; while all is well there is none.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+
+from sglang_weight_exporter.publisher.supervisor import Supervisor
+from sglang_weight_exporter.records import Engine, Event, Snapshot
+from sglang_weight_exporter.settings import Settings
+from sglang_weight_exporter.store.claims import claim_engine_name
+from sglang_weight_exporter.store.rank import RankStore
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.weight_table import WeightTable
+
+#: Between two tries at what could not be written: from, to, each twice the one before.
+FIRST_RETRY_SECONDS = 1.0
+LONGEST_RETRY_SECONDS = 30.0
+
+#: How many events may wait in memory for a file system that takes none.
+WAITING_EVENTS = 100
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    event: Event
+    table: WeightTable | None
+
+
+class Publisher:
+    """One rank's way to its readers. Safe from any thread.
+
+    ``report`` is told of every failure by the name of what failed.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        environ: Mapping[str, str],
+        *,
+        report: Callable[[str, BaseException], None],
+        first_retry_seconds: float = FIRST_RETRY_SECONDS,
+    ) -> None:
+        self._settings = settings
+        self._environ = environ
+        self._report = report
+        self._first_retry_seconds = first_retry_seconds
+        self._lock = threading.RLock()
+        self._rank_id = os.urandom(8).hex()
+        self._store: RankStore | None = None
+        #: The name that the engine was given in the store.
+        self._name = ""
+        self._snapshot: Snapshot | None = None
+        self._tables: dict[str, WeightTable] = {}
+        self._events: deque[_Waiting] = deque()
+        self._dropped = 0
+        self._retrying = False
+        #: What is left of the time that the update which is under way may wait for readers.
+        self._reader_seconds = settings.reader_wait_seconds
+
+    def publish(
+        self,
+        snapshot: Snapshot,
+        tables: Mapping[str, WeightTable],
+        events: Mapping[int, tuple[Event, WeightTable | None]] | None = None,
+    ) -> None:
+        """Tell what holds now, and what has ended. ``tables``: by role, those of the snapshot."""
+        with self._lock:
+            self._snapshot = snapshot
+            self._tables = dict(tables)
+            for event, table in (events or {}).values():
+                self._events.append(_Waiting(event, table))
+                if len(self._events) > WAITING_EVENTS:
+                    self._events.popleft()
+                    self._dropped += 1
+            if not self._write() and not self._retrying:
+                self._retrying = True
+                threading.Thread(
+                    target=self._retry, name="sglang-weight-exporter-retry", daemon=True
+                ).start()
+
+    def keep_readers_out(self) -> None:
+        """Weights are about to be written, and the snapshot says so already.
+
+        All calls of an update together wait for readers for as long as the setting says.
+        """
+        with self._lock:
+            store, seconds = self._store, self._reader_seconds
+        if store is not None:
+            try:
+                waited = store.lock_table(wait_seconds=seconds)
+                self._reader_seconds = max(0.0, seconds - waited)
+            except Exception as error:
+                self._report("table_lock", error)
+
+    def let_readers_in(self, *, update_is_over: bool) -> None:
+        """Readers may come in. Between the calls of an update without a session they find in the
+        snapshot that it is not over: an update that nobody ends keeps nobody out."""
+        with self._lock:
+            if update_is_over:
+                self._reader_seconds = self._settings.reader_wait_seconds
+            if self._store is not None:
+                try:
+                    self._store.unlock_table()
+                except Exception as error:
+                    self._report("table_lock", error)
+
+    def _retry(self) -> None:
+        pause = self._first_retry_seconds
+        waiting = threading.Event()
+        while True:
+            waiting.wait(pause)
+            pause = min(2 * pause, LONGEST_RETRY_SECONDS)
+            with self._lock:
+                if self._write():
+                    self._retrying = False
+                    return
+
+    def _write(self) -> bool:
+        """Write all that is not written; whether all of it is."""
+        snapshot = self._snapshot
+        if snapshot is None:
+            return True
+        try:
+            if self._store is None:
+                self._open(snapshot)
+            assert self._store is not None
+            return self._write_to(self._store, snapshot)
+        except Exception as error:
+            self._report("snapshot", error)
+            return False
+
+    def _open(self, snapshot: Snapshot) -> None:
+        """Make the rank's directory, under a name that no other engine on this host has."""
+        runtime_dir = RuntimeDir.open(self._settings.runtime_dir, self._environ)
+        with claim_engine_name(runtime_dir, snapshot.engine, snapshot.ranks) as name:
+            self._name = name
+            store = RankStore(runtime_dir, self._rank_id)
+            store.write_snapshot(self._complete(snapshot, store, without={}))
+        self._store = store
+        if self._settings.serve:
+            Supervisor(runtime_dir, self._environ).start()
+
+    def _write_to(self, store: RankStore, snapshot: Snapshot) -> bool:
+        complete = True
+        missing: set[str] = set()
+        for role, table in self._tables.items():
+            try:
+                store.write_table(table)
+            except OSError as error:
+                self._report("table", error)
+                missing.add(role)
+                complete = False
+        while self._events:
+            waiting = self._events[0]
+            event = msgspec.structs.replace(
+                waiting.event, rank_id=self._rank_id, engine=self._engine(waiting.event.engine)
+            )
+            try:
+                store.append_event(event, waiting.table)
+            except OSError as error:
+                self._report("event", error)
+                complete = False
+                break
+            self._events.popleft()
+        try:
+            store.write_snapshot(self._complete(snapshot, store, without=missing))
+        except OSError as error:
+            self._report("snapshot", error)
+            complete = False
+        return complete
+
+    def _complete(
+        self, snapshot: Snapshot, store: RankStore, *, without: set[str] | Mapping[str, object]
+    ) -> Snapshot:
+        """The snapshot with what only the store knows; roles whose table could not be written
+        have none."""
+        return msgspec.structs.replace(
+            snapshot,
+            rank_id=self._rank_id,
+            engine=self._engine(snapshot.engine),
+            events_dropped=store.events_dropped + self._dropped,
+            roles=tuple(
+                msgspec.structs.replace(role, table=None) if role.name in without else role
+                for role in snapshot.roles
+            ),
+        )
+
+    def _engine(self, engine: Engine) -> Engine:
+        return msgspec.structs.replace(engine, name=self._name)

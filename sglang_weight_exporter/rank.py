@@ -1,0 +1,229 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""One rank: puts together what happened, what is there, and who is told.
+
+It is handed a ledger that counts, a scan that looks and a publisher that writes, and does none of
+the three itself. The order of a step is always the same: the ledger is told; what has ended is
+looked at; all of it is published. Steps of several threads follow one another; none of them is
+held up while SGLang's own code runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from sglang_weight_exporter.ledger import Ended, Ledger
+from sglang_weight_exporter.publisher.publisher import Publisher
+from sglang_weight_exporter.records import (
+    Event,
+    HookState,
+    Role,
+    Snapshot,
+    TableRef,
+    Update,
+)
+from sglang_weight_exporter.runners.roles import Roles, RunnerRole
+from sglang_weight_exporter.runners.scan import Scan
+from sglang_weight_exporter.store.rank import table_file
+from sglang_weight_exporter.weight_table import WeightTable, compare_tables
+
+Result = TypeVar("Result")
+
+#: Tags of SGLang's memory saver (`sglang.srt.constants`).
+WEIGHTS, KV_CACHE = "weights", "kv_cache"
+
+
+class Rank:
+    """The account of one process, published after every step.
+
+    ``hooks``: SGLang's version → the state of every hook. ``errors``: exceptions of our own that
+    were caught, by where.
+    """
+
+    def __init__(
+        self,
+        *,
+        roles: Roles,
+        scan: Scan,
+        publisher: Publisher,
+        hooks: Callable[[str], tuple[HookState, ...]],
+        errors: Callable[[], dict[str, int]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.roles = roles
+        self.ledger = Ledger(clock=clock, trace_id=self._trace_id)
+        self.scan = scan
+        self._publisher = publisher
+        self._hooks = hooks
+        self._errors = errors
+        self._started_at = clock()
+        self._lock = threading.RLock()
+        self._pid = os.getpid()
+        self._events = 0
+        #: Role → the fingerprint of the table in its last event.
+        self._reported: dict[str, str] = {}
+
+    def role(self, owner: Any) -> RunnerRole | None:
+        """The role of a runner or of a component of one; ``None`` if it belongs to none."""
+        with self._lock:
+            role = self.roles.find(owner)
+            if role is None:
+                role = self.roles.add(owner)
+                if role is not None:
+                    self.ledger.add_role(role.name)
+            return role
+
+    def step(self, tell: Callable[[Ledger], Result], *, quietly: bool = False) -> Result | None:
+        """Tell the ledger, look at what has ended, and publish.
+
+        ``quietly``: publish only if something has ended. A forked child has its parent's memory
+        and none of its weights, and does nothing.
+        """
+        if os.getpid() != self._pid:
+            return None
+        with self._lock:
+            result = tell(self.ledger)
+            events = dict(enumerate(map(self._complete, self.ledger.take_ended())))
+            if events or not quietly:
+                self._publish({index: event for index, event in events.items() if event})
+            return result
+
+    def look(self, *roles: RunnerRole, derived: bool = False, pools: bool = False) -> None:
+        """Look at roles before the next step: something else than an update has changed them."""
+        if os.getpid() == self._pid:
+            with self._lock:
+                self.scan.look(*roles, derived=derived, pools=pools)
+
+    def keep_readers_out(self) -> None:
+        """Weights are about to be written. Not inside a step: it may wait for readers."""
+        if os.getpid() == self._pid:
+            self._publisher.keep_readers_out()
+
+    def _trace_id(self, number: int) -> str:
+        """The same on every rank of the engine, without a word between them."""
+        facts = f"{self.roles.engine.instance}|{number}"
+        return hashlib.sha256(facts.encode()).hexdigest()[:32]
+
+    def _complete(self, ended: Ended) -> tuple[Event, WeightTable | None] | None:
+        """Look at what an update has changed; the event that tells of it."""
+        role = self.roles.named(ended.role)
+        if role is None:
+            return None
+        if ended.update is None or ended.update.action == "update":
+            before = self.scan.of(role).weights
+            others = (
+                other
+                for other in self.roles
+                if other is not role and not self.ledger.is_updating(other.name)
+            )
+            self.scan.look(role, *others)
+            after = self.scan.of(role).weights
+            changes = compare_tables(
+                None if before is None else before.table, None if after is None else after.table
+            )
+            update = self.ledger.compare(ended, model_path=role.model_path, changes=changes)
+        else:
+            update = ended.update
+        return None if update is None else self._event(role, update)
+
+    def _event(self, role: RunnerRole, update: Update) -> tuple[Event, WeightTable | None]:
+        self._events += 1
+        weights = self.scan.of(role).weights
+        table = None if weights is None else weights.table
+        event = Event(
+            number=self._events,
+            rank_id="",
+            pid=self._pid,
+            engine=self.roles.engine,
+            ranks=self.roles.ranks,
+            role=role.name,
+            device=self.roles.describe(role.device),
+            update=update,
+            weights=None if weights is None else weights.usage,
+            table=self._table_ref(role),
+            previous_sha256=self._reported.get(role.name, ""),
+        )
+        self._reported[role.name] = "" if table is None else table.sha256
+        return event, table
+
+    def _publish(self, events: dict[int, tuple[Event, WeightTable | None]]) -> None:
+        tables = {}
+        for role in self.roles:
+            weights = self.scan.of(role).weights
+            if weights is not None:
+                tables[role.name] = weights.table
+        self._publisher.publish(self._snapshot(), tables, events)
+        if not self.ledger.in_session():
+            over = not any(self.ledger.is_updating(role.name) for role in self.roles)
+            self._publisher.let_readers_in(update_is_over=over)
+
+    def _snapshot(self) -> Snapshot:
+        engine = self.roles.engine
+        return Snapshot(
+            rank_id="",
+            pid=self._pid,
+            started_at=self._started_at,
+            engine=engine,
+            ranks=self.roles.ranks,
+            devices=self.roles.devices,
+            roles=tuple(map(self._role, self.roles)),
+            weight_version=self.ledger.weight_version,
+            hooks=self._hooks(engine.sglang_version),
+            hook_errors=self._errors(),
+            operations=self.ledger.operations,
+            update_groups=self.ledger.update_groups,
+            snapshot_seconds=self.scan.seconds,
+        )
+
+    def _role(self, role: RunnerRole) -> Role:
+        look = self.scan.of(role)
+        weights = None if look.weights is None else look.weights.usage
+        config = getattr(role.runner, "model_config", None)
+        architectures = getattr(getattr(config, "hf_config", None), "architectures", None) or ()
+        released = self.ledger.released
+        record = Role(
+            name=role.name,
+            device=role.device,
+            architecture=", ".join(architectures),
+            quantization=str(getattr(config, "quantization", None) or ""),
+            weights=weights,
+            resident=_resident(
+                weights, None if look.weights is None else look.weights.stays, WEIGHTS in released
+            ),
+            table=self._table_ref(role),
+            kv_pools=look.kv_pools,
+            kv_resident=_resident(look.kv_pools, look.kv_stays, KV_CACHE in released),
+            lora=look.lora,
+        )
+        return self.ledger.describe(role.name, record)
+
+    def _table_ref(self, role: RunnerRole) -> TableRef | None:
+        weights = self.scan.of(role).weights
+        if weights is None:
+            return None
+        return TableRef(
+            file=table_file(role.name, weights.table.sha256),
+            sha256=weights.table.sha256,
+            rows=weights.table.rows,
+            regions=weights.regions,
+            captured_at=weights.table.captured_at,
+        )
+
+
+def _resident(
+    usage: tuple[Any, ...] | None, stays: dict[str, int] | None, released: bool
+) -> dict[str, int] | None:
+    """Bytes by device that have physical memory now."""
+    if usage is None:
+        return None
+    totals: dict[str, int] = {}
+    for part in usage:
+        totals[part.device] = totals.get(part.device, 0) + part.nbytes
+    if not released:
+        return totals
+    return {device: (stays or {}).get(device, 0) for device in totals}

@@ -1,0 +1,113 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which model runner of this process is which role, and which rank of which engine it is.
+
+Runners are held weakly: one that was collected is nobody's role any more, and leaves.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from sglang_weight_exporter.capture import devices
+from sglang_weight_exporter.records import Device, Engine, Ranks
+from sglang_weight_exporter.runners import identity
+
+
+@dataclass(frozen=True, eq=False)
+class RunnerRole:
+    """One model runner, or what holds a model without one."""
+
+    name: str
+    #: torch's name of the runner's device.
+    device: str
+    _runner: weakref.ref[Any]
+
+    @property
+    def runner(self) -> Any:
+        """``None`` once it was collected."""
+        return self._runner()
+
+    @property
+    def model_path(self) -> str:
+        """From the configuration of the model; a weight-cache daemon has the path itself."""
+        runner = self.runner
+        return str(getattr(getattr(runner, "model_config", runner), "model_path", "") or "")
+
+
+class Roles:
+    """The roles of one process, in the order of their appearance.
+
+    ``report`` is told of what could not be found out.
+    """
+
+    def __init__(self, report: Callable[[str, BaseException], None]) -> None:
+        self._report = report
+        self._roles: list[RunnerRole] = []
+        self._devices: dict[str, Device] = {}
+        #: Known since the first runner.
+        self.engine = Engine(name="", instance="")
+        self.ranks = Ranks()
+        #: As the scheduler was told it, where the runner is not.
+        self.dp_rank: int | None = None
+
+    def __iter__(self) -> Iterator[RunnerRole]:
+        """Those whose runner is still there."""
+        self._roles = [role for role in self._roles if role.runner is not None]
+        return iter(self._roles)
+
+    def find(self, owner: Any) -> RunnerRole | None:
+        """The role of a runner, or of the runner that a component belongs to; ``None`` if it has
+        none yet."""
+        runner = _runner_of(owner)
+        if runner is None:
+            return None
+        return next((role for role in self if role.runner is runner), None)
+
+    def named(self, name: str) -> RunnerRole | None:
+        return next((role for role in self if role.name == name), None)
+
+    def add(self, owner: Any) -> RunnerRole | None:
+        """A new role, for a runner that has none; ``None`` if the owner belongs to no runner."""
+        runner = _runner_of(owner)
+        if runner is None:
+            return None
+        if not self._devices:
+            self.ranks = identity.ranks_of(runner, self.dp_rank)
+            self.engine = identity.engine_of(runner)
+        taken = {role.name for role in self}
+        first = name = identity.role_of(runner)
+        further = 1
+        while name in taken:
+            name = f"{first}_{further}"
+            further += 1
+        role = RunnerRole(name, identity.device_of(runner), weakref.ref(runner))
+        self._roles.append(role)
+        self.describe(role.device)
+        return role
+
+    def describe(self, device: str) -> Device:
+        """Which piece of hardware a torch device is."""
+        if device not in self._devices:
+            try:
+                self._devices[device] = devices.describe(device)
+            except Exception as error:
+                self._devices[device] = Device(name=device)
+                self._report("device", error)
+        return self._devices[device]
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """All that weights were found on."""
+        return tuple(self._devices.values())
+
+
+def _runner_of(owner: Any) -> Any:
+    """The runner itself, or the one that a ``WeightUpdater`` or ``WeightExporter`` belongs to."""
+    get_runner = getattr(owner, "get_model_runner", None)
+    if get_runner is not None:
+        return get_runner()
+    return owner if hasattr(owner, "server_args") else None

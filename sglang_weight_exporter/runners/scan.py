@@ -1,0 +1,181 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What model runners hold: their weights, KV pools and adapter slots. Looks, and writes nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sglang_weight_exporter.capture.allocations import AllocationMap
+from sglang_weight_exporter.capture.pools import Storage
+from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
+from sglang_weight_exporter.records import KvPoolUsage, LoraUsage
+from sglang_weight_exporter.runners import pools as runner_pools
+from sglang_weight_exporter.runners.roles import Roles, RunnerRole
+
+
+@dataclass
+class Look:
+    """What the last look at a role found; ``None``: it could not be read, or is not there yet."""
+
+    weights: WeightCapture | None = None
+    kv_pools: tuple[KvPoolUsage, ...] | None = None
+    kv_storages: frozenset[int] = frozenset()
+    #: Device name to bytes of KV pools that keep their memory while the pools are released.
+    kv_stays: dict[str, int] | None = None
+    lora: tuple[LoraUsage, ...] = ()
+
+
+class Scan:
+    """The looks at all roles of a process.
+
+    ``report`` is told of what could not be read; ``allocations`` is where one allocation ends and
+    the next begins, by device.
+    """
+
+    def __init__(
+        self,
+        roles: Roles,
+        *,
+        report: Callable[[str, BaseException], None],
+        clock: Callable[[], float] = time.time,
+        allocations: Callable[[str], AllocationMap] | None = None,
+    ) -> None:
+        self._roles = roles
+        self._report = report
+        self._clock = clock
+        self._allocations = allocations or _allocations_of
+        self._looks: dict[RunnerRole, Look] = {}
+        #: Addresses of storages that a weight-cache daemon holds, which count there.
+        self._mapped: frozenset[int] = frozenset()
+        #: How long the last look took.
+        self.seconds: float | None = None
+
+    def of(self, role: RunnerRole) -> Look:
+        """What is known of a role, without looking."""
+        return self._looks.get(role, Look())
+
+    def map(self, storages: frozenset[int]) -> None:
+        """Storages of tensors that were mapped from a weight-cache daemon."""
+        self._mapped |= storages
+
+    def look(self, *roles: RunnerRole, derived: bool = False, pools: bool = False) -> None:
+        """Read pointers and bytes of weights again. What cannot be read becomes absent.
+
+        ``derived``: find out anew where derived weights hang, which only a load changes; once
+        requests are served, scratch memory may hang there too. ``pools``: pools and adapter slots
+        may have changed as well.
+        """
+        started = time.perf_counter()
+        for role in roles:
+            look = self._looks.setdefault(role, Look())
+            map_of_allocations = _Once(lambda: self._allocations(role.device))  # noqa: B023
+            try:
+                look.weights = self._weights(role, look, map_of_allocations, derived=derived)
+            except Exception as error:
+                look.weights = None
+                self._report("capture", error)
+            if pools:
+                try:
+                    self._pools(role, look, map_of_allocations)
+                except Exception as error:
+                    look.kv_pools, look.kv_stays, look.lora = None, None, ()
+                    self._report("kv_pool", error)
+        living = set(self._roles)
+        self._looks = {role: look for role, look in self._looks.items() if role in living}
+        self.seconds = time.perf_counter() - started
+
+    def _earlier(self, role: RunnerRole) -> list[Look]:
+        earlier = []
+        for other in self._roles:
+            if other is role:
+                break
+            earlier.append(self.of(other))
+        return earlier
+
+    def _weights(
+        self,
+        role: RunnerRole,
+        look: Look,
+        allocations: Callable[[], AllocationMap],
+        *,
+        derived: bool,
+    ) -> WeightCapture | None:
+        model = getattr(role.runner, "model", None)
+        if not isinstance(model, torch.nn.Module):
+            return None
+        counted = self._mapped
+        for other in self._earlier(role):
+            if other.weights is not None:
+                counted |= other.weights.storages
+        before = look.weights
+        capture = capture_weights(
+            model,
+            role=role.name,
+            captured_at=self._clock(),
+            counted_elsewhere=counted,
+            allocations=allocations,
+            previous=before,
+            thorough=derived,
+        )
+        for usage in capture.usage:
+            self._roles.describe(usage.device)
+        if capture.unreadable and (before is None or before.unreadable != capture.unreadable):
+            self._report("capture", UnreadableTensorsError(capture.unreadable))
+        return capture
+
+    def _pools(
+        self, role: RunnerRole, look: Look, allocations: Callable[[], AllocationMap]
+    ) -> None:
+        runner = role.runner
+        counted = frozenset[int]().union(*(other.kv_storages for other in self._earlier(role)))
+        storages = runner_pools.kv_storages(runner, counted)
+        look.lora = runner_pools.lora_usage(runner)
+        if storages is None:
+            look.kv_pools, look.kv_stays, look.kv_storages = None, None, frozenset()
+            return
+        look.kv_storages = frozenset(storage.address for storage in storages)
+        look.kv_pools = runner_pools.kv_usage(runner, storages)
+        look.kv_stays = _stays(storages, allocations())
+
+
+class UnreadableTensorsError(Exception):
+    """Tensors that have no row in the table, by name."""
+
+    def __init__(self, sentences: tuple[str, ...]) -> None:
+        super().__init__(
+            f"{len(sentences)} tensors have no storage that could be read, so they are in no "
+            f"table and no sum: {'; '.join(sentences[:10])}"
+        )
+
+
+class _Once:
+    """Asked for when it is needed, and not again in the same look."""
+
+    def __init__(self, make: Callable[[], AllocationMap]) -> None:
+        self._make = make
+        self._made: AllocationMap | None = None
+
+    def __call__(self) -> AllocationMap:
+        if self._made is None:
+            self._made = self._make()
+        return self._made
+
+
+def _allocations_of(device: str) -> AllocationMap:
+    return AllocationMap.of_cuda() if device.startswith("cuda") else AllocationMap.of_storages()
+
+
+def _stays(storages: list[Storage], allocations: AllocationMap) -> dict[str, int]:
+    devices = tuple(dict.fromkeys(storage.device for storage in storages))
+    return allocations.stays(
+        np.array([storage.address for storage in storages], dtype=np.uint64),
+        np.array([storage.nbytes for storage in storages], dtype=np.uint64),
+        np.array([devices.index(storage.device) for storage in storages], dtype=np.uint32),
+        devices,
+    )

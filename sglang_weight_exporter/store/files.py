@@ -1,0 +1,155 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Reading and writing where somebody else may have been at work.
+
+Ranks and the exporter often run as root, and a directory of theirs may lie in one that another
+user can write to. What is made or removed goes through an open directory and follows no link, so
+that it stays where it was checked, whatever a path has come to mean since.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+from pathlib import Path
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_TEMPORARY = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+class Directory:
+    """An open directory. All methods raise ``OSError``; one that is gone has no file
+    (``FileNotFoundError``)."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        #: Where it was opened, for messages.
+        self.path = path
+        self._descriptor = descriptor
+
+    @classmethod
+    def open(cls, path: Path) -> Directory:
+        return cls(path, os.open(path, _DIRECTORY))
+
+    def open_directory(self, name: str, *, make: bool = False) -> Directory:
+        """A directory in this one; ``make`` it, with mode 0700, if it is missing."""
+        if make:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=self._descriptor)
+        return Directory(self.path / name, os.open(name, _DIRECTORY, dir_fd=self._descriptor))
+
+    def open_file(self, name: str, flags: int) -> int:
+        """A descriptor of a file in this directory, made with mode 0600."""
+        return os.open(name, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600, dir_fd=self._descriptor)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace a file by one of mode 0600 with this content; on failure nothing is left.
+
+        Not synced to disk: what a rank says of itself need not survive the machine.
+        """
+        temporary = f".{name}.{os.urandom(4).hex()}"
+        descriptor = os.open(temporary, _TEMPORARY, 0o600, dir_fd=self._descriptor)
+        try:
+            try:
+                view = memoryview(content)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+            finally:
+                os.close(descriptor)
+            os.rename(temporary, name, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=self._descriptor)
+            raise
+
+    def link(self, name: str, directory: Directory, new_name: str) -> None:
+        """Give a file of this directory a name in another one as well."""
+        os.link(
+            name,
+            new_name,
+            src_dir_fd=self._descriptor,
+            dst_dir_fd=directory._descriptor,
+            follow_symlinks=False,
+        )
+
+    def rename(self, name: str, new_name: str) -> None:
+        os.rename(name, new_name, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+
+    def remove(self, name: str) -> bool:
+        """Remove a file; whether it was there."""
+        try:
+            os.unlink(name, dir_fd=self._descriptor)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def remove_directory(self, name: str) -> None:
+        """Remove a directory in this one with all that is in it, as far as that can be done."""
+        # An entry of an open directory; the links inside are removed and not followed.
+        shutil.rmtree(f"/proc/self/fd/{self._descriptor}/{name}", ignore_errors=True)
+
+    def has(self, name: str) -> bool:
+        try:
+            self.file_status(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def file_status(self, name: str) -> os.stat_result:
+        """Of an entry itself, also of a link."""
+        return os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+
+    def size(self, name: str) -> int:
+        return self.file_status(name).st_size
+
+    def is_at(self, path: Path) -> bool:
+        """Whether this is still the directory at a path."""
+        try:
+            there = path.lstat()
+        except OSError:
+            return False
+        here = os.fstat(self._descriptor)
+        return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+    def status(self) -> os.stat_result:
+        return os.fstat(self._descriptor)
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes.
+
+    Raises ``OSError``, also for what is no file (a FIFO would wait for a writer, for good) or is
+    larger.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb", buffering=0) as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        if status.st_size > limit:
+            raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+        content = file.read(limit + 1)
+        while more := file.read(limit + 1):
+            content += more
+            if len(content) > limit:
+                raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+        return content
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` by a file of mode 0600 with this content; on failure nothing is left."""
+    directory = Directory.open(path.parent)
+    try:
+        directory.write(path.name, content)
+    finally:
+        directory.close()
