@@ -280,6 +280,8 @@ class Snapshot(Record, frozen=True, kw_only=True):
     #: Seconds the engine spent on the last capture and on writing it.
     snapshot_seconds: float | None = None
     events_dropped: int = 0
+    #: Where the exporter process is to keep ``weights_metadata`` files; empty: nowhere.
+    metadata_dir: str = ""
 
 
 class Event(Record, frozen=True, kw_only=True):

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 
 from sglang_weight_exporter import __version__
 from sglang_weight_exporter.export.instruments import HostView, SpanCounts
+from sglang_weight_exporter.export.metadata import MetadataFollower
 from sglang_weight_exporter.export.nvml import Nvml
 from sglang_weight_exporter.export.prometheus import StoreCollector
 from sglang_weight_exporter.export.server import (
@@ -73,6 +74,7 @@ class Exporter:
         self._telemetry = Telemetry(
             runtime_dir, settings, environ, read=self._read, counts=self._spans
         )
+        self._metadata = MetadataFollower(runtime_dir, settings.metadata_dir)
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(
             StoreCollector(self._read, exemplars=lambda: self._telemetry.exports_spans)
@@ -160,6 +162,7 @@ class Exporter:
                         directory.remove()
                 except OSError:
                     continue
+            await asyncio.to_thread(self._metadata.follow)
             now = time.monotonic()
             if alive or not self._ends_with_ranks:
                 alone_since = now

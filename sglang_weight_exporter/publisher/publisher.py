@@ -192,6 +192,7 @@ class Publisher:
             rank_id=self._rank_id,
             engine=self._engine(snapshot.engine),
             events_dropped=store.events_dropped + self._dropped,
+            metadata_dir=str(self._settings.metadata_dir or ""),
             roles=tuple(
                 msgspec.structs.replace(role, table=None) if role.name in without else role
                 for role in snapshot.roles

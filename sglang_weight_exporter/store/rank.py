@@ -124,6 +124,11 @@ class RankStore:
                 time.sleep(0.001)
         return time.monotonic() - started
 
+    @property
+    def keeps_readers_out(self) -> bool:
+        """Whether an update has the table lock."""
+        return self._table_lock.held
+
     def unlock_table(self) -> None:
         """Let readers in again."""
         self._table_lock.release()

@@ -20,6 +20,8 @@ and a draft model ``_draft`` behind that.
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,7 +148,10 @@ def _parameters(table: Table) -> list[Row]:
 
 
 class MetadataFiles:
-    """Keeps the files of one rank current (``SGLANG_WEIGHT_EXPORTER_METADATA_DIR``)."""
+    """Keeps the files of one rank current (``SGLANG_WEIGHT_EXPORTER_METADATA_DIR``).
+
+    Another user's directory is refused: who owns it decides what is read from it.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -156,9 +161,19 @@ class MetadataFiles:
     def update(self, table: Table) -> None:
         """Weights were loaded or updated. Raises ``OSError``."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = self._directory.lstat().st_uid
+        if owner not in {0, os.getuid()}:
+            raise PermissionError(
+                errno.EPERM, f"it belongs to the user with id {owner}", str(self._directory)
+            )
         if self._claim is None:
             self._owner, self._claim = self._claim_owner(table)
         write_files(self._directory, table, self._owner)
+
+    def close(self) -> None:
+        """The rank is gone; another one may have its names."""
+        if self._claim is not None:
+            self._claim.release()
 
     def remove(self, role: str) -> None:
         """The table of a role could not be read."""

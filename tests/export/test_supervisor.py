@@ -22,7 +22,7 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 RANK = """
 import logging, os, sys
 from pathlib import Path
-from sglang_weight_exporter.export.supervisor import Supervisor
+from sglang_weight_exporter.publisher.supervisor import Supervisor
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")

@@ -167,7 +167,8 @@ def test_a_pool_is_what_torch_allocated_for_it(name: str, record_property: Recor
     if importlib.util.find_spec("sglang") is None:
         pytest.skip("needs SGLang 0.5.17 or later")
     import torch
-    from sglang_weight_exporter.hooks.pools import kv_pools
+
+    from sglang_weight_exporter.runners.pools import kv_storages, kv_usage
 
     gc.collect()
     before = torch.cuda.memory_allocated()
@@ -177,9 +178,10 @@ def test_a_pool_is_what_torch_allocated_for_it(name: str, record_property: Recor
     runner = SimpleNamespace(
         token_to_kv_pool=pool, req_to_token_pool=requests, max_total_num_tokens=SIZE
     )
-    storages: set[int] = set()
-    usage = kv_pools(runner, storages)
-    assert usage is not None
+    found = kv_storages(runner)
+    assert found is not None
+    usage = kv_usage(runner, found)
+    storages = {storage.address for storage in found}
     published = sum(part.nbytes for part in usage)
     blocks = {
         block["address"]: block

@@ -23,7 +23,7 @@ import torch
 from sglang.srt.mem_cache import memory_pool
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_weight_exporter.hooks import pools
+from sglang_weight_exporter.runners import pools
 
 SIZE, PAGE, LAYERS, HEADS, DIM = 128, 16, 3, 2, 32
 BUILDERS: dict[str, Callable[[], Any]] = {}
@@ -459,14 +459,15 @@ def measure(name: str, build: Callable[[], Any]) -> dict[str, Any]:
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     made = torch_made.kept()
-    usage = pools.kv_pools(runner_of(name, pool), set())
+    runner = runner_of(name, pool)
+    usage = pools.kv_usage(runner, pools.kv_storages(runner) or [])
     says: Any = None
     if hasattr(pool, "get_kv_size_bytes"):
         answer = pool.get_kv_size_bytes()
         says = int(sum(answer)) if isinstance(answer, tuple) else int(answer)
     return {
         "class": type(pool).__name__,
-        "pools": {part.pool: part.nbytes for part in usage or ()},
+        "pools": {part.pool: part.nbytes for part in usage},
         "alive": sum(tensor.untyped_storage().nbytes() for tensor in made),
         "bookkeeping": sum(
             tensor.untyped_storage().nbytes() for tensor in made if is_bookkeeping(tensor)

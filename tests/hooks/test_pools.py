@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 from engines import PREFIX, Installation
-from sglang_weight_exporter.hooks.pools import kv_pools
+
+from sglang_weight_exporter.runners.pools import kv_storages, kv_usage
 
 #: Pool → the labels of its parts, and the releases of CI that have it.
 BOTH = frozenset({"oldest", "newest"})
@@ -179,7 +180,8 @@ def test_a_pool_that_reserves_addresses_has_the_bytes_that_are_backed() -> None:
     runner = SimpleNamespace(token_to_kv_pool=pool, max_total_num_tokens=100)
 
     def measured() -> list[tuple[str, int, int | None]]:
-        return [(part.pool, part.nbytes, part.tokens) for part in kv_pools(runner, set()) or ()]
+        usage = kv_usage(runner, kv_storages(runner) or [])
+        return [(part.pool, part.nbytes, part.tokens) for part in usage]
 
     assert measured() == [("full", 64, 100)]
     owner.backed_bytes = 6000
@@ -190,12 +192,12 @@ def test_a_pool_that_reserves_addresses_has_the_bytes_that_are_backed() -> None:
 def test_a_draft_counts_no_pool_of_the_target_again() -> None:
     pool = SimpleNamespace(k_buffer=[torch.empty(64)], v_buffer=[torch.empty(64)])
     own = SimpleNamespace(k_buffer=[torch.empty(16)], target=pool.k_buffer)
-    counted: set[int] = set()
-    (of_target,) = kv_pools(SimpleNamespace(token_to_kv_pool=pool), counted) or ()
-    assert of_target.nbytes == 2 * 64 * 4
-    (of_draft,) = kv_pools(SimpleNamespace(token_to_kv_pool=own), counted) or ()
-    assert of_draft.nbytes == 16 * 4
+    of_target = kv_storages(SimpleNamespace(token_to_kv_pool=pool)) or []
+    assert [storage.nbytes for storage in of_target] == [64 * 4] * 2
+    counted = {storage.address for storage in of_target}
+    of_draft = kv_storages(SimpleNamespace(token_to_kv_pool=own), counted) or []
+    assert [storage.nbytes for storage in of_draft] == [16 * 4]
 
 
 def test_no_pool_yet_is_not_an_empty_one() -> None:
-    assert kv_pools(SimpleNamespace(token_to_kv_pool=None), set()) is None
+    assert kv_storages(SimpleNamespace(token_to_kv_pool=None)) is None

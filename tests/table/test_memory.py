@@ -200,6 +200,14 @@ def test_metadata_files_follow_the_engine(
     directory = old_engine.directory / "weights_metadata"
     old_engine.update_weights_from_disk(checkpoints[1])
     (table,) = (reader.read(timeout=30) for reader in readers_of(old_engine))
+    assert table.role.last_update is not None
+    ended_at = table.role.last_update.ended_at
+
+    def summarized() -> bool:
+        path = directory / "weight_update_summary_0.json"
+        return path.exists() and json.loads(path.read_text())["update_timestamp"] == ended_at
+
+    eventually(summarized, what="the files of this update")
     weights = json.loads((directory / "weights_meta_0.json").read_text())
     assert {name: (entry["ptr"], entry["size"]) for name, entry in weights.items()} == {
         row.name: (row.data_ptr, row.nbytes) for row in table.rows() if row.kind == "parameter"
@@ -212,8 +220,6 @@ def test_metadata_files_follow_the_engine(
     summary = json.loads((directory / "weight_update_summary_0.json").read_text())
     assert summary["total_weights"] == len(weights)
     assert (summary["succeeded"], summary["pid"]) == (True, table.pid)
-    assert table.role.last_update is not None
-    assert summary["update_timestamp"] == table.role.last_update.ended_at
 
 
 def test_the_command_prints_what_the_engine_holds(running: Engine) -> None:

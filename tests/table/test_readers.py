@@ -81,7 +81,7 @@ def test_an_update_that_could_not_have_the_lock_is_noticed_all_the_same(
     with reader.hold() as table:
         assert reader.is_current(table)
         rank.begin_update()  # Does not wait: the reader is in there.
-        assert not rank.store.table_lock.held
+        assert not rank.store.keeps_readers_out
         assert not reader.is_current(table)
     with pytest.raises(UpdateInProgressError):
         reader.read()
@@ -112,7 +112,7 @@ def test_a_reader_is_told_of_the_next_change(rank: PublishedRank, reader: TableR
 def test_a_reader_in_a_loop_opens_a_table_once(rank: PublishedRank, reader: TableReader) -> None:
     first = reader.read()
     assert rank.role.table is not None
-    (rank.store.directory / rank.role.table.file).unlink()
+    (rank.store.path / rank.role.table.file).unlink()
     assert tuple(reader.read().rows()) == ROWS  # Nothing has changed, and it needs no file for it.
     assert reader.is_current(first)
 
@@ -135,7 +135,7 @@ def test_what_a_reader_keeps_is_of_the_last_update(
 def test_a_reader_notices_a_snapshot_that_looks_like_the_last_from_outside(
     rank: PublishedRank, reader: TableReader
 ) -> None:
-    snapshot = rank.store.directory / "snapshot"
+    snapshot = rank.store.path / "snapshot"
     table, status = reader.read(), snapshot.stat()
     earlier = snapshot.with_name("earlier")
     earlier.hardlink_to(snapshot)
@@ -157,7 +157,7 @@ def test_an_update_waits_for_readers_as_long_as_it_is_told_and_no_longer(
         started = time.monotonic()
         rank.store.lock_table(wait_seconds=0.3)
         assert time.monotonic() - started >= 0.3
-        assert not rank.store.table_lock.held
+        assert not rank.store.keeps_readers_out
     entered, leave = threading.Event(), threading.Event()
 
     def read() -> None:
@@ -170,7 +170,7 @@ def test_an_update_waits_for_readers_as_long_as_it_is_told_and_no_longer(
     entered.wait(30)
     threading.Timer(0.2, leave.set).start()
     rank.store.lock_table(wait_seconds=30)
-    assert rank.store.table_lock.held
+    assert rank.store.keeps_readers_out
     thread.join()
 
 
@@ -197,7 +197,7 @@ def test_a_damaged_table_is_an_error_with_a_reason(
     rank: PublishedRank, reader: TableReader
 ) -> None:
     assert rank.role.table is not None
-    (rank.store.directory / rank.role.table.file).write_bytes(b"\x93garbage")
+    (rank.store.path / rank.role.table.file).write_bytes(b"\x93garbage")
     with pytest.raises(TableError, match="damaged"):
         reader.read()
 
@@ -246,11 +246,11 @@ def test_a_killed_reader_leaves_nothing_locked(rank: PublishedRank, runtime_dir:
     assert process.stdout is not None
     assert process.stdout.readline() == "inside\n"
     rank.store.lock_table()
-    assert not rank.store.table_lock.held
+    assert not rank.store.keeps_readers_out
     process.kill()
     process.wait()
     rank.store.lock_table()
-    assert rank.store.table_lock.held
+    assert rank.store.keeps_readers_out
 
 
 def test_a_reader_in_a_loop_never_sees_rows_of_two_tables(
