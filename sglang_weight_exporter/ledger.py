@@ -210,6 +210,12 @@ class Ledger:
         with self._lock:
             return any(role.update and role.update.session for role in self._roles.values())
 
+    @property
+    def updating(self) -> bool:
+        """Whether an update of any role has begun and not ended."""
+        with self._lock:
+            return any(role.open for role in self._roles.values())
+
     def is_updating(self, role: str) -> bool:
         """Whether an update of this role has begun and not ended."""
         with self._lock:
@@ -272,14 +278,17 @@ class Ledger:
     def end_load(
         self,
         name: str,
-        started_at: float,
+        started_at: float | None,
         *,
         error: str = "",
         placeholders: bool = False,
         model_path: str = "",
         weight_version: str = "",
     ) -> None:
-        """A load has ended. ``placeholders``: its values come later (:meth:`finalize_load`)."""
+        """A load has ended. ``started_at``: ``None`` where no load was seen to begin.
+        ``placeholders``: its values come later (:meth:`finalize_load`)."""
+        if started_at is None:
+            return
         with self._lock:
             role = self._roles[name]
             self._number += 1
@@ -600,14 +609,10 @@ class Ledger:
         with self._lock:
             self._released -= tags
 
-    def open_group(self, name: str) -> None:
-        """A process group for distributed updates."""
+    def set_group(self, name: str, *, is_open: bool) -> None:
+        """A process group for distributed updates is there, or is gone."""
         with self._lock:
-            self._groups.add(name)
-
-    def close_group(self, name: str) -> None:
-        with self._lock:
-            self._groups.discard(name)
+            (self._groups.add if is_open else self._groups.discard)(name)
 
     def count_operation(self, operation: str, *, failed: bool) -> None:
         """Weights were read, saved, sent or checked."""

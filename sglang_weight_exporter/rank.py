@@ -152,6 +152,8 @@ class Rank:
         return event, table
 
     def _publish(self, events: dict[int, tuple[Event, WeightTable | None]]) -> None:
+        if not self.roles.engine.instance:
+            return  # It is not known yet whose account this is.
         tables = {}
         for role in self.roles:
             weights = self.scan.of(role).weights
@@ -159,8 +161,7 @@ class Rank:
                 tables[role.name] = weights.table
         self._publisher.publish(self._snapshot(), tables, events)
         if not self.ledger.in_session():
-            over = not any(self.ledger.is_updating(role.name) for role in self.roles)
-            self._publisher.let_readers_in(update_is_over=over)
+            self._publisher.let_readers_in(update_is_over=not self.ledger.updating)
 
     def _snapshot(self) -> Snapshot:
         engine = self.roles.engine

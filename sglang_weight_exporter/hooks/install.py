@@ -11,6 +11,7 @@ import inspect
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -44,14 +45,21 @@ class Installation:
         self._installed: set[Target] = set()
         self._states: tuple[HookState, ...] | None = None
         self._logged: set[tuple[str, type[BaseException]]] = set()
+        self._complained: set[str] = set()
+        self._lock = threading.Lock()
 
     def modules(self) -> set[str]:
         return {target.module for target in self._targets}
 
     def on_import(self, module: ModuleType) -> None:
-        """Wrap the targets of a module that has just run. Never raises."""
+        """Wrap the targets of a module that has just run, and say in one line what is not seen
+        because this release has changed it. Never raises."""
         self._states = None
         self._install_all(module.__name__, module)
+        try:
+            self._complain(module.__name__)
+        except Exception as error:
+            self.report("hooks", error)
         # `python -m` runs a module under one of these names, the second in its spawned children.
         for alias in ("__main__", "__mp_main__"):
             main = sys.modules.get(alias)
@@ -68,13 +76,37 @@ class Installation:
                     self._failures[target] = f"could not be wrapped ({error!r})"
                     self.report(target.name, error)
 
+    def _complain(self, module: str) -> None:
+        named = {target.name for target in self._targets if target.module == module}
+        missing = [
+            state
+            for state in self.states(_sglang_version())
+            if state.status == "failed" and state.target in named - self._complained
+        ]
+        if missing:
+            self._complained |= {state.target for state in missing}
+            logger.warning(
+                "sglang_weight_exporter: this SGLang differs from the releases that are known, so "
+                "these calls are not seen, or not all of them: %s. SGLang is not affected; metrics "
+                "miss what they do. A newer sglang-weight-exporter may know this release.",
+                "; ".join(f"{state.target} ({state.reason})" for state in missing),
+            )
+
     def _install(self, target: Target, module: ModuleType) -> None:
         path, _, name = target.attribute.rpartition(".")
         owner = getattr(module, path, None) if path else module
-        original = getattr(owner, name, None)
+        original = None if owner is None else getattr(owner, name, None)
         if original is None:
             return
         if not hasattr(original, "__sglang_weight_exporter__"):
+            place = f"{target.module}.{target.attribute}"
+            if inspect.iscoroutinefunction(original) or inspect.isasyncgenfunction(original):
+                self._failures[target] = f"{place} is a coroutine in this release"
+                return
+            arguments = inspect.signature(original).parameters
+            renamed = [argument for argument in target.reads if argument not in arguments]
+            if renamed:
+                self._failures[target] = f"{place} has no argument {', '.join(renamed)} any more"
             setattr(owner, name, self._wrap(target, original))
         self._installed.add(target)
 
@@ -112,9 +144,7 @@ class Installation:
         self, target: Target, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Around | None:
         try:
-            if self._observer is None:
-                self._observer = self._make_observer(self)
-            around: Around = getattr(self._observer, target.meaning)(
+            around: Around = getattr(self._the_observer(), target.meaning)(
                 Call(target, original, args, kwargs)
             )
             next(around)
@@ -124,6 +154,13 @@ class Installation:
             self.report(target.name, error)
             return None
         return around
+
+    def _the_observer(self) -> Observer:
+        if self._observer is None:
+            with self._lock:
+                if self._observer is None:
+                    self._observer = self._make_observer(self)
+        return self._observer
 
     def _end(self, target: Target, around: Around | None, outcome: Outcome) -> None:
         if around is None:
@@ -148,10 +185,12 @@ class Installation:
 
     def report(self, where: str, error: BaseException) -> None:
         """Count an exception of ours, and log the first of each kind."""
-        self.errors[where] = self.errors.get(where, 0) + 1
         kind = (where, type(error))
-        if kind not in self._logged:
+        with self._lock:
+            self.errors[where] = self.errors.get(where, 0) + 1
+            known = kind in self._logged
             self._logged.add(kind)
+        if not known:
             logger.warning(
                 "sglang_weight_exporter: %s went wrong (%r). SGLang is not affected; what could "
                 "not be read is missing from the metrics. Further errors of this kind are counted "
@@ -198,6 +237,12 @@ class Installation:
                 "reason": f"{target.module}.{target.attribute} is gone in SGLang {sglang_version}",
             }
         return {"status": "absent", "reason": f"SGLang {sglang_version} has none"}
+
+
+def _sglang_version() -> str:
+    from sglang_weight_exporter.runners.identity import sglang_version
+
+    return sglang_version()
 
 
 def _may_be_imported(name: str) -> bool:

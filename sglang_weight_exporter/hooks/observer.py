@@ -39,6 +39,7 @@ class Observer:
             self._rank.roles.dp_rank = int(dp_rank)
         self._rank.step(lambda ledger: ledger.begin_start(), quietly=True)
         yield
+        self._rank.roles.identify(call.owner)
         self._rank.look(*self._rank.roles, derived=True, pools=True)
         self._rank.step(lambda ledger: ledger.end_start())
 
@@ -53,24 +54,21 @@ class Observer:
     def load(self, call: Call) -> Around:
         """``ModelRunner.load_model``."""
         role = self._rank.role(call.owner)
-        if role is None:
-            return
-        started_at = self._rank.step(lambda ledger: ledger.begin_load())
-        outcome = yield
-        self._loaded(role, call.owner, outcome, started_at)
+        if role is not None:
+            started_at = self._rank.step(lambda ledger: ledger.begin_load())
+            outcome = yield
+            self._loaded(role, call.owner, outcome, started_at)
 
     def _loaded(
         self, role: RunnerRole, owner: Any, outcome: Outcome, started_at: float | None
     ) -> None:
-        if started_at is None:
-            return
         if outcome.error is None:
             self._rank.look(role, derived=True, pools=True)
         self._rank.step(
             lambda ledger: ledger.end_load(
                 role.name,
                 started_at,
-                error="" if outcome.error is None else repr(outcome.error),
+                error=_error(outcome),
                 placeholders=getattr(owner, "startup_weight_load", None) is not None,
                 model_path=role.model_path,
                 weight_version=str(identity.server_setting(owner, "weight_version") or ""),
@@ -81,11 +79,9 @@ class Observer:
         """``finalize_startup_weight_load``: with overlapped loading, ``load_model`` returned with
         placeholders and the values have come only now."""
         outcome = yield
-        role = self._rank.roles.find(call.owner)
-        if role is not None:
+        if (role := self._rank.roles.find(call.owner)) is not None:
             self._rank.look(role, derived=True, pools=True)
-            error = "" if outcome.error is None else repr(outcome.error)
-            self._rank.step(lambda ledger: ledger.finalize_load(role.name, error=error))
+            self._rank.step(lambda ledger: ledger.finalize_load(role.name, error=_error(outcome)))
 
     def allocate_kv_pool(self, call: Call) -> Around:
         """Allocation of the KV pool, and its resize once CUDA graphs are captured."""
@@ -96,10 +92,8 @@ class Observer:
 
     def _tell_load(self, role: RunnerRole, *, complete: bool) -> None:
         self._rank.look(role, derived=True, pools=True)
-        if complete or self._rank.scan.of(role).kv_pools is not None:
-            self._rank.step(lambda ledger: ledger.tell_load(role.name))
-        else:
-            self._rank.step(lambda ledger: None)
+        complete = complete or self._rank.scan.of(role).kv_pools is not None
+        self._rank.step(lambda ledger: ledger.tell_load(role.name) if complete else None)
 
     # Models without a model runner.
 
@@ -159,13 +153,10 @@ class Observer:
         if role is None:
             return
         ticket = self._rank.step(lambda ledger: ledger.begin_move(role.name))
-        if ticket is None:
-            return  # Inside another one.
-        self._rank.keep_readers_out()
-        outcome = yield
-        self._rank.step(
-            lambda ledger: ledger.finish_move(ticket, _verdict("eplb", outcome, announced=True))
-        )
+        if ticket is not None:  # Not inside another one.
+            self._rank.keep_readers_out()
+            verdict = _verdict("eplb", (yield), announced=True)
+            self._rank.step(lambda ledger: ledger.finish_move(ticket, verdict))
 
     def _write(
         self, role: RunnerRole, source: Source, ends_with: EndsWith, *, announced: bool = False
@@ -194,13 +185,12 @@ class Observer:
     def begin_session(self, call: Call) -> Around:
         """An update with a beginning and an end, and any number of calls between."""
         role = self._rank.role(call.owner)
-        if role is None:
-            return
-        self._rank.step(lambda ledger: ledger.begin_session(role.name))
-        self._rank.keep_readers_out()
-        outcome = yield
-        if outcome.error is not None:
-            self._rank.step(lambda ledger: ledger.abandon_session(role.name))
+        if role is not None:
+            self._rank.step(lambda ledger: ledger.begin_session(role.name))
+            self._rank.keep_readers_out()
+            outcome = yield
+            if outcome.error is not None:
+                self._rank.step(lambda ledger: ledger.abandon_session(role.name))
 
     def end_session(self, call: Call) -> Around:
         """The session is over, and weights that were unpacked for it are packed again."""
@@ -226,11 +216,10 @@ class Observer:
         )
         outcome = yield
         succeeded, message = verdict_on(outcome)
+        raised = outcome.error is not None
         self._rank.step(
-            lambda ledger: ledger.end_request(
-                succeeded=succeeded, message=message, raised=outcome.error is not None
-            ),
-            quietly=not any(self._rank.ledger.is_updating(role.name) for role in self._rank.roles),
+            lambda ledger: ledger.end_request(succeeded=succeeded, message=message, raised=raised),
+            quietly=not self._rank.ledger.updating,
         )
 
     def change_version(self, call: Call) -> Around:
@@ -262,35 +251,25 @@ class Observer:
 
     def _saved_tags(self, call: Call) -> set[str]:
         role = self._rank.roles.named("target")
-        adapter = getattr(None if role is None else role.runner, "memory_saver_adapter", None)
-        enabled = getattr(adapter, "enabled", None)
-        if enabled is None:  # Until 0.4.3 only the class tells.
-            enabled = adapter is not None and "Noop" not in type(adapter).__name__
-        if not enabled:
+        if role is None or not role.saves_memory:
             return set()  # The request was answered and did nothing.
         tags = getattr(call.argument("recv_req"), "tags", None)
         return {WEIGHTS, KV_CACHE} & set(tags or (WEIGHTS, KV_CACHE))
 
     # What surrounds an update.
 
-    def open_group(self, call: Call) -> Around:
-        """A process group for distributed updates."""
+    def group(self, call: Call) -> Around:
+        """A process group for distributed updates is made or destroyed."""
         outcome = yield
         if verdict_on(outcome)[0]:
-            self._rank.ledger.open_group(str(call.argument("group_name")))
-        self._count(call, outcome)
-
-    def close_group(self, call: Call) -> Around:
-        """The group is gone."""
-        outcome = yield
-        if verdict_on(outcome)[0]:
-            self._rank.ledger.close_group(str(call.argument("group_name")))
+            is_open = call.target.name == "init_weights_update_group"
+            name = str(call.argument("group_name"))
+            self._rank.step(lambda ledger: ledger.set_group(name, is_open=is_open), quietly=True)
         self._count(call, outcome)
 
     def operate(self, call: Call) -> Around:
         """Weights are read, saved or sent."""
-        outcome = yield
-        self._count(call, outcome)
+        self._count(call, (yield))
 
     def read(self, call: Call) -> Around:
         """``get_weights_by_name``, which logs an error and answers with nothing."""
@@ -309,6 +288,10 @@ class Observer:
         failed = failed or not verdict_on(outcome)[0]
         operation = call.target.name
         self._rank.step(lambda ledger: ledger.count_operation(operation, failed=failed))
+
+
+def _error(outcome: Outcome) -> str:
+    return "" if outcome.error is None else repr(outcome.error)
 
 
 def _verdict(source: Source, outcome: Outcome, *, announced: bool) -> Verdict:

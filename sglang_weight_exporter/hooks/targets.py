@@ -10,6 +10,7 @@ the contract test reads.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -109,10 +110,26 @@ def _scheduler(
 
 
 def version_key(version: str) -> tuple[int, ...]:
-    """Orders release numbers: ``0.5.9 < 0.5.10 < 0.5.10.post1``. Anything else sorts low."""
-    numbers, _, post = version.partition(".post")
-    digits = [part for part in numbers.split(".") if part.isdigit()]
-    return (*map(int, digits), *(0,) * (4 - len(digits)), int(post) if post.isdigit() else -1)
+    """Orders releases: ``0.5.9 < 0.5.10.dev3 < 0.5.10rc1 < 0.5.10 < 0.5.10.post1``. What is no
+    version sorts low."""
+    matched = _VERSION.match(version)
+    if matched is None:
+        return (-1,)
+    numbers = [int(part) for part in matched["release"].split(".")]
+    stage, number = 0, 0
+    if matched["pre"]:
+        stage, number = {"a": -3, "b": -2, "rc": -1}[matched["pre"]], int(matched["pre_number"])
+    elif matched["post"]:
+        stage, number = 1, int(matched["post"])
+    elif matched["dev"]:
+        stage = -4
+    return (*numbers, *(0,) * (4 - len(numbers)), stage, number)
+
+
+_VERSION = re.compile(
+    r"(?P<release>\d+(\.\d+){0,3})"
+    r"((?P<pre>a|b|rc)(?P<pre_number>\d+))?(\.post(?P<post>\d+))?(?P<dev>\.dev\d+)?(\+|$)"
+)
 
 
 TARGETS: tuple[Target, ...] = (
@@ -257,10 +274,8 @@ TARGETS: tuple[Target, ...] = (
     *_scheduler("release_memory_occupation", "release", "0.4.3.post4"),
     *_scheduler("resume_memory_occupation", "resume", "0.4.3.post4"),
     # What surrounds an update.
-    *_runner_then("init_weights_update_group", "open_group", "0.4.1", reads=("group_name",)),
-    *_runner_then(
-        "destroy_weights_update_group", "close_group", "0.5.3.post3", reads=("group_name",)
-    ),
+    *_runner_then("init_weights_update_group", "group", "0.4.1", reads=("group_name",)),
+    *_runner_then("destroy_weights_update_group", "group", "0.5.3.post3", reads=("group_name",)),
     *_runner_then("get_weights_by_name", "read", "0.4.1", EXPORTER),
     *_runner_then("save_remote_model", "operate", "0.4.4.post4", EXPORTER),
     *_runner_then("save_sharded_model", "operate", "0.4.4.post4", EXPORTER),

@@ -32,6 +32,15 @@ class RunnerRole:
         return self._runner()
 
     @property
+    def saves_memory(self) -> bool:
+        """Whether SGLang's memory saver is on: without it, releasing memory does nothing."""
+        adapter = getattr(self.runner, "memory_saver_adapter", None)
+        enabled = getattr(adapter, "enabled", None)
+        if enabled is None:  # Until 0.4.3 only the class tells.
+            enabled = adapter is not None and "Noop" not in type(adapter).__name__
+        return bool(enabled)
+
+    @property
     def model_path(self) -> str:
         """From the configuration of the model; a weight-cache daemon has the path itself."""
         runner = self.runner
@@ -75,9 +84,7 @@ class Roles:
         runner = _runner_of(owner)
         if runner is None:
             return None
-        if not self._devices:
-            self.ranks = identity.ranks_of(runner, self.dp_rank)
-            self.engine = identity.engine_of(runner)
+        self.identify(runner)
         taken = {role.name for role in self}
         first = name = identity.role_of(runner)
         further = 1
@@ -88,6 +95,13 @@ class Roles:
         self._roles.append(role)
         self.describe(role.device)
         return role
+
+    def identify(self, owner: Any) -> None:
+        """Find out which rank of which engine this process is, if it is not known yet: from the
+        first runner, or from a scheduler that has none that is known here."""
+        if not self.engine.instance:
+            self.ranks = identity.ranks_of(owner, self.dp_rank)
+            self.engine = identity.engine_of(owner)
 
     def describe(self, device: str) -> Device:
         """Which piece of hardware a torch device is."""
