@@ -34,9 +34,7 @@ class Observer:
     def start(self, call: Call) -> Around:
         """``Scheduler.__init__``: a draft gives up its own embeddings for the target's after its
         pools are allocated, so the tables are true only when this has ended."""
-        dp_rank = call.argument("dp_rank")
-        if dp_rank is not None:
-            self._rank.roles.dp_rank = int(dp_rank)
+        self._rank.roles.tell_dp_rank(call.argument("dp_rank"))
         self._rank.step(lambda ledger: ledger.begin_start(), quietly=True)
         yield
         self._rank.roles.identify(call.owner)
@@ -104,7 +102,7 @@ class Observer:
 
     def start_encoder(self, call: Call) -> Around:
         """``run_dp_worker`` of an encoder server; the encoder is told its rank when it is made."""
-        self._rank.roles.dp_rank = int(call.argument("dp_rank"))
+        self._rank.roles.tell_dp_rank(call.argument("dp_rank"))
         yield
 
     def load_without_runner(self, call: Call) -> Around:

@@ -60,8 +60,7 @@ class Roles:
         #: Known since the first runner.
         self.engine = Engine(name="", instance="")
         self.ranks = Ranks()
-        #: As the scheduler was told it, where the runner is not.
-        self.dp_rank: int | None = None
+        self._dp_rank: int | None = None
 
     def __iter__(self) -> Iterator[RunnerRole]:
         """Those whose runner is still there."""
@@ -96,11 +95,16 @@ class Roles:
         self.describe(role.device)
         return role
 
+    def tell_dp_rank(self, dp_rank: int | None) -> None:
+        """The data-parallel rank, as the scheduler is told it where its runner is not."""
+        if dp_rank is not None:
+            self._dp_rank = int(dp_rank)
+
     def identify(self, owner: Any) -> None:
         """Find out which rank of which engine this process is, if it is not known yet: from the
         first runner, or from a scheduler that has none that is known here."""
         if not self.engine.instance:
-            self.ranks = identity.ranks_of(owner, self.dp_rank)
+            self.ranks = identity.ranks_of(owner, self._dp_rank)
             self.engine = identity.engine_of(owner)
 
     def describe(self, device: str) -> Device:

@@ -113,7 +113,10 @@ class Script:
             "message": getattr(result, "message", None) or getattr(result, "error_message", None),
             "error": error,
             "snapshot": msgspec.to_builtins(directory.snapshot()),
-            "events": [msgspec.to_builtins(directory.event(path)) for path in directory.events()],
+            "events": [
+                msgspec.to_builtins(directory.events.event(path))
+                for path in directory.events.waiting()
+            ],
         }
         self.out.write_text(json.dumps(self.steps))
 

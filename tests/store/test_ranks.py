@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ from sglang_weight_exporter.records import (
 )
 from sglang_weight_exporter.store.claims import claim_engine_name
 from sglang_weight_exporter.store.decoding import UnreadableError, read
+from sglang_weight_exporter.store.events import EventQueue, WaitingEvents
+from sglang_weight_exporter.store.files import Directory
 from sglang_weight_exporter.store.locks import FileLock, is_held
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.reader import SnapshotReader, rank_directories
@@ -275,6 +278,43 @@ def test_the_queue_is_bounded_and_drops_the_oldest_and_counts(runtime_dir: Runti
     assert small.events_dropped == 3
     newest = next(each for each in rank_directories(runtime_dir) if each.rank_id == "small")
     assert [newest.events.event(path).number for path in newest.events.waiting()] == [4, 5]
+
+
+def test_where_files_have_no_second_name_the_queue_has_copies_of_tables(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    """As on shared folders without hard links; here the queue is on another file system."""
+    (small_disk / "events").mkdir()
+    queue = EventQueue(Directory.open(small_disk / "events"))
+    rank = RankStore(RuntimeDir.open(tmp_path / "runtime", {}), "a")
+    kept = table()
+    occurred = event(1, rank, kept)
+    assert occurred.table is not None
+    queue.append(occurred, kept, beside=(Directory.open(rank.path), occurred.table.file))
+    waiting = WaitingEvents(small_disk / "events")
+    (found,) = (waiting.event(file) for file in waiting.waiting())
+    assert waiting.table(found) == kept
+
+
+def test_a_queue_that_is_emptied_meanwhile_never_fails(runtime_dir: RuntimeDir) -> None:
+    rank = RankStore(runtime_dir, "a", event_count=50)
+    (directory,) = rank_directories(runtime_dir)
+    stop = threading.Event()
+
+    def deliver() -> None:
+        while not stop.is_set():
+            for file in directory.events.waiting():
+                directory.events.acknowledge(file)
+
+    exporter = threading.Thread(target=deliver)
+    exporter.start()
+    try:
+        for number in range(1, 3001):
+            kept = table(digit="abcdef"[number % 6])
+            rank.append_event(event(number, rank, kept), kept)
+    finally:
+        stop.set()
+        exporter.join()
 
 
 def test_a_vanished_directory_is_made_again(runtime_dir: RuntimeDir) -> None:

@@ -1,0 +1,237 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""A file system that fails at any point of a load or an update changes no count, and the rank is
+back by itself once the fault is over.
+
+The faults are real ones, made with mounts, limits and removed directories; the runner and the
+scheduler are stand-ins, because a real engine meets each point of an update within milliseconds.
+One fault is also done to a real engine (``tests/e2e``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hooks.standins import Rank, Request
+from hooks.test_updates import rebalanced, session
+
+from sglang_weight_exporter.records import Role, Snapshot
+from sglang_weight_exporter.store.reader import SnapshotReader
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+
+Fault = Callable[[Path], AbstractContextManager[None]]
+
+needs_mounts = pytest.mark.skipif(
+    os.getuid() != 0 or shutil.which("mount") is None,
+    reason="needs root, to mount a file system that can be filled or made read-only",
+)
+
+
+def mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 256 KiB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount("-t", "tmpfs", "-o", "size=256k,mode=0700", "tmpfs", str(path))
+    yield path
+    subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+@contextlib.contextmanager
+def full(disk: Path) -> Iterator[None]:
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    yield
+    filler.unlink()
+
+
+@contextlib.contextmanager
+def read_only(disk: Path) -> Iterator[None]:
+    mount("-o", "remount,ro", str(disk))
+    yield
+    mount("-o", "remount,rw", str(disk))
+
+
+@contextlib.contextmanager
+def directory_gone(disk: Path) -> Iterator[None]:
+    """Gone, and nobody can make it again."""
+    shutil.rmtree(disk / "runtime")
+    (disk / "runtime").write_text("")
+    yield
+    (disk / "runtime").unlink()
+
+
+@contextlib.contextmanager
+def no_descriptors(disk: Path) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(used - 1, soft), hard))
+    held = []
+    with contextlib.suppress(OSError):
+        while True:
+            held.append(os.dup(0))
+    yield
+    for descriptor in held:
+        os.close(descriptor)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+FAULTS: dict[str, Fault] = {
+    "full": full,
+    "read-only": read_only,
+    "directory gone": directory_gone,
+    "no descriptors": no_descriptors,
+}
+
+
+def reload(rank: Rank, runner: Any) -> None:
+    rank.scheduler(runner).update_weights_from_disk(Request())
+
+
+def buckets(rank: Rank, runner: Any) -> None:
+    scheduler = rank.scheduler(runner)
+    for flush_cache in (False, False, True):
+        scheduler.update_weights_from_tensor(Request(flush_cache=flush_cache))
+
+
+def rebalance(rank: Rank, runner: Any) -> None:
+    rebalanced(rank, lambda: None)
+
+
+WAYS: dict[str, tuple[Callable[[Rank, Any], None], str, int]] = {
+    "one call": (reload, "disk", 1),
+    "several calls": (buckets, "tensor", 3),
+    "session": (lambda rank, runner: session(runner, loads=2), "tensor", 2),
+    "rebalance": (rebalance, "eplb", 3),
+}
+
+
+def published(rank: Rank) -> list[Snapshot]:
+    try:
+        runtime_dir = RuntimeDir(rank.directory)
+        return [snapshot for _, snapshot in SnapshotReader(runtime_dir).read()]
+    except OSError:
+        return []
+
+
+def back(rank: Rank, holds: Callable[[Role], bool]) -> Role:
+    """The role as published, once it is; without any further event."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        for snapshot in published(rank):
+            for role in snapshot.roles:
+                if holds(role):
+                    return role
+        threading.Event().wait(0.05)
+    raise AssertionError(f"not published again: {published(rank)}")
+
+
+@needs_mounts
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(("way", "source", "calls"), WAYS.values(), ids=WAYS)
+def test_an_update_during_a_fault_is_counted(
+    disk: Path, fault: Fault, way: Callable[[Rank, Any], None], source: str, calls: int
+) -> None:
+    rank = Rank(disk / "runtime")
+    runner = rank.runner()
+    way(rank, runner)
+    before = rank.role().updates[source]
+    assert (before.updates, before.calls) == (1, calls)
+    with fault(disk):
+        way(rank, runner)
+        # The truth or nothing: what holds no more is not said.
+        assert not any(role.updates[source] == before for role in roles_of(rank))
+    role = back(rank, lambda role: role.updates[source].updates == 2)
+    assert role.updates[source].calls == 2 * calls
+    assert role.in_progress is None
+    assert role.last_update is not None
+    assert role.updated_at == role.last_update.ended_at
+    assert role.table is not None
+    way(rank, runner)
+    assert back(rank, lambda role: role.updates[source].updates == 3).in_progress is None
+
+
+def roles_of(rank: Rank) -> list[Role]:
+    return [role for snapshot in published(rank) for role in snapshot.roles]
+
+
+@needs_mounts
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_a_rank_that_loads_during_a_fault_appears_when_it_is_over(disk: Path, fault: Fault) -> None:
+    rank = Rank(disk / "runtime")
+    with contextlib.ExitStack() as stack:
+        if fault is directory_gone:
+            (disk / "runtime").mkdir(mode=0o700)
+        stack.enter_context(fault(disk))
+        runner = rank.runner()
+        runner.alloc_memory_pool()
+        assert published(rank) == []
+    role = back(rank, lambda role: role.loaded_at is not None)
+    assert role.table is not None
+    assert role.weights is not None
+
+
+@needs_mounts
+def test_an_update_whose_calls_meet_a_fault_half_way(disk: Path) -> None:
+    rank = Rank(disk / "runtime")
+    runner = rank.runner()
+    updater = runner.weight_updater
+    updater.begin_weight_update()
+    updater.update_weights_from_tensor([])
+    with full(disk):
+        updater.update_weights_from_tensor([])
+    updater.update_weights_from_tensor([])
+    updater.end_weight_update(run_post_load=False)
+    assert rank_totals(rank) == (1, 0, 3)
+
+
+def rank_totals(rank: Rank) -> tuple[int, int, int]:
+    counts = back(rank, lambda role: role.in_progress is None).updates["tensor"]
+    return counts.updates, counts.failures, counts.calls
+
+
+@needs_mounts
+def test_the_event_of_an_update_during_a_fault_is_delivered_after_it(disk: Path) -> None:
+    rank = Rank(disk / "runtime")
+    runner = rank.runner()
+    reload(rank, runner)
+    with full(disk):
+        reload(rank, runner)
+    back(rank, lambda role: role.updates["disk"].updates == 2)
+    assert [event.update.source for event in rank.events()][-2:] == ["disk", "disk"]
+
+
+def test_while_all_is_well_no_thread_of_ours_waits_to_try_again(tmp_path: Path) -> None:
+    rank = Rank(tmp_path / "runtime")
+    reload(rank, rank.runner())
+    names = [thread.name for thread in threading.enumerate()]
+    assert not any(name.startswith("sglang-weight-exporter") for name in names)
+
+
+def test_a_forked_child_says_nothing_in_its_parents_name(tmp_path: Path) -> None:
+    rank = Rank(tmp_path / "runtime")
+    runner = rank.runner()
+    child = os.fork()
+    if child == 0:
+        reload(rank, runner)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert rank.totals() == {}
+    assert rank.snapshot().pid == os.getpid()
