@@ -12,17 +12,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-import msgspec
-
 from sglang_weight_exporter import __version__
 from sglang_weight_exporter.export.nvml import GpuMemory
 from sglang_weight_exporter.records import (
     CHANGES,
     SOURCES,
     Histogram,
+    Ranks,
     Role,
     Snapshot,
-    Source,
     UpdateCounts,
 )
 
@@ -31,10 +29,7 @@ IDENTITY = (
     "model_name",
     "engine",
     "role",
-    "tp_rank",
-    "pp_rank",
-    "dp_rank",
-    "moe_ep_rank",
+    *Ranks().labels,
     "device",
     "gpu_uuid",
 )
@@ -49,7 +44,7 @@ class Sample:
     value: float | Histogram
     #: The device that the value belongs to; empty: the role's own.
     device: str = ""
-    #: Of the span of the last update that was counted here; empty where there is none.
+    #: The trace of the last update that was counted here; empty where there is none.
     trace_id: str = ""
     #: When that was, and how long it took.
     at: float | None = None
@@ -564,49 +559,14 @@ def identity(view: RoleView, device: str) -> tuple[str, ...]:
     """Values of :data:`IDENTITY`; a rank that SGLang does not have is the empty string, which
     to Prometheus is the same as no label."""
     name = device or view.role.device
-    ranks = view.snapshot.ranks
     uuid = next((each.uuid for each in view.snapshot.devices if each.name == name), "")
     return (
         view.snapshot.engine.model_name,
         view.snapshot.engine.name,
         view.role.name,
-        str(ranks.tp),
-        str(ranks.pp),
-        "" if ranks.dp is None else str(ranks.dp),
-        "" if ranks.moe_ep is None else str(ranks.moe_ep),
+        *("" if rank is None else str(rank) for rank in view.snapshot.ranks.labels.values()),
         name,
         uuid,
-    )
-
-
-def settled(role: Role, now: float) -> Role:
-    """The role with an update that nobody ended counted as ended, once it has been idle.
-
-    SGLang before 0.5.21 reports no end of an update made of several calls. The engine has no
-    thread that could wait for one, so whoever reads does it, by the same rule.
-    """
-    progress = role.in_progress
-    if (
-        progress is None
-        or progress.source is None
-        or progress.idle_seconds is None
-        or progress.calls == 0
-        or now - progress.last_call_at <= progress.idle_seconds
-    ):
-        return role
-    source: Source = progress.source
-    counts = role.updates.get(source, UpdateCounts())
-    ended = msgspec.structs.replace(
-        counts,
-        updates=counts.updates + (not progress.failed),
-        failures=counts.failures + progress.failed,
-        duration=counts.duration.observe(progress.last_call_at - progress.started_at),
-    )
-    return msgspec.structs.replace(
-        role,
-        in_progress=None,
-        updated_at=role.updated_at if progress.failed else progress.last_call_at,
-        updates={**role.updates, source: ended},
     )
 
 
@@ -614,4 +574,4 @@ def role_views(snapshots: Iterable[Snapshot], now: float) -> Iterator[RoleView]:
     """Every role of every rank, with idle updates settled."""
     for snapshot in snapshots:
         for role in snapshot.roles:
-            yield RoleView(snapshot, settled(role, now))
+            yield RoleView(snapshot, role.settled(now))

@@ -217,7 +217,7 @@ def host_name() -> str:
 
 
 def _summary(event: Event, *, names: bool) -> Attributes:
-    update, ranks = event.update, event.ranks
+    update = event.update
     facts: dict[str, AttributeValue | None] = {
         "schema_version": SCHEMA_VERSION,
         # These are of the resource too, which not every trace store keeps.
@@ -226,10 +226,7 @@ def _summary(event: Event, *, names: bool) -> Attributes:
         "engine": event.engine.name,
         "model_name": event.engine.model_name,
         "role": event.role,
-        "tp_rank": ranks.tp,
-        "pp_rank": ranks.pp,
-        "dp_rank": ranks.dp,
-        "moe_ep_rank": ranks.moe_ep,
+        **event.ranks.labels,
         "device": event.device.name,
         "gpu_uuid": event.device.uuid or None,
         "source": update.source,
