@@ -21,14 +21,14 @@ import msgspec
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from sglang_weight_exporter.export.collector import Collector
-from sglang_weight_exporter.export.instruments import SpanCounts
-from sglang_weight_exporter.export.spans import (
+from sglang_weight_exporter.export.otlp.collector import Collector
+from sglang_weight_exporter.export.otlp.spans import (
     EventSpans,
     SentTable,
     event_spans,
     selected,
 )
+from sglang_weight_exporter.export.views import SpanCounts
 from sglang_weight_exporter.records import Event, Record
 from sglang_weight_exporter.store.decoding import UnreadableError
 from sglang_weight_exporter.store.events import EVENT_BYTES
