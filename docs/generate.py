@@ -13,7 +13,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from sglang_weight_exporter.export.instruments import IDENTITY, INSTRUMENTS, Instrument
+from sglang_weight_exporter.export.instruments import INSTRUMENTS, Instrument
+from sglang_weight_exporter.export.views import IDENTITY
 from sglang_weight_exporter.records import CHANGES, DURATION_BUCKETS, SOURCES
 from sglang_weight_exporter.settings import PREFIX, Settings
 

@@ -128,8 +128,8 @@ class UpdateCounts(Record, frozen=True, kw_only=True):
     failures: int = 0
     calls: int = 0
     duration: Histogram = Histogram()
-    #: Of the last update that counted: when, how long, and the trace of its span (32 hexadecimal
-    #: digits).
+    #: The last update that counted: the trace of its span (32 hexadecimal digits), when it ended,
+    #: and how long it took.
     trace_id: str = ""
     updated_at: float | None = None
     seconds: float | None = None
@@ -200,6 +200,17 @@ class UpdateInProgress(Record, frozen=True, kw_only=True):
     #: update or of the call that is running.
     idle_seconds: float | None = None
 
+    def is_over(self, now: float) -> bool:
+        """Whether it counts as ended though nobody reported an end.
+
+        The engine has no thread that could wait for one, so whoever reads a snapshot asks here.
+        """
+        return (
+            self.idle_seconds is not None
+            and self.calls > 0
+            and now - self.last_call_at > self.idle_seconds
+        )
+
 
 class Role(Record, frozen=True, kw_only=True):
     """One model of a rank: the target, or a draft; or what a process without an engine holds."""
@@ -210,7 +221,7 @@ class Role(Record, frozen=True, kw_only=True):
     device: str
     architecture: str = ""
     quantization: str = ""
-    #: Of the checkpoint that is served.
+    #: The checkpoint that is served.
     model_path: str = ""
     weights: tuple[WeightUsage, ...] | None = None
     #: Physical bytes by device. The same as the sum of ``weights``, or 0 while released.
@@ -227,6 +238,34 @@ class Role(Record, frozen=True, kw_only=True):
     changes: dict[Change, int] = {}
     in_progress: UpdateInProgress | None = None
     last_update: Update | None = None
+
+    @property
+    def released(self) -> bool:
+        """Whether the memory behind the weights has been given back for now."""
+        held = sum(part.nbytes for part in self.weights or ())
+        return self.resident is not None and held > 0 and not any(self.resident.values())
+
+    def settled(self, now: float) -> Role:
+        """The role as it is once an update that is over (:meth:`UpdateInProgress.is_over`) has
+        been counted."""
+        progress = self.in_progress
+        if progress is None or not progress.is_over(now):
+            return self
+        if progress.source is None:
+            return msgspec.structs.replace(self, in_progress=None)
+        counts = self.updates.get(progress.source, UpdateCounts())
+        ended = msgspec.structs.replace(
+            counts,
+            updates=counts.updates + (not progress.failed),
+            failures=counts.failures + progress.failed,
+            duration=counts.duration.observe(progress.last_call_at - progress.started_at),
+        )
+        return msgspec.structs.replace(
+            self,
+            in_progress=None,
+            updated_at=self.updated_at if progress.failed else progress.last_call_at,
+            updates={**self.updates, progress.source: ended},
+        )
 
 
 class HookState(Record, frozen=True, kw_only=True):
@@ -259,6 +298,23 @@ class Ranks(Record, frozen=True, kw_only=True):
     dp: int | None = None
     moe_ep: int | None = None
 
+    @property
+    def labels(self) -> dict[str, int | None]:
+        """Under the names that SGLang's own metrics have: ``tp_rank`` and so on."""
+        return {f"{name}_rank": getattr(self, name) for name in self.__struct_fields__}
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sorts the ranks of one engine."""
+        return -1 if self.dp is None else self.dp, self.pp, self.tp
+
+    def __str__(self) -> str:
+        """For people: ``tp 0 pp 1 dp 2``."""
+        text = f"tp {self.tp} pp {self.pp}"
+        if self.dp is not None:
+            text += f" dp {self.dp}"
+        return f"{text} ep {self.moe_ep}" if self.moe_ep else text
+
 
 class Snapshot(Record, frozen=True, kw_only=True):
     """All that a rank says of itself; one file, replaced atomically."""
@@ -283,6 +339,11 @@ class Snapshot(Record, frozen=True, kw_only=True):
     #: Where the exporter process is to keep ``weights_metadata`` files; empty: nowhere.
     metadata_dir: str = ""
 
+    @property
+    def order(self) -> tuple[str, tuple[int, int, int], float]:
+        """Sorts ranks for people: by engine, ranks, and start."""
+        return self.engine.name, self.ranks.order, self.started_at
+
 
 class Event(Record, frozen=True, kw_only=True):
     """One ended load or update, waiting to be exported as a span."""
@@ -300,7 +361,7 @@ class Event(Record, frozen=True, kw_only=True):
     weights: tuple[WeightUsage, ...] | None = None
     #: The table after the update.
     table: TableRef | None = None
-    #: Of the table in the event before this one of the same role; equal when nothing changed.
+    #: The table's in the event before this one of the same role; equal when nothing changed.
     previous_sha256: str = ""
 
 

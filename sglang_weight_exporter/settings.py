@@ -55,6 +55,8 @@ def _setting(default: Any, parse: Callable[[str], Any], description: str) -> Any
 class Settings:
     """The settings in force. Field names are the variables' without the prefix, in lower case."""
 
+    #: ``bootstrap`` acts on it without importing this; here it is documented, and a word that is
+    #: neither on nor off is complained about.
     disabled: bool = _setting(
         False, _switch, "switch everything off; read before anything else is imported"
     )

@@ -56,31 +56,16 @@ def run(arguments: argparse.Namespace) -> int:
             "SGLANG_PLUGINS that does not name sglang_weight_exporter."
         )
     now = time.time()
-    for snapshot in sorted(snapshots, key=_order):
+    for snapshot in sorted(snapshots, key=lambda each: each.order):
         problems += _print_rank(snapshot, now, verbose=arguments.verbose)
     for problem in problems:
         print(f"! {problem}")
     return 1 if problems else 0
 
 
-def _order(snapshot: Snapshot) -> tuple[str, int, int, int]:
-    ranks = snapshot.ranks
-    return snapshot.engine.name, -1 if ranks.dp is None else ranks.dp, ranks.pp, ranks.tp
-
-
-def _rank_name(snapshot: Snapshot) -> str:
-    ranks = snapshot.ranks
-    parts = [f"tp {ranks.tp}", f"pp {ranks.pp}"]
-    if ranks.dp is not None:
-        parts.append(f"dp {ranks.dp}")
-    if ranks.moe_ep:
-        parts.append(f"ep {ranks.moe_ep}")
-    return f"engine {snapshot.engine.name}, {' '.join(parts)}"
-
-
 def _print_rank(snapshot: Snapshot, now: float, *, verbose: bool) -> list[str]:
     engine = snapshot.engine
-    name = _rank_name(snapshot)
+    name = f"engine {engine.name}, {snapshot.ranks}"
     problems = []
     print()
     print(f"{name}  (process {snapshot.pid}, SGLang {engine.sglang_version}, {engine.model_name})")
@@ -97,7 +82,7 @@ def _print_rank(snapshot: Snapshot, now: float, *, verbose: bool) -> list[str]:
         )
     if not any(role.loaded_at is not None for role in snapshot.roles):
         problems.append(f"{name}: the weights are not loaded yet.")
-    for role in snapshot.roles:
+    for role in (role.settled(now) for role in snapshot.roles):
         _print_role(role, now)
         if role.loaded_at is not None and role.weights is None:
             problems.append(f"{name}: the weights of the {role.name} model could not be read.")
@@ -119,11 +104,10 @@ def _print_role(role: Role, now: float) -> None:
         nbytes = sum(part.nbytes for part in role.weights)
         tensors = sum(part.tensors for part in role.weights)
         shared = sum(part.shared for part in role.weights)
-        released = role.resident is not None and nbytes > 0 and not sum(role.resident.values())
         print(
             f"    weights {nbytes:,} bytes in {tensors:,} tensors"
             + (f", and {shared:,} that count elsewhere" if shared else "")
-            + (", released" if released else "")
+            + (", released" if role.released else "")
         )
     for pool in role.kv_pools or ():
         tokens = "" if pool.tokens is None else f" for {pool.tokens:,} tokens"

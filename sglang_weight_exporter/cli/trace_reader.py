@@ -12,17 +12,20 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sglang_weight_exporter.records import Engine, Ranks, Role, TableRef, Update
 from sglang_weight_exporter.store.tables import Table
-from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows
+from sglang_weight_exporter.weight_table_events import (
+    MissingRowsError,
+    TableEventsError,
+    decode_table,
+)
 
 _PREFIX = "sglang.weights."
-_CODED = ("dtype", "shape", "device")
 
 
 class TraceError(Exception):
@@ -91,8 +94,28 @@ def _table(path: Path, span: _Span, chunks: Mapping[str, list[dict[str, Any]]]) 
             f"{whose} says that the table is the same as in the span {span.get('table.span_id')} "
             f"of the trace {span.get('table.trace_id')}, which is not in {path}. Get that trace."
         )
-    columns = _assembled(span, whose, sha256, chunks.get(sha256, ()))
     resource, name = span.resource, str(span.get("role"))
+    try:
+        columns = decode_table(
+            chunks.get(sha256, ()),
+            role=name,
+            rows=int(span.get("table.rows", 0)),
+            sha256=sha256,
+            chunks=span.get("table.chunks", None),
+        )
+    except MissingRowsError as error:
+        further = int(span.get("table.spans", 1)) - 1
+        raise TraceError(
+            f"{whose} {error}"
+            + (
+                f" The table continues in {further} further spans, which this span links to and "
+                "which are in traces of their own."
+                if further > 0
+                else ""
+            )
+        ) from error
+    except TableEventsError as error:
+        raise TraceError(f"{whose} {error}") from error
     return Table(
         rank_id=str(span.get("rank_id")),
         pid=int(span.get("pid", 0)),
@@ -138,96 +161,6 @@ def _table(path: Path, span: _Span, chunks: Mapping[str, list[dict[str, Any]]]) 
 def _rank(span: _Span, name: str) -> int | None:
     value = span.get(f"{name}_rank", None)
     return None if value is None else int(value)
-
-
-def _assembled(
-    span: _Span, whose: str, sha256: str, chunks: Sequence[dict[str, Any]]
-) -> WeightTable:
-    rows_of: dict[int, list[Row]] = {}
-    damaged: dict[int, str] = {}
-    total = int(span.get("table.rows", 0))
-    for chunk in chunks:
-        offset = int(chunk["row.offset"])
-        try:
-            if offset not in rows_of:  # A chunk that was sent twice is here twice.
-                rows_of[offset] = _rows(chunk)
-        except (KeyError, ValueError, IndexError, TypeError) as error:
-            damaged[offset] = f"chunk {chunk.get('chunk.index', '?')} is damaged ({error})"
-    problems = [text for offset, text in damaged.items() if offset not in rows_of]
-    end = 0
-    for offset in sorted(rows_of):
-        if offset > end:
-            problems.append(_gap(end, offset))
-        end = max(end, offset + len(rows_of[offset]))
-    if end < total:
-        problems.append(_gap(end, total))
-    if problems:
-        count = span.get("table.chunks", None) or (chunks[0]["chunk.count"] if chunks else "?")
-        further = int(span.get("table.spans", 1)) - 1
-        raise TraceError(
-            f"{whose} has {total:,} rows of a table in {count} chunks, of which {len(rows_of)} "
-            f"are here: {'; '.join(problems)}."
-            + (
-                f" The table continues in {further} further spans, which this span links to and "
-                "which are in traces of their own."
-                if further > 0
-                else ""
-            )
-        )
-    rows = [row for offset in sorted(rows_of) for row in rows_of[offset]]
-    captured_at = float(chunks[0].get("table.captured_at", 0)) if chunks else 0.0
-    table = table_of_rows(rows, role=str(span.get("role")), captured_at=captured_at)
-    if table.sha256 != sha256:
-        raise TraceError(
-            f"{whose} has all {total:,} rows of its table, and they are not the ones that were "
-            f"sent: their SHA-256 is {table.sha256} and should be {sha256}. Something on the way "
-            "changed or cut values."
-        )
-    return table
-
-
-def _gap(start: int, end: int) -> str:
-    return f"rows {start:,} to {end - 1:,} are missing"
-
-
-def _rows(chunk: Mapping[str, Any]) -> list[Row]:
-    """The rows of an event. Raises ``ValueError`` and the like where they are damaged."""
-    count = int(chunk["row.count"])
-    columns: dict[str, list[Any]] = {}
-    for column in Row._fields:
-        if column not in chunk:
-            raise ValueError(f"the column {column} is missing")
-        values = _array(chunk[column])
-        if len(values) != count:
-            raise ValueError(f"the column {column} has {len(values)} of {count} values")
-        if column in _CODED:
-            known = _array(chunk[f"{column}.values"])
-            values = [known[int(code)] for code in values]
-        columns[column] = values
-    return [
-        Row(
-            name=str(columns["name"][row]),
-            data_ptr=int(columns["data_ptr"][row], 16),
-            nbytes=int(columns["nbytes"][row]),
-            dtype=str(columns["dtype"][row]),
-            shape=_dimensions(columns["shape"][row]),
-            stride=_dimensions(columns["stride"][row]),
-            device=str(columns["device"][row]),
-            kind=str(columns["kind"][row]),
-            storage_ptr=int(columns["storage_ptr"][row], 16),
-            storage_nbytes=int(columns["storage_nbytes"][row]),
-        )
-        for row in range(count)
-    ]
-
-
-def _array(value: Any) -> list[Any]:
-    # Jaeger keeps an array as the text of a JSON array.
-    return json.loads(value) if isinstance(value, str) else list(value)
-
-
-def _dimensions(text: Any) -> tuple[int, ...]:
-    return tuple(int(part) for part in str(text).split(",") if part)
 
 
 # Finding spans.

@@ -1,42 +1,24 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""The one definition of every metric: its name, what it means, and how it is read from records.
+"""The one definition of every metric: its name, what it means, and how it is read from a view.
 
 Prometheus and OTLP both take their values from here, and so does the reference in ``docs/``.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-import msgspec
-
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.export.nvml import GpuMemory
+from sglang_weight_exporter.export.views import HostView, RoleView
 from sglang_weight_exporter.records import (
     CHANGES,
     SOURCES,
     Histogram,
-    Role,
     Snapshot,
-    Source,
     UpdateCounts,
-)
-
-#: Labels of every series of a rank; the rank labels are SGLang's own, so that series join.
-IDENTITY = (
-    "model_name",
-    "engine",
-    "role",
-    "tp_rank",
-    "pp_rank",
-    "dp_rank",
-    "moe_ep_rank",
-    "device",
-    "gpu_uuid",
 )
 
 
@@ -49,48 +31,11 @@ class Sample:
     value: float | Histogram
     #: The device that the value belongs to; empty: the role's own.
     device: str = ""
-    #: Of the span of the last update that was counted here; empty where there is none.
+    #: The trace of the last update that was counted here; empty where there is none.
     trace_id: str = ""
     #: When that was, and how long it took.
     at: float | None = None
     seconds: float | None = None
-
-
-@dataclass(frozen=True)
-class RoleView:
-    """A role of a rank, as an instrument reads it."""
-
-    snapshot: Snapshot
-    role: Role
-
-    @property
-    def is_target(self) -> bool:
-        return self.role.name == "target"
-
-
-@dataclass
-class SpanCounts:
-    """What became of the events of this host's ranks, counted by ``export.delivery``."""
-
-    exported: int = 0
-    waiting: int = 0
-    failures: int = 0
-    dropped: dict[str, int] = field(
-        default_factory=lambda: {"queue_full": 0, "refused": 0, "unreadable": 0}
-    )
-
-
-@dataclass(frozen=True)
-class HostView:
-    """All that the exporter process knows, as the instruments without identity read it."""
-
-    snapshots: tuple[Snapshot, ...]
-    gpus: tuple[GpuMemory, ...] = ()
-    unreadable: int = 0
-    spans: SpanCounts = field(default_factory=SpanCounts)
-    #: When this process began to count.
-    started_at: float = field(default_factory=time.time)
-    now: float = field(default_factory=time.time)
 
 
 RoleReader: TypeAlias = Callable[[RoleView], Iterable[Sample]]
@@ -558,60 +503,3 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         read_host=lambda view: _one(view.spans.failures),
     ),
 )
-
-
-def identity(view: RoleView, device: str) -> tuple[str, ...]:
-    """Values of :data:`IDENTITY`; a rank that SGLang does not have is the empty string, which
-    to Prometheus is the same as no label."""
-    name = device or view.role.device
-    ranks = view.snapshot.ranks
-    uuid = next((each.uuid for each in view.snapshot.devices if each.name == name), "")
-    return (
-        view.snapshot.engine.model_name,
-        view.snapshot.engine.name,
-        view.role.name,
-        str(ranks.tp),
-        str(ranks.pp),
-        "" if ranks.dp is None else str(ranks.dp),
-        "" if ranks.moe_ep is None else str(ranks.moe_ep),
-        name,
-        uuid,
-    )
-
-
-def settled(role: Role, now: float) -> Role:
-    """The role with an update that nobody ended counted as ended, once it has been idle.
-
-    SGLang before 0.5.21 reports no end of an update made of several calls. The engine has no
-    thread that could wait for one, so whoever reads does it, by the same rule.
-    """
-    progress = role.in_progress
-    if (
-        progress is None
-        or progress.source is None
-        or progress.idle_seconds is None
-        or progress.calls == 0
-        or now - progress.last_call_at <= progress.idle_seconds
-    ):
-        return role
-    source: Source = progress.source
-    counts = role.updates.get(source, UpdateCounts())
-    ended = msgspec.structs.replace(
-        counts,
-        updates=counts.updates + (not progress.failed),
-        failures=counts.failures + progress.failed,
-        duration=counts.duration.observe(progress.last_call_at - progress.started_at),
-    )
-    return msgspec.structs.replace(
-        role,
-        in_progress=None,
-        updated_at=role.updated_at if progress.failed else progress.last_call_at,
-        updates={**role.updates, source: ended},
-    )
-
-
-def role_views(snapshots: Iterable[Snapshot], now: float) -> Iterator[RoleView]:
-    """Every role of every rank, with idle updates settled."""
-    for snapshot in snapshots:
-        for role in snapshot.roles:
-            yield RoleView(snapshot, settled(role, now))

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.export.instruments import HostView, SpanCounts
 from sglang_weight_exporter.export.metadata import MetadataFollower
 from sglang_weight_exporter.export.nvml import Nvml
+from sglang_weight_exporter.export.otlp.telemetry import Telemetry
 from sglang_weight_exporter.export.prometheus import StoreCollector
 from sglang_weight_exporter.export.server import (
     Endpoint,
@@ -28,7 +28,7 @@ from sglang_weight_exporter.export.server import (
     configure,
     url,
 )
-from sglang_weight_exporter.export.telemetry import Telemetry
+from sglang_weight_exporter.export.views import HostView, SpanCounts
 from sglang_weight_exporter.records import Endpoint as EndpointRecord
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.locks import FileLock

@@ -15,15 +15,9 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 
-from sglang_weight_exporter.export.instruments import (
-    IDENTITY,
-    INSTRUMENTS,
-    HostView,
-    Instrument,
-    Sample,
-    identity,
-    role_views,
-)
+from sglang_weight_exporter.export.instruments import Instrument, Sample
+from sglang_weight_exporter.export.measurement import label_names, measure
+from sglang_weight_exporter.export.views import HostView
 from sglang_weight_exporter.records import DURATION_BUCKETS, Histogram
 
 #: Roles of ranks in one part of a family. A family of 64 ranks is megabytes of Python objects.
@@ -42,22 +36,12 @@ class StoreCollector(Collector):
         self._exemplars = exemplars
 
     def collect(self) -> Iterator[Metric]:
-        view = self._read()
-        roles = list(role_views(view.snapshots, view.now))
         exemplars = self._exemplars()
-        for instrument in INSTRUMENTS:
-            if instrument.read_host is not None:
-                family = _Family(instrument, exemplars)
-                for sample in instrument.read_host(view):
-                    family.add((), sample)
-                yield family.metric
-            if instrument.read_role is not None:
-                for start in range(0, max(len(roles), 1), PART):
-                    family = _Family(instrument, exemplars)
-                    for role in roles[start : start + PART]:
-                        for sample in instrument.read_role(role):
-                            family.add(identity(role, sample.device), sample)
-                    yield family.metric
+        for instrument, measurements in measure(self._read(), part=PART):
+            family = _Family(instrument, exemplars)
+            for each in measurements:
+                family.add(each.labels, each.sample)
+            yield family.metric
 
     def describe(self) -> list[Metric]:
         """Nothing: asking would read the store, and the names are ours alone."""
@@ -66,19 +50,17 @@ class StoreCollector(Collector):
 
 class _Family:
     def __init__(self, instrument: Instrument, exemplars: bool) -> None:
-        labels = (*(IDENTITY if instrument.read_role else ()), *instrument.labels)
         make: dict[str, type[GaugeMetricFamily | CounterMetricFamily | HistogramMetricFamily]] = {
             "gauge": GaugeMetricFamily,
             "counter": CounterMetricFamily,
             "histogram": HistogramMetricFamily,
         }
         self.metric = make[instrument.kind](
-            instrument.name, instrument.description, labels=list(labels)
+            instrument.name, instrument.description, labels=label_names(instrument)
         )
         self._exemplars = exemplars
 
-    def add(self, identity: tuple[str, ...], sample: Sample) -> None:
-        labels = [*identity, *sample.labels]
+    def add(self, labels: tuple[str, ...], sample: Sample) -> None:
         exemplar = None
         if self._exemplars and sample.trace_id and sample.seconds is not None:
             in_histogram = isinstance(self.metric, HistogramMetricFamily)

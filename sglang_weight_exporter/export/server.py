@@ -37,7 +37,7 @@ EXCHANGE_SECONDS = 15.0
 _ALL = {"", "::", "0.0.0.0", "*"}  # noqa: S104
 
 
-#: Of zlib: gzip's container around the stream.
+#: zlib's name for gzip's container around the stream.
 _GZIP = 31
 
 #: Ends a scrape in OpenMetrics, and so each family that is encoded alone.
@@ -257,11 +257,8 @@ class Server:
         self._listener = listener
 
     async def run(self) -> None:
-        """Serve until :meth:`stop`."""
+        """Serve until the task that runs this is cancelled."""
         await self._server.serve(sockets=[self._listener])
-
-    def stop(self) -> None:
-        self._server.should_exit = True
 
 
 class _QuietServer(uvicorn.Server):

@@ -51,7 +51,7 @@ class Table:
     """The pointer table of one model of one rank, as it was when no update was in progress."""
 
     rank_id: str
-    #: Of the engine process, whose addresses these are.
+    #: The engine process, whose addresses these are.
     pid: int
     started_at: float
     engine: Engine
@@ -68,9 +68,7 @@ class Table:
     @property
     def released(self) -> bool:
         """Whether the memory behind the addresses has been given back for now."""
-        resident = self.role.resident
-        held = sum(part.nbytes for part in self.role.weights or ())
-        return resident is not None and held > 0 and not any(resident.values())
+        return self.role.released
 
     def rows(self) -> Iterator[Row]:
         """Named tensors in the model's order: parameters, then buffers."""
@@ -170,7 +168,8 @@ class TableReader:
                     f"(process {snapshot.pid}): the model is not loaded yet, or it could not be "
                     f"read. `sglang-weight-exporter status` says more."
                 )
-            if _in_progress(role):
+            # With the table lock in hand no call of an update is running.
+            if role.in_progress is not None and not role.in_progress.is_over(time.time()):
                 return None, self._busy()
             last = self._last_columns
             if last is None or last[0] != role.table:
@@ -248,20 +247,6 @@ class _Waiting:
         return left > 0.0
 
 
-def _in_progress(role: Role) -> bool:
-    """Whether an update is going on, for a reader that has the table lock.
-
-    Before SGLang 0.5.21 an update of several calls may have no end. No call of it is running,
-    because that would have the lock, and after the idle time none counts as coming.
-    """
-    progress = role.in_progress
-    return progress is not None and (
-        progress.idle_seconds is None
-        or progress.calls == 0
-        or time.time() - progress.last_call_at <= progress.idle_seconds
-    )
-
-
 def _state(role: Role) -> tuple[object, ...]:
     """What is different after anything has touched the weights or begun to."""
     progress = role.in_progress
@@ -287,7 +272,9 @@ def open_tables(
     directory = RuntimeDir.open(runtime_dir or _from_environ(), os.environ)
     return [
         TableReader(rank, found.name, snapshot.engine, snapshot.ranks)
-        for rank, snapshot in sorted(SnapshotReader(directory).read(), key=_order)
+        for rank, snapshot in sorted(
+            SnapshotReader(directory).read(), key=lambda read: read[1].order
+        )
         for found in snapshot.roles
         if engine in {None, snapshot.engine.name} and role in {None, found.name}
     ]
@@ -296,10 +283,3 @@ def open_tables(
 def _from_environ() -> Path | None:
     path = os.environ.get(VARIABLE, "").strip()
     return Path(path).expanduser().absolute() if path else None
-
-
-def _order(found: tuple[RankDirectory, Snapshot]) -> tuple[str, int, int, int, float]:
-    snapshot = found[1]
-    ranks = snapshot.ranks
-    dp = -1 if ranks.dp is None else ranks.dp
-    return snapshot.engine.name, dp, ranks.pp, ranks.tp, snapshot.started_at

@@ -17,7 +17,8 @@ import yaml
 from monitoring import DASHBOARDS, RULES, run
 from panel_page import PanelPage
 
-from sglang_weight_exporter.export.instruments import IDENTITY, INSTRUMENTS
+from sglang_weight_exporter.export.instruments import INSTRUMENTS
+from sglang_weight_exporter.export.views import IDENTITY
 
 ROOT = DASHBOARDS.parent
 RULE_TESTS = DASHBOARDS / "sglang-weights.rules.test.yml"

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 from collectors import Backend, Message, attributes_of
 from engines import eventually
 from ports import free_port
@@ -123,6 +124,20 @@ def test_a_damaged_event_is_counted_and_the_others_arrive(
     rank.load(rows(10))
     rank.update()
     (rank.store.path / "events" / rank.waiting()[0]).write_bytes(b"damaged")
+    exporter = start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}")
+    eventually(lambda: not rank.waiting(), what="nothing waiting")
+    assert [span.name for span in backend.spans()] == ["sglang.weights.update"]
+    assert exporter.metric("spans_dropped_total", reason="unreadable") == 1
+
+
+def test_an_event_of_which_no_span_can_be_made_is_counted_and_the_others_arrive(
+    rank: Rank, backend: Backend, start_exporter: StartExporter
+) -> None:
+    poison = rank.load(rows(10))
+    rank.update()
+    update = msgspec.structs.replace(poison.update, trace_id="no hexadecimal number")
+    content = msgspec.msgpack.encode(msgspec.structs.replace(poison, update=update))
+    (rank.store.path / "events" / rank.waiting()[0]).write_bytes(content)
     exporter = start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}")
     eventually(lambda: not rank.waiting(), what="nothing waiting")
     assert [span.name for span in backend.spans()] == ["sglang.weights.update"]

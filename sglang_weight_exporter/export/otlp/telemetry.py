@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""What ``OTEL_*`` asks this process to send, and nothing of OpenTelemetry unless it asks.
+"""The start and the end of what is sent, and nothing of OpenTelemetry unless it is asked for.
 
 OpenTelemetry and gRPC take 40 MB: they are imported only once something is to be sent. No global
 provider is set, and the exporters read ``OTEL_EXPORTER_OTLP_*`` themselves.
@@ -9,87 +9,30 @@ provider is set, and the exporters read ``OTEL_EXPORTER_OTLP_*`` themselves.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
-from sglang_weight_exporter.export.collector import Collector, Complaint
-from sglang_weight_exporter.export.instruments import HostView, SpanCounts
+from sglang_weight_exporter.export.otlp.collector import Collector, Complaint
+from sglang_weight_exporter.export.otlp.settings import (
+    Choice,
+    Signal,
+    choose,
+    metric_interval,
+    table_selection,
+)
+from sglang_weight_exporter.export.views import HostView, SpanCounts
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.reader import RankDirectory
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 if TYPE_CHECKING:
-    from sglang_weight_exporter.export.delivery import Delivery
-    from sglang_weight_exporter.export.otlp_metrics import PeriodicMetrics
+    from sglang_weight_exporter.export.otlp.delivery import Delivery
+    from sglang_weight_exporter.export.otlp.metrics import PeriodicMetrics
 
 logger = logging.getLogger("sglang_weight_exporter")
 
-Signal = Literal["traces", "metrics"]
-
 #: How long the end of this process waits for what is under way.
 STOP_SECONDS = 5.0
-
-_DEFAULT_METRIC_INTERVAL = 60_000
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How one signal is sent."""
-
-    exporter: Literal["otlp", "console"]
-    #: ``grpc``, as in OpenTelemetry for Python and in SGLang, or ``http/protobuf``. Another one
-    #: is kept, and refused when it is to be used.
-    protocol: str
-    #: For messages to people: without user, password and path.
-    destination: str
-
-
-def choose(environ: Mapping[str, str], signal: Signal) -> Choice | None:
-    """What the standard variables ask for; ``None``: nothing is sent.
-
-    ``OTEL_TRACES_EXPORTER`` and ``OTEL_METRICS_EXPORTER`` decide. Without the first, spans are
-    sent if an endpoint is set, the general one or that of traces. Without the second, metrics are
-    sent only if an endpoint of metrics is set: whoever scrapes has them already.
-    """
-    if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
-        return None
-    upper = signal.upper()
-    own = environ.get(f"OTEL_EXPORTER_OTLP_{upper}_ENDPOINT", "").strip()
-    general = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip()
-    asked = environ.get(f"OTEL_{upper}_EXPORTER", "").strip().lower()
-    names = {name.strip() for name in asked.split(",")} - {""}
-    protocol = (
-        environ.get(f"OTEL_EXPORTER_OTLP_{upper}_PROTOCOL", "").strip()
-        or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "").strip()
-        or "grpc"
-    )
-    if not names and (own or (general and signal == "traces")):
-        names = {"otlp"}
-    if "otlp" in names:
-        default = (
-            "http://localhost:4318" if protocol == "http/protobuf" else "http://localhost:4317"
-        )
-        return Choice("otlp", protocol, _without_secrets(own or general or default))
-    if "console" in names:
-        return Choice("console", "", "the console")
-    unknown = names - {"none", "prometheus"}
-    if unknown:
-        logger.warning(
-            "OTEL_%s_EXPORTER=%r names no exporter that is known here, so no %s are sent. Set it "
-            "to otlp, console or none.",
-            upper,
-            asked,
-            signal,
-        )
-    return None
-
-
-def _without_secrets(endpoint: str) -> str:
-    parts = urlsplit(endpoint if "//" in endpoint else f"//{endpoint}")
-    return parts.netloc.rpartition("@")[2] or endpoint
 
 
 class ProtocolError(Exception):
@@ -155,9 +98,9 @@ class Telemetry:
         self._delivery: Delivery | None = None
         self._metrics: PeriodicMetrics | None = None
         if (choice := choose(environ, "traces")) is not None:
-            from sglang_weight_exporter.export.delivery import Delivery
+            from sglang_weight_exporter.export.otlp.delivery import Delivery
 
-            table, names = _what_of_the_table(settings)
+            table, names = table_selection(settings)
             self._delivery = Delivery(
                 runtime_dir,
                 self._collector(choice, "traces"),
@@ -166,8 +109,8 @@ class Telemetry:
                 names=names,
             )
         if (choice := choose(environ, "metrics")) is not None:
-            from sglang_weight_exporter.export.otlp_metrics import PeriodicMetrics
-            from sglang_weight_exporter.export.spans import host_name, resource
+            from sglang_weight_exporter.export.otlp.metrics import PeriodicMetrics
+            from sglang_weight_exporter.export.otlp.spans import host_name, resource
 
             if environ.get("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "").lower() not in (
                 "",
@@ -181,7 +124,7 @@ class Telemetry:
                 read,
                 self._collector(choice, "metrics"),
                 resource({"service.name": "sglang", "service.instance.id": host_name()}),
-                seconds=_metric_interval(environ),
+                seconds=metric_interval(environ),
             )
 
     def _collector(self, choice: Choice, signal: Signal) -> Collector[Any]:
@@ -233,35 +176,3 @@ class Telemetry:
         if self._delivery is None:
             for path in directory.events.waiting():
                 directory.events.acknowledge(path)
-
-
-def _what_of_the_table(settings: Settings) -> tuple[bool, re.Pattern[str] | None]:
-    """Whether spans carry the table, and the names it is cut down to."""
-    if not settings.span_table or not settings.span_table_names:
-        return settings.span_table, None
-    try:
-        return True, re.compile(settings.span_table_names)
-    except re.error as error:
-        logger.error(
-            "SGLANG_WEIGHT_EXPORTER_SPAN_TABLE_NAMES=%r is not a regular expression (%s), so spans "
-            "carry no table: more than was asked for must not leave this host.",
-            settings.span_table_names,
-            error,
-        )
-        return False, None
-
-
-def _metric_interval(environ: Mapping[str, str]) -> float:
-    text = environ.get("OTEL_METRIC_EXPORT_INTERVAL", "").strip()
-    try:
-        milliseconds = float(text or _DEFAULT_METRIC_INTERVAL)
-        if not 0 < milliseconds < float("inf"):
-            raise ValueError
-    except ValueError:
-        logger.warning(
-            "OTEL_METRIC_EXPORT_INTERVAL=%r is not a number of milliseconds, so metrics are sent "
-            "once a minute.",
-            text,
-        )
-        milliseconds = _DEFAULT_METRIC_INTERVAL
-    return milliseconds / 1000

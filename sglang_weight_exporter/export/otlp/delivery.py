@@ -21,14 +21,14 @@ import msgspec
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
-from sglang_weight_exporter.export.collector import Collector
-from sglang_weight_exporter.export.instruments import SpanCounts
-from sglang_weight_exporter.export.spans import (
+from sglang_weight_exporter.export.otlp.collector import Collector
+from sglang_weight_exporter.export.otlp.spans import (
     EventSpans,
     SentTable,
     event_spans,
     selected,
 )
+from sglang_weight_exporter.export.views import SpanCounts
 from sglang_weight_exporter.records import Event, Record
 from sglang_weight_exporter.store.decoding import UnreadableError
 from sglang_weight_exporter.store.events import EVENT_BYTES
@@ -175,7 +175,21 @@ class Delivery:
         except UnreadableError as error:
             self._give_up(path, "unreadable", str(error))
             return True
-        built = self._spans(directory, event)
+        try:
+            built = self._spans(directory, event)
+        except OSError as error:
+            # Such as too many open files: perhaps it can be read next time.
+            logger.warning("The table of %s cannot be read now (%s).", path, error)
+            return False
+        except Exception as error:
+            # It is for its rank alone, and once: the events of all others wait behind it.
+            self._give_up(
+                path,
+                "unreadable",
+                f"No span can be made of {path} ({type(error).__name__}: {error}), so it is given "
+                "up. Its load or update is missing among the spans.",
+            )
+            return True
         for span in built.spans:
             if not self._collector.take(partial(_export, span)):
                 self._counts.failures += 1

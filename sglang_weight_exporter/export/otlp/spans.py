@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,22 +26,15 @@ from opentelemetry.trace.status import Status, StatusCode
 
 from sglang_weight_exporter import __version__
 from sglang_weight_exporter.records import SCHEMA_VERSION, Event, Record
-from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows, table_rows
-
-#: Of one span event. A collector's gRPC receiver takes messages of 4 MiB, uncompressed.
-EVENT_ROWS = 2_000
-EVENT_BYTES = 500_000
-
-#: Of one span. Every span is a message of its own.
-SPAN_EVENTS = 100
-SPAN_BYTES = 3_000_000
-
-TABLE_EVENT = "sglang.weights.table"
+from sglang_weight_exporter.weight_table import WeightTable, table_of_rows, table_rows
+from sglang_weight_exporter.weight_table_events import (
+    TABLE_EVENT,
+    Attributes,
+    AttributeValue,
+    encode_table,
+)
 
 SCOPE = InstrumentationScope("sglang_weight_exporter", __version__)
-
-AttributeValue = str | bool | int | float | Sequence[str] | Sequence[int]
-Attributes = dict[str, AttributeValue]
 
 #: What a span says of its table: its rows are in the events here; they are the same as in an
 #: earlier span; they are switched off; they could not be read.
@@ -51,7 +44,8 @@ TableState = Literal["included", "unchanged", "disabled", "missing"]
 class SentTable(Record, frozen=True, kw_only=True):
     """A table that a collector has acknowledged, and the span that carries it."""
 
-    #: Of the whole table, and of the rows that were sent (the same without a name filter).
+    #: Fingerprints of the whole table and of the rows that were sent (the same without a name
+    #: filter).
     sha256: str
     sent_sha256: str
     rows: int
@@ -89,8 +83,9 @@ def event_spans(
     rows already, for state "unchanged".
     """
     context = _context(event, 0)
-    chunks = [] if table is None else list(_chunks(table))
-    packed = list(_packed(chunks))
+    # The table's file is not written anew when nothing in it has changed.
+    captured_at = 0.0 if event.table is None else event.table.captured_at
+    packed = [] if table is None else encode_table(table, captured_at=captured_at)
     attributes = _summary(event, names=state != "disabled")
     attributes["sglang.weights.table.state"] = state
     links: list[Link] = []
@@ -98,7 +93,7 @@ def event_spans(
         attributes |= {
             "sglang.weights.table.sha256": table.sha256,
             "sglang.weights.table.rows": table.rows,
-            "sglang.weights.table.chunks": len(chunks),
+            "sglang.weights.table.chunks": sum(map(len, packed)),
             "sglang.weights.table.spans": max(1, len(packed)),
         }
     elif unchanged_since is not None:
@@ -112,8 +107,6 @@ def event_spans(
     further = [_context(event, part) for part in range(1, len(packed))]
     links += [Link(each) for each in further]
     update = event.update
-    # The table's file is not written anew when nothing in it has changed.
-    captured_at = 0.0 if event.table is None else event.table.captured_at
     common: dict[str, Any] = {
         "resource": _resource(event),
         "start_time": _nanoseconds(update.started_at),
@@ -126,7 +119,7 @@ def event_spans(
             f"sglang.weights.{update.action}",
             context=context,
             attributes=attributes,
-            events=_events(packed[0] if packed else [], table, captured_at),
+            events=_span_events(packed[0] if packed else [], captured_at),
             links=links,
             status=Status(StatusCode.UNSET) if update.succeeded else failed,
             **common,
@@ -143,7 +136,7 @@ def event_spans(
                     "sglang.weights.table.part": part,
                     "sglang.weights.table.sha256": "" if table is None else table.sha256,
                 },
-                events=_events(events, table, captured_at),
+                events=_span_events(events, captured_at),
                 links=[Link(context)],
                 **common,
             )
@@ -217,7 +210,7 @@ def host_name() -> str:
 
 
 def _summary(event: Event, *, names: bool) -> Attributes:
-    update, ranks = event.update, event.ranks
+    update = event.update
     facts: dict[str, AttributeValue | None] = {
         "schema_version": SCHEMA_VERSION,
         # These are of the resource too, which not every trace store keeps.
@@ -226,10 +219,7 @@ def _summary(event: Event, *, names: bool) -> Attributes:
         "engine": event.engine.name,
         "model_name": event.engine.model_name,
         "role": event.role,
-        "tp_rank": ranks.tp,
-        "pp_rank": ranks.pp,
-        "dp_rank": ranks.dp,
-        "moe_ep_rank": ranks.moe_ep,
+        **event.ranks.labels,
         "device": event.device.name,
         "gpu_uuid": event.device.uuid or None,
         "source": update.source,
@@ -269,125 +259,6 @@ def _summary(event: Event, *, names: bool) -> Attributes:
     return {f"sglang.weights.{key}": value for key, value in facts.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    """Rows that go into one span event, and an upper bound of its bytes as protobuf."""
-
-    offset: int
-    rows: Sequence[Row]
-    nbytes: int
-
-
-#: Upper bound of an event's keys, counts and fingerprint.
-_CHUNK_BYTES = 1_000
-
-
-def _chunks(table: WeightTable) -> Iterator[_Chunk]:
-    offset, rows, size = 0, list[Row](), _CHUNK_BYTES
-    shapes: set[tuple[int, ...]] = set()
-    for row in table_rows(table):
-        needed = _row_bytes(row)
-        if rows and (len(rows) == EVENT_ROWS or size + needed + 22 * len(row.shape) > EVENT_BYTES):
-            yield _Chunk(offset, rows, size)
-            offset, rows, size = offset + len(rows), [], _CHUNK_BYTES
-            shapes.clear()
-        rows.append(row)
-        size += needed
-        if row.shape not in shapes:
-            shapes.add(row.shape)
-            size += 4 + 22 * len(row.shape)
-    if rows:
-        yield _Chunk(offset, rows, size)
-
-
-def _row_bytes(row: Row) -> int:
-    """Upper bound of what a row takes as protobuf, without its shape, which is sent once.
-
-    An element of an array takes 4 bytes more than its text, and 3 more than a number, which takes
-    a byte for 7 bits.
-    """
-    texts = (
-        row.name.encode(),
-        hex(row.data_ptr),
-        hex(row.storage_ptr),
-        _text(row.stride),
-        row.kind,
-    )
-    numbers = (row.nbytes, row.storage_nbytes)
-    return (
-        sum(len(text) + (4 if len(text) < 128 else 7) for text in texts)
-        + sum(3 + (number.bit_length() + 6) // 7 for number in numbers)
-        + 3 * 5  # Codes of dtype, shape and device.
-        + 2  # A number of 0 takes a byte too.
-    )
-
-
-def _columns(rows: Sequence[Row]) -> Attributes:
-    """Parallel arrays, one a column. What repeats is coded: an array of numbers that say which
-    of ``.values`` a row has. The essential columns come last, because OpenTelemetry's limits drop
-    the first."""
-    attributes: Attributes = {}
-    for column, values in (
-        ("dtype", [row.dtype for row in rows]),
-        ("shape", [_text(row.shape) for row in rows]),
-        ("device", [row.device for row in rows]),
-    ):
-        codes: dict[str, int] = {}
-        attributes[column] = [codes.setdefault(value, len(codes)) for value in values]
-        attributes[f"{column}.values"] = list(codes)
-    return {
-        **attributes,
-        "stride": [_text(row.stride) for row in rows],
-        "kind": [row.kind for row in rows],
-        "storage_nbytes": [row.storage_nbytes for row in rows],
-        # As text: an integer above 2^63-1 would be lost, and viewers round above 2^53.
-        "storage_ptr": [hex(row.storage_ptr) for row in rows],
-        "nbytes": [row.nbytes for row in rows],
-        "data_ptr": [hex(row.data_ptr) for row in rows],
-        "name": [row.name for row in rows],
-    }
-
-
-def _text(value: Sequence[int]) -> str:
-    """A shape or stride as text, because an attribute holds no array of arrays."""
-    return ",".join(map(str, value))
-
-
-def _packed(chunks: Sequence[_Chunk]) -> Iterator[list[tuple[int, int, _Chunk]]]:
-    """Chunks with their index and their count, by span."""
-    span: list[tuple[int, int, _Chunk]] = []
-    size = 0
-    for index, chunk in enumerate(chunks):
-        if span and (len(span) >= SPAN_EVENTS or size + chunk.nbytes > SPAN_BYTES):
-            yield span
-            span, size = [], 0
-        span.append((index, len(chunks), chunk))
-        size += chunk.nbytes
-    if span:
-        yield span
-
-
-def _events(
-    chunks: Sequence[tuple[int, int, _Chunk]], table: WeightTable | None, captured_at: float
-) -> list[SpanEvent]:
-    if table is None:
-        return []
-    return [
-        SpanEvent(
-            TABLE_EVENT,
-            attributes={
-                **_columns(chunk.rows),
-                "schema_version": table.schema,
-                "role": table.role,
-                "table.sha256": table.sha256,
-                "table.rows": table.rows,
-                "table.captured_at": captured_at,
-                "chunk.index": index,
-                "chunk.count": count,
-                "row.offset": chunk.offset,
-                "row.count": len(chunk.rows),
-            },
-            timestamp=_nanoseconds(captured_at),
-        )
-        for index, count, chunk in chunks
-    ]
+def _span_events(events: list[Attributes], captured_at: float) -> list[SpanEvent]:
+    timestamp = _nanoseconds(captured_at)
+    return [SpanEvent(TABLE_EVENT, attributes=each, timestamp=timestamp) for each in events]

@@ -32,7 +32,7 @@ class Complaint(logging.Handler):
 
     @property
     def text(self) -> str:
-        """Of this thread: each signal is sent from one of its own."""
+        """This thread's: each signal is sent from one of its own."""
         return getattr(self._here, "text", "")
 
     @text.setter

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -31,17 +31,11 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.metrics.export import Histogram as HistogramData
 from opentelemetry.sdk.resources import Resource
 
-from sglang_weight_exporter.export.collector import Collector
-from sglang_weight_exporter.export.instruments import (
-    IDENTITY,
-    INSTRUMENTS,
-    HostView,
-    Instrument,
-    Sample,
-    identity,
-    role_views,
-)
-from sglang_weight_exporter.export.spans import SCOPE
+from sglang_weight_exporter.export.instruments import Instrument
+from sglang_weight_exporter.export.measurement import Measurement, label_names, measure
+from sglang_weight_exporter.export.otlp.collector import Collector
+from sglang_weight_exporter.export.otlp.spans import SCOPE
+from sglang_weight_exporter.export.views import HostView
 from sglang_weight_exporter.records import DURATION_BUCKETS, Histogram
 
 logger = logging.getLogger("sglang_weight_exporter")
@@ -67,40 +61,24 @@ def metrics_data(view: HostView, resource: Resource) -> MetricsData:
 
 
 def _metrics(view: HostView) -> Iterator[Metric]:
-    roles = list(role_views(view.snapshots, view.now))
-    for instrument in INSTRUMENTS:
-        points = []
-        if instrument.read_role is not None:
-            labels = (*IDENTITY, *instrument.labels)
-            for role in roles:
-                for sample in instrument.read_role(role):
-                    values = (*identity(role, sample.device), *sample.labels)
-                    started_at = role.snapshot.started_at
-                    points.append(_point(labels, values, sample, started_at, view.now))
-        if instrument.read_host is not None:
-            points += [
-                _point(instrument.labels, sample.labels, sample, view.started_at, view.now)
-                for sample in instrument.read_host(view)
-            ]
-        if points:
+    for instrument, measurements in measure(view):
+        if measurements:
+            names = label_names(instrument)
             yield Metric(
                 name=otlp_name(instrument),
                 description=instrument.description,
                 unit=instrument.unit,
-                data=_data(instrument, points),
+                data=_data(instrument, [_point(names, each, view.now) for each in measurements]),
             )
 
 
 def _point(
-    labels: Iterable[str],
-    values: Iterable[str],
-    sample: Sample,
-    started_at: float,
-    now: float,
+    names: tuple[str, ...], measurement: Measurement, now: float
 ) -> NumberDataPoint | HistogramDataPoint:
+    sample = measurement.sample
     # What SGLang does not have is no attribute; to Prometheus an empty label is the same.
-    attributes = {key: value for key, value in zip(labels, values, strict=True) if value}
-    start, end = round(started_at * 1e9), round(now * 1e9)
+    attributes = {key: value for key, value in zip(names, measurement.labels, strict=True) if value}
+    start, end = round(measurement.started_at * 1e9), round(now * 1e9)
     if isinstance(sample.value, Histogram):
         return HistogramDataPoint(
             attributes=attributes,

@@ -1,0 +1,81 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What metrics are computed from: the host, and each role of each rank on it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from sglang_weight_exporter.export.nvml import GpuMemory
+from sglang_weight_exporter.records import Ranks, Role, Snapshot
+
+#: Labels of every series of a rank; the rank labels are SGLang's own, so that series join.
+IDENTITY = (
+    "model_name",
+    "engine",
+    "role",
+    *Ranks().labels,
+    "device",
+    "gpu_uuid",
+)
+
+
+@dataclass(frozen=True)
+class RoleView:
+    """A role of a rank, as an instrument reads it."""
+
+    snapshot: Snapshot
+    role: Role
+
+    @property
+    def is_target(self) -> bool:
+        return self.role.name == "target"
+
+
+@dataclass
+class SpanCounts:
+    """What became of the events of this host's ranks, counted by ``export.otlp.delivery``."""
+
+    exported: int = 0
+    waiting: int = 0
+    failures: int = 0
+    dropped: dict[str, int] = field(
+        default_factory=lambda: {"queue_full": 0, "refused": 0, "unreadable": 0}
+    )
+
+
+@dataclass(frozen=True)
+class HostView:
+    """All that the exporter process knows, as the instruments without identity read it."""
+
+    snapshots: tuple[Snapshot, ...]
+    gpus: tuple[GpuMemory, ...] = ()
+    unreadable: int = 0
+    spans: SpanCounts = field(default_factory=SpanCounts)
+    #: When this process began to count.
+    started_at: float = field(default_factory=time.time)
+    now: float = field(default_factory=time.time)
+
+
+def identity(view: RoleView, device: str) -> tuple[str, ...]:
+    """Values of :data:`IDENTITY`; a rank that SGLang does not have is the empty string, which
+    to Prometheus is the same as no label."""
+    name = device or view.role.device
+    uuid = next((each.uuid for each in view.snapshot.devices if each.name == name), "")
+    return (
+        view.snapshot.engine.model_name,
+        view.snapshot.engine.name,
+        view.role.name,
+        *("" if rank is None else str(rank) for rank in view.snapshot.ranks.labels.values()),
+        name,
+        uuid,
+    )
+
+
+def role_views(snapshots: Iterable[Snapshot], now: float) -> Iterator[RoleView]:
+    """Every role of every rank, with idle updates settled."""
+    for snapshot in snapshots:
+        for role in snapshot.roles:
+            yield RoleView(snapshot, role.settled(now))

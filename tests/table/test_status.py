@@ -1,0 +1,43 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""`status` on the command line."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from table.published import Command, PublishedRank
+
+from sglang_weight_exporter.records import Ranks
+
+
+def test_an_update_that_nobody_ended_is_over_once_it_is_idle(
+    rank: PublishedRank, command: Command
+) -> None:
+    rank.begin_update()
+    assert b"update  in progress" in command("status").stdout
+    an_hour_ago = time.time() - 3600
+    rank.begin_update(started_at=an_hour_ago, last_call_at=an_hour_ago, calls=3, idle_seconds=10.0)
+    assert b"in progress" not in command("status").stdout
+
+
+def test_ranks_are_named_as_people_do_and_in_their_order(
+    runtime_dir: Path, command: Command
+) -> None:
+    for ranks in (Ranks(tp=1, dp=1), Ranks(tp=1, dp=0, moe_ep=1), Ranks(tp=0, dp=0)):
+        PublishedRank(runtime_dir, ranks=ranks).publish()
+    shown = command("status").stdout.decode().splitlines()
+    assert [line.partition("  ")[0] for line in shown if line.startswith("engine ")] == [
+        "engine 30000, tp 0 pp 0 dp 0",
+        "engine 30000, tp 1 pp 0 dp 0 ep 1",
+        "engine 30000, tp 1 pp 0 dp 1",
+    ]
+
+
+def test_weights_whose_memory_was_given_back_are_said_to_be_released(
+    rank: PublishedRank, command: Command
+) -> None:
+    assert b"released" not in command("status").stdout
+    rank.release_memory()
+    assert b"in 4 tensors, released" in command("status").stdout
