@@ -98,15 +98,17 @@ class Installation:
         original = None if owner is None else getattr(owner, name, None)
         if original is None:
             return
-        if not hasattr(original, "__sglang_weight_exporter__"):
-            place = f"{target.module}.{target.attribute}"
-            if inspect.iscoroutinefunction(original) or inspect.isasyncgenfunction(original):
-                self._failures[target] = f"{place} is a coroutine in this release"
-                return
-            arguments = inspect.signature(original).parameters
-            renamed = [argument for argument in target.reads if argument not in arguments]
-            if renamed:
-                self._failures[target] = f"{place} has no argument {', '.join(renamed)} any more"
+        ours = hasattr(original, "__sglang_weight_exporter__")
+        function = original.__wrapped__ if ours else original
+        place = f"{target.module}.{target.attribute}"
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            self._failures[target] = f"{place} is a coroutine in this release"
+            return
+        arguments = inspect.signature(function).parameters
+        renamed = [argument for argument in target.reads if argument not in arguments]
+        if renamed:
+            self._failures[target] = f"{place} has no argument {', '.join(renamed)} any more"
+        if not ours:
             setattr(owner, name, self._wrap(target, original))
         self._installed.add(target)
 
@@ -215,11 +217,12 @@ class Installation:
         return self._states
 
     def _state(self, targets: list[Target], sglang_version: str) -> dict[str, Any]:
+        # Two entries may find the same callable: one that reads an argument of older releases.
+        if any(target in self._installed - self._failures.keys() for target in targets):
+            return {"status": "installed"}
         failed = [self._failures[target] for target in targets if target in self._failures]
         if failed:
             return {"status": "failed", "reason": failed[0]}
-        if any(target in self._installed for target in targets):
-            return {"status": "installed"}
         waiting = [target for target in targets if _may_be_imported(target.module)]
         if waiting:
             return {"status": "pending", "reason": f"{waiting[0].module} is not imported"}

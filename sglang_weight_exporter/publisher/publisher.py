@@ -134,24 +134,28 @@ class Publisher:
         if snapshot is None:
             return True
         try:
-            if self._store is None:
-                self._open(snapshot)
-            assert self._store is not None
-            return self._write_to(self._store, snapshot)
+            store = self._open()
+            if self._name:
+                return self._write_to(store, snapshot)
+            # The first one is written under a name that no other engine on this host has.
+            with claim_engine_name(store.runtime_dir, snapshot.engine, snapshot.ranks) as name:
+                self._name = name
+                complete = self._write_to(store, snapshot)
+                if not complete:
+                    self._name = ""
+            return complete
         except Exception as error:
             self._report("snapshot", error)
             return False
 
-    def _open(self, snapshot: Snapshot) -> None:
-        """Make the rank's directory, under a name that no other engine on this host has."""
-        runtime_dir = RuntimeDir.open(self._settings.runtime_dir, self._environ)
-        with claim_engine_name(runtime_dir, snapshot.engine, snapshot.ranks) as name:
-            self._name = name
-            store = RankStore(runtime_dir, self._rank_id)
-            store.write_snapshot(self._complete(snapshot, store, without={}))
-        self._store = store
-        if self._settings.serve:
-            Supervisor(runtime_dir, self._environ).start()
+    def _open(self) -> RankStore:
+        """The rank's directory, made when it is first needed."""
+        if self._store is None:
+            runtime_dir = RuntimeDir.open(self._settings.runtime_dir, self._environ)
+            self._store = RankStore(runtime_dir, self._rank_id)
+            if self._settings.serve:
+                Supervisor(runtime_dir, self._environ).start()
+        return self._store
 
     def _write_to(self, store: RankStore, snapshot: Snapshot) -> bool:
         complete = True

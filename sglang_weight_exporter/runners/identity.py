@@ -150,6 +150,6 @@ def sglang_version() -> str:
 
         try:
             version = installed("sglang")
-        except PackageNotFoundError:
+        except (PackageNotFoundError, OSError):
             version = ""
     return str(version)

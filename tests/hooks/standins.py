@@ -61,11 +61,14 @@ class Clock:
 class Rank:
     """A process with the hooks on, as the exporter process sees it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, known: bool = True) -> None:
+        """``known``: off, SGLang's modules are still to be imported."""
         self.clock = Clock()
         self.directory = directory
         self.allocations = AllocationMap.of_storages()
         self.installation = Installation(TARGETS, self._observer)
+        if not known:
+            return
         self.runners = self.hook(RUNNER, ModelRunner)
         self.updaters = self.hook(UPDATER, WeightUpdater)
         self.components = self.hook(SCHEDULER_COMPONENT, SchedulerWeightUpdaterManager)

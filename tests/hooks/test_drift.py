@@ -13,7 +13,13 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from hooks.standins import Rank, Request, SchedulerWeightUpdaterManager
+from hooks.standins import (
+    ModelRunner,
+    Rank,
+    Request,
+    SchedulerWeightUpdaterManager,
+    WeightUpdater,
+)
 
 from sglang_weight_exporter.hooks.targets import (
     RUNNER,
@@ -29,7 +35,7 @@ def rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rank:
     released = ModuleType("sglang")
     released.__version__ = "0.5.23"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sglang", released)
-    return Rank(tmp_path / "runtime")
+    return Rank(tmp_path / "runtime", known=False)
 
 
 def imported(rank: Rank, name: str, monkeypatch: pytest.MonkeyPatch, **contents: Any) -> ModuleType:
@@ -78,6 +84,8 @@ def test_an_argument_that_was_renamed(
     assert "recv_req" in reason
     lines = [record.getMessage() for record in caplog.records if "recv_req" in record.getMessage()]
     assert len(lines) == 1
+    rank.runners = rank.hook(RUNNER, ModelRunner)
+    rank.updaters = rank.hook(UPDATER, WeightUpdater)
     runner = rank.runner()
     Manager(runner).update_weights_from_disk(Request())
     assert rank.totals() == {"disk": (1, 0, 1)}

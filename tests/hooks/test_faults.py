@@ -43,10 +43,17 @@ def mount(*arguments: str) -> None:
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, of 256 KiB."""
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of its own, of 256 KiB; for what only some can, the one of all tests."""
     path = tmp_path / "disk"
     path.mkdir()
+    if "read-only" in request.node.name:
+        tried = subprocess.run(["chattr", "+i", path], capture_output=True, text=True, check=False)
+        if tried.returncode != 0:
+            pytest.skip(f"needs a file system with immutable directories: {tried.stderr.strip()}")
+        subprocess.run(["chattr", "-i", path], check=True)
+        yield path
+        return
     mount("-t", "tmpfs", "-o", "size=256k,mode=0700", "tmpfs", str(path))
     yield path
     subprocess.run(["umount", "-l", str(path)], check=True)
@@ -64,9 +71,12 @@ def full(disk: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def read_only(disk: Path) -> Iterator[None]:
-    mount("-o", "remount,ro", str(disk))
+    """Nothing can be made or removed, as after an error of the disk. A file system that somebody
+    writes to cannot be remounted, so its directories are made immutable."""
+    directories = [disk, *(path for path in disk.rglob("*") if path.is_dir())]
+    subprocess.run(["chattr", "+i", *directories], check=True)
     yield
-    mount("-o", "remount,rw", str(disk))
+    subprocess.run(["chattr", "-i", *directories], check=True)
 
 
 @contextlib.contextmanager
@@ -81,7 +91,7 @@ def directory_gone(disk: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def no_descriptors(disk: Path) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd"))
+    used = len(list(Path("/proc/self/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(used - 1, soft), hard))
     held = []
     with contextlib.suppress(OSError):
