@@ -1,0 +1,330 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger against a plain model of SGLang's semantics: any order of loads, updates, buckets,
+sessions, failures, flushes, releases and rebalances, on two roles and two threads.
+
+The model says what SGLang's calls mean and not how the ledger keeps it: it counts each update when
+the rule that ends it applies, from a list of what has happened.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from sglang_weight_exporter.ledger import IDLE_SECONDS, Ledger, Ticket, Verdict
+from sglang_weight_exporter.records import Role
+
+ROLES = ("target", "draft")
+BUCKETS = ("tensor", "distributed")
+WHOLE = ("disk", "ipc")
+SCHEDULER, WORKER = 1, 2
+
+CHANGED = Verdict(True, "changed")
+REFUSED = Verdict(False, "unchanged", "refused")
+BROKEN = Verdict(False, "undefined", "broken")
+verdicts = st.sampled_from([CHANGED, CHANGED, REFUSED, BROKEN])
+
+
+@dataclass
+class Modelled:
+    """An update that has begun: what its calls said, and by whose end it ends."""
+
+    source: str | None
+    session: bool = False
+    verdicts: list[Verdict] = field(default_factory=list)
+    refused_later: bool = False
+    last_call: float = 0.0
+    version: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.refused_later or any(not verdict.succeeded for verdict in self.verdicts)
+
+    @property
+    def changed(self) -> bool:
+        """The weights are the new ones: something was written, and nothing failed in writing."""
+        return any(verdict.effect == "changed" for verdict in self.verdicts) and all(
+            verdict.succeeded for verdict in self.verdicts
+        )
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """Drives the ledger as SGLang's scheduler and its worker's thread would."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.on = SCHEDULER
+        self.ledger = Ledger(clock=lambda: self.now, thread=lambda: self.on)
+        self.open: dict[str, Modelled | None] = dict.fromkeys(ROLES)
+        self.moves: Modelled | None = None
+        self.rebalancing = False
+        self.moving: Ticket | None = None
+        self.session_calls = 0
+        self.updates: Counter[tuple[str, str]] = Counter()
+        self.failures: Counter[tuple[str, str]] = Counter()
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.loads = 0
+        self.ended = 0
+        self.released: set[str] = set()
+
+    # The model.
+
+    def end(self, role: str) -> None:
+        update, self.open[role] = self.open[role], None
+        self.count(role, update)
+
+    def count(self, role: str, update: Modelled | None) -> None:
+        if update is None or update.source is None:
+            return
+        self.ended += 1
+        self.updates[role, update.source] += update.changed
+        self.failures[role, update.source] += update.failed
+
+    def began(self, role: str, source: str) -> Modelled:
+        update = self.open[role]
+        if update is not None and not update.session:
+            idle = self.now - update.last_call > IDLE_SECONDS
+            if idle or update.source != source:
+                self.end(role)
+        if self.open[role] is None:
+            self.open[role] = Modelled(source, last_call=self.now)
+        update = self.open[role]
+        assert update is not None
+        return update
+
+    # What SGLang does.
+
+    @initialize()
+    def start(self) -> None:
+        self.ledger.begin_start()
+        for role in ROLES:
+            self.ledger.add_role(role)
+            began = self.ledger.begin_load()
+            self.ledger.end_load(role, began, model_path="a", weight_version="default")
+        assert self.ledger.take_ended() == []  # Drafts may still share what they have.
+        self.ledger.end_start()
+        assert [ended.role for ended in self.ledger.take_ended()] == list(ROLES)
+
+    @rule(seconds=st.sampled_from([0.01, 1.0, IDLE_SECONDS + 1]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(role=st.sampled_from(ROLES), source=st.sampled_from(WHOLE), verdict=verdicts)
+    def whole_update(self, role: str, source: Any, verdict: Verdict) -> None:
+        self.write(role, source, verdict, "request")
+        if self.open[role] is not None and not self.open_of(role).session:
+            self.end(role)
+
+    def open_of(self, role: str) -> Modelled:
+        update = self.open[role]
+        assert update is not None
+        return update
+
+    def write(self, role: str, source: Any, verdict: Verdict, ends_with: Any) -> None:
+        update = self.began(role, source)
+        ticket = self.ledger.begin(role, source, ends_with=ends_with)
+        self.now += 0.5
+        self.ledger.finish(ticket, verdict)
+        update.source, update.last_call = source, self.now
+        update.verdicts.append(verdict)
+        self.calls[role, source] += 1
+        self.session_calls += 1
+
+    @rule(role=st.sampled_from(ROLES), source=st.sampled_from(BUCKETS), verdict=verdicts)
+    def bucket_without_a_request(self, role: str, source: Any, verdict: Verdict) -> None:
+        self.write(role, source, verdict, "later")
+
+    @rule(
+        roles=st.sampled_from([("target",), ("target", "draft"), ("draft", "target")]),
+        source=st.sampled_from(BUCKETS + WHOLE),
+        verdict=verdicts,
+        flush_cache=st.booleans(),
+        flushes=st.booleans(),
+        version=st.sampled_from(["", "1", "2"]),
+    )
+    def request(
+        self,
+        roles: tuple[str, ...],
+        source: Any,
+        verdict: Verdict,
+        flush_cache: bool,
+        flushes: bool,
+        version: str,
+    ) -> None:
+        for role, update in self.open.items():
+            if (
+                update is not None
+                and not update.session
+                and version
+                and update.version not in ("", version)
+            ):
+                self.end(role)
+        self.ledger.begin_request(flush_cache=flush_cache, weight_version=version)
+        for role in roles:
+            fresh = self.began(role, source)
+            fresh.version = fresh.version or ("" if fresh.session or fresh.verdicts else version)
+            self.write(role, source, verdict, "request" if source in WHOLE else "later")
+            if not verdict.succeeded:
+                break
+        succeeded = verdict.succeeded and (flushes or not flush_cache)
+        message = "" if succeeded else "the cache was not flushed"
+        self.ledger.end_request(succeeded=succeeded, message=message, raised=False)
+        written = {role: update for role, update in self.open.items() if update is not None}
+        only_flush = not succeeded and not any(update.failed for update in written.values())
+        for role, update in written.items():
+            if only_flush and update.verdicts:
+                update.refused_later = True
+            if update.session:
+                continue
+            if version and update.changed and not self.undefined(update):
+                update.version = version
+            if not succeeded or flush_cache or update.source in WHOLE:
+                self.end(role)
+
+    def undefined(self, update: Modelled) -> bool:
+        return any(verdict.effect == "undefined" for verdict in update.verdicts)
+
+    # Sessions.
+
+    @rule(role=st.sampled_from(ROLES))
+    def begin_session(self, role: str) -> None:
+        update = self.open[role]
+        if update is not None and update.session and update.verdicts:
+            self.ledger.begin_session(role)
+            return
+        if update is not None and not update.session:
+            self.end(role)
+        self.open[role] = None
+        if not any(other is not None and other.session for other in self.open.values()):
+            self.session_calls = 0
+        self.open[role] = Modelled(None, session=True, last_call=self.now)
+        self.ledger.begin_session(role)
+
+    @rule(role=st.sampled_from(ROLES), works=st.booleans())
+    def end_session(self, role: str, works: bool) -> None:
+        update = self.open[role]
+        if update is None or not update.session:
+            return
+        run_post_load = self.session_calls == 0
+        error = "" if works else "repacking failed"
+        self.ledger.end_session(role, error=error, run_post_load=run_post_load)
+        if not works:
+            update.source = update.source or "p2p"
+            update.verdicts.append(BROKEN)
+        elif run_post_load:
+            update.source = "p2p"
+            update.verdicts.append(CHANGED)
+            self.calls[role, "p2p"] += 1
+            self.session_calls += 1
+        self.end(role)
+        if not works:
+            self.open[role] = Modelled(update.source, session=True, last_call=self.now)
+
+    # Experts, on the worker's thread, whatever the scheduler's does.
+
+    @rule()
+    def begin_rebalance(self) -> None:
+        if not self.rebalancing:
+            self.rebalancing = True
+            self.ledger.begin_rebalance()
+
+    @precondition(lambda self: self.moving is None)
+    @rule()
+    def begin_move(self) -> None:
+        self.on = WORKER
+        if self.moves is None:
+            self.moves = Modelled("eplb")
+        self.moving = self.ledger.begin_move("target")
+        assert self.ledger.begin_move("target") is None  # Inside another.
+        self.on = SCHEDULER
+
+    @precondition(lambda self: self.moving is not None)
+    @rule(verdict=st.sampled_from([CHANGED, BROKEN]), reads=st.integers(0, 2))
+    def finish_move(self, verdict: Verdict, reads: int) -> None:
+        assert self.moving is not None
+        assert self.moves is not None
+        self.on = WORKER
+        for _ in range(reads):  # Missing experts, again from disk.
+            ticket = self.ledger.begin("target", "disk", ends_with="request")
+            self.ledger.finish(ticket, verdict)
+            self.moves.verdicts.append(verdict)
+            self.calls["target", "eplb"] += 1
+        whole = self.moving.ends_with == "call" and self.moving.opened
+        self.ledger.finish_move(self.moving, verdict)
+        self.moves.verdicts.append(verdict)
+        self.calls["target", "eplb"] += 1
+        self.on, self.moving = SCHEDULER, None
+        if whole:
+            self.count("target", self.moves)
+            self.moves = None
+
+    @precondition(lambda self: self.rebalancing and self.moving is None)
+    @rule()
+    def end_rebalance(self) -> None:
+        self.rebalancing = False
+        self.ledger.end_rebalance()
+        if self.moves is not None:
+            self.count("target", self.moves)
+            self.moves = None
+
+    @rule(tag=st.sampled_from(["weights", "kv_cache"]), gives=st.booleans())
+    def release_or_resume(self, tag: str, gives: bool) -> None:
+        if gives:
+            self.ledger.release({tag})
+            self.released.add(tag)
+        else:
+            self.ledger.resume({tag})
+            self.released.discard(tag)
+
+    # What must always hold.
+
+    @invariant()
+    def counts_are_the_models(self) -> None:
+        for name in ROLES:
+            if name not in self.ledger._roles:
+                return
+            role = self.ledger.describe(name, Role(name=name, device="cpu"))
+            for source, counts in role.updates.items():
+                key = (name, source)
+                assert counts.updates == self.updates[key], key
+                assert counts.failures == self.failures[key], key
+                assert counts.calls == self.calls[key], key
+                assert sum(counts.duration.counts) >= counts.updates
+            expected = self.open[name] is not None or (name == "target" and bool(self.moves))
+            assert (role.in_progress is not None) == expected, name
+            assert role.last_update is not None
+        assert self.ledger.released == self.released
+
+    @invariant()
+    def what_has_ended_is_told_once(self) -> None:
+        told = [ended for ended in self.ledger.take_ended() if ended.update is not None]
+        self.told = getattr(self, "told", 0) + len(
+            [ended for ended in told if ended.update and ended.update.action == "update"]
+        )
+        assert self.told == self.ended
+
+
+def test_the_ledger_counts_what_a_plain_model_counts() -> None:
+    run_state_machine_as_test(
+        LedgerMachine,
+        settings=settings(
+            max_examples=150,
+            stateful_step_count=60,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
