@@ -82,19 +82,27 @@ class _Open:
     #: Calls that are running: an announced block inside a call of SGLang's is a second one.
     running: int = 0
     calls: int = 0
-    failed: bool = False
+    #: A call failed, so that some of the weights may be new and some old.
+    broken: bool = False
+    #: The calls succeeded, and what SGLang does after them did not: the cache keeps what the old
+    #: weights left in it. The weights are the new ones.
+    refused: bool = False
     effect: Effect = "unchanged"
     message: str = ""
     weight_version: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.broken or self.refused
 
     def record(self, verdict: Verdict, at: float) -> None:
         self.calls += 1
         self.last_call_at = at
         if not verdict.succeeded:
-            self.failed = True
+            self.broken = True
             self.message = verdict.message
         effects = {self.effect, verdict.effect}
-        if "undefined" in effects or (self.failed and "changed" in effects):
+        if "undefined" in effects or (self.broken and "changed" in effects):
             self.effect = "undefined"  # Some buckets of several are in, and some are not.
         elif "changed" in effects:
             self.effect = "changed"
@@ -551,8 +559,7 @@ class Ledger:
             only_flush_failed = not succeeded and not any(open_.failed for _, open_ in open_updates)
             for name, open_ in open_updates:
                 if only_flush_failed and open_.calls:
-                    # The weights are the new ones; the cache keeps what the old ones left in it.
-                    open_.failed, open_.message = True, message
+                    open_.refused, open_.message = True, message
                 if raised and open_.calls:
                     self._end(name, open_)
                     continue

@@ -147,6 +147,10 @@ class Rank:
             )
         )
 
+    def bound_queue(self, events: int) -> None:
+        """Let no more than so many events wait."""
+        self.store._events._event_count = events
+
     def waiting(self) -> list[str]:
         """Files of events that were not acknowledged."""
         return sorted(path.name for path in (self.store.path / "events").glob("*.event"))

@@ -318,6 +318,25 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.told == self.ended
 
 
+def test_a_refused_flush_in_a_session_does_not_make_later_buckets_a_mixture() -> None:
+    """Found by the machine: the refusal counted as a write that failed."""
+    machine = LedgerMachine()
+    machine.start()
+    machine.begin_session(role="target")
+    for flush_cache in (True, False):
+        machine.request(
+            roles=("target",),
+            source="tensor",
+            verdict=CHANGED,
+            flush_cache=flush_cache,
+            flushes=False,
+            version="",
+        )
+    machine.end_session(role="target", works=True)
+    machine.counts_are_the_models()
+    assert machine.updates["target", "tensor"] == machine.failures["target", "tensor"] == 1
+
+
 def test_the_ledger_counts_what_a_plain_model_counts() -> None:
     run_state_machine_as_test(
         LedgerMachine,

@@ -59,9 +59,9 @@ def named_tensors(model: torch.nn.Module, slots: Iterable[Slot] = ()) -> NamedTe
     (DTensor, torchao's quantized tensors) own no memory themselves and are replaced by the
     tensors inside them, named ``NAME.INNER``.
     """
-    modules = list(_walk(model))
+    prefixes, modules = _walk(model)
     own: list[tuple[list[str], list[torch.Tensor]]] = [([], []), ([], [])]
-    for prefix, module in modules:
+    for prefix, module in zip(prefixes, modules, strict=True):
         for (names, tensors), held in zip(own, (module._parameters, module._buffers), strict=True):
             for name, tensor in held.items():
                 if tensor is not None:
@@ -70,7 +70,7 @@ def named_tensors(model: torch.nn.Module, slots: Iterable[Slot] = ()) -> NamedTe
     known = set(map(id, chain(own[0][1], own[1][1]))) if slots else set()
     derived: tuple[list[str], list[torch.Tensor]] = ([], [])
     for number, prefix, path in slots:
-        tensor = _at(modules[number][1], path) if number < len(modules) else None
+        tensor = _at(modules[number], path) if number < len(modules) else None
         if tensor is not None and id(tensor) not in known:
             derived[0].append((prefix + ".".join(map(str, path))).replace("\n", "\\n"))
             derived[1].append(tensor)
@@ -83,23 +83,30 @@ def named_tensors(model: torch.nn.Module, slots: Iterable[Slot] = ()) -> NamedTe
         tensors=found[0][1] + found[1][1] + found[2][1],
         parameters=len(found[0][0]),
         buffers=len(found[1][0]),
-        keys=_keys([module for _, module in modules]),
+        keys=_keys(modules),
         modules=len(modules),
         plain=plain,
     )
 
 
-def _walk(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+def _walk(model: torch.nn.Module) -> tuple[list[str], list[torch.nn.Module]]:
     """Every module under each of its names, with a dot behind; a module inside itself once."""
-    stack: list[tuple[str, torch.nn.Module, tuple[int, ...]]] = [("", model, ())]
-    while stack:
-        prefix, module, ancestors = stack.pop()
-        yield prefix, module
+    prefixes: list[str] = []
+    modules: list[torch.nn.Module] = []
+    ancestors: set[int] = set()
+
+    def visit(prefix: str, module: torch.nn.Module) -> None:
+        prefixes.append(prefix)
+        modules.append(module)
         if module._modules:
-            path = (*ancestors, id(module))
-            for name, child in reversed(module._modules.items()):
-                if child is not None and id(child) not in path:
-                    stack.append((f"{prefix}{name}.", child, path))
+            ancestors.add(id(module))
+            for name, child in module._modules.items():
+                if child is not None and id(child) not in ancestors:
+                    visit(f"{prefix}{name}.", child)
+            ancestors.discard(id(module))
+
+    visit("", model)
+    return prefixes, modules
 
 
 def _wraps(kind: type) -> bool:
@@ -132,14 +139,14 @@ def derived_slots(model: torch.nn.Module) -> tuple[Slot, ...]:
     """Where tensors hang that are plain attributes of modules, or in lists, tuples and
     dictionaries there. Other objects are not entered (SGLang's caches, pools and managers), and
     no property is run. A parameter or buffer under a further name is none of them."""
-    modules = list(_walk(model))
+    prefixes, modules = _walk(model)
     held = {
         id(tensor)
-        for _, module in modules
+        for module in modules
         for tensor in chain(module._parameters.values(), module._buffers.values())
     }
     slots: list[Slot] = []
-    for number, (prefix, module) in enumerate(modules):
+    for number, (prefix, module) in enumerate(zip(prefixes, modules, strict=True)):
         for attribute, value in vars(module).items():
             if attribute in _OF_TORCH:
                 continue
@@ -174,8 +181,7 @@ def _at(module: torch.nn.Module, path: tuple[Any, ...]) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _keys(modules: Iterable[torch.nn.Module]) -> list[str]:
-    modules = list(modules)
+def _keys(modules: list[torch.nn.Module]) -> list[str]:
     return [
         *chain.from_iterable(map(attrgetter("_parameters"), modules)),
         *chain.from_iterable(map(attrgetter("_buffers"), modules)),

@@ -150,6 +150,14 @@ def _target_only(read: Callable[[Snapshot], float | None]) -> RoleReader:
     return samples
 
 
+def _once_a_rank(read: Callable[[Snapshot], float | None]) -> RoleReader:
+    def samples(view: RoleView) -> Iterator[Sample]:
+        if view.is_first:
+            yield from _one(read(view.snapshot))
+
+    return samples
+
+
 def _kv_bytes(view: RoleView) -> Iterator[Sample]:
     for pool in view.role.kv_pools or ():
         yield Sample((pool.pool,), pool.nbytes, pool.device)
@@ -456,14 +464,14 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "counter",
         "{error}",
         "Exceptions of ours that were caught inside the engine.",
-        read_role=_target_only(lambda snapshot: sum(snapshot.hook_errors.values())),
+        read_role=_once_a_rank(lambda snapshot: sum(snapshot.hook_errors.values())),
     ),
     Instrument(
         "sglang_weight_exporter_snapshot_seconds",
         "gauge",
         "s",
         "Time that the engine last spent on reading its weights and pools.",
-        read_role=_target_only(lambda snapshot: snapshot.snapshot_seconds),
+        read_role=_once_a_rank(lambda snapshot: snapshot.snapshot_seconds),
     ),
     Instrument(
         "sglang_weight_exporter_read_errors",

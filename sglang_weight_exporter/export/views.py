@@ -33,6 +33,12 @@ class RoleView:
     def is_target(self) -> bool:
         return self.role.name == "target"
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this role stands for what is the rank's and no role's: an encoder server and a
+        weight-cache daemon have no target."""
+        return self.role.name == self.snapshot.roles[0].name
+
 
 @dataclass
 class SpanCounts:

@@ -101,8 +101,9 @@ class Installation:
         ours = hasattr(original, "__sglang_weight_exporter__")
         function = original.__wrapped__ if ours else original
         place = f"{target.module}.{target.attribute}"
-        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
-            self._failures[target] = f"{place} is a coroutine in this release"
+        if inspect.iscoroutinefunction(function) != target.coroutine:
+            which = "no coroutine" if target.coroutine else "a coroutine"
+            self._failures[target] = f"{place} is {which} in this release"
             return
         arguments = inspect.signature(function).parameters
         renamed = [argument for argument in target.reads if argument not in arguments]
@@ -113,7 +114,20 @@ class Installation:
         self._installed.add(target)
 
     def _wrap(self, target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
-        if inspect.isgeneratorfunction(original):
+        if inspect.iscoroutinefunction(original):
+
+            @functools.wraps(original)
+            async def wrapper(*args: Any, **kwargs: Any) -> Any:
+                around = self._begin(target, original, args, kwargs)
+                try:
+                    result = await original(*args, **kwargs)
+                except BaseException as error:
+                    self._end(target, around, Outcome(error=error))
+                    raise
+                self._end(target, around, Outcome(result=result))
+                return result
+
+        elif inspect.isgeneratorfunction(original):
 
             @functools.wraps(original)
             def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -250,8 +264,9 @@ def _sglang_version() -> str:
 
 def _may_be_imported(name: str) -> bool:
     """Whether a module is there and not imported; looks on disk and imports nothing."""
-    if name in sys.modules:
-        return False
+    module = sys.modules.get(name)
+    if module is not None:
+        return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
     parent, _, _ = name.rpartition(".")
     package = sys.modules.get(parent)
     if package is None:

@@ -50,6 +50,8 @@ class Target:
     #: Arguments that the method reads, by their name in SGLang's signature.
     reads: tuple[str, ...] = ()
     source: Source | None = None
+    #: A coroutine, as SGLang has it. Of another target a coroutine would not be what it was.
+    coroutine: bool = False
 
 
 def _everywhere(
@@ -58,9 +60,11 @@ def _everywhere(
     places: tuple[tuple[str, str, str, str | None], ...],
     reads: tuple[str, ...] = (),
     source: Source | None = None,
+    *,
+    coroutine: bool = False,
 ) -> tuple[Target, ...]:
     return tuple(
-        Target(name, module, attribute, meaning, since, until, reads, source)
+        Target(name, module, attribute, meaning, since, until, reads, source, coroutine)
         for module, attribute, since, until in places
     )
 
@@ -190,6 +194,7 @@ TARGETS: tuple[Target, ...] = (
             (ENCODER_RUNTIME, "run_dp_worker", "0.5.19", None),
         ),
         reads=("dp_rank",),
+        coroutine=True,
     ),
     Target(
         "weight_cache.export",

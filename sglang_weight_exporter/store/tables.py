@@ -169,8 +169,11 @@ class TableReader:
                     f"read. `sglang-weight-exporter status` says more."
                 )
             # With the table lock in hand no call of an update is running.
-            if role.in_progress is not None and not role.in_progress.is_over(time.time()):
+            progress = role.in_progress
+            if progress is not None and not progress.is_over(time.time()):
                 return None, self._busy()
+            if progress is not None and role.table.captured_at < progress.last_call_at:
+                return None, self._unseen()
             last = self._last_columns
             if last is None or last[0] != role.table:
                 last = (role.table, self.directory.table(role.table.file))
@@ -202,6 +205,14 @@ class TableReader:
         return UpdateInProgressError(
             f"The weights of the {self.role} model of rank {self.directory.rank_id} are being "
             f"updated, so the table may be a mixture of old and new. Wait longer for its end."
+        )
+
+    def _unseen(self) -> TableError:
+        return UpdateInProgressError(
+            f"The weights of the {self.role} model of rank {self.directory.rank_id} were updated "
+            f"by calls whose end this SGLang does not report, and nobody has looked at them since: "
+            f"tensors may have moved. The next update looks first. Have the client ask for the "
+            f"cache to be flushed with its last call (flush_cache), which ends the update."
         )
 
     @contextlib.contextmanager

@@ -5,6 +5,11 @@ from counting every byte's address."""
 
 from __future__ import annotations
 
+import gc
+import weakref
+from dataclasses import replace
+
+import msgspec
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
@@ -18,7 +23,7 @@ from sglang_weight_exporter.capture.weights import (  # noqa: E402
     WeightCapture,
     capture_weights,
 )
-from sglang_weight_exporter.weight_table import Row, table_regions, table_rows  # noqa: E402
+from sglang_weight_exporter.weight_table import Row, compare_tables, table_regions, table_rows  # noqa: E402
 
 
 def capture(model: Any, **options: Any) -> WeightCapture:
@@ -288,3 +293,177 @@ def test_bytes_are_those_of_unique_storages_whatever_the_model() -> None:
             for tensor in named_tensors(model).tensors
         }
         assert nbytes(model) == sum(used.values())
+
+
+# Derived weights: plain attributes of modules.
+
+
+def with_derived() -> torch.nn.Module:
+    """As SGLang's latent attention keeps them."""
+    model = module(weight=torch.nn.Parameter(torch.zeros(8, 4)))
+    model.attention = torch.nn.Module()
+    model.attention.w_kc = torch.ones(4, 4)
+    model.attention.scales = [torch.ones(2), {"k": torch.ones(3)}]
+    model.attention.alias = model.weight
+    model.attention.half = model.weight[:4]
+    model.attention.unset = None
+    return model
+
+
+def derived(captured: WeightCapture) -> dict[str, Row]:
+    return {row.name: row for row in table_rows(captured.table) if row.kind == "derived"}
+
+
+def test_tensors_in_attributes_are_derived_weights_under_the_name_that_leads_to_them() -> None:
+    model = with_derived()
+    found = derived(capture(model))
+    assert set(found) == {
+        "attention.w_kc",
+        "attention.scales.0",
+        "attention.scales.1.k",
+        "attention.half",
+    }
+    assert found["attention.half"].storage_ptr == model.weight.untyped_storage().data_ptr()
+    assert nbytes(model) == model.weight.nbytes + 4 * (16 + 2 + 3)  # A view adds no bytes.
+
+
+def test_no_property_is_run_and_no_other_object_entered() -> None:
+    class Pool:
+        buffer = torch.zeros(8)
+
+        def __init__(self) -> None:
+            self.cache = torch.zeros(8)
+
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = Pool()
+
+        @property
+        def computed(self) -> torch.Tensor:
+            raise AssertionError("run by a look")
+
+    assert derived(capture(Attention())) == {}
+
+
+def test_a_derived_weight_that_is_bound_anew_has_moved() -> None:
+    model = with_derived()
+    first = capture(model)
+    before = model.attention.w_kc
+    model.attention.w_kc = torch.ones(4, 4)
+    after = capture(model, previous=first, thorough=False)
+    changes = compare_tables(first.table, after.table)
+    assert (changes.moved, changes.names["moved"]) == (1, ("attention.w_kc",))
+    assert before is not model.attention.w_kc
+
+
+def test_nothing_that_was_replaced_is_kept_alive_by_a_look() -> None:
+    model = with_derived()
+    first = capture(model)
+    gone = [weakref.ref(model.attention.w_kc), weakref.ref(model.weight)]
+    model.attention.w_kc = None
+    model.attention.alias = model.attention.half = None
+    model.weight = torch.nn.Parameter(torch.zeros(8, 4))
+    assert [ref() for ref in gone] == [None, None]
+    assert first.table.rows
+
+
+# Looks again.
+
+
+def changed_shape(model: Any) -> None:
+    model.weight.data = model.weight.data.view(4, 8)
+
+
+def changed_strides(model: Any) -> None:
+    model.weight.data = model.weight.data.t()
+
+
+def changed_dtype(model: Any) -> None:
+    model.weight.requires_grad_(False)
+    model.weight.data = model.weight.data.view(torch.int32)
+
+
+def changed_storage(model: Any) -> None:
+    model.weight = torch.nn.Parameter(model.weight.data.clone())
+
+
+def added(model: Any) -> None:
+    model.further = torch.nn.Parameter(torch.zeros(2))
+
+
+def added_module(model: Any) -> None:
+    model.child = module(weight=torch.nn.Parameter(torch.zeros(2)))
+
+
+def removed(model: Any) -> None:
+    del model.weight
+
+
+CHANGES_OF_A_MODEL = [
+    changed_shape,
+    changed_strides,
+    changed_dtype,
+    changed_storage,
+    added,
+    added_module,
+    removed,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_A_MODEL)
+def test_a_second_look_finds_what_a_first_one_would(change: Any) -> None:
+    model = module(
+        weight=torch.nn.Parameter(torch.zeros(8, 4)), other=torch.nn.Parameter(torch.zeros(3))
+    )
+    first = capture(model)
+    kept = model.weight
+    again = capture(model, previous=first, thorough=False)
+    assert again.table.sha256 == first.table.sha256
+    change(model)
+    changed = capture(model, previous=first, thorough=False)
+    assert changed.table.sha256 == capture(model).table.sha256 != first.table.sha256
+    assert changed.usage == capture(model).usage
+    del kept
+
+
+def test_looks_never_have_the_garbage_collector_run() -> None:
+    model = torch.nn.ModuleList(
+        module(**{f"w{index}": torch.nn.Parameter(torch.zeros(2)) for index in range(10)})
+        for _ in range(500)
+    )
+    moved = msgspec.structs.replace
+    captured = capture(model)
+    gc.collect()
+    runs: list[int] = []
+
+    def count(phase: str, information: dict[str, int]) -> None:
+        if phase == "start":
+            runs.append(information["generation"])
+
+    gc.callbacks.append(count)
+    try:
+        for _ in range(20):
+            capture(model, previous=captured, thorough=False)
+            other = replace(
+                captured, remembered=None, table=moved(captured.table, sha256="another")
+            )
+            capture(model, previous=other, thorough=False)
+    finally:
+        gc.callbacks.remove(count)
+    assert runs == []
+
+
+# Strange tensors.
+
+
+def test_a_tensor_without_storage_costs_its_own_row_and_is_named() -> None:
+    model = module(weight=torch.nn.Parameter(torch.zeros(8, 4)))
+    model.lazy = torch.nn.UninitializedParameter()
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    captured = capture(model)
+    assert [row.name for row in table_rows(captured.table)] == ["weight"]
+    assert sorted(sentence.partition(":")[0] for sentence in captured.unreadable) == [
+        "lazy",
+        "sparse",
+    ]

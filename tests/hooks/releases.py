@@ -97,9 +97,15 @@ class Definition:
     module: str
     name: str
     arguments: frozenset[str]
+    coroutine: bool
 
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _definition(module: str, name: str, statement: Function) -> Definition:
+    coroutine = isinstance(statement, ast.AsyncFunctionDef)
+    return Definition(module, name, _arguments(statement), coroutine)
 
 
 class Release:
@@ -132,7 +138,7 @@ class Release:
         tree = self._tree(module)
         for statement in _statements(tree.body if tree else []):
             if isinstance(statement, Function) and statement.name == name:
-                return Definition(module, name, _arguments(statement))
+                return _definition(module, name, statement)
         return None
 
     def methods(self, module: str, class_name: str) -> Iterator[str]:
@@ -155,7 +161,7 @@ class Release:
             return None
         for statement in _statements(found.body):
             if isinstance(statement, Function) and statement.name == name:
-                return Definition(module, f"{class_name}.{name}", _arguments(statement))
+                return _definition(module, f"{class_name}.{name}", statement)
         for base in found.bases:
             if isinstance(base, ast.Name):
                 inherited = self._method(*self._origin(module, base.id), name)

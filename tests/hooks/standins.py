@@ -61,8 +61,11 @@ class Clock:
 class Rank:
     """A process with the hooks on, as the exporter process sees it."""
 
-    def __init__(self, directory: Path, *, known: bool = True) -> None:
+    def __init__(
+        self, directory: Path, *, known: bool = True, reader_wait_seconds: float = 0.0
+    ) -> None:
         """``known``: off, SGLang's modules are still to be imported."""
+        self.reader_wait_seconds = reader_wait_seconds
         self.clock = Clock()
         self.directory = directory
         self.allocations = AllocationMap.of_storages()
@@ -75,7 +78,11 @@ class Rank:
         self.balancers = self.hook(EPLB_MANAGER, EPLBManager)
 
     def _observer(self, installation: Installation) -> Observer:
-        settings = Settings(runtime_dir=self.directory, serve=False)
+        settings = Settings(
+            runtime_dir=self.directory,
+            serve=False,
+            reader_wait_seconds=self.reader_wait_seconds,
+        )
         roles = Roles(installation.report)
         scan = Scan(
             roles,

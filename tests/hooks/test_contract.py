@@ -187,6 +187,17 @@ def test_every_target_is_where_the_table_says(version: str) -> None:
 
 
 @pytest.mark.parametrize("version", RELEASES)
+def test_a_target_is_a_coroutine_where_the_table_says_so(version: str) -> None:
+    found = [(target, bound(target, version)) for target in TARGETS if expected(target, version)]
+    other = [
+        name_of(target)
+        for target, definition in found
+        if definition is not None and definition.coroutine != target.coroutine
+    ]
+    assert other == []
+
+
+@pytest.mark.parametrize("version", RELEASES)
 def test_no_target_is_where_the_table_does_not_say(version: str) -> None:
     covered = {
         (target.name, bound(target, version)) for target in TARGETS if expected(target, version)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -34,6 +35,7 @@ from sglang_weight_exporter.hooks.targets import (
     WEIGHT_CACHE_DAEMON,
 )
 from sglang_weight_exporter.ledger import IDLE_SECONDS
+from sglang_weight_exporter.store.tables import open_tables
 
 
 @pytest.fixture
@@ -201,6 +203,21 @@ def test_another_way_begins_another_update(rank: Rank) -> None:
 def test_calls_without_a_scheduler_are_updates_from_disk_at_once(rank: Rank) -> None:
     rank.runner().weight_updater.update_weights_from_disk("other", "auto")
     assert rank.totals() == {"disk": (1, 0, 1)}
+
+
+def test_readers_hold_up_an_update_once_and_not_each_call_of_it(tmp_path: Path) -> None:
+    rank = Rank(tmp_path / "runtime", reader_wait_seconds=0.3)
+    scheduler = rank.scheduler(rank.runner())
+    (reader,) = open_tables(rank.directory)
+    waited = []
+    with reader.hold():
+        for _ in range(5):
+            started = time.monotonic()
+            scheduler.update_weights_from_tensor(Request(flush_cache=False))
+            waited.append(time.monotonic() - started)
+    assert waited[0] >= 0.3
+    assert sum(waited[1:]) < 0.3
+    assert rank.in_progress().calls == 5
 
 
 # Several model runners.

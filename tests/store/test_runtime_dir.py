@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from sglang_weight_exporter.records import Engine, Snapshot
 from sglang_weight_exporter.store.files import write_atomically
+from sglang_weight_exporter.store.rank import RankStore
+from sglang_weight_exporter.store.reader import rank_directories
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
 
 
@@ -90,3 +93,45 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="directory"):
         write_atomically(tmp_path / "directory", b"content")  # rename onto a directory fails
     assert [entry.name for entry in tmp_path.iterdir()] == ["directory"]
+
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="needs root, to act as another user")
+MALLORY = 12345
+
+
+@as_root
+def test_another_users_session_directory_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`sudo` and `su` leave XDG_RUNTIME_DIR as it was."""
+    session = tmp_path / "session"
+    session.mkdir()
+    os.chown(session, MALLORY, MALLORY)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    directory = RuntimeDir.open(None, {"XDG_RUNTIME_DIR": str(session)})
+    assert directory.path == tmp_path / "sglang-weight-exporter-0"
+    assert list(session.iterdir()) == []
+
+
+@as_root
+def test_a_link_in_the_place_of_a_directory_leads_nobody_to_write_or_delete(
+    tmp_path: Path,
+) -> None:
+    """Another user who may rename the directory puts a link to somewhere else in its place."""
+    precious = tmp_path / "precious"
+    (precious / "a").mkdir(parents=True)
+    (precious / "a" / "file").write_text("kept")
+    directory = RuntimeDir.open(tmp_path / "runtime", {})
+    rank = RankStore(directory, "a")
+    (found,) = rank_directories(directory)
+    directory.ranks.rename(directory.path / "moved")
+    directory.ranks.symlink_to(precious)
+    rank.close()
+    found.remove()
+    with pytest.raises(OSError, match=r"[Nn]ot a directory|symbolic link"):
+        rank.write_snapshot(
+            Snapshot(
+                rank_id="a", pid=1, started_at=1.0, engine=Engine(name="30000", instance="one")
+            )
+        )
+    assert [path.name for path in precious.rglob("*")] == ["a", "file"]

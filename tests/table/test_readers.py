@@ -182,7 +182,16 @@ def test_an_update_of_many_calls_that_nobody_ended_counts_as_ended_once_it_is_id
     with pytest.raises(UpdateInProgressError):
         reader.read()  # A call of it is running: it has the lock.
     rank.store.unlock_table()
-    assert tuple(reader.read().rows()) == ROWS
+    assert tuple(reader.read().rows()) == ROWS  # Captured after its last call.
+
+
+def test_a_table_that_nobody_looked_at_since_the_last_call_is_not_consistent(
+    rank: PublishedRank, reader: TableReader
+) -> None:
+    rank.begin_update(last_call_at=time.time(), calls=3, idle_seconds=0.0)
+    rank.store.unlock_table()
+    with pytest.raises(UpdateInProgressError, match="nobody has looked at them since"):
+        reader.read()
 
 
 def test_a_model_whose_table_could_not_be_read_is_an_error_with_a_reason(runtime_dir: Path) -> None:
