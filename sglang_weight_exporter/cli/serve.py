@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import logging
 import os
 import sys
 
+from sglang_weight_exporter import GOODBYE
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 
 
@@ -37,10 +39,16 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
+    started_by_rank = arguments.lock_fd is not None
+    if started_by_rank:
+        # An engine that ends kills its descendants (SGLang's `kill_process_tree`). This process
+        # stays for a while, to deliver the last spans, so it must be none of them.
+        if os.fork():
+            os._exit(0)
+        atexit.register(print, GOODBYE, flush=True)
     # Imported here: `status` and `table` need no web server.
     from sglang_weight_exporter.export.process import AlreadyServedError, serve
 
-    started_by_rank = arguments.lock_fd is not None
     logging.raiseExceptions = False  # The engine that reads our lines may be gone before us.
     logging.basicConfig(
         stream=sys.stdout,

@@ -38,7 +38,7 @@ from sglang_weight_exporter.store.reader import (
     remove_endpoint,
     write_endpoint,
 )
-from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
 
 logger = logging.getLogger("sglang_weight_exporter")
 
@@ -61,10 +61,12 @@ class Exporter:
         runtime_dir: RuntimeDir,
         settings: Settings,
         environ: Mapping[str, str],
+        lock: FileLock,
         *,
         ends_with_ranks: bool,
     ) -> None:
         self._runtime_dir = runtime_dir
+        self._lock = lock
         self._settings = settings
         self._ends_with_ranks = ends_with_ranks
         self._snapshots = SnapshotReader(runtime_dir, on_unreadable=logger.warning)
@@ -117,11 +119,17 @@ class Exporter:
 
     async def _serve(self) -> None:
         application = Endpoint(self._registry)
+        predecessor_may_leave = True
         while True:
             try:
                 config = configure(application, self._settings)
                 listener = bind(self._settings)
             except EndpointError as error:
+                if predecessor_may_leave:
+                    # An exporter whose directory was removed finds out within a look.
+                    predecessor_may_leave = False
+                    await asyncio.sleep(2 * LOOK_SECONDS)
+                    continue
                 self._announce(None, str(error))
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
@@ -148,6 +156,20 @@ class Exporter:
         with contextlib.suppress(OSError):  # A full disk: `status` knows less, nothing else does.
             write_endpoint(self._runtime_dir, record)
 
+    def _owns_the_directory(self) -> bool:
+        """Whether the lock that is held is the one that others would take. After the directory
+        was removed, one that somebody has started takes the new one; ranks start another."""
+        if self._lock.is_current():
+            return True
+        if self._ends_with_ranks:
+            return False
+        self._lock.close()
+        try:
+            RuntimeDir.open(self._runtime_dir.path, {})
+            return self._lock.acquire()
+        except (OSError, RuntimeDirError):
+            return True  # Not now, perhaps later; nobody else can have it either.
+
     async def _look_after_ranks(self) -> None:
         """Remove what dead ranks left, and end some time after the last one."""
         alone_since = time.monotonic()
@@ -163,6 +185,12 @@ class Exporter:
                 except OSError:
                     continue
             await asyncio.to_thread(self._metadata.follow)
+            if not self._owns_the_directory():
+                logger.warning(
+                    "%s was removed, so this process ends: whoever makes it anew serves it.",
+                    self._runtime_dir.path,
+                )
+                return
             now = time.monotonic()
             if alive or not self._ends_with_ranks:
                 alone_since = now
@@ -184,20 +212,23 @@ def serve(settings: Settings, environ: Mapping[str, str], *, lock_descriptor: in
     runtime_dir = RuntimeDir.open(settings.runtime_dir, environ)
     lock = FileLock(runtime_dir.exporter_lock)
     if lock_descriptor is not None:
-        os.set_inheritable(lock_descriptor, False)
+        lock.adopt(lock_descriptor)
     elif not lock.acquire():
         raise AlreadyServedError(
             f"Another exporter process serves {runtime_dir.path} already. Stop it, or have ranks "
             "start none (SGLANG_WEIGHT_EXPORTER_SERVE=off) and run this one first."
         )
-    asyncio.run(_run(runtime_dir, settings, environ, ends_with_ranks=lock_descriptor is not None))
+    asyncio.run(
+        _run(runtime_dir, settings, environ, lock, ends_with_ranks=lock_descriptor is not None)
+    )
 
 
 async def _run(
     runtime_dir: RuntimeDir,
     settings: Settings,
     environ: Mapping[str, str],
+    lock: FileLock,
     *,
     ends_with_ranks: bool,
 ) -> None:
-    await Exporter(runtime_dir, settings, environ, ends_with_ranks=ends_with_ranks).run()
+    await Exporter(runtime_dir, settings, environ, lock, ends_with_ranks=ends_with_ranks).run()

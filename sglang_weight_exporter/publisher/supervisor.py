@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from sglang_weight_exporter import GOODBYE
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.runtime_dir import VARIABLE, RuntimeDir
 
@@ -53,10 +54,9 @@ class Supervisor:
                 process = self._spawn(lock)
                 # Ours must go at once: the lock is to end with the exporter.
                 lock.close()
-                self._relay(process)
+                killed = not self._relay(process)
                 healthy = time.monotonic() - started > _HEALTHY_SECONDS
                 # Killed from outside is not its fault: replace it at once.
-                killed = process.returncode < 0
                 pause = 0.0 if healthy or killed else min(max(2 * pause, 1), _LONGEST_PAUSE_SECONDS)
             except OSError as error:
                 lock.close()
@@ -89,20 +89,26 @@ class Supervisor:
             start_new_session=True,
         )
 
-    def _relay(self, process: subprocess.Popen[str]) -> None:
-        """The exporter's lines, into the engine's log; returns when it has ended.
+    def _relay(self, process: subprocess.Popen[str]) -> bool:
+        """The exporter's lines, into the engine's log, until it has ended; whether it ended by
+        itself. The process that was started ends at once, and the exporter is a child of its.
 
         A pipe and not the engine's own standard error: an exporter that outlives its engine for
         a while must not keep open what others wait to see closed.
         """
         assert process.stdout is not None
+        ended = False
         with process.stdout:
             for line in process.stdout:
+                if line.rstrip() == GOODBYE:
+                    ended = True
+                    continue
                 # Each line once: an exporter that cannot start says why with every try.
                 if line not in self._said:
                     self._said.add(line)
                     logger.info("sglang_weight_exporter: %s", line.rstrip())
         process.wait()
+        return ended
 
 
 def exporter_environ(environ: Mapping[str, str], runtime_dir: RuntimeDir) -> dict[str, str]:

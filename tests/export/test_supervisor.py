@@ -4,14 +4,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from ports import free_port
 
@@ -119,6 +123,35 @@ def test_the_exporter_ends_with_the_last_rank(
     wait_for(lambda: not Path(f"/proc/{exporter.pid}").exists() or _is_zombie(exporter.pid), 40)
     assert read_endpoint(runtime_dir) is None
     assert not list(runtime_dir.ranks.iterdir())
+
+
+def test_the_exporter_outlives_the_engine_whose_processes_are_all_killed(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    rank = start_rank("only")
+    exporter = serving(runtime_dir)
+    # As SGLang's `kill_process_tree` finds them.
+    descendants = psutil.Process(rank.pid).children(recursive=True)
+    assert exporter.pid not in {child.pid for child in descendants}
+    for process in (*descendants, psutil.Process(rank.pid)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    rank.communicate()
+    with urllib.request.urlopen(exporter.url, timeout=10) as answer:
+        assert b"sglang_weight_exporter_build_info" in answer.read()
+
+
+def test_a_directory_that_was_removed_and_made_again_has_one_owner(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    start_rank("first")
+    original = serving(runtime_dir)
+    shutil.rmtree(runtime_dir.path)
+    start_rank("second")
+    other = serving(runtime_dir, unlike=original.pid)
+    wait_for(lambda: not psutil.pid_exists(original.pid) or _is_zombie(original.pid), 20)
+    assert other.url == original.url
+    assert serving(runtime_dir).pid == other.pid
 
 
 def _is_zombie(pid: int) -> bool:
