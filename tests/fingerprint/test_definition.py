@@ -17,7 +17,6 @@ from hypothesis import strategies as st  # noqa: E402
 
 from sglang_weight_exporter import fingerprint  # noqa: E402
 
-
 # The definition word by word, written from docs/fingerprint.md and nothing else.
 WORD = (1 << 64) - 1
 
