@@ -68,7 +68,8 @@ def _words(base, word, nbytes, ALIGNED: tl.constexpr):
     return words
 
 
-@triton.jit
+# One variant whatever the number of chunks: nothing is compiled at a later update.
+@triton.jit(do_not_specialize=["chunks"])
 def chunk_kernel(
     data_ptr,  # int64 [tensors]: addresses
     nbytes_ptr,  # int64 [tensors]
@@ -124,7 +125,7 @@ def chunk_kernel(
     tl.store(sums_ptr + chunk, tl.sum(a, 0).to(tl.int64, bitcast=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"])
 def tensor_kernel(
     sums_ptr,  # int64 [2, chunks]
     nbytes_ptr,  # int64 [tensors]

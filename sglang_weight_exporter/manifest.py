@@ -1,0 +1,94 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What weights should be: a file of names and fingerprints, written where they come from.
+
+A JSON object: ``schema_version``, ``definition`` (of the fingerprint), ``weight_version`` (may be
+empty), ``fingerprint`` (of all tensors together) and ``tensors``, name to 32 hexadecimal digits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from sglang_weight_exporter import fingerprint as _fingerprint
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA_VERSION = 1
+
+
+class ManifestError(Exception):
+    """A manifest cannot be read or written; the message says why."""
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Names and fingerprints."""
+
+    tensors: dict[str, str]
+    fingerprint: str
+    weight_version: str = ""
+    schema_version: int = SCHEMA_VERSION
+    definition: int = _fingerprint.DEFINITION
+
+
+def fingerprint_tensors(
+    named_tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
+) -> dict[str, str]:
+    """Name to fingerprint of tensors on any device, taken where they lie.
+
+    For a trainer's process: of a state dict, or of each bucket that is sent, as
+    ``tensors |= fingerprint_tensors(bucket)``. Needs torch. Tensors that are in pieces (DTensor)
+    have to be whole, as they are when they are sent; else FingerprintError is raised.
+    """
+    from sglang_weight_exporter.capture.fingerprint import Fingerprinter
+
+    named = dict(named_tensors)
+    taken = _fingerprint.texts(Fingerprinter()(list(named.values())))
+    return dict(zip(named, taken, strict=True))
+
+
+def write_manifest(
+    path: str | os.PathLike[str], tensors: Mapping[str, str], *, weight_version: str = ""
+) -> Manifest:
+    """Write ``tensors`` (name to fingerprint) to ``path``, whole or not at all."""
+    manifest = Manifest(
+        tensors=dict(sorted(tensors.items())),
+        fingerprint=_fingerprint.of_rank(tensors),
+        weight_version=weight_version,
+    )
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(encode(manifest))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return manifest
+
+
+def encode(manifest: Manifest) -> bytes:
+    """JSON, a tensor a line."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Raises ManifestError, also for a manifest that another definition wrote."""
+    try:
+        manifest = msgspec.json.decode(Path(path).read_bytes(), type=Manifest)
+    except msgspec.DecodeError as error:
+        raise ManifestError(f"{os.fspath(path)} is no manifest: {error}") from error
+    written = manifest.schema_version, manifest.definition
+    if written != (SCHEMA_VERSION, _fingerprint.DEFINITION):
+        raise ManifestError(
+            f"{os.fspath(path)} has schema {written[0]} and fingerprints of definition "
+            f"{written[1]}; here are schema {SCHEMA_VERSION} and definition "
+            f"{_fingerprint.DEFINITION}, which do not compare. Write it again with this version."
+        )
+    return manifest
