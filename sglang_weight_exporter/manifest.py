@@ -53,15 +53,20 @@ def fingerprint_tensors(
     return dict(zip(named, taken, strict=True))
 
 
-def write_manifest(
-    path: str | os.PathLike[str], tensors: Mapping[str, str], *, weight_version: str = ""
-) -> Manifest:
-    """Write ``tensors`` (name to fingerprint) to ``path``, whole or not at all."""
-    manifest = Manifest(
+def manifest_of(tensors: Mapping[str, str], *, weight_version: str = "") -> Manifest:
+    """The manifest of tensors, name to fingerprint, of a version as SGLang names it."""
+    return Manifest(
         tensors=dict(sorted(tensors.items())),
         fingerprint=_fingerprint.of_rank(tensors),
         weight_version=weight_version,
     )
+
+
+def write_manifest(
+    path: str | os.PathLike[str], tensors: Mapping[str, str], *, weight_version: str = ""
+) -> Manifest:
+    """Write ``tensors`` (name to fingerprint) to ``path``, whole or not at all."""
+    manifest = manifest_of(tensors, weight_version=weight_version)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -303,7 +303,7 @@ def _make_observer(installation: Installation) -> Observer:
     return Observer(
         Rank(
             roles=roles,
-            scan=Scan(roles, report=installation.report),
+            scan=Scan(roles, report=installation.report, fingerprints=settings.fingerprint),
             publisher=Publisher(settings, os.environ, report=installation.report),
             hooks=installation.states,
             errors=lambda: dict(installation.errors),
