@@ -199,7 +199,8 @@ class _Bytes:
     def __getitem__(self, piece: slice) -> torch.Tensor:
         tensor = _plain(self.tensor)
         if tensor.is_contiguous():
-            return _as_bytes(tensor.view(-1))[piece]
+            # A single element may have any stride and is contiguous all the same.
+            return _as_bytes(tensor.as_strided((tensor.numel(),), (1,)))[piece]
         item = tensor.element_size()  # Divides what a chunk has.
         element = torch.arange(piece.start // item, -(-piece.stop // item), device=tensor.device)
         offset = torch.zeros_like(element)

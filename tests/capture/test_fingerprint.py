@@ -132,6 +132,12 @@ def test_no_tensors_and_empty_ones() -> None:
     ]
 
 
+def test_one_element_of_any_stride() -> None:
+    tensor = torch.arange(4, dtype=torch.bfloat16)[1::2][:1]
+    assert tensor.stride() == (2,)
+    assert taken(tensor) == [fingerprint.of_bytes(memory_of(tensor))]
+
+
 def test_a_parameter_and_a_scalar() -> None:
     parameter = torch.nn.Parameter(torch.randn(7))
     scalar = torch.tensor(3.5)
