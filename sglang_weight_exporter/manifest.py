@@ -9,16 +9,12 @@ empty), ``fingerprint`` (of all tensors together) and ``tensors``, name to 32 he
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from sglang_weight_exporter import fingerprint as _fingerprint
-
-if TYPE_CHECKING:
-    import torch
 
 SCHEMA_VERSION = 1
 
@@ -35,22 +31,6 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     weight_version: str = ""
     schema_version: int = SCHEMA_VERSION
     definition: int = _fingerprint.DEFINITION
-
-
-def fingerprint_tensors(
-    named_tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
-) -> dict[str, str]:
-    """Name to fingerprint of tensors on any device, taken where they lie.
-
-    For a trainer's process: of a state dict, or of each bucket that is sent, as
-    ``tensors |= fingerprint_tensors(bucket)``. Needs torch. Tensors that are in pieces (DTensor)
-    have to be whole, as they are when they are sent; else FingerprintError is raised.
-    """
-    from sglang_weight_exporter.capture.fingerprint import Fingerprinter
-
-    named = dict(named_tensors)
-    taken = _fingerprint.texts(Fingerprinter()(list(named.values())))
-    return dict(zip(named, taken, strict=True))
 
 
 def manifest_of(tensors: Mapping[str, str], *, weight_version: str = "") -> Manifest:

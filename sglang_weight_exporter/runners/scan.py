@@ -40,7 +40,8 @@ class Scan:
     """The looks at all roles of a process.
 
     ``report`` is told of what could not be read; ``allocations`` is where one allocation ends and
-    the next begins, by device; ``fingerprints``: whether they are taken at all.
+    the next begins, by device; ``fingerprinter``: takes fingerprints, if they
+    are to be taken.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Scan:
         report: Callable[[str, BaseException], None],
         clock: Callable[[], float] = time.time,
         allocations: Callable[[str], AllocationMap] | None = None,
-        fingerprints: bool = False,
+        fingerprinter: Fingerprinter | None = None,
     ) -> None:
         self._roles = roles
         self._report = report
@@ -61,7 +62,7 @@ class Scan:
         self._mapped: frozenset[int] = frozenset()
         #: How long the last look took.
         self.seconds: float | None = None
-        self._fingerprinter = Fingerprinter() if fingerprints else None
+        self._fingerprinter = fingerprinter
         #: Whether tensors may be read, and not only where they are.
         self.memory_is_there = True
 

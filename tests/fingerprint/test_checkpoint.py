@@ -43,7 +43,7 @@ def write(path: Path, tensors: dict[str, tuple[str, list[int], bytes]]) -> Path:
 def test_every_dtype_that_torch_can_save(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
     safetensors = pytest.importorskip("safetensors.torch", reason="comes with SGLang")
-    from sglang_weight_exporter.manifest import fingerprint_tensors
+    from sglang_weight_exporter.trainer import fingerprint_tensors
 
     generator = torch.Generator().manual_seed(1)
     noise = torch.randint(0, 256, (3 * 65536 + 48,), dtype=torch.uint8, generator=generator)

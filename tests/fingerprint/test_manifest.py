@@ -54,7 +54,7 @@ def test_another_file_or_version_is_refused(tmp_path: Path, content: bytes, mess
 
 def test_tensors_of_a_trainer(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
-    from sglang_weight_exporter.manifest import fingerprint_tensors
+    from sglang_weight_exporter.trainer import fingerprint_tensors
 
     state = {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
     buckets = iter([[("w", state["w"])], [("b", state["b"])]])
