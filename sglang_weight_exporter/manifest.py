@@ -3,7 +3,8 @@
 """What weights should be: a file of names and fingerprints, written where they come from.
 
 A JSON object: ``schema_version``, ``definition`` (of the fingerprint), ``weight_version`` (may be
-empty), ``fingerprint`` (of all tensors together) and ``tensors``, name to 32 hexadecimal digits.
+empty), ``fingerprint`` (of all tensors together) and ``tensors``, name to ``fingerprint`` (32
+hexadecimal digits), ``dtype`` (as torch calls it) and ``shape``.
 """
 
 from __future__ import annotations
@@ -23,29 +24,39 @@ class ManifestError(Exception):
     """A manifest cannot be read or written; the message says why."""
 
 
+class ManifestTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """One tensor: what it holds, and as what."""
+
+    fingerprint: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Names and fingerprints."""
 
-    tensors: dict[str, str]
+    tensors: dict[str, ManifestTensor]
     fingerprint: str
     weight_version: str = ""
     schema_version: int = SCHEMA_VERSION
     definition: int = _fingerprint.DEFINITION
 
 
-def manifest_of(tensors: Mapping[str, str], *, weight_version: str = "") -> Manifest:
-    """The manifest of tensors, name to fingerprint, of a version as SGLang names it."""
+def manifest_of(tensors: Mapping[str, ManifestTensor], *, weight_version: str = "") -> Manifest:
+    """The manifest of tensors by name, of a version as SGLang names it."""
     return Manifest(
         tensors=dict(sorted(tensors.items())),
-        fingerprint=_fingerprint.of_rank(tensors),
+        fingerprint=_fingerprint.of_rank(
+            {name: tensor.fingerprint for name, tensor in tensors.items()}
+        ),
         weight_version=weight_version,
     )
 
 
 def write_manifest(
-    path: str | os.PathLike[str], tensors: Mapping[str, str], *, weight_version: str = ""
+    path: str | os.PathLike[str], tensors: Mapping[str, ManifestTensor], *, weight_version: str = ""
 ) -> Manifest:
-    """Write ``tensors`` (name to fingerprint) to ``path``, whole or not at all."""
+    """Write ``tensors`` to ``path``, whole or not at all."""
     manifest = manifest_of(tensors, weight_version=weight_version)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

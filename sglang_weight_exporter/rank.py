@@ -105,6 +105,15 @@ class Rank:
                 seconds = self._fingerprint_seconds(load=True) if derived else None
                 self.scan.look(*roles, derived=derived, pools=pools, fingerprint_seconds=seconds)
 
+    def release(self, tags: set[str]) -> None:
+        """Memory is gone; of these tags and of no others."""
+
+        def tell(ledger: Ledger) -> None:
+            ledger.release(tags)
+            self.scan.memory_is_there = True
+
+        self.step(tell)
+
     def resume(self, tags: set[str]) -> None:
         """Memory is back, and what it holds may be something else."""
 

@@ -18,12 +18,13 @@ import torch
 
 from sglang_weight_exporter import fingerprint
 from sglang_weight_exporter.capture.fingerprint import Fingerprinter
+from sglang_weight_exporter.manifest import ManifestTensor
 
 
 def fingerprint_tensors(
     named_tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
-) -> dict[str, str]:
-    """Name to fingerprint of tensors on any device, taken where they lie.
+) -> dict[str, ManifestTensor]:
+    """What tensors on any device hold, by name, for a manifest; read where they lie.
 
     For a trainer's process: of a state dict, or of each bucket that is sent, as
     ``tensors |= fingerprint_tensors(bucket)``. Needs torch. Tensors that are in pieces (DTensor)
@@ -31,4 +32,11 @@ def fingerprint_tensors(
     """
     named = dict(named_tensors)
     taken = fingerprint.texts(Fingerprinter()(list(named.values())))
-    return dict(zip(named, taken, strict=True))
+    return {
+        name: ManifestTensor(
+            fingerprint=text,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+        )
+        for (name, tensor), text in zip(named.items(), taken, strict=True)
+    }

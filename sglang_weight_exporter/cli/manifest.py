@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from sglang_weight_exporter.checkpoint import Checkpoint, CheckpointError
-from sglang_weight_exporter.manifest import encode, manifest_of, write_manifest
+from sglang_weight_exporter.manifest import ManifestTensor, encode, manifest_of, write_manifest
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,7 +31,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        tensors = Checkpoint(arguments.checkpoint).fingerprints()
+        checkpoint = Checkpoint(arguments.checkpoint)
+        tensors = {
+            name: ManifestTensor(
+                fingerprint=text,
+                dtype=checkpoint.tensors[name].dtype,
+                shape=checkpoint.tensors[name].shape,
+            )
+            for name, text in checkpoint.fingerprints().items()
+        }
         version = arguments.weight_version
         if arguments.output is None:
             sys.stdout.buffer.write(encode(manifest_of(tensors, weight_version=version)))

@@ -18,7 +18,7 @@ from pathlib import Path
 from sglang_weight_exporter.checkpoint import Checkpoint, CheckpointError
 from sglang_weight_exporter.checkpoint_layout import ServedTensor, expected_fingerprints
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
-from sglang_weight_exporter.manifest import ManifestError, read_manifest
+from sglang_weight_exporter.manifest import Manifest, ManifestError, read_manifest
 from sglang_weight_exporter.store.tables import Table, TableError, open_tables
 from sglang_weight_exporter.verification import Comparison, compare, compare_replicas
 from sglang_weight_exporter.weight_table import Row, table_fingerprints
@@ -101,11 +101,8 @@ def _run(arguments: argparse.Namespace) -> int:
             for table in tables
         ]
     elif arguments.manifest is not None:
-        expected = read_manifest(arguments.manifest).tensors
-        results = [
-            (_title(table), compare(table_fingerprints(table.columns), expected))
-            for table in tables
-        ]
+        manifest = read_manifest(arguments.manifest)
+        results = [(_title(table), _against_manifest(table, manifest)) for table in tables]
     else:
         results = _replicas(tables)
     for title, result in results:
@@ -194,6 +191,21 @@ def _against_checkpoint(table: Table, checkpoint: Checkpoint, tp_size: int) -> C
     )
     fingerprints = table_fingerprints(table.columns)
     return compare(fingerprints, expected, unverifiable=unverifiable, inexact=inexact)
+
+
+def _against_manifest(table: Table, manifest: Manifest) -> Comparison:
+    """Of the same dtype and shape: a rank's share of a tensor has another fingerprint."""
+    expected, unverifiable = {}, {}
+    for row in table.rows():
+        tensor = manifest.tensors.get(row.name)
+        if tensor is None:
+            unverifiable[row.name] = "the manifest has no tensor of this name"
+        elif (tensor.dtype, tensor.shape) != (row.dtype, _in_memory_order(row)):
+            unverifiable[row.name] = "it has another shape or dtype in the manifest: a rank's share"
+        else:
+            expected[row.name] = tensor.fingerprint
+    fingerprints = table_fingerprints(table.columns)
+    return compare(fingerprints, expected, unverifiable=unverifiable)
 
 
 def _in_memory_order(row: Row) -> tuple[int, ...]:

@@ -240,8 +240,7 @@ class Observer:
         self._rank.scan.memory_is_there = False
         outcome = yield
         if outcome.error is None:
-            self._rank.step(lambda ledger: ledger.release(self._saved_tags(call)))
-            self._rank.scan.memory_is_there = True
+            self._rank.release(self._saved_tags(call))
 
     def resume(self, call: Call) -> Around:
         """Physical memory is back."""

@@ -103,8 +103,19 @@ def test_verify_against_checkpoints_manifests_and_replicas(
     assert done.returncode == 0, done.stderr
     status, text = verify(engine, "--manifest", str(manifest))
     assert status == 0, text
-    assert text.count("0 different") == len(RANKS)
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "tensors": {"x": "0"}}))
+    # What is not fused: per layer two norms, o_proj and down_proj; embeddings, norm and lm_head.
+    assert text.count(f"{4 * tiny_model.LAYERS + 3} equal, 0 different") == len(RANKS), text
+    content = json.loads(manifest.read_text())
+    norm = content["tensors"]["model.norm.weight"]
+    norm["fingerprint"] = norm["fingerprint"][::-1]
+    manifest.write_text(json.dumps(content))
+    status, text = verify(engine, "--manifest", str(manifest))
+    assert status == 1
+    assert text.count("different  ") == text.count("different  model.norm.weight") == len(RANKS)
+    norm["shape"] = [1, 2]  # As if the engine held a share of it.
+    manifest.write_text(json.dumps(content))
+    assert verify(engine, "--manifest", str(manifest))[0] == 0
+    manifest.write_text(json.dumps({**content, "tensors": {"x": norm}}))
     assert verify(engine, "--manifest", str(manifest))[0] == 2
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from sglang_weight_exporter import fingerprint
 from sglang_weight_exporter.manifest import (
     ManifestError,
+    ManifestTensor,
     read_manifest,
     write_manifest,
 )
@@ -22,16 +23,23 @@ from sglang_weight_exporter.verification import compare, compare_replicas
 A, B, C = (fingerprint.of_bytes(data) for data in (b"a", b"b", b"c"))
 
 
+def tensor(text: str) -> ManifestTensor:
+    return ManifestTensor(fingerprint=text, dtype="bfloat16", shape=(2, 3))
+
+
 def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     path = tmp_path / "manifest.json"
-    written = write_manifest(path, {"b": B, "a": A}, weight_version="7")
+    written = write_manifest(path, {"b": tensor(B), "a": tensor(A)}, weight_version="7")
     assert read_manifest(path) == written
     assert json.loads(path.read_bytes()) == {
         "schema_version": 1,
         "definition": 1,
         "weight_version": "7",
         "fingerprint": fingerprint.of_rank({"a": A, "b": B}),
-        "tensors": {"a": A, "b": B},
+        "tensors": {
+            name: {"fingerprint": text, "dtype": "bfloat16", "shape": [2, 3]}
+            for name, text in (("a", A), ("b", B))
+        },
     }
     assert [entry.name for entry in tmp_path.iterdir()] == ["manifest.json"]
 
@@ -58,11 +66,15 @@ def test_tensors_of_a_trainer(tmp_path: Path) -> None:
 
     state = {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
     buckets = iter([[("w", state["w"])], [("b", state["b"])]])
-    taken: dict[str, str] = {}
+    taken: dict[str, ManifestTensor] = {}
     for bucket in buckets:
         taken |= fingerprint_tensors(bucket)
     assert taken == fingerprint_tensors(state)
-    assert taken["w"] == fingerprint.of_bytes(state["w"].numpy().tobytes())
+    assert taken["w"] == ManifestTensor(
+        fingerprint=fingerprint.of_bytes(state["w"].numpy().tobytes()),
+        dtype="float32",
+        shape=(2, 3),
+    )
     assert fingerprint_tensors({"t": state["w"].t()}) == fingerprint_tensors(
         {"t": state["w"].t().contiguous()}
     )
