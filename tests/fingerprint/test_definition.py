@@ -241,3 +241,19 @@ def test_the_module_imports_no_numpy_before_it_is_used() -> None:
         "assert 'numpy' not in sys.modules and 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_second_word_undoes_a_flipped_bit_in_both_halves() -> None:
+    """After a flip, what the next word of the lane would have to change to bring a half back: the
+    two halves never ask for the same."""
+    chance = np.random.default_rng(1)
+    for bit in range(64):
+        asked = []
+        for multiplier, fold in zip(fingerprint.MULTIPLIERS, fingerprint.FOLDS, strict=True):
+            state = chance.integers(0, 2**64, 1 << 16, dtype=np.uint64)
+            ends = []
+            for start in (state, state ^ np.uint64(1 << bit)):
+                end = start * np.uint64(multiplier)
+                ends.append(end ^ end >> np.uint64(fold))
+            asked.append(ends[0] ^ ends[1])
+        assert not len(np.intersect1d(*asked))
