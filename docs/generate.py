@@ -99,6 +99,7 @@ respected: set without `sglang_weight_exporter`, nothing is hooked.
 
 DEFAULTS = {
     "disabled": "off",
+    "fingerprint": "off",
     "address": "all interfaces",
     "serve": "`auto`",
     "runtime_dir": "see below",

@@ -8,7 +8,8 @@ programs is imported on first use:
 
 * inside the engine, :func:`record_update` and :func:`updating` announce changes of weights that
   SGLang does not make itself;
-* anywhere on the host, :func:`open_tables` reads the pointer tables.
+* anywhere on the host, :func:`open_tables` reads the pointer tables;
+* in a trainer, :func:`fingerprint_tensors` and :func:`write_manifest` say what was sent.
 """
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ GOODBYE = "The exporter process has ended."
 TYPE_CHECKING = False  # typing's own costs its import; type checkers know the name.
 if TYPE_CHECKING:
     from sglang_weight_exporter.hooks.announce import record_update, updating
+    from sglang_weight_exporter.manifest import Manifest, read_manifest, write_manifest
     from sglang_weight_exporter.store.tables import (
         RankGoneError,
         Table,
@@ -28,9 +30,11 @@ if TYPE_CHECKING:
         UpdateInProgressError,
         open_tables,
     )
+    from sglang_weight_exporter.trainer import fingerprint_tensors
     from sglang_weight_exporter.weight_table import Region, Row
 
 __all__ = [
+    "Manifest",
     "RankGoneError",
     "Region",
     "Row",
@@ -38,9 +42,12 @@ __all__ = [
     "TableError",
     "TableReader",
     "UpdateInProgressError",
+    "fingerprint_tensors",
     "open_tables",
+    "read_manifest",
     "record_update",
     "updating",
+    "write_manifest",
 ]
 
 
@@ -51,5 +58,7 @@ def __getattr__(name: str) -> object:
 
     home = {"record_update": "hooks.announce", "updating": "hooks.announce"}
     home |= {"Region": "weight_table", "Row": "weight_table"}
+    home |= dict.fromkeys(("Manifest", "read_manifest", "write_manifest"), "manifest")
+    home |= {"fingerprint_tensors": "trainer"}
     module = import_module(f"{__name__}.{home.get(name, 'store.tables')}")
     return getattr(module, name)

@@ -37,6 +37,11 @@ Result = TypeVar("Result")
 #: Tags of SGLang's memory saver (`sglang.srt.constants`).
 WEIGHTS, KV_CACHE = "weights", "kv_cache"
 
+#: What fingerprints may take of a load, kernels compiled, and of an update. A GPU's take some 10
+#: milliseconds; a CPU reads about a gigabyte a second.
+LOAD_FINGERPRINT_SECONDS = 30.0
+UPDATE_FINGERPRINT_SECONDS = 2.0
+
 
 class Rank:
     """The account of one process, published after every step.
@@ -97,7 +102,41 @@ class Rank:
         """Look at roles before the next step: something else than an update has changed them."""
         if os.getpid() == self._pid:
             with self._lock:
-                self.scan.look(*roles, derived=derived, pools=pools)
+                seconds = self._fingerprint_seconds(load=True) if derived else None
+                self.scan.look(*roles, derived=derived, pools=pools, fingerprint_seconds=seconds)
+
+    def release(self, tags: set[str]) -> None:
+        """Memory is gone; of these tags and of no others."""
+
+        def tell(ledger: Ledger) -> None:
+            ledger.release(tags)
+            self.scan.memory_is_there = True
+
+        self.step(tell)
+
+    def resume(self, tags: set[str]) -> None:
+        """Memory is back, and what it holds may be something else."""
+
+        def tell(ledger: Ledger) -> None:
+            ledger.resume(tags)
+            if WEIGHTS in tags:
+                self.scan.look(*self.roles, fingerprint_seconds=self._fingerprint_seconds())
+
+        self.step(tell)
+
+    def read_again(self) -> None:
+        """Somebody asks whether the weights are what they were; not inside an update."""
+        if os.getpid() == self._pid:
+            with self._lock:
+                if not self.ledger.updating:
+                    self.scan.look(*self.roles, fingerprint_seconds=self._fingerprint_seconds())
+
+    def _fingerprint_seconds(self, *, load: bool = False) -> float:
+        """How long fingerprints may take now. A kernel that reads released memory ends the
+        process."""
+        if WEIGHTS in self.ledger.released:
+            return 0.0
+        return LOAD_FINGERPRINT_SECONDS if load else UPDATE_FINGERPRINT_SECONDS
 
     def keep_readers_out(self) -> None:
         """Weights are about to be written. Not inside a step: it may wait for readers."""
@@ -121,7 +160,7 @@ class Rank:
                 for other in self.roles
                 if other is not role and not self.ledger.is_updating(other.name)
             )
-            self.scan.look(role, *others)
+            self.scan.look(role, *others, fingerprint_seconds=self._fingerprint_seconds())
             after = self.scan.of(role).weights
             changes = compare_tables(
                 None if before is None else before.table, None if after is None else after.table
@@ -207,12 +246,15 @@ class Rank:
         weights = self.scan.of(role).weights
         if weights is None:
             return None
+        released = WEIGHTS in self.ledger.released
         return TableRef(
-            file=table_file(role.name, weights.table.sha256),
+            file=table_file(weights.table),
             sha256=weights.table.sha256,
             rows=weights.table.rows,
             regions=weights.regions,
             captured_at=weights.table.captured_at,
+            fingerprint="" if released else weights.table.fingerprint,
+            fingerprint_seconds=None if released else weights.table.fingerprint_seconds,
         )
 
 

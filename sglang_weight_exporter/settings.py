@@ -79,6 +79,9 @@ class Settings:
     reader_wait_seconds: float = _setting(
         0.0, _seconds, "how long an update waits for readers of the table"
     )
+    fingerprint: bool = _setting(
+        False, _switch, "fingerprint all weights after a load and after each update"
+    )
     span_table: bool = _setting(True, _switch, "whether spans carry the pointer table")
     span_table_names: str = _setting(
         "", str, "regular expression: of the table, spans carry only the tensors that it finds"

@@ -85,9 +85,17 @@ class WeightTable(Record, frozen=True, kw_only=True):
     region_ptr: bytes = b""
     region_nbytes: bytes = b""
     region_device: bytes = b""
+    #: What the tensors hold, 16 bytes a row (zeros: none of this one), of all of them together (32
+    #: hexadecimal digits), and how many seconds it took to know; empty where it was not taken.
+    fingerprints: bytes = b""
+    fingerprint: str = ""
+    fingerprint_seconds: float | None = None
 
 
-#: What the fingerprint of a table covers, in this order.
+#: Of a tensor without bytes that could be read.
+NO_FINGERPRINT = "0" * 32
+
+#: What the SHA-256 of a table covers, in this order.
 _FINGERPRINTED = (
     "names",
     *NUMBERS,
@@ -122,6 +130,14 @@ def table_rows(table: WeightTable) -> Iterator[Row]:
         values = getattr(table, f"{column}_values")
         columns[column] = map(values.__getitem__, array("I", getattr(table, column)))
     return map(Row, *(columns[column] for column in Row._fields))
+
+
+def table_fingerprints(table: WeightTable) -> dict[str, str]:
+    """Name → fingerprint, 32 hexadecimal digits, of each tensor that has one."""
+    digits = table.fingerprints.hex()
+    names = table.names.decode().split("\n") if digits else []
+    taken = {name: digits[32 * row : 32 * row + 32] for row, name in enumerate(names)}
+    return {name: text for name, text in taken.items() if text != NO_FINGERPRINT}
 
 
 def table_of_rows(rows: Sequence[Row], *, role: str, captured_at: float) -> WeightTable:

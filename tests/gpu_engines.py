@@ -44,11 +44,19 @@ class EngineKind:
 
     flags: str
     gpus: tuple[int, ...] = (0,)
+    variables: tuple[tuple[str, str], ...] = ()
+
+
+FINGERPRINTS = (("SGLANG_WEIGHT_EXPORTER_FINGERPRINT", "on"),)
 
 
 KINDS = {
     "gpu_engine": EngineKind("--enable-memory-saver"),
     "two_gpu_engine": EngineKind("--enable-memory-saver --tp-size 2", gpus=(0, 1)),
+    "fingerprint_engine": EngineKind("--enable-memory-saver", variables=FINGERPRINTS),
+    "two_gpu_fingerprint_engine": EngineKind(
+        "--enable-memory-saver --tp-size 2", gpus=(0, 1), variables=FINGERPRINTS
+    ),
     "offload_engine": EngineKind("--cpu-offload-gb 1"),
     "lora_engine": EngineKind(
         "--enable-lora --max-lora-rank 16 --lora-target-modules q_proj v_proj"
@@ -213,6 +221,7 @@ class GpuEngines:
                 # Engines that share GPU 0 leave it with less free memory than GPU 1.
                 "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",
                 "GPU_PROBE_DIRECTORY": str(probes),
+                **dict(kind.variables),
                 "PYTHONPATH": os.pathsep.join(
                     filter(None, [str(self.directory / "site"), os.environ.get("PYTHONPATH")])
                 ),

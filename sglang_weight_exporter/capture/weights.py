@@ -178,7 +178,7 @@ def _columns(
         columns, values = _read(tensors)
     except Exception:
         # One of them is strange. Which one is asked only now, because it costs.
-        reasons = list(map(_obstacle, tensors))
+        reasons = list(map(obstacle, tensors))
         unreadable = tuple(
             f"{name}: {reason}" for name, reason in zip(names, reasons, strict=True) if reason
         )
@@ -228,7 +228,7 @@ def _read(tensors: list[torch.Tensor]) -> tuple[dict[str, npt.NDArray[Any]], dic
     return columns, {"dtype": dtypes, "shape": shapes, "stride": strides, "device": devices}
 
 
-def _obstacle(tensor: torch.Tensor) -> str:
+def obstacle(tensor: torch.Tensor) -> str:
     """Why a tensor cannot be a row; empty if it can."""
     try:
         _read([tensor])

@@ -14,7 +14,16 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
-    from sglang_weight_exporter.cli import dashboard, install, run, serve, status, table
+    from sglang_weight_exporter.cli import (
+        dashboard,
+        install,
+        manifest,
+        run,
+        serve,
+        status,
+        table,
+        verify,
+    )
 
     parser = argparse.ArgumentParser(
         prog="sglang-weight-exporter",
@@ -22,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, status, table, dashboard, run, install):
+    for command in (serve, status, table, verify, manifest, dashboard, run, install):
         command.add_parser(subparsers)
     arguments = parser.parse_args(argv)
     try:

@@ -21,7 +21,7 @@ from sglang_weight_exporter.cli.trace_reader import TraceError, tables_from_trac
 from sglang_weight_exporter.records import CHANGES, Ranks
 from sglang_weight_exporter.store.tables import Table, TableError, TableReader, open_tables
 from sglang_weight_exporter.store.weights_metadata import owners, write_files
-from sglang_weight_exporter.weight_table import Row, compare_rows
+from sglang_weight_exporter.weight_table import Row, compare_rows, table_fingerprints
 
 _SORTS: dict[str, Callable[[Row], Any]] = {
     "name": lambda row: row.name,
@@ -83,6 +83,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--filter", action="append", metavar="PATTERN", help="only names that match, as in *.qkv_*"
     )
     show.add_argument("--sort", choices=_SORTS, help="default: the model's own order")
+    show.add_argument(
+        "--fingerprints",
+        action="store_true",
+        help="what each tensor holds, where the engine runs with "
+        "SGLANG_WEIGHT_EXPORTER_FINGERPRINT=on",
+    )
     show.add_argument("--by", choices=_GROUPS, help="totals instead of tensors")
     instead = parser.add_argument_group("instead of printing a table")
     instead.add_argument(
@@ -144,6 +150,8 @@ def _run(arguments: argparse.Namespace) -> int:
         _write_layout(tables, Path(arguments.layout[1]))
         return 0
     selected = [(table, _rows(table, arguments)) for table in tables]
+    if arguments.fingerprints:
+        return _print_fingerprints(selected)
     if arguments.format == "text":
         _print_tables(selected, arguments)
         return 0
@@ -176,6 +184,13 @@ def _check(arguments: argparse.Namespace) -> None:
         raise _ProblemError("Spans carry tensors and no regions. Print tensors.")
     if arguments.by and arguments.format != "text":
         raise _ProblemError("--by prints totals as text. Leave --format out.")
+    if arguments.fingerprints and (
+        arguments.format != "text" or arguments.regions or arguments.by or arguments.from_trace
+    ):
+        raise _ProblemError(
+            "--fingerprints prints text, a tensor a line, of engines on this host. Leave --format, "
+            "--regions, --by and --from-trace out."
+        )
     if arguments.format == "parquet" and sys.stdout.isatty():
         raise _ProblemError("Parquet is no text. Redirect the output to a file.")
 
@@ -322,6 +337,27 @@ def _print_tables(
             + ("" if arguments.from_trace else f"{sum(1 for _ in table.regions()):,} regions, ")
             + f"sha256 {table.columns.sha256[:16]}…"
         )
+
+
+def _print_fingerprints(selected: Sequence[tuple[Table, list[Row]]]) -> int:
+    without = [table for table, _ in selected if not table.columns.fingerprints]
+    for table, rows in selected:
+        texts = table_fingerprints(table.columns)
+        if texts:
+            print(
+                f"engine {table.engine.name}  {_rank_name(table.ranks)}  {table.role.name}  "
+                f"fingerprint {table.columns.fingerprint}"
+            )
+            for row in rows:
+                print(texts.get(row.name, "-" * 32), row.name)
+    for table in without:
+        print(
+            f"Rank {_rank_name(table.ranks)} of engine {table.engine.name} has no fingerprints. "
+            "Start SGLang with SGLANG_WEIGHT_EXPORTER_FINGERPRINT=on; where it was, its log says "
+            "why none were taken.",
+            file=sys.stderr,
+        )
+    return 2 if len(without) == len(selected) else 0
 
 
 def _print_totals(rows: Iterable[Row], by: str) -> None:

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 
 from sglang_weight_exporter import __version__
 from sglang_weight_exporter.export.views import HostView, RoleView
+from sglang_weight_exporter.fingerprint import as_number
 from sglang_weight_exporter.records import (
     CHANGES,
     SOURCES,
@@ -182,6 +183,11 @@ def _regions(view: RoleView) -> Iterator[Sample]:
         yield from _by_device(view.role.table.regions)
 
 
+def _fingerprint(view: RoleView) -> Iterator[Sample]:
+    if view.role.table is not None and view.role.table.fingerprint:
+        yield Sample((), as_number(view.role.table.fingerprint))
+
+
 def _info(view: RoleView) -> Iterator[Sample]:
     engine, role = view.snapshot.engine, view.role
     device = next((each for each in view.snapshot.devices if each.name == role.device), None)
@@ -320,6 +326,23 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "s",
         "Time of the first load.",
         read_role=lambda view: _one(view.role.load_seconds),
+    ),
+    Instrument(
+        "sglang_weight_fingerprint",
+        "gauge",
+        "",
+        "53 bits over every byte of the weights and their names, as a number: equal where the "
+        "weights are. Absent where it is not taken or was skipped, and while released.",
+        read_role=_fingerprint,
+    ),
+    Instrument(
+        "sglang_weight_fingerprint_seconds",
+        "gauge",
+        "s",
+        "How long the last fingerprint took.",
+        read_role=lambda view: _one(
+            None if view.role.table is None else view.role.table.fingerprint_seconds
+        ),
     ),
     Instrument(
         "sglang_weight_tensors_moved",

@@ -289,6 +289,7 @@ def watch(hook: PostImportHook) -> None:
 def _make_observer(installation: Installation) -> Observer:
     # Late: the data model and torch's share of the work are needed in a rank, and not in the
     # HTTP server, the tokenizer and the detokenizer, which import SGLang too.
+    from sglang_weight_exporter.capture.fingerprint import Fingerprinter
     from sglang_weight_exporter.hooks.observer import Observer
     from sglang_weight_exporter.publisher.publisher import Publisher
     from sglang_weight_exporter.rank import Rank
@@ -303,7 +304,11 @@ def _make_observer(installation: Installation) -> Observer:
     return Observer(
         Rank(
             roles=roles,
-            scan=Scan(roles, report=installation.report),
+            scan=Scan(
+                roles,
+                report=installation.report,
+                fingerprinter=Fingerprinter() if settings.fingerprint else None,
+            ),
             publisher=Publisher(settings, os.environ, report=installation.report),
             hooks=installation.states,
             errors=lambda: dict(installation.errors),

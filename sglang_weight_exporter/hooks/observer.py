@@ -44,8 +44,7 @@ class Observer:
     def construct(self, call: Call) -> Around:
         """``ModelRunner.__init__``: loads the model somewhere inside, and changes it after that."""
         outcome = yield
-        role = self._rank.roles.find(call.owner)
-        if role is not None and outcome.error is None:
+        if (role := self._rank.roles.find(call.owner)) is not None and outcome.error is None:
             # Until 0.5.13 the pools are allocated inside.
             self._tell_load(role, complete=not hasattr(call.owner, "alloc_memory_pool"))
 
@@ -139,10 +138,11 @@ class Observer:
     def check(self, call: Call) -> Around:
         """``check_weights``; its action ``reset_tensors`` overwrites the weights."""
         role = self._rank.role(call.owner)
-        if role is None or call.argument("action") != "reset_tensors":
-            outcome = yield
-        else:
+        if role is not None and call.argument("action") == "reset_tensors":
             outcome = yield from self._write(role, "external", "call", announced=True)
+        else:
+            outcome = yield
+            self._rank.read_again()
         self._count(call, outcome)
 
     def move_experts(self, call: Call) -> Around:
@@ -236,21 +236,22 @@ class Observer:
     # Memory that is given back and taken again.
 
     def release(self, call: Call) -> Around:
-        """Physical memory goes, addresses stay."""
+        """Physical memory goes, addresses stay. Where it failed, nobody knows which."""
+        self._rank.scan.memory_is_there = False
         outcome = yield
         if outcome.error is None:
-            self._rank.step(lambda ledger: ledger.release(self._saved_tags(call)))
+            self._rank.release(self._saved_tags(call))
 
     def resume(self, call: Call) -> Around:
         """Physical memory is back."""
         outcome = yield
         if outcome.error is None:
-            self._rank.step(lambda ledger: ledger.resume(self._saved_tags(call)))
+            self._rank.resume(self._saved_tags(call))
 
     def _saved_tags(self, call: Call) -> set[str]:
         role = self._rank.roles.named("target")
         if role is None or not role.saves_memory:
-            return set()  # The request was answered and did nothing.
+            return set()  # Answered, and nothing done.
         tags = getattr(call.argument("recv_req"), "tags", None)
         return {WEIGHTS, KV_CACHE} & set(tags or (WEIGHTS, KV_CACHE))
 
@@ -276,9 +277,8 @@ class Observer:
 
     def lora(self, call: Call) -> Around:
         """An adapter is loaded or unloaded."""
-        role = self._rank.role(call.owner)
         outcome = yield
-        if role is not None:
+        if (role := self._rank.role(call.owner)) is not None:
             self._rank.look(role, pools=True)
         self._count(call, outcome)
 

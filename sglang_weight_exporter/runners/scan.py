@@ -6,13 +6,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from sglang_weight_exporter.capture.allocations import AllocationMap
+from sglang_weight_exporter.capture.fingerprint import Fingerprinter
 from sglang_weight_exporter.capture.pools import Storage
+from sglang_weight_exporter.capture.table_fingerprints import (
+    with_fingerprints,
+    without_fingerprints,
+)
 from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
 from sglang_weight_exporter.records import KvPoolUsage, LoraUsage
 from sglang_weight_exporter.runners import pools as runner_pools
@@ -35,7 +40,8 @@ class Scan:
     """The looks at all roles of a process.
 
     ``report`` is told of what could not be read; ``allocations`` is where one allocation ends and
-    the next begins, by device.
+    the next begins, by device; ``fingerprinter``: takes fingerprints, if they
+    are to be taken.
     """
 
     def __init__(
@@ -45,6 +51,7 @@ class Scan:
         report: Callable[[str, BaseException], None],
         clock: Callable[[], float] = time.time,
         allocations: Callable[[str], AllocationMap] | None = None,
+        fingerprinter: Fingerprinter | None = None,
     ) -> None:
         self._roles = roles
         self._report = report
@@ -55,6 +62,9 @@ class Scan:
         self._mapped: frozenset[int] = frozenset()
         #: How long the last look took.
         self.seconds: float | None = None
+        self._fingerprinter = fingerprinter
+        #: Whether tensors may be read, and not only where they are.
+        self.memory_is_there = True
 
     def of(self, role: RunnerRole) -> Look:
         """What is known of a role, without looking."""
@@ -64,12 +74,19 @@ class Scan:
         """Storages of tensors that were mapped from a weight-cache daemon."""
         self._mapped |= storages
 
-    def look(self, *roles: RunnerRole, derived: bool = False, pools: bool = False) -> None:
+    def look(
+        self,
+        *roles: RunnerRole,
+        derived: bool = False,
+        pools: bool = False,
+        fingerprint_seconds: float | None = None,
+    ) -> None:
         """Read pointers and bytes of weights again. What cannot be read becomes absent.
 
         ``derived``: find out anew where derived weights hang, which only a load changes; once
         requests are served, scratch memory may hang there too. ``pools``: pools and adapter slots
-        may have changed as well.
+        may have changed as well. ``fingerprint_seconds``: weights may have changed, and
+        their fingerprints may take so long; 0 where they may not be read.
         """
         started = time.perf_counter()
         for role in roles:
@@ -80,6 +97,8 @@ class Scan:
             except Exception as error:
                 look.weights = None
                 self._report("capture", error)
+            if self._fingerprinter is not None and fingerprint_seconds is not None:
+                self._take_fingerprints(role, look, self._fingerprinter, fingerprint_seconds)
             if pools:
                 try:
                     self._pools(role, look, map_of_allocations)
@@ -128,6 +147,24 @@ class Scan:
         if capture.unreadable and (before is None or before.unreadable != capture.unreadable):
             self._report("capture", UnreadableTensorsError(capture.unreadable))
         return capture
+
+    def _take_fingerprints(
+        self, role: RunnerRole, look: Look, fingerprinter: Fingerprinter, limit_seconds: float
+    ) -> None:
+        """Anew or not at all: what was true before the update is true no more."""
+        if look.weights is None:
+            return
+        table = without_fingerprints(look.weights.table)
+        # With overlapped loading the values come later than the tensors.
+        loading = getattr(role.runner, "startup_weight_load", None) is not None
+        if limit_seconds and self.memory_is_there and not loading:
+            try:
+                table = with_fingerprints(
+                    table, role.runner.model, look.weights.slots, fingerprinter, limit_seconds
+                )
+            except Exception as error:
+                self._report("fingerprint", error)
+        look.weights = replace(look.weights, table=table)
 
     def _pools(
         self, role: RunnerRole, look: Look, allocations: Callable[[], AllocationMap]

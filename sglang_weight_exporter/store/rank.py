@@ -18,9 +18,10 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
 from sglang_weight_exporter.weight_table import WeightTable
 
 
-def table_file(role: str, sha256: str) -> str:
+def table_file(table: WeightTable) -> str:
     """Name of a table's file; the content decides, so an unchanged table is written once."""
-    return f"{role}-{sha256[:16]}.table"
+    content = "-".join(filter(None, (table.sha256[:16], table.fingerprint[:16])))
+    return f"{table.role}-{content}.table"
 
 
 class RankStore:
@@ -88,7 +89,7 @@ class RankStore:
     def write_table(self, table: WeightTable) -> str:
         """Keep a table; returns its file's name. Takes effect with the next snapshot."""
         self._come_back()
-        file = table_file(table.role, table.sha256)
+        file = table_file(table)
         if file not in self._tables:
             self._directory.write(file, self._encode(table))
             self._tables.add(file)
@@ -98,7 +99,7 @@ class RankStore:
         """Queue an event with the table after it; the oldest ones make room."""
         self._come_back()
         beside = None
-        if table is not None and (file := table_file(table.role, table.sha256)) in self._tables:
+        if table is not None and (file := table_file(table)) in self._tables:
             beside = (self._directory, file)
         self._events.append(event, table, beside=beside)
 

@@ -81,6 +81,8 @@ def gpu_engine_fixture(name: str) -> Any:
 
 gpu_engine = gpu_engine_fixture("gpu_engine")
 two_gpu_engine = gpu_engine_fixture("two_gpu_engine")
+fingerprint_engine = gpu_engine_fixture("fingerprint_engine")
+two_gpu_fingerprint_engine = gpu_engine_fixture("two_gpu_fingerprint_engine")
 offload_engine = gpu_engine_fixture("offload_engine")
 lora_engine = gpu_engine_fixture("lora_engine")
 eagle_engine = gpu_engine_fixture("eagle_engine")

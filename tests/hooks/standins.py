@@ -62,10 +62,16 @@ class Rank:
     """A process with the hooks on, as the exporter process sees it."""
 
     def __init__(
-        self, directory: Path, *, known: bool = True, reader_wait_seconds: float = 0.0
+        self,
+        directory: Path,
+        *,
+        known: bool = True,
+        reader_wait_seconds: float = 0.0,
+        fingerprinter: Any = None,
     ) -> None:
         """``known``: off, SGLang's modules are still to be imported."""
         self.reader_wait_seconds = reader_wait_seconds
+        self.fingerprinter = fingerprinter
         self.clock = Clock()
         self.directory = directory
         self.allocations = AllocationMap.of_storages()
@@ -89,6 +95,7 @@ class Rank:
             report=installation.report,
             clock=self.clock,
             allocations=lambda device: self.allocations,
+            fingerprinter=self.fingerprinter,
         )
         return Observer(
             SglangRank(

@@ -1,0 +1,301 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors on any device → their fingerprints, taken where they lie.
+
+With Triton the tensors of a GPU take two launches, whatever their number, over a table of their
+addresses that is kept from one time to the next. Elsewhere torch's own operations do the same
+arithmetic in blocks. Only the 16 bytes of each tensor come to the host.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sglang_weight_exporter import fingerprint as definition
+from sglang_weight_exporter.fingerprint import CHUNK_BYTES, LANES, STEPS, Chunks
+
+#: Chunks that torch's operations take together: 2 MiB in a core's cache, 64 MiB on a device.
+_CPU_BLOCK = 32
+_DEVICE_BLOCK = 1024
+#: How often the host looks whether the device is ready. A sleep lets other threads run.
+_POLL_SECONDS = 5e-5
+
+
+class FingerprintError(Exception):
+    """No fingerprint was taken; the message says why."""
+
+
+class FingerprintTimeoutError(FingerprintError):
+    """It would have taken longer than it may."""
+
+
+class Fingerprinter:
+    """Takes fingerprints of tensors, and keeps each device's table of addresses.
+
+    To be called from one thread at a time, in the stream that the tensors were written in, when
+    no memory among them is released: reading an unmapped page ends the process.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._tables: dict[torch.device, _AddressTable] = {}
+
+    def __call__(
+        self, tensors: Sequence[torch.Tensor], *, limit_seconds: float = float("inf")
+    ) -> NDArray[np.uint64]:
+        """Fingerprints as uint64 ``[tensors, 2]``, over the bytes of ``tensor.contiguous()``.
+
+        Raises FingerprintTimeoutError after ``limit_seconds``, and FingerprintError where a
+        CUDA graph is being captured or a tensor has no bytes that could be read (on ``meta``,
+        sparse, or made of other tensors).
+        """
+        deadline = self._clock() + limit_seconds
+        result = np.empty((len(tensors), 2), dtype=np.uint64)
+        by_table: dict[torch.device, list[int]] = defaultdict(list)
+        by_torch: dict[torch.device, list[int]] = defaultdict(list)
+        for row, tensor in enumerate(tensors):
+            _check(tensor)
+            device = tensor.device
+            with_table = device.type == "cuda" and tensor.is_contiguous() and _kernels()
+            (by_table if with_table else by_torch)[device].append(row)
+        for device, rows in by_table.items():
+            with torch.cuda.device(device):
+                _refuse_capture()
+                result[rows] = self._with_table(device, [tensors[row] for row in rows], deadline)
+        for device, rows in by_torch.items():
+            if device.type == "cuda":
+                with torch.cuda.device(device):
+                    _refuse_capture()
+            result[rows] = self._with_torch(device, [tensors[row] for row in rows], deadline)
+        return result
+
+    def _with_table(
+        self, device: torch.device, tensors: list[torch.Tensor], deadline: float
+    ) -> NDArray[np.uint64]:
+        data_ptr = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+        nbytes = np.array([tensor.nbytes for tensor in tensors], dtype=np.int64)
+        table = self._tables.get(device)
+        if table is None or not table.holds(data_ptr, nbytes):
+            # Let go of the old one first: both together would be twice the memory.
+            self._tables.pop(device, None)
+            del table
+            table = self._tables[device] = _AddressTable(device, data_ptr, nbytes)
+        table.launch()
+        done = torch.cuda.Event()
+        done.record()
+        while not done.query():
+            if self._clock() > deadline:
+                raise FingerprintTimeoutError(
+                    f"The fingerprint of {len(tensors)} tensors on {device} took longer than "
+                    "it may."
+                )
+            time.sleep(_POLL_SECONDS)
+        halves: NDArray[np.uint64] = table.fingerprints.cpu().numpy().view(np.uint64)
+        return halves
+
+    def _with_torch(
+        self, device: torch.device, tensors: list[torch.Tensor], deadline: float
+    ) -> NDArray[np.uint64]:
+        chunks = Chunks.of([tensor.nbytes for tensor in tensors])
+        size = _CPU_BLOCK if device.type == "cpu" else _DEVICE_BLOCK
+        size = max(1, min(size, len(chunks.number) - 1))
+        space = torch.empty(size * CHUNK_BYTES, dtype=torch.uint8, device=device)
+        sums = torch.zeros((2, len(chunks.number)), dtype=torch.int64, device=device)
+        starts = [
+            torch.tensor(definition.lane_starts(half), dtype=torch.int64, device=device)
+            for half in range(2)
+        ]
+        bytes_of = [_Bytes(tensor) for tensor in tensors]
+        for block in definition.blocks(chunks.nbytes.tolist(), size):
+            if self._clock() > deadline:
+                raise FingerprintTimeoutError(
+                    f"The fingerprint of {len(tensors)} tensors on {device} took longer than it "
+                    "may. Triton, which is much faster, is not used for them."
+                )
+            rows, where = definition.fill(block, chunks, space, bytes_of.__getitem__)
+            words = space.view(torch.int64)[: len(rows) * STEPS * LANES].view(-1, STEPS, LANES)
+            place = torch.tensor(where, device=device)
+            for half in range(2):
+                sums[half, place] = definition.chunk_sums(words, rows, starts[half], half)
+
+        def on_device(array: NDArray[Any]) -> torch.Tensor:
+            return torch.from_numpy(array).to(device, copy=True)
+
+        halves = torch.stack(
+            [
+                definition.tensor_halves(
+                    sums[half],
+                    on_device(chunks.number),
+                    on_device(chunks.first),
+                    on_device(chunks.after),
+                    on_device(chunks.nbytes),
+                    half,
+                )
+                for half in range(2)
+            ],
+            dim=1,
+        )
+        result: NDArray[np.uint64] = halves.cpu().numpy().view(np.uint64)
+        return result
+
+
+def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory with its dimensions in the order in which they lie there.
+
+    Contiguous where the tensor was without gaps, so that its bytes are read where they are. For a
+    weight that was transposed after it was loaded these are the checkpoint's bytes.
+    """
+    if tensor.is_contiguous():
+        return tensor
+    stride = tensor.stride()
+    return tensor.permute(sorted(range(tensor.dim()), key=lambda dim: -stride[dim]))
+
+
+def _check(tensor: torch.Tensor) -> None:
+    if tensor.layout is not torch.strided or tensor.device.type == "meta":
+        raise FingerprintError(
+            f"A tensor of layout {tensor.layout} on {tensor.device} has no bytes to read."
+        )
+    if hasattr(type(tensor), "__tensor_flatten__"):
+        raise FingerprintError(
+            f"A {type(tensor).__name__} is made of other tensors. Take theirs, or make it whole "
+            "first (full_tensor() of a DTensor)."
+        )
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise FingerprintError(
+            "A CUDA graph is being captured: the kernel would become part of it."
+        )
+
+
+def _kernels() -> Any:
+    """The module of kernels, or None where Triton is not."""
+    try:
+        from sglang_weight_exporter.capture import fingerprint_kernel
+    except ImportError:
+        return None
+    return fingerprint_kernel
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """A tensor's bytes in the order of its elements, read piece by piece.
+
+    A tensor with gaps is never copied whole: a copy of it may not fit beside the KV pool.
+    """
+
+    tensor: torch.Tensor
+
+    def __getitem__(self, piece: slice) -> torch.Tensor:
+        tensor = _plain(self.tensor)
+        if tensor.is_contiguous():
+            # A single element may have any stride and is contiguous all the same.
+            return _as_bytes(tensor.as_strided((tensor.numel(),), (1,)))[piece]
+        item = tensor.element_size()  # Divides what a chunk has.
+        element = torch.arange(piece.start // item, -(-piece.stop // item), device=tensor.device)
+        offset = torch.zeros_like(element)
+        for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+            offset += element % size * stride
+            element //= size
+        span = 1 + sum(
+            (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+        )
+        return _as_bytes(tensor.as_strided((span,), (1,))[offset])
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """With integers for elements, in the same memory: not every dtype can be indexed."""
+    tensor = tensor.detach()
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if tensor.is_quantized:
+        tensor = tensor.int_repr()
+    return tensor.view(_INTEGERS[tensor.element_size()])
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _as_bytes(flat: torch.Tensor) -> torch.Tensor:
+    return flat.view(torch.uint8)
+
+
+class _AddressTable:
+    """What the kernels read, on one device: 16 bytes a tensor in, 20 a chunk, 16 a tensor out."""
+
+    def __init__(
+        self, device: torch.device, data_ptr: NDArray[np.int64], nbytes: NDArray[np.int64]
+    ) -> None:
+        chunks = Chunks.of(nbytes.tolist())
+        count = chunks.after - chunks.first
+        self._host = data_ptr, nbytes
+        self._chunks = int(count.sum())
+        self._tensors = len(nbytes)
+        tensor = np.repeat(np.arange(len(nbytes), dtype=np.int32), count)
+
+        def on_device(array: NDArray[Any]) -> torch.Tensor:
+            return torch.from_numpy(array).to(device)
+
+        self._data_ptr, self._nbytes = on_device(data_ptr), on_device(nbytes)
+        self._first = on_device(chunks.first.astype(np.int32))
+        self._after = on_device(chunks.after.astype(np.int32))
+        self._tensor = on_device(tensor)
+        self._sums = torch.empty((2, self._chunks), dtype=torch.int64, device=device)
+        self.fingerprints = torch.empty((self._tensors, 2), dtype=torch.int64, device=device)
+
+    def holds(self, data_ptr: NDArray[np.int64], nbytes: NDArray[np.int64]) -> bool:
+        return np.array_equal(self._host[0], data_ptr) and np.array_equal(self._host[1], nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes on its device."""
+        return sum(
+            tensor.nbytes
+            for tensor in (
+                self._data_ptr,
+                self._nbytes,
+                self._first,
+                self._after,
+                self._tensor,
+                self._sums,
+                self.fingerprints,
+            )
+        )
+
+    def launch(self, *, only_read: bool = False) -> None:
+        """Put the work into the current stream. ``only_read`` is what it is measured against."""
+        kernels = _kernels()
+        if self._chunks:
+            kernels.chunk_kernel[(self._chunks,)](
+                self._data_ptr,
+                self._nbytes,
+                self._first,
+                self._tensor,
+                self._sums,
+                self._chunks,
+                HASH=not only_read,
+                num_warps=kernels.CHUNK_WARPS,
+            )
+        if not only_read:
+            kernels.tensor_kernel[(self._tensors, 2)](
+                self._sums,
+                self._nbytes,
+                self._first,
+                self._after,
+                self.fingerprints,
+                self._chunks,
+                BLOCK=kernels.TENSOR_BLOCK,
+                num_warps=kernels.TENSOR_WARPS,
+            )

@@ -1,0 +1,257 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which bytes of a checkpoint a tensor of SGLang's is made of: fused, sliced, padded, tied.
+
+A rule is read off SGLang's own loaders (the functions are named beside it) and fitted to the
+shape that the tensor has in the engine, so that no model's class need be known. What a rule gives
+is proof where it agrees. Where it does not, that is a difference only if SGLang loads the tensor
+as it is (``exact``): quantized weights may be scaled anew, and some back ends shuffle experts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sglang_weight_exporter import fingerprint
+from sglang_weight_exporter.checkpoint import Checkpoint, StoredTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+#: SGLang's fused layers and what they are made of (``stacked_params_mapping`` of its models).
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+#: ``DEFAULT_VOCAB_PADDING_SIZE`` of ``layers/vocab_parallel_embedding.py``.
+VOCABULARY_PADDING = 64
+#: Dtypes that SGLang loads as they are; others belong to quantized weights.
+_PLAIN = frozenset({"bfloat16", "float16", "float32", "float64"})
+
+
+class UnverifiableError(Exception):
+    """No simple rule says which bytes a tensor should have; the message says why."""
+
+
+@dataclass(frozen=True)
+class ServedTensor:
+    """A tensor as the engine has it."""
+
+    name: str
+    dtype: str
+    #: Of its dimensions in the order of memory.
+    shape: tuple[int, ...]
+    #: Parameter or buffer.
+    kind: str = "parameter"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Part of a stored tensor along one dimension."""
+
+    name: str
+    dim: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Derivation:
+    """Slices that follow one another, then zeros."""
+
+    slices: tuple[Slice, ...]
+    padding_bytes: int = 0
+    #: Whether other bytes are a difference, or may be SGLang's own doing.
+    exact: bool = True
+
+
+def derive(
+    served: ServedTensor,
+    stored: Mapping[str, StoredTensor],
+    *,
+    tp_rank: int,
+    tp_size: int,
+    config: Mapping[str, Any],
+) -> Derivation:
+    """What ``served`` is made of. Raises UnverifiableError.
+
+    ``config``: the checkpoint's ``config.json``; may be empty.
+    """
+    name = served.name
+    if name == "lm_head.weight" and name not in stored:
+        # Models with tie_word_embeddings leave it out (``models/llama.py``).
+        name = "model.embed_tokens.weight"
+    if name in stored:
+        slices, padding = _direct(served, stored[name], name, tp_rank, tp_size)
+    else:
+        prefix, fused, suffix = _split(name)
+        if fused not in FUSED:
+            raise UnverifiableError(
+                "the engine computes it" if served.kind != "parameter" else _why_not(name)
+            )
+        parts = [f"{prefix}{part}{suffix}" for part in FUSED[fused]]
+        missing = [part for part in parts if part not in stored]
+        if missing:
+            raise UnverifiableError(f"the checkpoint has no {missing[0]} for it")
+        shapes = [stored[part].shape for part in parts]
+        if fused == "qkv_proj":
+            rows = _qkv_rows(served, shapes, tp_rank, tp_size, config)
+        else:
+            rows = _merged_rows(served, shapes, tp_rank, tp_size)
+        slices = tuple(
+            Slice(part, 0, start, stop) for part, (start, stop) in zip(parts, rows, strict=True)
+        )
+        padding = 0
+    dtypes = {stored[part.name].dtype for part in slices}
+    if dtypes != {served.dtype}:
+        raise UnverifiableError(
+            f"the engine holds {served.dtype}, the checkpoint {', '.join(sorted(dtypes))}"
+        )
+    quantized = "quantization_config" in config or served.dtype not in _PLAIN
+    return Derivation(slices, padding, exact=not quantized)
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    match = re.fullmatch(r"(.*\.)([^.]+)(\.[^.]+)", name)
+    return (match[1], match[2], match[3]) if match else ("", "", "")
+
+
+def _why_not(name: str) -> str:
+    if ".experts." in name:
+        return "experts are stacked, in an order that depends on the back end"
+    return "the checkpoint has no tensor of this name, and no rule makes it"
+
+
+def _direct(
+    served: ServedTensor, stored: StoredTensor, name: str, tp_rank: int, tp_size: int
+) -> tuple[tuple[Slice, ...], int]:
+    """The tensor itself or a rank's share of it (``load_column_parallel_weight`` and
+    ``load_row_parallel_weight`` of ``layers/parameter.py``: ``narrow(dim, rank * size, size)``)."""
+    if served.shape == stored.shape or math.prod(served.shape) == math.prod(stored.shape) == 1:
+        return (Slice(name, 0, 0, stored.shape[0] if stored.shape else 1),), 0
+    if len(served.shape) != len(stored.shape):
+        raise UnverifiableError(
+            f"its shape is {list(served.shape)}, in the checkpoint {list(stored.shape)}"
+        )
+    dims = [
+        dim
+        for dim, (here, there) in enumerate(zip(served.shape, stored.shape, strict=True))
+        if here != there
+    ]
+    if len(dims) == 1:
+        dim = dims[0]
+        here, there = served.shape[dim], stored.shape[dim]
+        if here and there % here == 0 and tp_size % (there // here) == 0:
+            # Of attention that is data parallel the groups are smaller than the ranks' number
+            # (``compute_dp_attention_world_info`` of ``layers/dp_attention.py``).
+            start = tp_rank % (there // here) * here
+            return (Slice(name, dim, start, start + here),), 0
+        padded = -(-there // VOCABULARY_PADDING) * VOCABULARY_PADDING
+        vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        if vocabulary and dim == 0 and here and padded % here == 0:
+            # ``VocabParallelEmbedding.weight_loader``: rows beyond the vocabulary are zero.
+            start = min(tp_rank % (padded // here) * here, there)
+            stop = min(start + here, there)
+            row = stored.nbytes // there
+            return (Slice(name, 0, start, stop),), (here - (stop - start)) * row
+    raise UnverifiableError(
+        f"its shape is {list(served.shape)}, in the checkpoint {list(stored.shape)}"
+    )
+
+
+def _same_columns(served: ServedTensor, shapes: Sequence[tuple[int, ...]]) -> None:
+    if any(shape[1:] != served.shape[1:] or not shape for shape in shapes) or not served.shape:
+        raise UnverifiableError(
+            f"its shape is {list(served.shape)}, of its parts "
+            f"{', '.join(str(list(shape)) for shape in shapes)}"
+        )
+
+
+def _qkv_rows(
+    served: ServedTensor,
+    shapes: Sequence[tuple[int, ...]],
+    tp_rank: int,
+    tp_size: int,
+    config: Mapping[str, Any],
+) -> list[tuple[int, int]]:
+    """``QKVParallelLinear`` of ``layers/linear.py``: query heads are divided; key and value heads
+    too, or each is held by several ranks when there are fewer heads than ranks."""
+    _same_columns(served, shapes)
+    text = config.get("text_config", config)
+    heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    for size in range(1, tp_size + 1):
+        if tp_size % size or shapes[0][0] % size:
+            continue
+        replicas = size // kv_heads if kv_heads and size > kv_heads else 1
+        rank = tp_rank % size
+        rows = []
+        for number, shape in enumerate(shapes):
+            count = shape[0] * (replicas if number else 1) // size
+            start = (rank // replicas if number else rank) * count
+            rows.append((start, start + count))
+        if sum(stop - start for start, stop in rows) == served.shape[0]:
+            return rows
+    raise UnverifiableError(
+        f"its {served.shape[0]} rows are no rank's share of {shapes[0][0]}, {shapes[1][0]} and "
+        f"{shapes[2][0]} ({heads} query heads, {kv_heads} key-value heads)"
+    )
+
+
+def _merged_rows(
+    served: ServedTensor, shapes: Sequence[tuple[int, ...]], tp_rank: int, tp_size: int
+) -> list[tuple[int, int]]:
+    """``MergedColumnParallelLinear`` of ``layers/linear.py``: each part is divided."""
+    _same_columns(served, shapes)
+    total = sum(shape[0] for shape in shapes)
+    size = total // served.shape[0] if served.shape[0] else 0
+    if not size or total % served.shape[0] or tp_size % size or any(s[0] % size for s in shapes):
+        raise UnverifiableError(f"its {served.shape[0]} rows are no rank's share of {total}")
+    rank = tp_rank % size
+    return [(rank * shape[0] // size, (rank + 1) * shape[0] // size) for shape in shapes]
+
+
+def bytes_of(derivation: Derivation, checkpoint: Checkpoint) -> NDArray[np.uint8]:
+    """The bytes that the engine should hold; mapped where they lie in one piece."""
+    import numpy as np
+
+    pieces = []
+    for part in derivation.slices:
+        stored = checkpoint.tensors[part.name]
+        flat = checkpoint.bytes_of(part.name)
+        size = stored.shape[part.dim] if stored.shape else 1
+        outer = math.prod(stored.shape[: part.dim])
+        inner = stored.nbytes // (outer * size) if outer * size else 0
+        piece = flat.reshape(outer, size * inner)[:, part.start * inner : part.stop * inner]
+        pieces.append(piece.reshape(-1))
+    if derivation.padding_bytes:
+        pieces.append(np.zeros(derivation.padding_bytes, dtype=np.uint8))
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def expected_fingerprints(
+    served: Sequence[ServedTensor], checkpoint: Checkpoint, *, tp_rank: int, tp_size: int
+) -> tuple[dict[str, str], dict[str, str], frozenset[str]]:
+    """Of a rank's tensors: name to fingerprint, name to why there is none, and names whose
+    difference is no proof. Reads the bytes that are compared, a tensor at a time."""
+    config = checkpoint.config()
+    expected: dict[str, str] = {}
+    unverifiable: dict[str, str] = {}
+    inexact = set()
+    for tensor in served:
+        try:
+            derivation = derive(
+                tensor, checkpoint.tensors, tp_rank=tp_rank, tp_size=tp_size, config=config
+            )
+        except UnverifiableError as error:
+            unverifiable[tensor.name] = str(error)
+            continue
+        if not derivation.exact:
+            inexact.add(tensor.name)
+        taken = fingerprint.of_arrays([bytes_of(derivation, checkpoint)])
+        expected[tensor.name] = fingerprint.texts(taken)[0]
+    return expected, unverifiable, frozenset(inexact)

@@ -1,0 +1,90 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What weights should be: a file of names and fingerprints, written where they come from.
+
+A JSON object: ``schema_version``, ``definition`` (of the fingerprint), ``weight_version`` (may be
+empty), ``fingerprint`` (of all tensors together) and ``tensors``, name to ``fingerprint`` (32
+hexadecimal digits), ``dtype`` (as torch calls it) and ``shape``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from sglang_weight_exporter import fingerprint as _fingerprint
+
+SCHEMA_VERSION = 1
+
+
+class ManifestError(Exception):
+    """A manifest cannot be read or written; the message says why."""
+
+
+class ManifestTensor(msgspec.Struct, frozen=True, kw_only=True):
+    """One tensor: what it holds, and as what."""
+
+    fingerprint: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """Names and fingerprints."""
+
+    tensors: dict[str, ManifestTensor]
+    fingerprint: str
+    weight_version: str = ""
+    schema_version: int = SCHEMA_VERSION
+    definition: int = _fingerprint.DEFINITION
+
+
+def manifest_of(tensors: Mapping[str, ManifestTensor], *, weight_version: str = "") -> Manifest:
+    """The manifest of tensors by name, of a version as SGLang names it."""
+    return Manifest(
+        tensors=dict(sorted(tensors.items())),
+        fingerprint=_fingerprint.of_rank(
+            {name: tensor.fingerprint for name, tensor in tensors.items()}
+        ),
+        weight_version=weight_version,
+    )
+
+
+def write_manifest(
+    path: str | os.PathLike[str], tensors: Mapping[str, ManifestTensor], *, weight_version: str = ""
+) -> Manifest:
+    """Write ``tensors`` to ``path``, whole or not at all."""
+    manifest = manifest_of(tensors, weight_version=weight_version)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(encode(manifest))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return manifest
+
+
+def encode(manifest: Manifest) -> bytes:
+    """JSON, a tensor a line."""
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Raises ManifestError, also for a manifest that another definition wrote."""
+    try:
+        manifest = msgspec.json.decode(Path(path).read_bytes(), type=Manifest)
+    except msgspec.DecodeError as error:
+        raise ManifestError(f"{os.fspath(path)} is no manifest: {error}") from error
+    written = manifest.schema_version, manifest.definition
+    if written != (SCHEMA_VERSION, _fingerprint.DEFINITION):
+        raise ManifestError(
+            f"{os.fspath(path)} has schema {written[0]} and fingerprints of definition "
+            f"{written[1]}; here are schema {SCHEMA_VERSION} and definition "
+            f"{_fingerprint.DEFINITION}, which do not compare. Write it again with this version."
+        )
+    return manifest

@@ -1,0 +1,206 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Fingerprints of a checkpoint's files: what torch wrote is what is read, without torch."""
+
+from __future__ import annotations
+
+import pytest
+
+np = pytest.importorskip("numpy", reason="needs NumPy, which comes with SGLang")
+
+import json  # noqa: E402
+import struct  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import tiny_model  # noqa: E402
+
+from sglang_weight_exporter import fingerprint  # noqa: E402
+from sglang_weight_exporter.checkpoint import DTYPES, Checkpoint, CheckpointError  # noqa: E402
+from sglang_weight_exporter.checkpoint_layout import (  # noqa: E402
+    ServedTensor,
+    UnverifiableError,
+    bytes_of,
+    derive,
+    expected_fingerprints,
+)
+
+
+def write(path: Path, tensors: dict[str, tuple[str, list[int], bytes]]) -> Path:
+    """A safetensors file by hand."""
+    header, data = {}, b""
+    for name, (dtype, shape, content) in tensors.items():
+        at = len(data)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(content)]}
+        data += content
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def test_every_dtype_that_torch_can_save(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
+    safetensors = pytest.importorskip("safetensors.torch", reason="comes with SGLang")
+    from sglang_weight_exporter.trainer import fingerprint_tensors
+
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randint(0, 256, (3 * 65536 + 48,), dtype=torch.uint8, generator=generator)
+    tensors = {}
+    for bits, name in DTYPES.values():
+        if name != "bool" and hasattr(torch, name):
+            tensors[name] = noise.clone().view(getattr(torch, name)).view(3, -1)
+        assert bits % 8 == 0
+    tensors |= {"bool": noise > 128, "empty": torch.empty(0, 3), "scalar": torch.tensor(1.5)}
+    tensors["odd"] = noise[:70_001].clone()
+    unknown = []
+    for name in list(tensors):
+        try:
+            safetensors.save_file({name: tensors[name]}, tmp_path / "one.safetensors")
+        except (KeyError, RuntimeError, ValueError):
+            unknown.append(name)
+            del tensors[name]
+    (tmp_path / "one.safetensors").unlink()
+    assert len(tensors) > 15, unknown
+    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.fingerprints() == {
+        name: tensor.fingerprint for name, tensor in fingerprint_tensors(tensors).items()
+    }
+    assert {name: one.dtype for name, one in checkpoint.tensors.items()} == {
+        name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()
+    }
+
+
+def test_shards_of_an_index_and_stray_files_beside_them(tmp_path: Path) -> None:
+    parts = {"a": ("U8", [3], b"abc"), "b": ("F32", [2], bytes(8))}
+    write(tmp_path / "model-1.safetensors", {"a": parts["a"]})
+    write(tmp_path / "model-2.safetensors", {"b": parts["b"]})
+    write(tmp_path / "consolidated.safetensors", {"a": ("U8", [3], b"xyz")})
+    with pytest.raises(CheckpointError, match=r"a is in consolidated\.safetensors and in model-1"):
+        Checkpoint(tmp_path)
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert Checkpoint(tmp_path).fingerprints() == {
+        name: fingerprint.of_bytes(content) for name, (_, _, content) in parts.items()
+    }
+    (tmp_path / "model-2.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"names model-2\.safetensors, which .* not have"):
+        Checkpoint(tmp_path)
+
+
+def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no safetensors files"):
+        Checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        Checkpoint(tmp_path / "nowhere")
+    path = write(tmp_path / "model.safetensors", {"a": ("F32", [4], bytes(16))})
+    content = path.read_bytes()
+    for broken, message in (
+        (content[:-1], "was cut off"),
+        (b"PK\3\4" * 20, "no safetensors file"),
+        (b"", "no safetensors file"),
+        (content[:8] + b"x" + content[9:], "cannot be read"),
+        (content.replace(b"[4]", b"[5]"), "do not fit"),
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(CheckpointError, match=message):
+            Checkpoint(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint(tiny_model.write(tmp_path_factory.mktemp("tiny"), 5))
+
+
+def matrix(checkpoint: Checkpoint, name: str) -> Any:
+    return checkpoint.bytes_of(name).view(np.uint16).reshape(checkpoint.tensors[name].shape)
+
+
+LAYER = "model.layers.1."
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_what_each_rank_holds(checkpoint: Checkpoint, size: int) -> None:
+    """As numpy would cut it: four query heads and two key-value heads of 32 rows."""
+
+    def rows(name: str, count: int, rank: int) -> Any:
+        return np.split(matrix(checkpoint, LAYER + name), count)[rank]
+
+    for rank in range(size):
+        kv, kv_rank = min(size, 2), rank * min(size, 2) // size
+        expected = {
+            "self_attn.qkv_proj.weight": np.concatenate(
+                [
+                    rows("self_attn.q_proj.weight", size, rank),
+                    rows("self_attn.k_proj.weight", kv, kv_rank),
+                    rows("self_attn.v_proj.weight", kv, kv_rank),
+                ]
+            ),
+            "mlp.gate_up_proj.weight": np.concatenate(
+                [rows(f"mlp.{part}.weight", size, rank) for part in ("gate_proj", "up_proj")]
+            ),
+            "mlp.down_proj.weight": np.split(
+                matrix(checkpoint, LAYER + "mlp.down_proj.weight"), size, axis=1
+            )[rank],
+            "input_layernorm.weight": matrix(checkpoint, LAYER + "input_layernorm.weight"),
+        }
+        served = [
+            ServedTensor(LAYER + name, "bfloat16", value.shape) for name, value in expected.items()
+        ]
+        assert expected_fingerprints(served, checkpoint, tp_rank=rank, tp_size=size) == (
+            {LAYER + name: fingerprint.of_bytes(one.tobytes()) for name, one in expected.items()},
+            {},
+            frozenset(),
+        )
+
+
+def test_a_padded_vocabulary_and_a_tied_output(tmp_path: Path) -> None:
+    table = np.arange(100 * 4, dtype=np.uint16).reshape(100, 4)
+    name = "model.embed_tokens.weight"
+    write(tmp_path / "model.safetensors", {name: ("BF16", [100, 4], table.tobytes())})
+    checkpoint = Checkpoint(tmp_path)
+    padded = np.concatenate([table, np.zeros((28, 4), dtype=np.uint16)])
+    for size in (1, 2, 4):
+        for rank in range(size):
+            for served in (name, "lm_head.weight"):
+                derived = derive(
+                    ServedTensor(served, "bfloat16", (128 // size, 4)),
+                    checkpoint.tensors,
+                    tp_rank=rank,
+                    tp_size=size,
+                    config={},
+                )
+                own = np.split(padded, size)[rank]
+                assert bytes_of(derived, checkpoint).tobytes() == own.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "shape", "reason"),
+    [
+        (LAYER + "self_attn.qkv_proj.weight", "float16", (256, 128), "engine holds float16"),
+        (LAYER + "self_attn.qkv_proj.weight", "bfloat16", (255, 128), "no rank's share"),
+        (LAYER + "self_attn.qkv_proj.bias", "bfloat16", (256,), "has no .*q_proj.bias"),
+        (LAYER + "mlp.gate_up_proj.weight", "bfloat16", (128, 512), "of its parts"),
+        (LAYER + "mlp.down_proj.weight", "bfloat16", (64, 128), "its shape is"),
+        (LAYER + "mlp.experts.w13_weight", "bfloat16", (8, 64, 64), "experts are stacked"),
+        (LAYER + "self_attn.w_kc", "bfloat16", (8, 64), "no rule makes it"),
+    ],
+)
+def test_what_cannot_be_said_is_said(
+    checkpoint: Checkpoint, name: str, dtype: str, shape: tuple[int, ...], reason: str
+) -> None:
+    with pytest.raises(UnverifiableError, match=reason):
+        derive(
+            ServedTensor(name, dtype, shape), checkpoint.tensors, tp_rank=0, tp_size=2, config={}
+        )
+
+
+def test_reading_needs_neither_torch_nor_safetensors(checkpoint: Checkpoint) -> None:
+    code = (
+        "import sys; from pathlib import Path; from sglang_weight_exporter.checkpoint import "
+        "Checkpoint; assert Checkpoint(Path(sys.argv[1])).fingerprints();"
+        "assert not {'torch', 'safetensors'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(checkpoint.path)], check=True)

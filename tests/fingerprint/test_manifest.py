@@ -1,0 +1,112 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Manifests, and what a comparison says."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("numpy", reason="needs NumPy, which comes with SGLang")
+
+import json
+from pathlib import Path
+
+from sglang_weight_exporter import fingerprint
+from sglang_weight_exporter.manifest import (
+    ManifestError,
+    ManifestTensor,
+    read_manifest,
+    write_manifest,
+)
+from sglang_weight_exporter.verification import compare, compare_replicas
+
+A, B, C = (fingerprint.of_bytes(data) for data in (b"a", b"b", b"c"))
+
+
+def tensor(text: str) -> ManifestTensor:
+    return ManifestTensor(fingerprint=text, dtype="bfloat16", shape=(2, 3))
+
+
+def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.json"
+    written = write_manifest(path, {"b": tensor(B), "a": tensor(A)}, weight_version="7")
+    assert read_manifest(path) == written
+    assert json.loads(path.read_bytes()) == {
+        "schema_version": 1,
+        "definition": 1,
+        "weight_version": "7",
+        "fingerprint": fingerprint.of_rank({"a": A, "b": B}),
+        "tensors": {
+            name: {"fingerprint": text, "dtype": "bfloat16", "shape": [2, 3]}
+            for name, text in (("a", A), ("b", B))
+        },
+    }
+    assert [entry.name for entry in tmp_path.iterdir()] == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{}", "is no manifest"),
+        (b"\x00", "is no manifest"),
+        (b'{"tensors": {}, "fingerprint": "", "definition": 2}', "definition 2"),
+        (b'{"tensors": {}, "fingerprint": "", "schema_version": 9}', "schema 9"),
+    ],
+)
+def test_another_file_or_version_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "manifest.json"
+    path.write_bytes(content)
+    with pytest.raises(ManifestError, match=message):
+        read_manifest(path)
+
+
+def test_tensors_of_a_trainer(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
+    from sglang_weight_exporter.trainer import fingerprint_tensors
+
+    state = {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
+    buckets = iter([[("w", state["w"])], [("b", state["b"])]])
+    taken: dict[str, ManifestTensor] = {}
+    for bucket in buckets:
+        taken |= fingerprint_tensors(bucket)
+    assert taken == fingerprint_tensors(state)
+    assert taken["w"] == ManifestTensor(
+        fingerprint=fingerprint.of_bytes(state["w"].numpy().tobytes()),
+        dtype="float32",
+        shape=(2, 3),
+    )
+    assert fingerprint_tensors({"t": state["w"].t()}) == fingerprint_tensors(
+        {"t": state["w"].t().contiguous()}
+    )
+
+
+def test_equal_different_and_unknown() -> None:
+    served = {"same": A, "other": B, "new": C, "quantized": B}
+    expected = {"same": A, "other": C, "quantized": C, "elsewhere": C}
+    result = compare(served, expected, unverifiable={"new": "why"}, inexact={"quantized", "same"})
+    assert result.equal == ("same",)
+    assert result.differing == ("other",)
+    assert result.unverifiable.keys() == {"new", "quantized"}
+    assert result.unverifiable["new"] == "why"
+    assert result.missing == ("elsewhere",)
+    assert result.exit_status == 1
+
+
+@pytest.mark.parametrize(
+    ("served", "expected", "status"),
+    [
+        ({"a": A}, {"a": A}, 0),
+        ({"a": A, "b": B}, {"a": A}, 0),
+        ({"a": A, "b": B}, {"a": A, "b": C}, 1),
+        ({"a": A}, {"b": A}, 2),
+        ({}, {"b": A}, 2),
+    ],
+)
+def test_the_exit_status(served: dict[str, str], expected: dict[str, str], status: int) -> None:
+    assert compare(served, expected).exit_status == status
+
+
+def test_replicas_must_have_the_same_names() -> None:
+    assert compare_replicas({"a": A, "b": B}, {"b": B, "a": A}).exit_status == 0
+    result = compare_replicas({"a": A, "b": B}, {"a": A, "c": B})
+    assert (result.equal, result.differing, result.exit_status) == (("a",), ("b", "c"), 1)
