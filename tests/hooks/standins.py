@@ -75,6 +75,8 @@ class Rank:
         self.clock = Clock()
         self.directory = directory
         self.allocations = AllocationMap.of_storages()
+        #: SGLang's workers keep their runners.
+        self.workers: list[Any] = []
         self.installation = Installation(TARGETS, self._observer)
         if not known:
             return
@@ -122,6 +124,7 @@ class Rank:
         """A loaded model runner; ``attributes`` replace those that it sets itself."""
         runner = self.runners(is_draft_worker=is_draft_worker, **attributes)
         runner.weight_updater = self.updaters(runner)
+        self.workers.append(runner)
         return runner
 
     def scheduler(self, *runners: Any, flushes: bool = True) -> Any:

@@ -91,6 +91,7 @@ def test_a_runner_that_was_collected_and_made_anew_is_the_target_again(rank: Ran
     runner = rank.runner()
     runner.weight_updater.update_weights_from_disk("other", "auto")
     del runner
+    rank.workers.clear()
     gc.collect()
     again = rank.runner()
     assert [role.name for role in rank.snapshot().roles] == ["target"]
