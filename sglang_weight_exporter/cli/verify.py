@@ -85,10 +85,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    asked_at = time.time()
     if not arguments.recorded:
         for url in _urls(arguments):
             _ask_to_look(url, arguments.api_key)
     tables = _tables(arguments)
+    for table in tables:
+        captured_at = 0.0 if table.role.table is None else table.role.table.captured_at
+        if not arguments.recorded and captured_at < asked_at:
+            print(
+                f"{_title(table)}: not looked at again, so this compares what was left then.",
+                file=sys.stderr,
+            )
     if arguments.checkpoint is not None:
         checkpoint = Checkpoint(arguments.checkpoint)
         results = [
@@ -167,8 +175,8 @@ def _ask_to_look(url: str, api_key: str) -> None:
     except OSError as error:
         reason = str(error)
     print(
-        f"{url} was not made to look again ({reason}), so this compares what the last load or "
-        "update left. --url and --api-key name another address and a key.",
+        f"{url} could not be asked to look again ({reason}). --url and --api-key name another "
+        "address and a key.",
         file=sys.stderr,
     )
 

@@ -48,7 +48,12 @@ assert (take([]) == of_cpu()).all() and (take([memory[:0]]) == of_cpu(memory[:0]
 dtypes = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 dtypes = [one for one in dtypes if one not in (torch.qint8, torch.quint8, torch.qint32)]
 host = noise(3 * 65536 + 48)
-tensors = [host.cuda().view(dtype) for dtype in dtypes]
+tensors = []
+for dtype in dtypes:
+    try:
+        tensors.append(host.cuda().view(dtype))
+    except RuntimeError:  # Packed dtypes that this torch has on the CPU only.
+        continue
 assert len(tensors) > 20
 want = fingerprint.of_arrays([host.numpy()])
 assert (take(tensors) == want).all()
