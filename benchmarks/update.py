@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -66,17 +67,19 @@ class Engine:
     def __init__(self, installation: Installation, directory: Path, model: Path, **environ: str):
         script = directory / "engine.py"
         script.write_text(ENGINE)
+        self._log = directory / "log"
         runtime_dir = directory / f"runtime-{len(environ)}"
         self._process = subprocess.Popen(
             [installation.python, script, model],
             env=installation.environment(
                 SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR=str(runtime_dir),
                 SGLANG_WEIGHT_EXPORTER_SERVE="off",
+                **{name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},
                 **environ,
             ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._log.open("ab"),
             text=True,
         )
 
@@ -89,7 +92,7 @@ class Engine:
                 return json.loads(line)
             except ValueError:
                 continue  # SGLang prints too.
-        raise RuntimeError("The engine has ended. Start one by hand to see why.")
+        raise RuntimeError(f"The engine has ended: {self._log.read_text()[-3000:]}")
 
     def update(self) -> float:
         assert self._process.stdin is not None
