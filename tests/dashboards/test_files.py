@@ -37,19 +37,23 @@ def rule_expressions() -> list[str]:
 
 
 def test_generated_files_are_current() -> None:
-    run(sys.executable, DASHBOARDS / "generate.py", "--check")
+    assert generate(ROOT, "--check").returncode == 0
+
+
+def generate(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dashboards.generate", *arguments]
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True)
 
 
 def test_a_stale_file_is_named(tmp_path: Path) -> None:
     shutil.copytree(DASHBOARDS, tmp_path / "dashboards")
     stale = tmp_path / "dashboards" / "sglang-weights.json"
     stale.write_text(stale.read_text().replace("Tensors moved", "Tensors shifted"))
-    command = [sys.executable, str(tmp_path / "dashboards" / "generate.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = generate(tmp_path, "--check")
     assert done.returncode == 1
     assert "sglang-weights.json" in done.stderr
     assert "Tensors shifted" in stale.read_text()  # --check writes nothing
-    assert subprocess.run(command[:-1]).returncode == 0
+    assert generate(tmp_path).returncode == 0
     assert "Tensors shifted" not in stale.read_text()
 
 
