@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -19,6 +20,9 @@ import yaml
 from .board import dashboard
 
 HERE = Path(__file__).parents[1]
+
+#: Where the documents are published. A fork or a mirror changes this line and runs the generator.
+DOCUMENTS = "https://sglang-weight-exporter.example/docs"
 
 
 def prometheus_rule(rules: str) -> str:
@@ -38,9 +42,17 @@ def prometheus_rule(rules: str) -> str:
     )
 
 
+def with_runbooks(rules: str) -> str:
+    """The rules (or their tests) with the address of the documents in front of each anchor."""
+    return re.sub(r"runbook_url: \S*#(\w+)", rf"runbook_url: {DOCUMENTS}/alerts.md#\1", rules)
+
+
 def files() -> dict[Path, str]:
-    rules = (HERE / "sglang-weights.rules.yml").read_text()
+    rules = with_runbooks((HERE / "sglang-weights.rules.yml").read_text())
+    tests = with_runbooks((HERE / "sglang-weights.rules.test.yml").read_text())
     return {
+        HERE / "sglang-weights.rules.yml": rules,
+        HERE / "sglang-weights.rules.test.yml": tests,
         HERE / "sglang-weights.json": json.dumps(dashboard(), indent=2) + "\n",
         HERE / "kubernetes" / "prometheusrule.yaml": prometheus_rule(rules),
     }
