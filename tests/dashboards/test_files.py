@@ -21,12 +21,6 @@ from sglang_weight_exporter.export.instruments import INSTRUMENTS
 from sglang_weight_exporter.export.views import IDENTITY
 
 ROOT = DASHBOARDS.parent
-RULE_TESTS = DASHBOARDS / "sglang-weights.rules.test.yml"
-
-
-def alerts() -> list[dict[str, Any]]:
-    groups = yaml.safe_load(RULES.read_text())["groups"]
-    return [rule for group in groups for rule in group["rules"] if "alert" in rule]
 
 
 def rule_expressions() -> list[str]:
@@ -38,67 +32,24 @@ def rule_expressions() -> list[str]:
 
 
 def test_generated_files_are_current() -> None:
-    run(sys.executable, DASHBOARDS / "generate.py", "--check")
+    assert generate(ROOT, "--check").returncode == 0
+
+
+def generate(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dashboards.generate", *arguments]
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True)
 
 
 def test_a_stale_file_is_named(tmp_path: Path) -> None:
     shutil.copytree(DASHBOARDS, tmp_path / "dashboards")
     stale = tmp_path / "dashboards" / "sglang-weights.json"
     stale.write_text(stale.read_text().replace("Tensors moved", "Tensors shifted"))
-    command = [sys.executable, str(tmp_path / "dashboards" / "generate.py"), "--check"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = generate(tmp_path, "--check")
     assert done.returncode == 1
     assert "sglang-weights.json" in done.stderr
     assert "Tensors shifted" in stale.read_text()  # --check writes nothing
-    assert subprocess.run(command[:-1]).returncode == 0
+    assert generate(tmp_path).returncode == 0
     assert "Tensors shifted" not in stale.read_text()
-
-
-# --- rules --------------------------------------------------------------------------------------
-
-
-def test_rules_are_valid_and_their_tests_pass() -> None:
-    run("promtool", "check", "rules", "--lint-fatal", RULES)
-    run("promtool", "test", "rules", RULE_TESTS)
-
-
-def test_every_alert_is_tested_and_has_a_runbook() -> None:
-    names = [rule["alert"] for rule in alerts()]
-    tests = yaml.safe_load(RULE_TESTS.read_text())["tests"]
-    worded = {case["alertname"] for test in tests for case in test.get("alert_rule_test", [])}
-    assert worded == set(names)
-    sections = re.findall(r"^## (\w+)$", (ROOT / "docs" / "alerts.md").read_text(), re.MULTILINE)
-    assert sections == [*dict.fromkeys(sections)]
-    assert set(sections) == set(names)
-    for rule in alerts():
-        assert rule["annotations"].keys() == {"summary", "description", "runbook"}
-        assert rule["annotations"]["runbook"] == f"docs/alerts.md#{rule['alert'].lower()}"
-        assert rule["labels"]["severity"] in {"info", "warning", "critical"}
-
-
-@pytest.mark.parametrize(
-    ("condition", "without"),
-    [
-        (" > sglang_weight_loaded_timestamp_seconds", ""),
-        ("for: 10m", "for: 1m"),
-        ('{state="failed"}', '{state!="installed"}'),
-        (" unless changes(engine:sglang_weight_loaded_timestamp_seconds:max[30m]) > 0", ""),
-        ("and on (job, instance) last_over_time(sglang_weight_exporter_build_info[1h])", ""),
-        ("== sglang_weight_last_update_timestamp_seconds offset 10m", ">= 0"),
-        ("max by (UUID) (DCGM", "sum by (UUID) (DCGM"),
-    ],
-)
-def test_the_rules_tests_notice_a_lost_condition(
-    tmp_path: Path, condition: str, without: str
-) -> None:
-    shutil.copy(RULE_TESTS, tmp_path)
-    text = RULES.read_text()
-    assert condition in text
-    (tmp_path / RULES.name).write_text(text.replace(condition, without))
-    done = subprocess.run(
-        ["promtool", "test", "rules", RULE_TESTS.name], cwd=tmp_path, capture_output=True
-    )
-    assert done.returncode != 0
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -136,16 +87,6 @@ def test_only_series_that_the_exporter_serves_are_asked_for(dashboard: dict[str,
         for name, matchers in re.findall(r"(?<![:\w])(sglang_\w+)\{([^}]*)\}", expression):
             asked = set(re.findall(r"(\w+)\s*(?:=~|!=|!~|=)", matchers))
             assert asked <= names[name] | {"instance", "job"}, f"{name}{{{matchers}}}"
-
-
-def test_rank_series_are_not_told_apart_by_labels_that_were_forgotten() -> None:
-    """Every rank label is either kept or aggregated away by name in the rules."""
-    ranks = {"tp_rank", "pp_rank", "dp_rank", "moe_ep_rank"}
-    for rule in alerts():
-        for labels in re.findall(r"(?:max|min|sum|count) without \(([^)]*)\)", rule["expr"]):
-            named = {label.strip() for label in labels.split(",")}
-            if "tp_rank" in named:
-                assert ranks - named <= {"pp_rank"}, f"{rule['alert']}: {labels}"
 
 
 # --- the dashboard ------------------------------------------------------------------------------

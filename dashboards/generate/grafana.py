@@ -1,0 +1,296 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""The shapes of panels in Grafana's JSON model, each with the look that this project gives it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Json = dict[str, Any]
+
+DATASOURCE: Json = {"type": "prometheus", "uid": "${datasource}"}
+
+COLOURS = {
+    "Target weights": "blue",
+    "Draft weights": "light-blue",
+    "LoRA": "purple",
+    "KV pool": "orange",
+    "Everything else in use": "#8e929b",
+    "Free": "rgba(140, 146, 160, 0.22)",
+}
+
+NOT_LOADED = "No rank is scraped: is SGLang running, and is :9400 a target?"
+NO_NVML = "No NVML: CPU engine, or the exporter cannot see the driver"
+NO_SGLANG = "SGLang's own metrics are not here: start it with --enable-metrics and scrape it"
+NO_DCGM = "dcgm-exporter is not here: see the text on the right"
+
+
+def query(expression: str, legend: str = "", *, ref: str = "A", **more: Any) -> Json:
+    return {
+        "refId": ref,
+        "datasource": DATASOURCE,
+        "editorMode": "code",
+        "expr": expression,
+        "legendFormat": legend or "__auto",
+        **({} if more.get("instant") else {"range": True}),
+        **more,
+    }
+
+
+def queries(series: dict[str, str], **more: Any) -> list[Json]:
+    return [query(e, name, ref=chr(65 + i), **more) for i, (name, e) in enumerate(series.items())]
+
+
+def override(field: str, **properties: Any) -> Json:
+    """Properties of one field, dots in names written as two underscores."""
+    return {
+        "matcher": {"id": "byName", "options": field},
+        "properties": [{"id": k.replace("__", "."), "value": v} for k, v in properties.items()],
+    }
+
+
+def coloured(name: str, **more: Any) -> Json:
+    return override(name, color={"mode": "fixed", "fixedColor": COLOURS[name]}, **more)
+
+
+def panel(kind: str, title: str, description: str, width: int, height: int, **more: Any) -> Json:
+    return {
+        "type": kind,
+        "title": title,
+        "description": description,
+        "datasource": DATASOURCE,
+        "gridPos": {"x": 0, "y": 0, "w": width, "h": height},
+        **more,
+    }
+
+
+def thresholds(*steps: tuple[float | None, str]) -> Json:
+    return {"mode": "absolute", "steps": [{"value": v, "color": c} for v, c in steps]}
+
+
+def stat(
+    title: str,
+    description: str,
+    expression: str,
+    unit: str,
+    no_value: str,
+    *steps: tuple[float | None, str],
+    width: int = 3,
+    sparkline: bool = False,
+) -> Json:
+    return panel(
+        "stat",
+        title,
+        description,
+        width,
+        4,
+        targets=[query(expression, title, instant=not sparkline)],
+        fieldConfig={
+            "defaults": {
+                "unit": unit,
+                "noValue": no_value,
+                "color": {"mode": "thresholds"},
+                "thresholds": thresholds(*(steps or ((None, "text"),))),
+            },
+            "overrides": [],
+        },
+        options={
+            "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
+            "colorMode": "value",
+            "graphMode": "area" if sparkline else "none",
+            "justifyMode": "auto",
+            "orientation": "auto",
+            "textMode": "value",
+        },
+    )
+
+
+def timeseries(
+    title: str,
+    description: str,
+    targets: list[Json],
+    unit: str,
+    no_value: str,
+    *overrides: Json,
+    width: int = 12,
+    height: int = 8,
+    stacked: bool = False,
+    bars: bool = False,
+    maximum: float | None = None,
+    decimals: int | None = None,
+    calcs: tuple[str, ...] = ("lastNotNull",),
+) -> Json:
+    return panel(
+        "timeseries",
+        title,
+        description,
+        width,
+        height,
+        targets=targets,
+        fieldConfig={
+            "defaults": {
+                "unit": unit,
+                "min": 0,
+                **({} if maximum is None else {"max": maximum}),
+                **({} if decimals is None else {"decimals": decimals}),
+                "noValue": no_value,
+                "color": {"mode": "palette-classic"},
+                "custom": {
+                    "drawStyle": "bars" if bars else "line",
+                    "lineInterpolation": "linear" if bars else "stepAfter",
+                    "lineWidth": 1 if bars or stacked else 2,
+                    "fillOpacity": 80 if bars else 45 if stacked else 0,
+                    "showPoints": "never",
+                    "spanNulls": False,
+                    # An axis of counts that are all 0 would go to 100.
+                    **({"axisSoftMax": 1} if decimals == 0 else {}),
+                    "stacking": {"mode": "normal" if stacked or bars else "none", "group": "A"},
+                },
+            },
+            "overrides": list(overrides),
+        },
+        options={
+            "legend": {
+                "showLegend": True,
+                "displayMode": "table" if calcs else "list",
+                "placement": "right" if width >= 12 else "bottom",
+                "calcs": list(calcs),
+            },
+            "tooltip": {"mode": "multi", "sort": "desc"},
+        },
+    )
+
+
+def stacked_bars(
+    title: str,
+    description: str,
+    targets: list[Json],
+    transformations: list[Json],
+    x_field: str,
+    no_value: str,
+    *overrides: Json,
+    share: bool,
+    width: int,
+    height: int,
+) -> Json:
+    return panel(
+        "barchart",
+        title,
+        description,
+        width,
+        height,
+        targets=targets,
+        transformations=transformations,
+        fieldConfig={
+            "defaults": {
+                "unit": "bytes",
+                "noValue": no_value,
+                "color": {"mode": "palette-classic"},
+                "custom": {"fillOpacity": 90, "lineWidth": 0, "axisPlacement": "auto"},
+            },
+            "overrides": list(overrides),
+        },
+        options={
+            "xField": x_field,
+            "orientation": "horizontal",
+            "stacking": "percent" if share else "normal",
+            "showValue": "never",
+            "groupWidth": 0.7,
+            "barWidth": 0.85,
+            "barRadius": 0,
+            "fullHighlight": False,
+            "xTickLabelRotation": 0,
+            "xTickLabelSpacing": 0,
+            "legend": {
+                "showLegend": True,
+                "displayMode": "list",
+                "placement": "bottom",
+                "calcs": [],
+            },
+            "tooltip": {"mode": "multi", "sort": "none"},
+        },
+    )
+
+
+def table(
+    title: str,
+    description: str,
+    targets: list[Json],
+    transformations: list[Json],
+    no_value: str,
+    *overrides: Json,
+    width: int = 24,
+    height: int = 9,
+) -> Json:
+    return panel(
+        "table",
+        title,
+        description,
+        width,
+        height,
+        targets=targets,
+        transformations=transformations,
+        fieldConfig={
+            "defaults": {
+                "noValue": no_value,
+                "custom": {"align": "auto", "cellOptions": {"type": "auto"}, "filterable": True},
+            },
+            "overrides": list(overrides),
+        },
+        options={"showHeader": True, "cellHeight": "sm"},
+    )
+
+
+def text(title: str, content: str, width: int, height: int) -> Json:
+    return panel("text", title, "", width, height, options={"mode": "markdown", "content": content})
+
+
+def row(title: str, *panels: Json) -> list[Json]:
+    """A heading and its panels, laid out left to right in lines of 24 columns."""
+    return [panel("row", title, "", 24, 1, collapsed=False, panels=[]), *panels]
+
+
+def heatmap(
+    title: str, description: str, target: Json, unit: str, no_value: str, *, width: int
+) -> Json:
+    return panel(
+        "heatmap",
+        title,
+        description,
+        width,
+        8,
+        targets=[target],
+        fieldConfig={"defaults": {"noValue": no_value, "custom": {}}, "overrides": []},
+        options={
+            "calculate": False,
+            "cellGap": 1,
+            "color": {
+                "mode": "scheme",
+                "scheme": "Oranges",
+                "fill": "orange",
+                "exponent": 0.5,
+                "steps": 64,
+                "reverse": False,
+            },
+            "filterValues": {"le": 1e-9},
+            "rowsFrame": {"layout": "auto"},
+            "yAxis": {"unit": unit, "axisPlacement": "left", "reverse": False},
+            "legend": {"show": True},
+            "exemplars": {"color": "rgba(255,0,255,0.7)"},
+            "tooltip": {"mode": "single", "yHistogram": False},
+            "showValue": "never",
+        },
+    )
+
+
+def laid_out(panels: list[Json]) -> list[Json]:
+    """Gives each panel its id and its place: left to right, a new line when 24 columns are full."""
+    x = y = tallest = 0
+    for number, one in enumerate(panels, start=1):
+        place = one["gridPos"]
+        if x + place["w"] > 24:
+            x, y, tallest = 0, y + tallest, 0
+        place["x"], place["y"] = x, y
+        x, tallest = x + place["w"], max(tallest, place["h"])
+        one["id"] = number
+    return panels

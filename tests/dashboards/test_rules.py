@@ -1,0 +1,185 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""The rules: valid, tested one by one, and the same whatever labels a scrape adds."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import urllib.parse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from monitoring import DASHBOARDS, RULES, run
+
+ROOT = DASHBOARDS.parent
+RULE_TESTS = DASHBOARDS / "sglang-weights.rules.test.yml"
+
+#: What a store of several clusters has on every series.
+EAST = {"cluster": "east", "namespace": "serving", "pod": "sglang-0", "job": "pods"}
+
+
+def alerts() -> list[dict[str, Any]]:
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"] if "alert" in rule]
+
+
+def test_rules_are_valid_and_their_tests_pass() -> None:
+    run("promtool", "check", "rules", "--lint-fatal", RULES)
+    run("promtool", "test", "rules", RULE_TESTS)
+
+
+def test_every_alert_is_tested_and_has_a_runbook() -> None:
+    names = [rule["alert"] for rule in alerts()]
+    tests = yaml.safe_load(RULE_TESTS.read_text())["tests"]
+    worded = {case["alertname"] for test in tests for case in test.get("alert_rule_test", [])}
+    assert worded == set(names)
+    sections = re.findall(r"^## (\w+)$", (ROOT / "docs" / "alerts.md").read_text(), re.MULTILINE)
+    assert sections == [*dict.fromkeys(sections)]
+    assert set(sections) == set(names)
+    for rule in alerts():
+        assert rule["annotations"].keys() == {"summary", "description", "runbook_url"}
+        address = urllib.parse.urlsplit(rule["annotations"]["runbook_url"])
+        assert address.scheme == "https"
+        assert address.path.endswith("/docs/alerts.md")
+        assert address.fragment == rule["alert"].lower()
+        assert rule["labels"]["severity"] in {"info", "warning", "critical"}
+
+
+@pytest.mark.parametrize(
+    ("condition", "without"),
+    [
+        (" > sglang_weight_loaded_timestamp_seconds", ""),
+        ("for: 10m", "for: 1m"),
+        ("and ignoring (source)", "and on (instance, engine, model_name, role, tp_rank)"),
+        ("and ignoring (version, simulated)", "and on (job, instance)"),
+        ('{state="failed"}', '{state!="installed"}'),
+        ("unless ignoring (device, gpu_uuid) sglang", "and ignoring (device, gpu_uuid) sglang"),
+        ("min without (role, tp_rank", "0 * min without (role, tp_rank"),
+        ("and sglang_weight_update_in_progress offset 10m > 0", ""),
+        ("unless sum without (source) (changes(sglang_weight_updates_total[10m])) > 0", ""),
+        ("unless sum without (source) (changes(sglang_weight_update_failures_total[10m])) > 0", ""),
+        (
+            "and ignoring (version, simulated)"
+            " last_over_time(sglang_weight_exporter_build_info[1h])",
+            "",
+        ),
+        ("== sglang_weight_last_update_timestamp_seconds offset 10m", ">= 0"),
+        ("max by (UUID) (DCGM", "sum by (UUID) (DCGM"),
+    ],
+)
+def test_the_rules_tests_notice_a_lost_condition(
+    tmp_path: Path, condition: str, without: str
+) -> None:
+    shutil.copy(RULE_TESTS, tmp_path)
+    text = RULES.read_text()
+    assert condition in text
+    (tmp_path / RULES.name).write_text(text.replace(condition, without))
+    done = subprocess.run(
+        ["promtool", "test", "rules", RULE_TESTS.name], cwd=tmp_path, capture_output=True
+    )
+    assert done.returncode != 0
+
+
+def test_rank_series_are_not_told_apart_by_labels_that_were_forgotten() -> None:
+    """Every rank label is either kept or aggregated away by name in the rules."""
+    ranks = {"tp_rank", "pp_rank", "dp_rank", "moe_ep_rank"}
+    for rule in alerts():
+        for labels in re.findall(r"(?:max|min|sum|count) without \(([^)]*)\)", rule["expr"]):
+            named = {label.strip() for label in labels.split(",")}
+            if "tp_rank" in named:
+                assert ranks - named <= {"pp_rank"}, f"{rule['alert']}: {labels}"
+
+
+# --- labels that the scrape adds ----------------------------------------------------------------
+
+
+def added(text: str, labels: dict[str, str]) -> str:
+    """A series, or a selector, with these labels where it has none of that name."""
+    name, _, rest = text.partition("{")
+    present = set(re.findall(r"(\w+)=", rest))
+    more = [f'{key}="{value}"' for key, value in labels.items() if key not in present]
+    return f"{name}{{{','.join([*more, *([rest[:-1]] if rest[:-1] else [])])}}}"
+
+
+def scenarios() -> list[dict[str, Any]]:
+    """The scenarios whose series have no cluster of their own yet."""
+    tests: list[dict[str, Any]] = yaml.safe_load(RULE_TESTS.read_text())["tests"]
+    return [t for t in tests if not any("cluster=" in s["series"] for s in t["input_series"])]
+
+
+def of_the_first_cluster(expression: str) -> str:
+    """ALERTS or a recorded series: those of EAST alone, where a twin is beside it."""
+    if "ALERTS" in expression:
+        return expression.replace("ALERTS{", 'ALERTS{cluster="east",')
+    by_gpu = "framebuffer" in expression  # joined with another scrape by UUID, without a cluster
+    return added(expression, {"UUID": "GPU-a"} if by_gpu else {"cluster": "east"})
+
+
+def in_a_cluster(scenario: dict[str, Any]) -> dict[str, Any]:
+    """The same scenario, every series of it, and what is expected of it, with the labels EAST."""
+    changed = dict(scenario)
+    changed["input_series"] = [
+        {**series, "series": added(series["series"], EAST)} for series in scenario["input_series"]
+    ]
+    changed["promql_expr_test"] = [
+        {
+            **case,
+            "expr": of_the_first_cluster(case["expr"]),
+            "exp_samples": [
+                {**sample, "labels": added(sample["labels"], EAST)}
+                if "instance" in sample["labels"] and " by (" not in case["expr"]
+                else sample
+                for sample in case["exp_samples"]
+            ],
+        }
+        for case in scenario.get("promql_expr_test", [])
+    ]
+    changed["alert_rule_test"] = [
+        {
+            **case,
+            "exp_alerts": [
+                {**alert, "exp_labels": {**EAST, **alert["exp_labels"]}}
+                for alert in case["exp_alerts"]
+            ],
+        }
+        for case in scenario.get("alert_rule_test", [])
+    ]
+    return changed
+
+
+def with_a_twin(scenario: dict[str, Any], minutes: int) -> dict[str, Any]:
+    """A cluster beside it in which the same happens at the same addresses some minutes later.
+
+    The twin's alerts are its own, and are not asked for. GPUs have names that are unique.
+    """
+    twin = [
+        {
+            "series": series["series"].replace("east", "west").replace("GPU-", "GPU-west-"),
+            "values": f"_x{minutes - 1} {series['values']}",
+        }
+        for series in scenario["input_series"]
+    ]
+    return {
+        **scenario,
+        "input_series": [*scenario["input_series"], *twin],
+        "alert_rule_test": [],
+    }
+
+
+def check(directory: Path, scenarios: list[dict[str, Any]]) -> None:
+    tests = {"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": scenarios}
+    (directory / "tests.yml").write_text(yaml.safe_dump(tests))
+    run("promtool", "test", "rules", directory / "tests.yml")
+
+
+def test_labels_that_a_scrape_adds_stay_on_every_alert(tmp_path: Path) -> None:
+    assert len(scenarios()) > 15
+    check(tmp_path, [in_a_cluster(scenario) for scenario in scenarios()])
+
+
+def test_a_cluster_with_equal_addresses_changes_nothing(tmp_path: Path) -> None:
+    check(tmp_path, [with_a_twin(in_a_cluster(each), minutes=7) for each in scenarios()])
