@@ -29,6 +29,7 @@ from sglang_weight_exporter.records import (
     Update,
     WeightUsage,
 )
+from sglang_weight_exporter.store.events import EVENT_COUNT
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows
@@ -59,10 +60,17 @@ def rows(count: int, *, base: int = 0x7F00_0000_0000) -> list[Row]:
 class Rank:
     """A rank as the engine process would write it."""
 
-    def __init__(self, runtime_dir: Path, *, tp: int = 0, instance: str = "0" * 16) -> None:
+    def __init__(
+        self,
+        runtime_dir: Path,
+        *,
+        tp: int = 0,
+        instance: str = "0" * 16,
+        event_count: int = EVENT_COUNT,
+    ) -> None:
         self.runtime_dir = RuntimeDir.open(runtime_dir, os.environ)
         self.rank_id = os.urandom(8).hex()
-        self.store = RankStore(self.runtime_dir, self.rank_id)
+        self.store = RankStore(self.runtime_dir, self.rank_id, event_count=event_count)
         self.engine = Engine(
             name="30000", instance=instance, model_name="tiny", sglang_version="0.5.23"
         )
@@ -146,10 +154,6 @@ class Rank:
                 events_dropped=self.store.events_dropped,
             )
         )
-
-    def bound_queue(self, events: int) -> None:
-        """Let no more than so many events wait."""
-        self.store._events._event_count = events
 
     def waiting(self) -> list[str]:
         """Files of events that were not acknowledged."""

@@ -87,7 +87,7 @@ def capture_weights(
     kind_values: tuple[Kind, ...] = tuple(values["kind"])
     fields: dict[str, Any] = {
         "rows": len(columns["kind"]),
-        "names": "\n".join(values["names"]).encode(errors="backslashreplace"),
+        "names": _names(values["names"]),
         **{name: column.tobytes() for name, column in columns.items()},
         "dtype_values": dtype_values,
         "shape_values": tuple(map(tuple, values["shape"])),
@@ -154,6 +154,14 @@ def storages_of(model: torch.nn.Module) -> frozenset[int]:
     """Addresses of the storages behind a model's tensors, as ``WeightCapture.storages``."""
     found = named_tensors(model, derived_slots(model))
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in found.tensors) - {0}
+
+
+def _names(names: list[str]) -> bytes:
+    """One name a line, as UTF-8; torch lets a module be called by what fits into neither."""
+    lines = "\n".join(names)
+    if lines.count("\n") >= len(names):
+        lines = "\n".join(name.replace("\n", "\\n") for name in names)
+    return lines.encode(errors="backslashreplace")
 
 
 def _decoded(codes: npt.NDArray[Any], values: Iterable[Any]) -> list[Any]:

@@ -10,6 +10,7 @@ that are not known here, are passed over.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -56,7 +57,20 @@ def tables_from_trace(path: Path, *, trace_id: str = "") -> list[Table]:
     Raises ``OSError``, and :class:`TraceError` when there is none, or when one is not complete or
     not what was sent.
     """
-    spans = list(_read(path))
+    try:
+        return _tables(path, list(_read(path)), trace_id)
+    except RecursionError as error:
+        raise TraceError(f"{path} is nested more deeply than any trace, so it is not read.") from (
+            error
+        )
+    except (ValueError, TypeError, OverflowError) as error:
+        raise TraceError(
+            f"{path} has a span of ours with an attribute that is none of ours ({error}). "
+            "Something on the way changed it."
+        ) from error
+
+
+def _tables(path: Path, spans: list[_Span], trace_id: str) -> list[Table]:
     chunks: dict[str, list[dict[str, Any]]] = {}
     for span in spans:
         for chunk in span.chunks:
@@ -167,7 +181,10 @@ def _rank(span: _Span, name: str) -> int | None:
 
 
 def _read(path: Path) -> Iterator[_Span]:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TraceError(f"{path} is no text in UTF-8 ({error}), so it is no JSON.") from error
     decoder, space = json.JSONDecoder(), re.compile(r"\s*")
     position = space.match(text).end()  # type: ignore[union-attr]
     while position < len(text):
@@ -189,24 +206,22 @@ def _spans(node: Any, resource: dict[str, Any], processes: Mapping[str, Any]) ->
         resource = _attributes(node["resource"].get("attributes"))
     if isinstance(node.get("processes"), dict):
         processes = node["processes"]
-    span_id = _first(node, "spanId", "span_id", "spanID") or _first(
-        node.get("context") or {}, "span_id"
-    )
+    span_id = _first(node, "spanId", "span_id", "spanID") or _first(node.get("context"), "span_id")
     if span_id and ("name" in node or "operationName" in node):
         if "processID" in node:
-            resource = _process(processes.get(node["processID"]) or {})
+            resource = _process(processes.get(str(node["processID"])))
         yield _Span(
             name=str(_first(node, "name", "operationName")),
             trace_id=_hex(
                 _first(node, "traceId", "trace_id", "traceID")
-                or _first(node.get("context") or {}, "trace_id")
+                or _first(node.get("context"), "trace_id")
             ),
             span_id=_hex(span_id),
             attributes=_attributes(_first(node, "attributes", "tags")),
             resource=resource,
             chunks=[
                 attributes
-                for event in _first(node, "events", "logs") or ()
+                for event in _list(_first(node, "events", "logs"))
                 if "row.offset"
                 in (attributes := _attributes(_first(event, "attributes", "fields")))
             ],
@@ -216,12 +231,19 @@ def _spans(node: Any, resource: dict[str, Any], processes: Mapping[str, Any]) ->
         yield from _spans(each, resource, processes)
 
 
-def _process(process: Mapping[str, Any]) -> dict[str, Any]:
-    return {"service.name": process.get("serviceName"), **_attributes(process.get("tags"))}
+def _process(process: Any) -> dict[str, Any]:
+    return {"service.name": _first(process, "serviceName"), **_attributes(_first(process, "tags"))}
 
 
-def _first(node: Mapping[str, Any], *names: str) -> Any:
+def _first(node: Any, *names: str) -> Any:
+    """The first of these members that says something; none where there are no members."""
+    if not isinstance(node, dict):
+        return None
     return next((node[name] for name in names if node.get(name)), None)
+
+
+def _list(node: Any) -> list[Any]:
+    return node if isinstance(node, list) else []
 
 
 def _hex(value: Any) -> str:
@@ -238,25 +260,37 @@ def _hex(value: Any) -> str:
 def _attributes(node: Any) -> dict[str, Any]:
     """Attributes as a list of keys and values, or as an object, which may be nested."""
     if isinstance(node, list):
-        return {each["key"]: _value(each.get("value")) for each in node if "key" in each}
+        return {
+            str(each["key"]): _value(each.get("value"))
+            for each in node
+            if isinstance(each, dict) and "key" in each
+        }
     flat: dict[str, Any] = {}
     for key, value in node.items() if isinstance(node, dict) else ():
         if isinstance(value, dict):
             flat |= {f"{key}.{inner}": each for inner, each in _attributes(value).items()}
         else:
-            flat[key] = value
+            flat[key] = _text(value)
     return flat
 
 
 def _value(value: Any) -> Any:
     if not isinstance(value, dict):
-        return value
+        return _text(value)
     for kind, content in value.items():
         if content is None:
             continue  # Phoenix names the kinds that a value is not.
         if kind in {"arrayValue", "array_value"}:
-            return [_value(each) for each in content.get("values", ())]
+            return [_value(each) for each in _list(_first(content, "values"))]
         if kind in {"intValue", "int_value"}:
-            return int(content)  # 64-bit integers are text in protobuf's JSON.
-        return content
+            with contextlib.suppress(ValueError, TypeError):
+                return int(content)  # 64-bit integers are text in protobuf's JSON.
+        return _text(content)
     return None
+
+
+def _text(value: Any) -> Any:
+    """The same; JSON can have half of a surrogate pair, which cannot be printed."""
+    if isinstance(value, str) and not value.isascii():
+        return value.encode(errors="backslashreplace").decode()
+    return value

@@ -14,7 +14,7 @@ from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 #: Ranks of one engine start together and pick their name one after the other; each needs
-#: milliseconds. Whoever cannot have the lock in this time goes on without it.
+#: milliseconds. Whoever cannot have the lock in this time, or not at all, goes on without it.
 _PATIENCE_SECONDS = 0.5
 
 
@@ -28,8 +28,9 @@ def claim_engine_name(runtime_dir: RuntimeDir, engine: Engine, ranks: Ranks) -> 
     """
     lock = FileLock(runtime_dir.engines_lock)
     deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not lock.acquire() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    with contextlib.suppress(OSError):
+        while not lock.acquire() and time.monotonic() < deadline:
+            time.sleep(0.01)
     try:
         alive = [snapshot for _, snapshot in SnapshotReader(runtime_dir).read()]
         further = 1

@@ -20,10 +20,9 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
-
 from sglang_weight_exporter.records import Event
 from sglang_weight_exporter.store.decoding import read
+from sglang_weight_exporter.store.encoding import encode
 from sglang_weight_exporter.store.files import Directory
 from sglang_weight_exporter.weight_table import WeightTable
 
@@ -67,7 +66,6 @@ class EventQueue:
         self._directory = directory
         self._event_bytes = event_bytes
         self._event_count = event_count
-        self._encode = msgspec.msgpack.Encoder().encode
         self._queue: deque[_Queued] = deque()
         self._tables: dict[str, int] = {}
         #: How many events of the queue refer to a table.
@@ -93,7 +91,7 @@ class EventQueue:
         if table is not None and sha256 not in self._tables:
             self._tables[sha256] = self._keep_table(_table_file(sha256), table, beside)
             self._nbytes += self._tables[sha256]
-        encoded = self._encode(event)
+        encoded = encode(event)
         queued = _Queued(_event_file(event.number, sha256), len(encoded), sha256)
         self._directory.write(queued.file, encoded)
         self._queue.append(queued)
@@ -114,7 +112,7 @@ class EventQueue:
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
-        encoded = self._encode(table)
+        encoded = encode(table)
         self._directory.write(file, encoded)
         return len(encoded)
 

@@ -8,9 +8,8 @@ import contextlib
 import os
 import time
 
-import msgspec
-
 from sglang_weight_exporter.records import Event, Snapshot
+from sglang_weight_exporter.store.encoding import encode
 from sglang_weight_exporter.store.events import EVENT_BYTES, EVENT_COUNT, EventQueue
 from sglang_weight_exporter.store.files import Directory
 from sglang_weight_exporter.store.locks import FileLock
@@ -44,7 +43,6 @@ class RankStore:
         self.runtime_dir = runtime_dir
         self.rank_id = rank_id
         self.path = runtime_dir.ranks / rank_id
-        self._encode = msgspec.msgpack.Encoder().encode
         self._directory = self._make()
         events = self._directory.open_directory("events")
         self._events = EventQueue(events, event_bytes=event_bytes, event_count=event_count)
@@ -77,7 +75,7 @@ class RankStore:
         """Replace the snapshot, and remove tables that it no longer names."""
         self._come_back()
         try:
-            self._directory.write("snapshot", self._encode(snapshot))
+            self._directory.write("snapshot", encode(snapshot))
         except OSError:
             self.withdraw()
             raise
@@ -91,7 +89,7 @@ class RankStore:
         self._come_back()
         file = table_file(table)
         if file not in self._tables:
-            self._directory.write(file, self._encode(table))
+            self._directory.write(file, encode(table))
             self._tables.add(file)
         return file
 

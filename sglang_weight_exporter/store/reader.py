@@ -12,15 +12,18 @@ from pathlib import Path
 import msgspec
 
 from sglang_weight_exporter.records import Endpoint, Snapshot
-from sglang_weight_exporter.store.decoding import UnreadableError, read
+from sglang_weight_exporter.store.decoding import (
+    AnyRecord,
+    UnreadableError,
+    read,
+    read_json,
+    read_snapshot,
+)
 from sglang_weight_exporter.store.events import WaitingEvents
-from sglang_weight_exporter.store.files import Directory, read_file, write_atomically
+from sglang_weight_exporter.store.files import Directory, write_atomically
 from sglang_weight_exporter.store.locks import FileLock, is_held
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.weight_table import WeightTable
-
-#: Of what the exporter process keeps for itself.
-_LARGEST_NOTE = 2**20
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,10 @@ class RankDirectory:
     def is_alive(self) -> bool:
         return is_held(self.path / "lock")
 
-    def snapshot(self) -> Snapshot:
-        return read(self.path / "snapshot", Snapshot)
+    def snapshot(self, on_left_out: Callable[[str], None] | None = None) -> Snapshot:
+        """Raises ``OSError`` and ``UnreadableError``; models that are damaged are left out, and
+        ``on_left_out`` is told."""
+        return read_snapshot(self.path / "snapshot", on_left_out)
 
     def table(self, file: str) -> WeightTable:
         return read(self.path / file, WeightTable)
@@ -47,9 +52,10 @@ class RankDirectory:
         """Loads and updates that wait to be exported."""
         return WaitingEvents(self.path / "events")
 
-    def exported(self) -> bytes:
-        """What the exporter process noted of its last export. Raises ``OSError``."""
-        return read_file(self.path / "exported", _LARGEST_NOTE)
+    def exported(self, kind: type[AnyRecord]) -> AnyRecord:
+        """What the exporter process noted of its last export. Raises ``OSError`` and
+        ``UnreadableError``."""
+        return read_json(self.path / "exported", kind)
 
     def note_exported(self, content: bytes) -> None:
         """Raises ``OSError``."""
@@ -66,10 +72,11 @@ class RankDirectory:
 
 
 def rank_directories(runtime_dir: RuntimeDir) -> Iterator[RankDirectory]:
-    """Every rank's directory, alive or dead, in a stable order."""
+    """Every rank's directory, alive or dead, in a stable order; none where that cannot be told
+    now, as without a free descriptor."""
     try:
         paths = sorted(runtime_dir.ranks.iterdir())
-    except FileNotFoundError:
+    except OSError:
         return
     for path in paths:
         if not path.name.startswith("."):
@@ -78,13 +85,11 @@ def rank_directories(runtime_dir: RuntimeDir) -> Iterator[RankDirectory]:
 
 def read_endpoint(runtime_dir: RuntimeDir) -> Endpoint | None:
     """What the exporter process says of itself, if one is alive."""
-    if not is_held(runtime_dir.exporter_lock):
-        return None
     try:
-        return msgspec.json.decode(
-            read_file(runtime_dir.exporter_file, _LARGEST_NOTE), type=Endpoint
-        )
-    except (OSError, msgspec.DecodeError):
+        if not is_held(runtime_dir.exporter_lock):
+            return None
+        return read_json(runtime_dir.exporter_file, Endpoint)
+    except (OSError, UnreadableError):
         return None
 
 
@@ -107,10 +112,12 @@ class SnapshotReader:
     on_unreadable: Callable[[str], None] = lambda sentence: None
     unreadable: int = 0
     _cache: dict[Path, tuple[tuple[int, int, int], Snapshot | None]] = field(default_factory=dict)
+    #: What was said of a rank that could not be looked at, until it can be.
+    _said: dict[Path, str] = field(default_factory=dict)
 
     def read(self) -> list[tuple[RankDirectory, Snapshot]]:
         """Live ranks with a snapshot, in a stable order. Never raises for a single rank."""
-        found, seen = [], set()
+        found, seen, obstacles = [], set(), dict[Path, str]()
         for directory in rank_directories(self.runtime_dir):
             try:
                 if not directory.is_alive():
@@ -120,27 +127,33 @@ class SnapshotReader:
             except FileNotFoundError:
                 continue  # Not written yet, or the rank has just gone.
             except OSError as error:
-                self.unreadable += 1
-                self.on_unreadable(f"{directory.path} cannot be read ({error.strerror}).")
+                reason = error.strerror or str(error)
+                obstacles[directory.path] = f"{directory.path} cannot be read ({reason})."
                 continue
             if snapshot is not None:
                 found.append((directory, snapshot))
         for path in self._cache.keys() - seen:
             del self._cache[path]
+        for path, sentence in obstacles.items():
+            if self._said.get(path) != sentence:
+                self._complain(sentence)
+        self._said = obstacles
         return found
 
     def _snapshot(self, directory: RankDirectory) -> Snapshot | None:
-        path = directory.path / "snapshot"
-        status = path.stat()
+        status = (directory.path / "snapshot").lstat()
         key = (status.st_ino, status.st_mtime_ns, status.st_size)
         cached = self._cache.get(directory.path)
         if cached is not None and cached[0] == key:
             return cached[1]
         snapshot: Snapshot | None = None
         try:
-            snapshot = directory.snapshot()
+            snapshot = directory.snapshot(self._complain)
         except UnreadableError as error:
-            self.unreadable += 1
-            self.on_unreadable(str(error))
+            self._complain(str(error))
         self._cache[directory.path] = (key, snapshot)
         return snapshot
+
+    def _complain(self, sentence: str) -> None:
+        self.unreadable += 1
+        self.on_unreadable(sentence)

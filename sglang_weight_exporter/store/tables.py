@@ -22,7 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sglang_weight_exporter.records import Engine, Ranks, Role, Snapshot, TableRef
-from sglang_weight_exporter.store.decoding import LARGEST_FILE, UnreadableError, decode
+from sglang_weight_exporter.store.decoding import (
+    LARGEST_RECORD,
+    UnreadableError,
+    decode_snapshot,
+)
 from sglang_weight_exporter.store.files import read_file
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import VARIABLE, RuntimeDir
@@ -151,10 +155,10 @@ class TableReader:
         clock, in one inode after the other, look the same.
         """
         path = self.directory.path / "snapshot"
-        content = read_file(path, LARGEST_FILE)
+        content = read_file(path, LARGEST_RECORD)
         last = self._last_snapshot
         if last is None or last[0] != content:
-            self._last_snapshot = last = (content, decode(content, Snapshot, path))
+            self._last_snapshot = last = (content, decode_snapshot(content, path))
         return last[1]
 
     def _attempt(self) -> tuple[Table | None, TableError]:

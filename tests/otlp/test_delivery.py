@@ -145,9 +145,9 @@ def test_an_event_of_which_no_span_can_be_made_is_counted_and_the_others_arrive(
 
 
 def test_a_queue_that_was_full_counts_what_it_dropped(
-    rank: Rank, backend: Backend, start_exporter: StartExporter
+    runtime_dir: Path, backend: Backend, start_exporter: StartExporter
 ) -> None:
-    rank.bound_queue(5)
+    rank = Rank(runtime_dir, event_count=5)
     rank.load(rows(10))
     for _ in range(7):
         rank.update()

@@ -210,6 +210,43 @@ def test_what_is_no_trace(content: str, said: str, tmp_path: Path) -> None:
     assert said in answer.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"resourceSpans": "\xff"}', "no text in UTF-8"),
+        (b"[" * 200_000, "nested"),
+        (b'{"a":' * 200_000, "nested"),
+        (b'{"spanId": "1", "name": "sglang.weights.load", "attributes": 7}', "has no table"),
+    ],
+)
+def test_what_was_damaged_on_the_way(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "trace.json").write_bytes(content)
+    answer = table(tmp_path / "trace.json")
+    assert answer.returncode == 2
+    assert said in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sglang.weights.table.rows", {"stringValue": "many"}),
+        ("sglang.weights.table.rows", {"arrayValue": {"values": [{}]}}),
+        ("sglang.weights.tp_rank", {"stringValue": "x"}),
+        ("sglang.weights.event.number", {"intValue": {}}),
+        ("sglang.weights.table.spans", {"doubleValue": 1e400}),
+        ("sglang.weights.model_name", {"stringValue": "\ud800"}),
+    ],
+)
+def test_an_attribute_that_was_changed(
+    document: dict[str, Any], key: str, value: Any, tmp_path: Path
+) -> None:
+    attribute(span_of(document), key)["value"] = value
+    answer = table(written(tmp_path, document))
+    assert "Traceback" not in answer.stderr
+    assert answer.returncode in {0, 2}
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     answer = table(tmp_path / "nowhere.json")
     assert answer.returncode == 2

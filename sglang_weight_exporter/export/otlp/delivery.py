@@ -228,8 +228,8 @@ class Delivery:
 
     def _remembered(self, directory: RankDirectory) -> dict[str, SentTable]:
         try:
-            exported = msgspec.json.decode(directory.exported(), type=_Exported)
-        except (OSError, msgspec.DecodeError):
+            exported = directory.exported(_Exported)
+        except (OSError, UnreadableError):
             return {}
         return exported.tables if exported.destination == self._destination else {}
 

@@ -15,8 +15,9 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import Event as SpanEvent
 from opentelemetry.sdk.trace import ReadableSpan
@@ -49,8 +50,8 @@ class SentTable(Record, frozen=True, kw_only=True):
     sha256: str
     sent_sha256: str
     rows: int
-    trace_id: str
-    span_id: str
+    trace_id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+    span_id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
 
 
 @dataclass(frozen=True)
