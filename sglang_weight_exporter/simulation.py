@@ -7,20 +7,27 @@ would do and what its memory would look like is made up here. The account of it 
 ledger and written through the store, as a rank's is, so whoever reads cannot tell the difference:
 the model's name begins with ``simulated/``, and the exporter says so in its build info.
 
-Nothing here looks at a clock: :meth:`Simulation.advance` plays all that happens up to a moment,
-and the same seed plays the same.
+:class:`Simulation` looks at no clock: it plays all that happens up to a moment, and the same seed
+plays the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import itertools
+import logging
 import os
 import random
+import resource
+import tempfile
+import threading
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 from sglang_weight_exporter.export.nvml import GpuMemory
 from sglang_weight_exporter.ledger import Ledger, Verdict
@@ -39,6 +46,8 @@ from sglang_weight_exporter.records import (
 from sglang_weight_exporter.store.rank import RankStore, table_file
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.weight_table import Row, WeightTable, compare_tables, table_of_rows
+
+logger = logging.getLogger("sglang_weight_exporter")
 
 MODEL = "simulated/llama-70b"
 
@@ -163,6 +172,40 @@ class Simulation:
         """All of them end."""
         for rank in self._ranks:
             rank.store.close()
+
+
+@contextlib.contextmanager
+def simulated_ranks(
+    engines: int, ranks: int
+) -> Iterator[tuple[Path, Callable[[], list[GpuMemory]]]]:
+    """Ranks that live now, in a directory of their own: its path, and what reads their GPUs."""
+    # Each holds four files open; the limit is 1,024 by custom, and every process may raise it.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with tempfile.TemporaryDirectory(prefix="sglang-weight-exporter-simulated-") as directory:
+        runtime_dir = RuntimeDir.open(Path(directory) / "runtime", os.environ)
+        simulation = Simulation(runtime_dir, engines, ranks, start=time.time())
+        logger.warning(
+            "simulated: %d engines of %d ranks that do not exist, in %s; nothing of this is "
+            "measured",
+            engines,
+            ranks,
+            runtime_dir.path,
+        )
+        end = threading.Event()
+
+        def live() -> None:
+            while not end.wait(max(0.0, simulation.advance(time.time()) - time.time())):
+                pass
+
+        thread = threading.Thread(target=live, name="simulation", daemon=True)
+        thread.start()
+        try:
+            yield runtime_dir.path, simulation.gpus
+        finally:
+            end.set()
+            thread.join()
+            simulation.close()
 
 
 def _life(
