@@ -9,6 +9,7 @@ import atexit
 import logging
 import os
 import sys
+from dataclasses import replace
 
 from sglang_weight_exporter import GOODBYE
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
@@ -32,6 +33,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "tls_client_ca_file",
         "span_table",
         "span_table_names",
+    )
+    parser.add_argument(
+        "--simulate",
+        type=_fleet,
+        metavar="ENGINESxRANKS",
+        help="serve ranks that do not exist, with loads, updates, failures and releases, to try "
+        "dashboards, rules and a collector without SGLang: 4x8 is 4 engines of 8 ranks",
     )
     # The lock that a rank hands down to the process it starts.
     parser.add_argument("--lock-fd", type=int, help=argparse.SUPPRESS)
@@ -57,8 +65,32 @@ def run(arguments: argparse.Namespace) -> int:
     )
     settings = settings_from(arguments, os.environ)
     try:
-        serve(settings, os.environ, lock_descriptor=arguments.lock_fd)
+        if arguments.simulate is None:
+            serve(settings, os.environ, lock_descriptor=arguments.lock_fd)
+        elif arguments.runtime_dir is not None:
+            print(
+                "Simulated ranks have a runtime directory of their own and are never among real "
+                "ones: leave --runtime-dir away.",
+                file=sys.stderr,
+            )
+            return 2
+        else:
+            from sglang_weight_exporter.simulation import simulated_ranks
+
+            with simulated_ranks(*arguments.simulate) as (runtime_dir, gpus):
+                settings = replace(settings, runtime_dir=runtime_dir)
+                serve(settings, os.environ, simulated_gpus=gpus)
     except AlreadyServedError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def _fleet(text: str) -> tuple[int, int]:
+    """``4x8``: engines, ranks of each."""
+    engines, _, ranks = text.partition("x")
+    if not (engines.isdecimal() and ranks.isdecimal() and int(engines) and int(ranks)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not ENGINESxRANKS: write 4x8 for 4 engines of 8 ranks"
+        )
+    return int(engines), int(ranks)

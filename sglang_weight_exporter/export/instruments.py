@@ -462,9 +462,9 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "sglang_weight_exporter_build_info",
         "gauge",
         "",
-        "Version of this exporter; always 1.",
-        ("version",),
-        read_host=lambda view: [Sample((__version__,), 1)],
+        "Version of this exporter; always 1. simulated: whether its ranks are made up.",
+        ("version", "simulated"),
+        read_host=lambda view: [Sample((__version__, str(view.simulated).lower()), 1)],
     ),
     Instrument(
         "sglang_weight_exporter_ranks",

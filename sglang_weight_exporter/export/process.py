@@ -11,13 +11,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from sglang_weight_exporter import __version__
 from sglang_weight_exporter.export.metadata import MetadataFollower
-from sglang_weight_exporter.export.nvml import Nvml
+from sglang_weight_exporter.export.nvml import GpuMemory, Nvml
 from sglang_weight_exporter.export.otlp.telemetry import Telemetry
 from sglang_weight_exporter.export.prometheus import StoreCollector
 from sglang_weight_exporter.export.server import (
@@ -64,13 +64,15 @@ class Exporter:
         lock: FileLock,
         *,
         ends_with_ranks: bool,
+        simulated_gpus: Callable[[], Iterable[GpuMemory]] | None = None,
     ) -> None:
         self._runtime_dir = runtime_dir
         self._lock = lock
         self._settings = settings
         self._ends_with_ranks = ends_with_ranks
         self._snapshots = SnapshotReader(runtime_dir, on_unreadable=logger.warning)
-        self._nvml = Nvml()
+        self._simulated = simulated_gpus is not None
+        self._gpus = simulated_gpus or Nvml().read
         self._reading = threading.Lock()
         self._spans = SpanCounts()
         self._telemetry = Telemetry(
@@ -111,10 +113,11 @@ class Exporter:
         with self._reading:  # A scrape, and the thread that sends metrics.
             return HostView(
                 snapshots=tuple(snapshot for _, snapshot in self._snapshots.read()),
-                gpus=tuple(self._nvml.read()),
+                gpus=tuple(self._gpus()),
                 unreadable=self._snapshots.unreadable,
                 spans=self._spans,
                 started_at=self._started_at,
+                simulated=self._simulated,
             )
 
     async def _serve(self) -> None:
@@ -203,11 +206,18 @@ class AlreadyServedError(Exception):
     """Another exporter process serves this runtime directory."""
 
 
-def serve(settings: Settings, environ: Mapping[str, str], *, lock_descriptor: int | None) -> None:
+def serve(
+    settings: Settings,
+    environ: Mapping[str, str],
+    *,
+    lock_descriptor: int | None = None,
+    simulated_gpus: Callable[[], Iterable[GpuMemory]] | None = None,
+) -> None:
     """Run the exporter process. Raises :class:`RuntimeDirError`, :class:`AlreadyServedError`.
 
     ``lock_descriptor``: the exporter's lock, handed down by the rank that started this process;
     such a process ends with the ranks. Without it the lock is taken here and kept.
+    ``simulated_gpus``: of ranks that do not exist; takes the place of NVML.
     """
     runtime_dir = RuntimeDir.open(settings.runtime_dir, environ)
     lock = FileLock(runtime_dir.exporter_lock)
@@ -218,17 +228,15 @@ def serve(settings: Settings, environ: Mapping[str, str], *, lock_descriptor: in
             f"Another exporter process serves {runtime_dir.path} already. Stop it, or have ranks "
             "start none (SGLANG_WEIGHT_EXPORTER_SERVE=off) and run this one first."
         )
-    asyncio.run(
-        _run(runtime_dir, settings, environ, lock, ends_with_ranks=lock_descriptor is not None)
-    )
 
+    async def run() -> None:
+        await Exporter(
+            runtime_dir,
+            settings,
+            environ,
+            lock,
+            ends_with_ranks=lock_descriptor is not None,
+            simulated_gpus=simulated_gpus,
+        ).run()
 
-async def _run(
-    runtime_dir: RuntimeDir,
-    settings: Settings,
-    environ: Mapping[str, str],
-    lock: FileLock,
-    *,
-    ends_with_ranks: bool,
-) -> None:
-    await Exporter(runtime_dir, settings, environ, lock, ends_with_ranks=ends_with_ranks).run()
+    asyncio.run(run())

@@ -63,6 +63,8 @@ class HostView:
     #: When this process began to count.
     started_at: float = field(default_factory=time.time)
     now: float = field(default_factory=time.time)
+    #: Whether these ranks do not exist (``serve --simulate``).
+    simulated: bool = False
 
 
 def identity(view: RoleView, device: str) -> tuple[str, ...]:

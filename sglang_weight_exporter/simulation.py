@@ -1,0 +1,405 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that do not exist, for ``serve --simulate ENGINESxRANKS``.
+
+To try dashboards, rules and a collector in seconds, without SGLang and without a GPU. What SGLang
+would do and what its memory would look like is made up here. The account of it is kept by the
+ledger and written through the store, as a rank's is, so whoever reads cannot tell the difference:
+the model's name begins with ``simulated/``, and the exporter says so in its build info.
+
+:class:`Simulation` looks at no clock: it plays all that happens up to a moment, and the same seed
+plays the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import heapq
+import itertools
+import logging
+import os
+import random
+import resource
+import tempfile
+import threading
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+from sglang_weight_exporter.export.nvml import GpuMemory
+from sglang_weight_exporter.ledger import Ledger, Verdict
+from sglang_weight_exporter.records import (
+    Device,
+    Engine,
+    Event,
+    KvPoolUsage,
+    Ranks,
+    Role,
+    Snapshot,
+    Source,
+    TableRef,
+    WeightUsage,
+)
+from sglang_weight_exporter.store.rank import RankStore, table_file
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.weight_table import Row, WeightTable, compare_tables, table_of_rows
+
+logger = logging.getLogger("sglang_weight_exporter")
+
+MODEL = "simulated/llama-70b"
+
+#: Lived through before the start, so that whoever looks finds engines that are loaded.
+WARM_UP_SECONDS = 60.0
+
+#: From one version of the weights to the next, and from the start to the first. All engines of the
+#: fleet follow, each a second after the one before it.
+ROUND_SECONDS, FIRST_SECONDS = 30.0, 5.0
+
+#: Of an engine's reloads every so many fails, and every so many moves its tensors; the engines
+#: take turns, so one of them is behind the others.
+FAILS_EVERY, MOVES_EVERY = 5, 7
+
+#: How each engine of the fleet is updated, in turn.
+_SOURCES: tuple[Source, ...] = ("disk", "distributed", "tensor", "ipc")
+
+#: Calls that bring one version: a bucket each, the disk's all at once.
+_CALLS: dict[Source, int] = {"disk": 1, "distributed": 4, "tensor": 4, "ipc": 2}
+
+_DEVICE, _GPU = "cuda:0", "NVIDIA H100 80GB HBM3"
+_GPU_BYTES = 85_520_809_984
+#: CUDA's context, kernels, activations and graphs.
+_OTHER_BYTES = 4_000_000_000
+#: Keys and values of one head of 128, in 80 layers of bfloat16.
+_KV_TOKENS, _KV_TOKEN_BYTES = 1_000_000, 2 * 128 * 80 * 2
+
+#: One of eight tensor parallel ranks of a Llama of 70 billion parameters: the share of every
+#: simulated rank, however many its engine has.
+_LAYER = {
+    "self_attn.qkv_proj.weight": (1280, 8192),
+    "self_attn.o_proj.weight": (8192, 1024),
+    "mlp.gate_up_proj.weight": (7168, 8192),
+    "mlp.down_proj.weight": (8192, 3584),
+    "input_layernorm.weight": (8192,),
+    "post_attention_layernorm.weight": (8192,),
+}
+_SHAPES = {
+    "model.embed_tokens.weight": (16032, 8192),
+    **{f"model.layers.{n}.{name}": shape for n in range(80) for name, shape in _LAYER.items()},
+    "model.norm.weight": (8192,),
+    "lm_head.weight": (16032, 8192),
+}
+
+
+@cache
+def _table(place: int) -> WeightTable:
+    """The pointer table; another place gives every tensor another address.
+
+    The same for all ranks: addresses are of a process's own memory.
+    """
+    rows, address = [], 0x7F00_0000_0000 + place * 2**40
+    for name, shape in _SHAPES.items():
+        stride = (shape[1], 1) if len(shape) == 2 else (1,)
+        nbytes = shape[0] * stride[0] * 2
+        rows.append(
+            Row(
+                name=name,
+                data_ptr=address,
+                nbytes=nbytes,
+                dtype="bfloat16",
+                shape=shape,
+                stride=stride,
+                device=_DEVICE,
+                kind="parameter",
+                storage_ptr=address,
+                storage_nbytes=nbytes,
+            )
+        )
+        address += -(-nbytes // 2**21) * 2**21  # The allocator's large blocks.
+    return table_of_rows(rows, role="target", captured_at=0.0)
+
+
+class Simulation:
+    """Engines that live from a moment on. ``start``, ``now``: Unix seconds.
+
+    Raises ``OSError`` where the runtime directory cannot be written.
+    """
+
+    def __init__(
+        self, runtime_dir: RuntimeDir, engines: int, ranks: int, *, start: float, seed: int = 0
+    ) -> None:
+        self._now = start - WARM_UP_SECONDS
+
+        def clock() -> float:
+            return self._now
+
+        self._ranks: list[_Rank] = []
+        #: When the life of an engine goes on; the number decides between equal times.
+        self._next: list[tuple[float, int, Iterator[float]]] = []
+        for number in range(engines):
+            facts = f"{seed}|{start}|{number}"
+            engine = Engine(
+                name=str(30000 + number),
+                instance=hashlib.sha256(facts.encode()).hexdigest()[:16],
+                model_name=MODEL,
+                model_path=MODEL,
+                sglang_version="0.5.23",
+                torch_version="2.11.0",
+            )
+            mine = [
+                _Rank(runtime_dir, engine, tp, number * ranks + tp, clock) for tp in range(ranks)
+            ]
+            chance = random.Random(f"{seed}|{number}")  # noqa: S311 (no secret comes of it)
+            self._ranks += mine
+            self._next.append((self._now, number, _life(mine, number, chance, start, clock)))
+        self.advance(start)
+
+    def advance(self, now: float) -> float:
+        """Play all that happens until ``now``; returns when the next thing happens."""
+        while self._next[0][0] <= now:
+            moment, number, life = self._next[0]
+            self._now = max(self._now, moment)
+            heapq.heapreplace(self._next, (next(life), number, life))
+        return self._next[0][0]
+
+    def gpus(self) -> list[GpuMemory]:
+        """Their GPUs, as NVML would have them; one a rank."""
+        return [rank.gpu() for rank in self._ranks]
+
+    def close(self) -> None:
+        """All of them end."""
+        for rank in self._ranks:
+            rank.store.close()
+
+
+@contextlib.contextmanager
+def simulated_ranks(
+    engines: int, ranks: int
+) -> Iterator[tuple[Path, Callable[[], list[GpuMemory]]]]:
+    """Ranks that live now, in a directory of their own: its path, and what reads their GPUs."""
+    # Each holds four files open; the limit is 1,024 by custom, and every process may raise it.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with tempfile.TemporaryDirectory(prefix="sglang-weight-exporter-simulated-") as directory:
+        runtime_dir = RuntimeDir.open(Path(directory) / "runtime", os.environ)
+        simulation = Simulation(runtime_dir, engines, ranks, start=time.time())
+        logger.warning(
+            "simulated: %d engines of %d ranks that do not exist, in %s; nothing of this is "
+            "measured",
+            engines,
+            ranks,
+            runtime_dir.path,
+        )
+        end = threading.Event()
+
+        def live() -> None:
+            while not end.wait(max(0.0, simulation.advance(time.time()) - time.time())):
+                pass
+
+        thread = threading.Thread(target=live, name="simulation", daemon=True)
+        thread.start()
+        try:
+            yield runtime_dir.path, simulation.gpus
+        finally:
+            end.set()
+            thread.join()
+            simulation.close()
+
+
+def _life(
+    ranks: list[_Rank], number: int, chance: random.Random, start: float, clock: Callable[[], float]
+) -> Iterator[float]:
+    """What happens to one engine; yields the moment until which nothing more does.
+
+    It loads, and then follows every version of the fleet a little after the engine before it.
+    Every other engine gives its memory back while it waits, as in reinforcement learning.
+    """
+    loading = [rank.ledger.begin_load() for rank in ranks]
+    yield clock() + chance.uniform(30.0, 45.0)
+    for rank, began_at in zip(ranks, loading, strict=True):
+        rank.ledger.end_load("target", began_at, model_path=MODEL, weight_version="0")
+        rank.ledger.tell_load("target")
+        rank.publish()
+    source = _SOURCES[number % len(_SOURCES)]
+    for version in itertools.count(1):
+        yield start + (version - 1) * ROUND_SECONDS + FIRST_SECONDS + number
+        releases = number % 2 == 1
+        if releases:
+            _tell(ranks, lambda ledger: ledger.release({"weights", "kv_cache"}))
+            yield clock() + chance.uniform(4.0, 6.0)
+            _tell(ranks, lambda ledger: ledger.resume({"weights"}))
+        fails, moves = (not (version + number) % every for every in (FAILS_EVERY, MOVES_EVERY))
+        for seconds in _reload(ranks, source, version, chance, fails=fails, moves=moves):
+            yield clock() + seconds
+        if releases:
+            _tell(ranks, lambda ledger: ledger.resume({"kv_cache"}))
+
+
+def _reload(
+    ranks: list[_Rank],
+    source: Source,
+    version: int,
+    chance: random.Random,
+    *,
+    fails: bool,
+    moves: bool,
+) -> Iterator[float]:
+    """One version of the weights comes, or fails to; yields seconds."""
+    message = "simulated: the peer went away" if fails else ""
+    _tell(
+        ranks,
+        lambda ledger: ledger.begin_request(flush_cache=True, weight_version=str(version)),
+    )
+    for call in range(_CALLS[source]):
+        tickets = [rank.ledger.begin("target", source, ends_with="request") for rank in ranks]
+        for rank in ranks:
+            rank.publish()
+        yield chance.uniform(0.4, 1.6)
+        failed = fails and call == _CALLS[source] - 1
+        verdict = Verdict(False, "undefined", message) if failed else Verdict(True, "changed")
+        for rank, ticket in zip(ranks, tickets, strict=True):
+            rank.ledger.finish(ticket, verdict)
+    for rank in ranks:
+        rank.place += moves
+    _tell(
+        ranks,
+        lambda ledger: ledger.end_request(succeeded=not fails, message=message, raised=False),
+    )
+
+
+def _tell(ranks: list[_Rank], what: Callable[[Ledger], None]) -> None:
+    for rank in ranks:
+        what(rank.ledger)
+        rank.publish()
+
+
+class _Rank:
+    """One rank, as its engine process would write it."""
+
+    def __init__(
+        self,
+        runtime_dir: RuntimeDir,
+        engine: Engine,
+        tp: int,
+        gpu: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.store = RankStore(runtime_dir, f"{gpu:016x}")
+        self.ledger = Ledger(clock=clock, thread=lambda: 0, trace_id=self._trace_id)
+        self.ledger.add_role("target")
+        #: Where its tensors are.
+        self.place = 0
+        self._engine, self._ranks, self._index, self._clock = engine, Ranks(tp=tp), gpu, clock
+        uuid = hashlib.sha256(f"{engine.instance}|{tp}".encode()).hexdigest()
+        self._device = Device(
+            name=_DEVICE,
+            uuid=f"GPU-{uuid[:8]}-{uuid[8:12]}-{uuid[12:16]}-{uuid[16:20]}-{uuid[20:32]}",
+            product=_GPU,
+            pci_bus_id=f"00000000:{gpu + 1:02X}:00.0",
+        )
+        self._started_at = clock()
+        self._events = 0
+        self._table: WeightTable | None = None
+        self._reported = ""
+        self._resident = self._kv_resident = 0
+        self.publish()
+
+    def gpu(self) -> GpuMemory:
+        return GpuMemory(
+            uuid=self._device.uuid,
+            index=self._index,
+            product=_GPU,
+            pci_bus_id=self._device.pci_bus_id,
+            total_bytes=_GPU_BYTES,
+            used_bytes=self._resident + self._kv_resident + _OTHER_BYTES,
+        )
+
+    def publish(self) -> None:
+        """Write what the ledger knows, and an event for each load and update that has ended."""
+        for ended in self.ledger.take_ended():
+            before, self._table = self._table, _table(self.place)
+            self.store.write_table(self._table)
+            changes = compare_tables(before, self._table)
+            update = self.ledger.compare(ended, model_path=MODEL, changes=changes)
+            if update is None:
+                continue
+            self._events += 1
+            self.store.append_event(
+                Event(
+                    number=self._events,
+                    rank_id=self.store.rank_id,
+                    pid=os.getpid(),
+                    engine=self._engine,
+                    ranks=self._ranks,
+                    role="target",
+                    device=self._device,
+                    update=update,
+                    weights=_weights(self._table),
+                    table=_table_ref(self._table, self._clock()),
+                    previous_sha256=self._reported,
+                ),
+                self._table,
+            )
+            self._reported = self._table.sha256
+        self.store.write_snapshot(
+            Snapshot(
+                rank_id=self.store.rank_id,
+                pid=os.getpid(),
+                started_at=self._started_at,
+                engine=self._engine,
+                ranks=self._ranks,
+                devices=(self._device,),
+                roles=(self.ledger.describe("target", self._role()),),
+                weight_version=self.ledger.weight_version,
+                events_dropped=self.store.events_dropped,
+            )
+        )
+
+    def _role(self) -> Role:
+        """What it holds: nothing before the load, and no physical memory while released."""
+        if self._table is None:
+            return Role(name="target", device=_DEVICE)
+        weights, kv_bytes = _weights(self._table), _KV_TOKENS * _KV_TOKEN_BYTES
+        released = self.ledger.released
+        self._resident = 0 if "weights" in released else weights[0].nbytes
+        self._kv_resident = 0 if "kv_cache" in released else kv_bytes
+        return Role(
+            name="target",
+            device=_DEVICE,
+            architecture="LlamaForCausalLM",
+            weights=weights,
+            resident={_DEVICE: self._resident},
+            table=_table_ref(self._table, self._clock()),
+            kv_pools=(
+                KvPoolUsage(device=_DEVICE, pool="full", nbytes=kv_bytes, tokens=_KV_TOKENS),
+            ),
+            kv_resident={_DEVICE: self._kv_resident},
+        )
+
+    def _trace_id(self, number: int) -> str:
+        """The same on every rank of an engine, as with real ones."""
+        return hashlib.sha256(f"{self._engine.instance}|{number}".encode()).hexdigest()[:32]
+
+
+def _weights(table: WeightTable) -> tuple[WeightUsage]:
+    return (
+        WeightUsage(
+            device=_DEVICE,
+            kind="parameter",
+            dtype="bfloat16",
+            nbytes=sum(array("Q", table.nbytes)),
+            tensors=table.rows,
+        ),
+    )
+
+
+def _table_ref(table: WeightTable, captured_at: float) -> TableRef:
+    return TableRef(
+        file=table_file("target", table.sha256),
+        sha256=table.sha256,
+        rows=table.rows,
+        regions={_DEVICE: table.rows},
+        captured_at=captured_at,
+    )

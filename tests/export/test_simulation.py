@@ -1,0 +1,175 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Simulated ranks: what they live through, and that nobody takes them for real ones."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from collectors import Backend, attributes_of
+from engines import Scrape, eventually
+from ports import free_port
+
+from sglang_weight_exporter.records import Snapshot
+from sglang_weight_exporter.simulation import Simulation
+from sglang_weight_exporter.store.reader import SnapshotReader
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+
+START = 1_700_000_000.0
+
+#: A Llama 3 of 70 billion parameters has 70,553,706,496 of them (Meta's own count). The 161 norms
+#: of 8,192 are on every rank of eight, the rest is shared out; two bytes each.
+NORMS = 161 * 8192
+ONE_OF_EIGHT = 2 * ((70_553_706_496 - NORMS) // 8 + NORMS)
+
+
+def snapshots(directory: RuntimeDir) -> list[Snapshot]:
+    found = [snapshot for _, snapshot in SnapshotReader(directory).read()]
+    return sorted(found, key=lambda snapshot: (snapshot.engine.name, snapshot.ranks.tp))
+
+
+def simulated(path: Path, *, until: float = 0.0) -> list[Snapshot]:
+    directory = RuntimeDir.open(path, {})
+    simulation = Simulation(directory, 2, 3, start=START)
+    simulation.advance(START + until)
+    found = snapshots(directory)
+    simulation.close()
+    return found
+
+
+def test_engines_are_loaded_from_the_start(tmp_path: Path) -> None:
+    found = simulated(tmp_path / "runtime")
+    assert [(each.engine.name, each.ranks.tp) for each in found] == [
+        (engine, rank) for engine in ("30000", "30001") for rank in range(3)
+    ]
+    for each in found:
+        (role,) = each.roles
+        assert role.weights is not None
+        assert role.weights[0].nbytes == ONE_OF_EIGHT
+        assert role.loaded_at is not None
+        assert START - 60 < role.loaded_at < START
+    assert len({each.devices[0].uuid for each in found}) == 6
+
+
+def test_an_hour_has_all_that_the_dashboards_show(tmp_path: Path) -> None:
+    found = simulated(tmp_path / "runtime", until=3600)
+    for each in found:
+        (role,) = each.roles
+        (counts,) = (counts for counts in role.updates.values() if counts.calls)
+        # One version in 30 s; every fifth fails, every seventh moves all 483 tensors.
+        assert counts.updates + counts.failures == 120
+        assert counts.failures == 24
+        assert role.moved == 17 * 483
+    # Ranks of one engine name the same update by the same trace, engines each their own.
+    traces = [each.roles[0].last_update.trace_id for each in found if each.roles[0].last_update]
+    assert len(set(traces[:3])) == len(set(traces[3:])) == 1
+    assert traces[0] != traces[3]
+
+
+def test_memory_is_released_and_comes_back(tmp_path: Path) -> None:
+    directory = RuntimeDir.open(tmp_path / "runtime", {})
+    simulation = Simulation(directory, 2, 1, start=START)
+    resident = {"30000": set[int](), "30001": set[int]()}
+    used = set[int]()
+    for second in range(60):
+        simulation.advance(START + second)
+        for each in snapshots(directory):
+            resident[each.engine.name] |= set((each.roles[0].resident or {}).values())
+        used.add(simulation.gpus()[1].used_bytes)
+    assert resident == {"30000": {ONE_OF_EIGHT}, "30001": {0, ONE_OF_EIGHT}}
+    assert max(used) - min(used) > ONE_OF_EIGHT  # The KV pool goes too.
+    simulation.close()
+
+
+def test_an_update_is_seen_while_it_goes_on(tmp_path: Path) -> None:
+    directory = RuntimeDir.open(tmp_path / "runtime", {})
+    simulation = Simulation(directory, 1, 1, start=START)
+    seen = []
+    now = START
+    while now < START + 10:
+        now = simulation.advance(now)
+        seen.append(snapshots(directory)[0].roles[0].in_progress is not None)
+    assert seen[0] is False
+    assert True in seen
+    assert seen[-1] is False
+    simulation.close()
+
+
+def test_the_same_seed_plays_the_same(tmp_path: Path) -> None:
+    once, again = (
+        [
+            (each.engine, each.roles[0].updates, each.roles[0].updated_at)
+            for each in simulated(tmp_path / name, until=100)
+        ]
+        for name in ("once", "again")
+    )
+    assert once == again
+
+
+def test_the_command_says_that_nothing_of_it_is_real(tmp_path: Path) -> None:
+    """On its endpoint, in its log, in its spans; and it leaves nothing behind."""
+    port, backend = free_port(), Backend().start()
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "TMPDIR": str(tmp_path),
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{backend.grpc_port}",
+    }
+    command = (sys.executable, "-m", "sglang_weight_exporter", "serve", "--simulate", "2x4")
+    process = subprocess.Popen(
+        [*command, "--address", "127.0.0.1", "--port", str(port)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        scrape = eventually(lambda: Scrape.of(f"http://127.0.0.1:{port}/metrics"), 30)
+        assert scrape.one("sglang_weight_exporter_build_info", simulated="true") == 1
+        assert scrape.one("sglang_weight_exporter_ranks") == 8
+        assert scrape.sum("sglang_weight_bytes") == 8 * ONE_OF_EIGHT
+        assert scrape.sum("sglang_weight_bytes", model_name="simulated/llama-70b") == (
+            8 * ONE_OF_EIGHT
+        )
+        assert scrape.sum("sglang_gpu_memory_used_bytes") > scrape.sum("sglang_weight_bytes")
+        eventually(lambda: len(backend.spans("sglang.weights.load")) == 8, 30, what="the loads")
+        span = backend.spans("sglang.weights.load")[0]
+        assert "simulated/llama-70b" in map(str, attributes_of(span).values())
+    finally:
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=20)
+        backend.stop()
+    assert len(re.findall("2 engines of 4 ranks that do not exist", output)) == 1
+    assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("fleet", ["4", "4x", "x8", "0x8", "4x8x2", "-1x2"])
+def test_a_fleet_that_makes_no_sense_is_refused(fleet: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_weight_exporter", "serve", f"--simulate={fleet}"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 2
+    assert "write 4x8 for 4 engines of 8 ranks" in done.stderr
+
+
+def test_real_ranks_get_no_simulated_neighbours(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "sglang_weight_exporter", "serve", "--simulate", "1x1"),
+            *("--runtime-dir", str(tmp_path)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 2
+    assert "leave --runtime-dir away" in done.stderr
+    assert list(tmp_path.iterdir()) == []
