@@ -228,7 +228,8 @@ class Role(Record, frozen=True, kw_only=True):
     #: The checkpoint that is served.
     model_path: str = ""
     weights: tuple[WeightUsage, ...] | None = None
-    #: Physical bytes by device. The same as the sum of ``weights``, or 0 while released.
+    #: Physical bytes by device: the sum of ``weights``, or while released what lies outside of the
+    #: memory saver's regions.
     resident: dict[str, int] | None = None
     table: TableRef | None = None
     kv_pools: tuple[KvPoolUsage, ...] | None = None
@@ -247,7 +248,7 @@ class Role(Record, frozen=True, kw_only=True):
     def released(self) -> bool:
         """Whether the memory behind the weights has been given back for now."""
         held = sum(part.nbytes for part in self.weights or ())
-        return self.resident is not None and held > 0 and not any(self.resident.values())
+        return self.resident is not None and sum(self.resident.values()) < held
 
     def settled(self, now: float) -> Role:
         """The role as it is once an update that is over (:meth:`UpdateInProgress.is_over`) has

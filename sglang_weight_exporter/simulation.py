@@ -397,7 +397,7 @@ def _weights(table: WeightTable) -> tuple[WeightUsage]:
 
 def _table_ref(table: WeightTable, captured_at: float) -> TableRef:
     return TableRef(
-        file=table_file("target", table.sha256),
+        file=table_file(table),
         sha256=table.sha256,
         rows=table.rows,
         regions={_DEVICE: table.rows},

@@ -249,7 +249,8 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "sglang_weight_resident_bytes",
         "gauge",
         "By",
-        "Bytes of weights backed by physical memory now; 0 while released.",
+        "Bytes of weights backed by physical memory now. While weights are released that is what "
+        "lies outside of the memory saver's regions, and what is not on a GPU.",
         read_role=lambda view: _by_device(view.role.resident),
     ),
     Instrument(
@@ -417,7 +418,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "sglang_kv_pool_resident_bytes",
         "gauge",
         "By",
-        "Bytes of KV pools backed by physical memory now; 0 while released.",
+        "Bytes of KV pools backed by physical memory now; less what is released.",
         read_role=lambda view: _by_device(view.role.kv_resident),
     ),
     Instrument(
