@@ -1,41 +1,41 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
 #
-# make demo                      a real SGLang with the exporter beside it
+# make check                     ruff, mypy, import contracts, and the suites that need no SGLang
 # make test                      everything that CI runs
-# make test TESTS=tests/store    one suite, without lint and without other Python versions
-# make lint                      ruff and mypy
+# make test TESTS=tests/store    one suite, with no more installed than it needs
+# make demo                      a real SGLang with the exporter beside it
 # make benchmark                 what things cost, as ratios to a baseline of the same run
+# make debian-packages           what `make test` needs of Debian; as root
 #
-# On a new Debian 12 machine `make test` as root installs what it needs. Environments live in
-# .venv/; what is slow to install is kept in the user's cache directory for the next checkout.
+# `make check` needs Python, git and make, and neither root nor SGLang. On a new Debian 12 machine
+# `make test` as root installs what it needs. Environments live in .venv/ and are made by
+# build/environment.sh.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
-.SECONDARY:
 .DEFAULT_GOAL := help
-.PHONY: help test lint demo benchmark wheel debian-packages main-tests other-pythons clean
+.PHONY: help check test lint demo benchmark debian-packages all-tests light-tests wheel clean
 
 NEWEST := 0.5.23
 OLDEST := 0.5.9
-SGLANG := $(NEWEST) $(OLDEST)
 # Rooms that need no SGLang and no torch also run on the oldest and the newest Python.
 OTHER_PYTHONS := 3.10 3.13
-WITHOUT_SGLANG := $(wildcard $(addprefix tests/,bootstrap records store export cli \
-	$(addprefix table/test_,command.py readers.py weights_metadata.py)))
-DEBIAN_PACKAGES := gcc binutils libibverbs1 libnuma1 prometheus prometheus-alertmanager chromium \
+LIGHT := tests/bootstrap tests/store tests/export tests/test_ledger.py tests/test_weight_table.py \
+	tests/test_contracts.py \
+	$(addprefix tests/table/test_,command.py readers.py status.py weight_table_events.py weights_metadata.py)
+DEBIAN_PACKAGES := gcc binutils e2fsprogs libibverbs1 libnuma1 prometheus prometheus-alertmanager chromium \
 	fonts-dejavu-core
-UV_VERSION := 0.13.9
 
-CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/sglang-weight-exporter
-UV := $(CACHE)/uv-$(UV_VERSION)/bin/uv
-ENVIRONMENTS := $(SGLANG:%=.venv/sglang-%)
 MAIN := .venv/sglang-$(NEWEST)
+ENVIRONMENTS := $(MAIN) .venv/sglang-$(OLDEST)
+environment = build/environment.sh
 say = printf '\n\033[1m==> %s\033[0m\n' "$(1)"
+install-wheel = "$$($(environment) uv)" pip install -q -p $(1)/bin/python \
+	--reinstall-package sglang-weight-exporter .venv/dist/*.whl $(2)
 
-# SGLang is 9 GB of Python that an engine imports in four processes: let it keep its bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 unexport PYTHONPATH
 unexport VIRTUAL_ENV
@@ -43,46 +43,43 @@ unexport VIRTUAL_ENV
 help:
 	@sed -n '/^# make/s/^# //p' $(firstword $(MAKEFILE_LIST))
 
-# ---------------------------------------------------------------------------- what is kept
+# The wheel, because it is what a user installs: with its .pth, its .start and its entry point.
+wheel:
+	@rm -rf .venv/dist
+	"$$($(environment) uv)" build -q --wheel -o .venv/dist .
 
-$(UV):
-	@$(call say,Installing uv $(UV_VERSION))
-	mkdir -p $(CACHE)
-	exec 9>$(CACHE)/lock; flock 9
-	[ -x $@ ] && exit 0
-	python3 -m venv --clear $(CACHE)/uv-$(UV_VERSION)
-	$(CACHE)/uv-$(UV_VERSION)/bin/pip install -q uv==$(UV_VERSION)
+# ---------------------------------------------------------------------------- without SGLang
 
-# An SGLang of each version with its bytecode compiled, which makes an engine start twice as fast.
-$(CACHE)/sglang-%/complete: | $(UV)
-	@exec 9>$(CACHE)/lock; flock 9
-	[ -e $@ ] && exit 0
-	$(call say,Installing SGLang $* once for every checkout (2 to 4 minutes))
-	rm -rf $(@D)
-	$(UV) venv -q --relocatable -p 3.11 $(@D)
-	$(UV) pip install -p $(@D)/bin/python --compile-bytecode sglang==$*
-	touch $@
+check: lint
+	@$(call say,Suites without SGLang)
+	$(call install-wheel,.venv/python3,--group test)
+	.venv/python3/bin/pytest $(LIGHT) $(PYTEST_ARGUMENTS)
 
-# Hard links: a second, and no disk space. A checkout can install its own wheel into its own copy.
-define copy-sglang
-mkdir -p .venv
-rm -rf $(@D)
-cp -al $(CACHE)/sglang-$* $(@D) 2>/dev/null || { rm -rf $(@D); cp -a $(CACHE)/sglang-$* $(@D); }
-touch $@
-endef
-.venv/sglang-%/copied: | $(CACHE)/sglang-%/complete
-	@$(copy-sglang)
-.venv/demo-%/copied: | $(CACHE)/sglang-%/complete
-	@$(copy-sglang)
+lint: wheel
+	@$(call say,ruff mypy lint-imports)
+	$(environment) python 3 .venv/python3
+	$(call install-wheel,.venv/python3,--group lint)
+	.venv/python3/bin/ruff check .
+	.venv/python3/bin/ruff format --check .
+	.venv/python3/bin/mypy
+	.venv/python3/bin/mypy autoload benchmarks dashboards demo docs tests
+	.venv/python3/bin/lint-imports
 
-# uv looks in PATH and can download; pyenv's interpreters are neither.
-PYENV := $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions
-.venv/python%/created: | $(UV)
-	@mkdir -p .venv
-	$(UV) venv -q --clear -p $(or $(firstword $(wildcard $(PYENV)/$*.*/bin/python)),$*) $(@D)
-	touch $@
+light-tests: wheel
+	@for version in $(if $(TESTS),3,$(OTHER_PYTHONS)); do
+	  $(call say,Tests without SGLang on Python $$version)
+	  if ! $(environment) python $$version .venv/python$$version; then
+	    echo "SKIPPED on Python $$version: it is neither installed nor can uv download it."
+	    continue
+	  fi
+	  $(call install-wheel,.venv/python$$version,--group test)
+	  .venv/python$$version/bin/pytest $(or $(TESTS),$(LIGHT)) $(PYTEST_ARGUMENTS)
+	done
 
-# ---------------------------------------------------------------------------- tests
+# ---------------------------------------------------------------------------- all of it
+
+# One suite that needs no SGLang is run without it.
+test: $(if $(TESTS),$(if $(filter-out $(LIGHT),$(TESTS)),all-tests,light-tests),lint light-tests all-tests)
 
 debian-packages:
 	@missing=()
@@ -101,58 +98,25 @@ debian-packages:
 	apt-get update -qq
 	apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null
 
-# The wheel, because it is what a user installs: with its .pth, its .start and its entry point.
-wheel: | $(UV)
-	@rm -rf .venv/dist
-	$(UV) build -q --wheel -o .venv/dist .
-
-define install-wheel
-$(UV) pip install -q -p $(1)/bin/python --reinstall-package sglang-weight-exporter \
-  .venv/dist/*.whl $(2)
-endef
-
-test: $(if $(TESTS),,lint other-pythons) main-tests
-
-main-tests: debian-packages $(ENVIRONMENTS:%=%/copied) wheel
-	@$(call say,Tests with SGLang $(SGLANG))
-	$(call install-wheel,$(MAIN),--group test --group consumers --group ray --group panels)
-	for environment in $(filter-out $(MAIN),$(ENVIRONMENTS)); do
-	  $(call install-wheel,$$environment,)
+all-tests: debian-packages wheel
+	@$(call say,Tests with SGLang $(NEWEST) $(OLDEST))
+	for version in $(NEWEST) $(OLDEST); do
+	  $(environment) sglang $$version .venv/sglang-$$version
+	  $(call install-wheel,.venv/sglang-$$version,)
 	done
-	export SGLANG_ENVIRONMENTS=$(subst $() ,:,$(addprefix $(CURDIR)/,$(ENVIRONMENTS)))
+	$(call install-wheel,$(MAIN),--group test --group consumers --group ray --group panels)
+	export SGLANG_ENVIRONMENTS=$(CURDIR)/$(MAIN):$(CURDIR)/.venv/sglang-$(OLDEST)
 	$(MAIN)/bin/pytest $(or $(TESTS),tests) $(PYTEST_ARGUMENTS)
 
-other-pythons: wheel
-	@for version in $(OTHER_PYTHONS); do
-	  [ -n "$(WITHOUT_SGLANG)" ] || break
-	  $(call say,Tests without SGLang on Python $$version)
-	  if ! $(MAKE) -s .venv/python$$version/created; then
-	    echo "SKIPPED on Python $$version: it is neither installed nor can uv download it."
-	    continue
-	  fi
-	  $(call install-wheel,.venv/python$$version,--group test)
-	  .venv/python$$version/bin/pytest $(WITHOUT_SGLANG)
-	done
-
-lint: wheel .venv/python3/created
-	@$(call say,ruff and mypy)
-	$(call install-wheel,.venv/python3,--group lint)
-	.venv/python3/bin/ruff check .
-	.venv/python3/bin/ruff format --check .
-	.venv/python3/bin/mypy
-	.venv/python3/bin/mypy autoload benchmarks dashboards demo docs tests
-
-# ---------------------------------------------------------------------------- demo
-
-demo: .venv/demo-$(NEWEST)/copied wheel
-	@$(call install-wheel,.venv/demo-$(NEWEST),)
+demo: wheel
+	@$(environment) sglang $(NEWEST) .venv/demo-$(NEWEST)
+	$(call install-wheel,.venv/demo-$(NEWEST),)
 	exec .venv/demo-$(NEWEST)/bin/python demo/demo.py $(if $(DEMO_EXIT),--exit)
 
-# ---------------------------------------------------------------------------- benchmarks
-
-benchmark: $(MAIN)/copied wheel
-	@$(call install-wheel,$(MAIN),--group test)
-	for program in startup pointer_table reader_interference otlp scrape throughput; do
+benchmark: wheel
+	@$(environment) sglang $(NEWEST) $(MAIN)
+	$(call install-wheel,$(MAIN),--group test)
+	for program in startup pointer_table update reader_interference otlp scrape throughput; do
 	  $(call say,$$program)
 	  $(MAIN)/bin/python benchmarks/$$program.py
 	done

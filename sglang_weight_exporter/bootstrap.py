@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-    from sglang_weight_exporter.hooks.install import Installation
-
     Callback = Callable[[ModuleType], object]
 
 PLUGIN_NAME = "sglang_weight_exporter"
@@ -50,8 +48,8 @@ class PostImportHook:
     def __init__(self) -> None:
         #: Module name → called with the module once it has run.
         self.callbacks: dict[str, Callback] = {}
-        #: What waits for them, once SGLang has come.
-        self.installation: Installation | None = None
+        #: What waits for them, once SGLang has come; the hooks' own, to be found here again.
+        self.installation: object = None
         self._searching: set[str] = set()
         self._root_seen = False
 

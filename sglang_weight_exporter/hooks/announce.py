@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from sglang_weight_exporter.bootstrap import PostImportHook
 from sglang_weight_exporter.hooks.install import Installation
 from sglang_weight_exporter.hooks.targets import Target
 from sglang_weight_exporter.records import Source
@@ -54,6 +53,7 @@ def record_update(model_runner: Any, source: Source = "external") -> None:
 
 def _installation() -> Installation | None:
     for finder in sys.meta_path:
-        if isinstance(finder, PostImportHook):
-            return finder.installation
+        installation = getattr(finder, "installation", None)
+        if isinstance(installation, Installation):
+            return installation
     return None

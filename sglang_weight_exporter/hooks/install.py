@@ -14,13 +14,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang_weight_exporter.hooks.calls import Around, Call, Outcome
 from sglang_weight_exporter.hooks.targets import TARGETS, Target, version_key
 
 if TYPE_CHECKING:
-    from sglang_weight_exporter.bootstrap import PostImportHook
     from sglang_weight_exporter.hooks.observer import Observer
     from sglang_weight_exporter.records import HookState
 
@@ -275,7 +274,14 @@ def _may_be_imported(name: str) -> bool:
     return path is not None and importlib.machinery.PathFinder.find_spec(name, path) is not None
 
 
-def watch(hook: PostImportHook) -> None:
+class ImportHook(Protocol):
+    """What tells of modules that have run: the bootstrap's finder."""
+
+    callbacks: dict[str, Callable[[ModuleType], object]]
+    installation: object
+
+
+def watch(hook: ImportHook) -> None:
     """Have the targets wrapped: at once where SGLang's modules are there, else on their import."""
     installation = Installation(TARGETS, _make_observer)
     hook.installation = installation

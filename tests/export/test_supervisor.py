@@ -137,6 +137,7 @@ def test_the_exporter_outlives_the_engine_whose_processes_are_all_killed(
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     rank.communicate()
+    assert exporter.url is not None
     with urllib.request.urlopen(exporter.url, timeout=10) as answer:
         assert b"sglang_weight_exporter_build_info" in answer.read()
 

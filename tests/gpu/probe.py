@@ -136,7 +136,8 @@ class Probe:
     def costs(self) -> dict[str, float]:
         """Median milliseconds of the package's own functions, and how much they looked at."""
         from sglang_weight_exporter.capture.allocations import AllocationMap
-        from sglang_weight_exporter.capture.weights import capture_weights, named_tensors
+        from sglang_weight_exporter.capture.tensors import named_tensors
+        from sglang_weight_exporter.capture.weights import capture_weights
 
         model = self._runner(draft=False).model
         first = capture_weights(model, role="x", captured_at=0.0, allocations=AllocationMap.of_cuda)

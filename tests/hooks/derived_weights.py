@@ -123,7 +123,7 @@ def set_up(port: str) -> None:
 def load(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
     """As SGLang's loader calls it, with a checkpoint's names."""
     generator = torch.Generator().manual_seed(seed)
-    model.load_weights(  # type: ignore[operator]
+    model.load_weights(
         (name, torch.randn(shape, generator=generator).to(torch.bfloat16))
         for name, shape in shapes.items()
     )
@@ -132,7 +132,7 @@ def load(model: torch.nn.Module, shapes: dict[str, tuple[int, ...]], seed: int) 
 def bound(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """What SGLang has bound to its attention layers: name → address and bytes of its storage."""
     found = {}
-    for index, layer in enumerate(model.model.layers):  # type: ignore[arg-type, union-attr]
+    for index, layer in enumerate(model.model.layers):
         for attribute in ATTRIBUTES:
             value = getattr(layer.self_attn, attribute, None)
             if isinstance(value, torch.Tensor):
@@ -176,7 +176,7 @@ def measure(build: Callable[[], torch.nn.Module], *, reloads: bool) -> dict[str,
         "unique": sum(unique_storages(model).values()),
     }
     if reloads:
-        kept = [layer.self_attn.w_kc for layer in model.model.layers]  # type: ignore[union-attr]
+        kept = [layer.self_attn.w_kc for layer in model.model.layers]
         load(model, shapes, 1)
         again = look(model, first)
         changes = compare_tables(first.table, again.table)

@@ -26,7 +26,7 @@ import pytest
 from hooks.standins import Rank, Request
 from hooks.test_updates import rebalanced, session
 
-from sglang_weight_exporter.records import Role, Snapshot
+from sglang_weight_exporter.records import Role, Snapshot, Source
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
@@ -125,7 +125,7 @@ def rebalance(rank: Rank, runner: Any) -> None:
     rebalanced(rank, lambda: None)
 
 
-WAYS: dict[str, tuple[Callable[[Rank, Any], None], str, int]] = {
+WAYS: dict[str, tuple[Callable[[Rank, Any], None], Source, int]] = {
     "one call": (reload, "disk", 1),
     "several calls": (buckets, "tensor", 3),
     "session": (lambda rank, runner: session(runner, loads=2), "tensor", 2),
@@ -157,7 +157,7 @@ def back(rank: Rank, holds: Callable[[Role], bool]) -> Role:
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize(("way", "source", "calls"), WAYS.values(), ids=WAYS)
 def test_an_update_during_a_fault_is_counted(
-    disk: Path, fault: Fault, way: Callable[[Rank, Any], None], source: str, calls: int
+    disk: Path, fault: Fault, way: Callable[[Rank, Any], None], source: Source, calls: int
 ) -> None:
     rank = Rank(disk / "runtime")
     runner = rank.runner()

@@ -1,0 +1,73 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""The import contracts of pyproject.toml hold, and each of them can fail."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "sglang_weight_exporter"
+
+#: The contract that fails, the module that gets an import, and the import.
+PLANTED = [
+    ("In the engine data flows one way", "capture/pools.py", f"{PACKAGE}.runners.pools"),
+    ("In the engine data flows one way", "ledger.py", f"{PACKAGE}.publisher.publisher"),
+    ("In the engine data flows one way", "store/files.py", f"{PACKAGE}.capture.pools"),
+    ("Beside the engine data flows one way", "store/reader.py", f"{PACKAGE}.export.views"),
+    ("Beside the engine data flows one way", "export/views.py", f"{PACKAGE}.cli.flags"),
+    ("The bootstrap imports os and sys", "bootstrap.py", "logging"),
+    ("The bootstrap imports os and sys", "bootstrap.py", f"{PACKAGE}.rank"),
+    ("The ledger is pure", "ledger.py", "torch"),
+    ("The ledger is pure", "ledger.py", f"{PACKAGE}.store.files"),
+    ("Looking writes nothing", "runners/scan.py", f"{PACKAGE}.store.rank"),
+    ("Publishing and storing know no tensor", "publisher/publisher.py", "torch"),
+    ("Publishing and storing know no tensor", "store/rank.py", "prometheus_client"),
+    ("The engine process imports no exporter", "hooks/observer.py", f"{PACKAGE}.export.views"),
+    ("The engine process imports no exporter", "rank.py", "opentelemetry"),
+    ("The exporter process needs neither", "export/views.py", "torch"),
+    ("The exporter process needs neither", "export/process.py", f"{PACKAGE}.runners.identity"),
+    ("Commands need neither", "cli/status.py", f"{PACKAGE}.capture.pools"),
+    ("The data model imports no room", "records.py", f"{PACKAGE}.store.files"),
+]
+
+
+def lint(checkout: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        cwd=checkout,
+        env={"PYTHONPATH": str(checkout), "PATH": "/usr/bin:/bin", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / PACKAGE, tmp_path / PACKAGE, ignore=shutil.ignore_patterns("__py*"))
+    return tmp_path
+
+
+def test_the_contracts_hold(checkout: Path) -> None:
+    ran = lint(checkout)
+    assert ran.returncode == 0, ran.stdout
+    assert "0 broken" in ran.stdout
+
+
+@pytest.mark.parametrize(("contract", "module", "planted"), PLANTED)
+def test_a_planted_import_is_found(
+    checkout: Path, contract: str, module: str, planted: str
+) -> None:
+    path = checkout / PACKAGE / module
+    path.write_text(f"{path.read_text()}\nimport {planted}  # noqa\n")
+    ran = lint(checkout)
+    assert ran.returncode == 1, ran.stdout
+    (line,) = (line for line in ran.stdout.splitlines() if line.startswith(contract))
+    assert "BROKEN" in line
