@@ -52,18 +52,19 @@ wheel:
 
 check: lint
 	@$(call say,Suites without SGLang)
+	$(environment) python 3 .venv/python3
 	$(call install-wheel,.venv/python3,--group test)
 	.venv/python3/bin/pytest $(LIGHT) $(PYTEST_ARGUMENTS)
 
 lint: wheel
 	@$(call say,ruff mypy lint-imports)
-	$(environment) python 3 .venv/python3
-	$(call install-wheel,.venv/python3,--group lint)
-	.venv/python3/bin/ruff check .
-	.venv/python3/bin/ruff format --check .
-	.venv/python3/bin/mypy
-	.venv/python3/bin/mypy autoload benchmarks dashboards demo docs tests
-	.venv/python3/bin/lint-imports
+	$(environment) python 3 .venv/lint
+	$(call install-wheel,.venv/lint,--group lint)
+	.venv/lint/bin/ruff check .
+	.venv/lint/bin/ruff format --check .
+	.venv/lint/bin/mypy
+	.venv/lint/bin/mypy autoload benchmarks dashboards demo docs tests
+	.venv/lint/bin/lint-imports
 
 light-tests: wheel
 	@for version in $(if $(TESTS),3,$(OTHER_PYTHONS)); do

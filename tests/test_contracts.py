@@ -69,5 +69,5 @@ def test_a_planted_import_is_found(
     path.write_text(f"{path.read_text()}\nimport {planted}  # noqa\n")
     ran = lint(checkout)
     assert ran.returncode == 1, ran.stdout
-    (line,) = (line for line in ran.stdout.splitlines() if line.startswith(contract))
-    assert "BROKEN" in line
+    lines = [line for line in ran.stdout.splitlines() if line.startswith(contract)]
+    assert "BROKEN" in lines[0]

@@ -76,19 +76,20 @@ class Installation:
                     self.report(target.name, error)
 
     def _complain(self, module: str) -> None:
-        named = {target.name for target in self._targets if target.module == module}
-        missing = [
-            state
-            for state in self.states(_sglang_version())
-            if state.status == "failed" and state.target in named - self._complained
-        ]
+        named = dict.fromkeys(target.name for target in self._targets if target.module == module)
+        version = _sglang_version()
+        missing: dict[str, str] = {}
+        for name in named.keys() - self._complained:
+            state = self._state([each for each in self._targets if each.name == name], version)
+            if state["status"] == "failed":
+                missing[name] = state["reason"]
         if missing:
-            self._complained |= {state.target for state in missing}
+            self._complained |= missing.keys()
             logger.warning(
                 "sglang_weight_exporter: this SGLang differs from the releases that are known, so "
                 "these calls are not seen, or not all of them: %s. SGLang is not affected; metrics "
                 "miss what they do. A newer sglang-weight-exporter may know this release.",
-                "; ".join(f"{state.target} ({state.reason})" for state in missing),
+                "; ".join(f"{name} ({reason})" for name, reason in missing.items()),
             )
 
     def _install(self, target: Target, module: ModuleType) -> None:
@@ -256,7 +257,7 @@ class Installation:
 
 
 def _sglang_version() -> str:
-    from sglang_weight_exporter.runners.identity import sglang_version
+    from sglang_weight_exporter.runners.release import sglang_version
 
     return sglang_version()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_weight_exporter.records import Engine, Ranks
+from sglang_weight_exporter.runners.release import sglang_version
 
 _ENCODER, _WEIGHT_CACHE = "encoder", "weight_cache"
 
@@ -140,16 +141,3 @@ def engine_of(runner: Any) -> Engine:
         sglang_version=sglang_version(),
         torch_version=str(getattr(sys.modules.get("torch"), "__version__", "")),
     )
-
-
-def sglang_version() -> str:
-    version = getattr(sys.modules.get("sglang"), "__version__", "")
-    if not version:
-        from importlib.metadata import PackageNotFoundError
-        from importlib.metadata import version as installed
-
-        try:
-            version = installed("sglang")
-        except (PackageNotFoundError, OSError):
-            version = ""
-    return str(version)

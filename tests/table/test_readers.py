@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import subprocess
@@ -295,7 +296,8 @@ def test_a_reader_in_a_loop_never_sees_rows_of_two_tables(
 
 
 def test_the_package_offers_what_it_lists() -> None:
-    for name in sglang_weight_exporter.__all__:
+    in_a_trainer = set() if importlib.util.find_spec("torch") else {"fingerprint_tensors"}
+    for name in set(sglang_weight_exporter.__all__) - in_a_trainer:
         assert getattr(sglang_weight_exporter, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         sglang_weight_exporter.nothing  # noqa: B018
