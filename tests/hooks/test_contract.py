@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from hooks.releases import RELEASES, Definition, Release, fetch
+from releases import RELEASES, Definition, Release, fetch
 
 from sglang_weight_exporter.hooks.observer import Observer
 from sglang_weight_exporter.hooks.targets import (
@@ -260,12 +260,20 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def test_the_document_is_current() -> None:
+def document(text: str) -> str:
+    """The document with the table as it is now."""
     begin, end = "<!-- generated: begin -->\n", "\n<!-- generated: end -->"
-    before, found, rest = DOCUMENT.read_text().partition(begin)
+    before, found, rest = text.partition(begin)
     assert found, f"{DOCUMENT} has lost its marker {begin!r}"
-    old, found, after = rest.partition(end)
+    _, found, after = rest.partition(end)
     assert found, f"{DOCUMENT} has lost its marker {end!r}"
-    if old != table():
-        DOCUMENT.write_text(before + begin + table() + end + after)
-        pytest.fail(f"{DOCUMENT} was out of date. It has been written again: commit it.")
+    return before + begin + table() + end + after
+
+
+def test_the_document_is_current() -> None:
+    text = DOCUMENT.read_text()
+    assert document(text) == text, f"PYTHONPATH=tests/shared python {__file__} writes it anew"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document(DOCUMENT.read_text()))

@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from hooks.standins import (
+from standins import (
     ModelRunner,
     Rank,
     Request,

@@ -23,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hooks.standins import Rank, Request
-from hooks.test_updates import rebalanced, session
+from standins import Rank, Request, rebalanced, session
 
 from sglang_weight_exporter.records import Role, Snapshot, Source
 from sglang_weight_exporter.store.reader import SnapshotReader

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hooks.standins import Rank, Request, fail
+from standins import Rank, Request, fail
 
 from sglang_weight_exporter import fingerprint
 from sglang_weight_exporter.capture.fingerprint import Fingerprinter, FingerprintTimeoutError

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hooks.standins import Rank, Request
-from hooks.test_updates import update_expert_location_with_recovery
+from standins import Rank, Request, update_expert_location_with_recovery
 
 from sglang_weight_exporter.hooks.targets import EPLB_MANAGER
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hooks.standins import (
+from standins import (
     Answer,
     IpcModelLoader,
     Rank,
@@ -23,11 +23,12 @@ from hooks.standins import (
     fail,
     get_model_loader,
     model,
+    rebalanced,
+    session,
 )
 
 from sglang_weight_exporter.capture.allocations import AllocationMap
 from sglang_weight_exporter.hooks.targets import (
-    EPLB_MANAGER,
     EXPORTER,
     IPC_LOADER,
     LOADER,
@@ -41,14 +42,6 @@ from sglang_weight_exporter.store.tables import open_tables
 @pytest.fixture
 def rank(tmp_path: Path) -> Rank:
     return Rank(tmp_path / "runtime")
-
-
-def session(runner: Any, *, loads: int, run_post_load: bool | None = None) -> None:
-    runner.weight_updater.begin_weight_update()
-    for _ in range(loads):
-        runner.weight_updater.update_weights_from_tensor([])
-    post_load = loads == 0 if run_post_load is None else run_post_load
-    runner.weight_updater.end_weight_update(run_post_load=post_load)
 
 
 # Sessions, from 0.5.21 on.
@@ -206,7 +199,7 @@ def test_calls_without_a_scheduler_are_updates_from_disk_at_once(rank: Rank) -> 
 
 
 def test_readers_hold_up_an_update_once_and_not_each_call_of_it(tmp_path: Path) -> None:
-    rank = Rank(tmp_path / "runtime", reader_wait_seconds=0.3)
+    rank = Rank(tmp_path / "runtime", reader_wait_seconds=2.0)
     scheduler = rank.scheduler(rank.runner())
     (reader,) = open_tables(rank.directory)
     waited = []
@@ -215,8 +208,8 @@ def test_readers_hold_up_an_update_once_and_not_each_call_of_it(tmp_path: Path) 
             started = time.monotonic()
             scheduler.update_weights_from_tensor(Request(flush_cache=False))
             waited.append(time.monotonic() - started)
-    assert waited[0] >= 0.3
-    assert sum(waited[1:]) < 0.3
+    assert waited[0] >= 2.0
+    assert sum(waited[1:]) < 2.0  # And not four times as long.
     assert rank.in_progress().calls == 5
 
 
@@ -317,16 +310,6 @@ def test_an_exception_in_a_session_is_told_before_it_ends_the_engine(rank: Rank)
 
 
 # Experts that move between ranks, which needs several GPUs.
-
-
-def update_expert_location_with_recovery(*, move: Any) -> None:
-    move()
-
-
-def rebalanced(rank: Rank, move: Any, *, chunks: int = 3) -> None:
-    function = rank.hook(EPLB_MANAGER, update_expert_location_with_recovery)
-    for _ in rank.balancers(lambda: function(move=move), chunks).rebalance():
-        rank.clock.now += 2 * IDLE_SECONDS  # the engine has nothing to do for a while
 
 
 def test_a_rebalance_is_one_update(rank: Rank) -> None:

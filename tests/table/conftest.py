@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from engines import PREFIX, clean_environment
-from table.published import Command, PublishedRank
+from published import Command, PublishedRank
 
 
 @pytest.fixture

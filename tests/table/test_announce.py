@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 
 from engines import clean_environment  # noqa: E402
-from hooks.standins import Rank  # noqa: E402
+from standins import Rank  # noqa: E402
 
 from sglang_weight_exporter import (  # noqa: E402
     UpdateInProgressError,

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from engines import PREFIX, clean_environment
-from table.published import ROWS, Command, PublishedRank
+from published import ROWS, Command, PublishedRank
 
 from sglang_weight_exporter.records import Ranks, TableChanges
 

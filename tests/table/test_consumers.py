@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 from engines import Installation
-from table.published import Command, PublishedRank
+from published import Command, PublishedRank
 
 from sglang_weight_exporter.cli.formats import as_nixl
 from sglang_weight_exporter.weight_table import Region

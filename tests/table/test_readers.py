@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from table.published import ROWS, PublishedRank
+from published import ROWS, PublishedRank
 
 import sglang_weight_exporter
 from sglang_weight_exporter import (

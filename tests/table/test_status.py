@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from table.published import Command, PublishedRank
+from published import Command, PublishedRank
 
 from sglang_weight_exporter.records import Ranks
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from table.published import ROWS, PublishedRank
+from published import ROWS, PublishedRank
 
 from sglang_weight_exporter import open_tables
 from sglang_weight_exporter.records import Ranks

@@ -234,7 +234,9 @@ class GpuEngines:
         """As pip would: the module, and the entry point that SGLang looks for."""
         metadata = self.directory / "site" / "gpu_probe-1.0.dist-info"
         metadata.mkdir(parents=True)
-        shutil.copy(Path(__file__).parent / "gpu" / "probe.py", metadata.parent / "gpu_probe.py")
+        shutil.copy(
+            Path(__file__).parents[1] / "gpu" / "probe.py", metadata.parent / "gpu_probe.py"
+        )
         (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: gpu-probe\nVersion: 1.0\n")
         (metadata / "entry_points.txt").write_text(
             "[sglang.srt.plugins]\ngpu_probe = gpu_probe:plugin\n"

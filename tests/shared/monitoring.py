@@ -25,9 +25,9 @@ import yaml
 from engines import eventually, http_get
 from ports import free_port
 
-DASHBOARDS = Path(__file__).parents[1] / "dashboards"
+DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 RULES = DASHBOARDS / "sglang-weights.rules.yml"
-RECORDING = Path(__file__).parent / "dashboards" / "recorded" / "gpu.txt"
+RECORDING = Path(__file__).parents[1] / "dashboards" / "recorded" / "gpu.txt"
 
 
 def run(*command: str | Path) -> str:

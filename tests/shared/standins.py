@@ -28,6 +28,7 @@ from sglang_weight_exporter.hooks.targets import (
     TARGETS,
     UPDATER,
 )
+from sglang_weight_exporter.ledger import IDLE_SECONDS
 from sglang_weight_exporter.publisher.publisher import Publisher
 from sglang_weight_exporter.rank import Rank as SglangRank
 from sglang_weight_exporter.records import (
@@ -336,3 +337,21 @@ class EPLBManager:
         for _ in range(self.chunks):
             yield
             self.move()
+
+
+def session(runner: Any, *, loads: int, run_post_load: bool | None = None) -> None:
+    runner.weight_updater.begin_weight_update()
+    for _ in range(loads):
+        runner.weight_updater.update_weights_from_tensor([])
+    post_load = loads == 0 if run_post_load is None else run_post_load
+    runner.weight_updater.end_weight_update(run_post_load=post_load)
+
+
+def update_expert_location_with_recovery(*, move: Any) -> None:
+    move()
+
+
+def rebalanced(rank: Rank, move: Any, *, chunks: int = 3) -> None:
+    function = rank.hook(EPLB_MANAGER, update_expert_location_with_recovery)
+    for _ in rank.balancers(lambda: function(move=move), chunks).rebalance():
+        rank.clock.now += 2 * IDLE_SECONDS  # the engine has nothing to do for a while

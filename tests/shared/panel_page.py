@@ -20,7 +20,7 @@ import pytest
 from engines import eventually, http_get
 from ports import free_port
 
-SOURCES = Path(__file__).parent / "dashboards" / "panels"
+SOURCES = Path(__file__).parents[1] / "dashboards" / "panels"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sglang-weight-exporter"
 
 
