@@ -305,7 +305,8 @@ class Ledger:
                 role.loading_since = started_at
             elif not error:
                 if role.loaded_at is None:
-                    role.loaded_at, role.load_seconds = ended_at, ended_at - started_at
+                    role.loaded_at = ended_at
+                    role.load_seconds = _elapsed(started_at, ended_at)
                 role.updated_at = ended_at
             if not error:
                 role.model_path = model_path
@@ -335,7 +336,7 @@ class Ledger:
             ended_at = self._clock()
             if not error:
                 role.loaded_at = role.updated_at = ended_at
-                role.load_seconds = ended_at - started_at
+                role.load_seconds = _elapsed(started_at, ended_at)
             role.last_update = role.untold_load = msgspec.structs.replace(
                 role.untold_load,
                 ended_at=ended_at,
@@ -439,7 +440,7 @@ class Ledger:
             self._ended.append(Ended(name, None))
             return
         trace_id = self._trace_id(open_.number)
-        seconds = open_.last_call_at - open_.started_at
+        seconds = _elapsed(open_.started_at, open_.last_call_at)
         counts = role.updates[open_.source]
         counted = open_.effect == "changed"
         role.updates[open_.source] = msgspec.structs.replace(
@@ -628,6 +629,11 @@ class Ledger:
             self._operations[operation] = OperationCounts(
                 calls=counts.calls + 1, failures=counts.failures + failed
             )
+
+
+def _elapsed(started_at: float, ended_at: float) -> float:
+    """Seconds between two times of a clock that may have been set back meanwhile."""
+    return max(0.0, ended_at - started_at)
 
 
 def _in_progress(open_: _Open) -> UpdateInProgress:

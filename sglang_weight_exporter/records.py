@@ -262,7 +262,10 @@ class Role(Record, frozen=True, kw_only=True):
             counts,
             updates=counts.updates + (not progress.failed),
             failures=counts.failures + progress.failed,
-            duration=counts.duration.observe(progress.last_call_at - progress.started_at),
+            duration=counts.duration.observe(
+                # The clock may have been set back.
+                max(0.0, progress.last_call_at - progress.started_at)
+            ),
         )
         return msgspec.structs.replace(
             self,

@@ -14,14 +14,12 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import msgspec
-from opentelemetry.sdk.trace import ReadableSpan
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 
-from sglang_weight_exporter.export.otlp.collector import Collector
+from sglang_weight_exporter.export.otlp.collector import Answer, Collector
 from sglang_weight_exporter.export.otlp.spans import (
     EventSpans,
     SentTable,
@@ -57,10 +55,13 @@ DEAD_BYTES = 4 * EVENT_BYTES
 
 
 class _Exported(Record, frozen=True, kw_only=True):
-    """The file ``exported`` in a rank's directory: which tables the collector has, by role."""
+    """The file ``exported`` in a rank's directory: which tables the collector has, by role, and
+    what is counted."""
 
-    #: What it holds for: another collector, or another name filter, has none of them.
-    destination: str
+    #: What the tables hold for: another collector, or another name filter, has none of them.
+    destination: str = ""
+    #: How many dropped events of the rank are counted already, here or before a restart.
+    dropped: int = 0
     tables: dict[str, SentTable] = msgspec.field(default_factory=dict)
 
 
@@ -70,7 +71,7 @@ class Delivery:
     def __init__(
         self,
         runtime_dir: RuntimeDir,
-        collector: Collector[SpanExporter],
+        collector: Collector,
         counts: SpanCounts,
         *,
         table: bool = True,
@@ -86,7 +87,8 @@ class Delivery:
         self._destination = f"{collector.destination}|{names.pattern if names else ''}"
         self._failures: Counter[Path] = Counter()
         self._refusals: Counter[Path] = Counter()
-        self._dropped_by_rank: dict[str, int] = {}
+        #: Rank → the version of its snapshot whose dropped events are counted.
+        self._counted: dict[str, tuple[int, int]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="sglang-weight-exporter-spans", daemon=True
@@ -118,6 +120,7 @@ class Delivery:
             else:
                 pause = min(max(2 * pause, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
                 pause *= random.uniform(0.8, 1.0)  # noqa: S311
+            pause = max(pause, self._collector.wait_seconds)
 
     def deliver(self) -> bool:
         """Send all that waits, oldest first. False if the collector took nothing of it.
@@ -136,28 +139,39 @@ class Delivery:
             other = min(waiting[1:], key=lambda entry: self._failures[entry[1]])
             waiting.remove(other)
             waiting.insert(0, other)
-        accepted = failed = 0
+        accepted = failed = unreadable = 0
         for directory, path in waiting:
-            if self._send(directory, path):
+            try:
+                refused = self._send(directory, path)
+            except OSError as error:
+                # Such as too many open files: perhaps it can be read next time.
+                if not self._failures[path]:
+                    logger.warning("%s cannot be read now (%s). It is tried again.", path, error)
+                self._failures[path] += 1
+                unreadable += 1
+                continue
+            if refused is None:
                 accepted += 1
                 self._counts.waiting -= 1
                 continue
             failed += 1
             self._failures[path] += 1
+            if self._collector.wait_seconds:
+                break  # It has too much to do, whatever it is sent.
             if accepted:
-                self._refuse(path)
+                self._refuse(path, refused)
             if not accepted or failed == FAILURES:
                 break
-        return accepted > 0 or failed == 0
+        return accepted > 0 or not (failed or unreadable)
 
-    def _refuse(self, path: Path) -> None:
+    def _refuse(self, path: Path, refused: Answer) -> None:
         self._refusals[path] += 1
         if self._refusals[path] >= REFUSALS:
             self._give_up(
                 path,
                 "refused",
                 f"The collector at {self._collector.destination} refused {path.name} {REFUSALS} "
-                f"times and took others ({self._collector.last_error()}), so it is given up.",
+                f"times and took others ({refused.reason}), so it is given up.",
             )
 
     def _waiting(self) -> Iterator[tuple[RankDirectory, Path]]:
@@ -166,21 +180,21 @@ class Delivery:
             for path in directory.events.waiting():
                 yield directory, path
 
-    def _send(self, directory: RankDirectory, path: Path) -> bool:
-        """Whether nothing of this event has to wait any more."""
+    def _send(self, directory: RankDirectory, path: Path) -> Answer | None:
+        """``None`` when nothing of this event has to wait any more, else why the collector did
+        not take it. Raises ``OSError`` when it cannot be read now."""
         try:
             event = directory.events.event(path)
         except FileNotFoundError:
-            return True  # The rank has dropped it in this moment, and counts it.
+            return None  # The rank has dropped it in this moment, and counts it.
         except UnreadableError as error:
             self._give_up(path, "unreadable", str(error))
-            return True
+            return None
         try:
             built = self._spans(directory, event)
-        except OSError as error:
-            # Such as too many open files: perhaps it can be read next time.
-            logger.warning("The table of %s cannot be read now (%s).", path, error)
-            return False
+            requests = [encode_spans([span]) for span in built.spans]
+        except OSError:
+            raise
         except Exception as error:
             # It is for its rank alone, and once: the events of all others wait behind it.
             self._give_up(
@@ -189,18 +203,24 @@ class Delivery:
                 f"No span can be made of {path} ({type(error).__name__}: {error}), so it is given "
                 "up. Its load or update is missing among the spans.",
             )
-            return True
-        for span in built.spans:
-            if not self._collector.take(partial(_export, span)):
+            return None
+        rejected = 0
+        for request in requests:
+            answer = self._collector.take(request)
+            if not answer.taken:
                 self._counts.failures += 1
-                return False
+                return answer
+            rejected += min(answer.rejected, 1)
         # In this order: killed between the two, the table is sent once more and never taken for
         # sent when it is not.
         path.unlink(missing_ok=True)
-        self._counts.exported += len(built.spans)
-        if built.sent is not None:
+        self._counts.exported += len(requests) - rejected
+        if rejected:
+            # OTLP forbids to send it again.
+            self._counts.dropped["refused"] += 1
+        elif built.sent is not None:
             self._remember(directory, event.role, built.sent)
-        return True
+        return None
 
     def _spans(self, directory: RankDirectory, event: Event) -> EventSpans:
         if not self._table:
@@ -226,20 +246,29 @@ class Delivery:
             logger.warning("%s", error)
             return None
 
-    def _remembered(self, directory: RankDirectory) -> dict[str, SentTable]:
+    def _noted(self, directory: RankDirectory) -> _Exported:
         try:
-            exported = directory.exported(_Exported)
+            return directory.exported(_Exported)
         except (OSError, UnreadableError):
-            return {}
+            return _Exported()
+
+    def _note(self, directory: RankDirectory, exported: _Exported) -> None:
+        try:
+            directory.note_exported(msgspec.json.encode(exported))
+        except OSError:
+            return  # A full disk: the next span carries the table again.
+
+    def _remembered(self, directory: RankDirectory) -> dict[str, SentTable]:
+        exported = self._noted(directory)
         return exported.tables if exported.destination == self._destination else {}
 
     def _remember(self, directory: RankDirectory, role: str, sent: SentTable) -> None:
         tables = {**self._remembered(directory), role: sent}
-        record = _Exported(destination=self._destination, tables=tables)
-        try:
-            directory.note_exported(msgspec.json.encode(record))
-        except OSError:
-            return  # A full disk: the next span carries the table again.
+        noted = self._noted(directory)
+        self._note(
+            directory,
+            _Exported(destination=self._destination, dropped=noted.dropped, tables=tables),
+        )
 
     def _give_up(self, path: Path, reason: str, sentence: str) -> None:
         logger.warning("%s", sentence)
@@ -247,14 +276,21 @@ class Delivery:
         self._counts.dropped[reason] += 1
 
     def _count_dropped(self, directory: RankDirectory) -> None:
-        """Take over what a rank says it dropped because too much waited."""
+        """Take over what a rank says it dropped because too much waited, once: what another
+        exporter process has counted is noted beside the snapshot."""
         try:
+            status = (directory.path / "snapshot").lstat()
+            version = (status.st_ino, status.st_mtime_ns)
+            if self._counted.get(directory.rank_id) == version:
+                return
             dropped = directory.snapshot().events_dropped
         except (OSError, UnreadableError):
             return
-        known = self._dropped_by_rank.get(directory.rank_id, 0)
-        self._counts.dropped["queue_full"] += max(0, dropped - known)
-        self._dropped_by_rank[directory.rank_id] = dropped
+        noted = self._noted(directory)
+        if dropped > noted.dropped:
+            self._counts.dropped["queue_full"] += dropped - noted.dropped
+            self._note(directory, msgspec.structs.replace(noted, dropped=dropped))
+        self._counted[directory.rank_id] = version
 
     def _bound_dead(self) -> None:
         """Drop what the oldest dead ranks left when all of it is too much."""
@@ -284,7 +320,3 @@ class Delivery:
                 )
                 directory.remove()
                 self._counts.dropped["queue_full"] += len(events)
-
-
-def _export(span: ReadableSpan, exporter: SpanExporter) -> bool:
-    return exporter.export([span]) is SpanExportResult.SUCCESS

@@ -10,18 +10,18 @@ backend that translates names for Prometheus makes those of ``/metrics`` of them
 from __future__ import annotations
 
 import logging
+import socket
 import threading
+import uuid
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
+from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 from opentelemetry.sdk.metrics.export import (
     AggregationTemporality,
     Gauge,
     HistogramDataPoint,
     Metric,
-    MetricExporter,
-    MetricExportResult,
     MetricsData,
     NumberDataPoint,
     ResourceMetrics,
@@ -34,11 +34,18 @@ from opentelemetry.sdk.resources import Resource
 from sglang_weight_exporter.export.instruments import Instrument
 from sglang_weight_exporter.export.measurement import Measurement, label_names, measure
 from sglang_weight_exporter.export.otlp.collector import Collector
-from sglang_weight_exporter.export.otlp.spans import SCOPE
+from sglang_weight_exporter.export.otlp.spans import SCHEMA_URL, SCOPE
+from sglang_weight_exporter.export.otlp.spans import resource as make_resource
 from sglang_weight_exporter.export.views import HostView
 from sglang_weight_exporter.records import DURATION_BUCKETS, Histogram
+from sglang_weight_exporter.weight_table_events import AttributeValue
 
 logger = logging.getLogger("sglang_weight_exporter")
+
+#: Data points in a message, a few hundred kilobytes: collectors take 4 MiB, proxies 1 MiB.
+MESSAGE_POINTS = 1_000
+#: Roles of ranks whose data points are made at a time.
+PART = 8
 
 
 def otlp_name(instrument: Instrument) -> str:
@@ -47,29 +54,59 @@ def otlp_name(instrument: Instrument) -> str:
     return instrument.name.removesuffix(suffix).replace("_", ".", 1)
 
 
-def metrics_data(view: HostView, resource: Resource) -> MetricsData:
-    """All instruments that have a value, as one message."""
+def messages(view: HostView, resource: Resource) -> Iterator[MetricsData]:
+    """All instruments that have a value, in messages of at most :data:`MESSAGE_POINTS` points."""
+    metrics: list[Metric] = []
+    count = 0
+    for instrument, measurements in measure(view, part=PART):
+        names = label_names(instrument)
+        for start in range(0, len(measurements), MESSAGE_POINTS):
+            part = measurements[start : start + MESSAGE_POINTS]
+            if count + len(part) > MESSAGE_POINTS:
+                yield _message(metrics, resource)
+                metrics, count = [], 0
+            points = [_point(names, each, view.now) for each in part]
+            metrics.append(
+                Metric(
+                    name=otlp_name(instrument),
+                    description=instrument.description,
+                    unit=instrument.unit,
+                    data=_data(instrument, points),
+                )
+            )
+            count += len(part)
+    if metrics:
+        yield _message(metrics, resource)
+
+
+def _message(metrics: list[Metric], resource: Resource) -> MetricsData:
     return MetricsData(
         [
             ResourceMetrics(
                 resource=resource,
-                scope_metrics=[ScopeMetrics(SCOPE, list(_metrics(view)), schema_url="")],
-                schema_url="",
+                scope_metrics=[ScopeMetrics(SCOPE, metrics, schema_url=SCHEMA_URL)],
+                schema_url=SCHEMA_URL,
             )
         ]
     )
 
 
-def _metrics(view: HostView) -> Iterator[Metric]:
-    for instrument, measurements in measure(view):
-        if measurements:
-            names = label_names(instrument)
-            yield Metric(
-                name=otlp_name(instrument),
-                description=instrument.description,
-                unit=instrument.unit,
-                data=_data(instrument, [_point(names, each, view.now) for each in measurements]),
-            )
+def host_resource(view: HostView, instance: str) -> Resource:
+    """What the metrics of this host are about.
+
+    ``instance``: what tells two exporters of one host apart. ``service.version`` is SGLang's, where
+    all engines have the same.
+    """
+    attributes: dict[str, AttributeValue] = {
+        "service.name": "sglang",
+        "service.instance.id": str(
+            uuid.uuid5(uuid.NAMESPACE_URL, f"file://{socket.gethostname()}{instance}")
+        ),
+    }
+    versions = {snapshot.engine.sglang_version for snapshot in view.snapshots}
+    if len(versions) == 1:
+        attributes["service.version"] = versions.pop()
+    return make_resource(attributes)
 
 
 def _point(
@@ -78,7 +115,9 @@ def _point(
     sample = measurement.sample
     # What SGLang does not have is no attribute; to Prometheus an empty label is the same.
     attributes = {key: value for key, value in zip(names, measurement.labels, strict=True) if value}
-    start, end = round(measurement.started_at * 1e9), round(now * 1e9)
+    start = round(measurement.started_at * 1e9)
+    # A clock that was set back makes no interval that ends before it begins.
+    end = max(start, round(now * 1e9))
     if isinstance(sample.value, Histogram):
         return HistogramDataPoint(
             attributes=attributes,
@@ -114,14 +153,14 @@ class PeriodicMetrics:
     def __init__(
         self,
         read: Callable[[], HostView],
-        collector: Collector[MetricExporter],
-        resource: Resource,
+        collector: Collector,
         *,
+        instance: str,
         seconds: float,
     ) -> None:
         self._read = read
         self._collector = collector
-        self._resource = resource
+        self._instance = instance
         self._seconds = seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(
@@ -138,16 +177,18 @@ class PeriodicMetrics:
 
     def _run(self) -> None:
         while True:
-            stopping = self._stop.wait(self._seconds)
+            stopping = self._stop.wait(max(self._seconds, self._collector.wait_seconds))
             try:
-                data = metrics_data(self._read(), self._resource)
-                # What was not taken is in the next message too: totals are cumulative.
-                self._collector.take(partial(_export, data))
+                self._send()
             except Exception:
                 logger.exception("Metrics could not be sent because of an error in the exporter.")
             if stopping:
                 return
 
-
-def _export(data: MetricsData, exporter: MetricExporter) -> bool:
-    return exporter.export(data) is MetricExportResult.SUCCESS
+    def _send(self) -> None:
+        if self._collector.wait_seconds:
+            return
+        view = self._read()
+        for message in messages(view, host_resource(view, self._instance)):
+            if not self._collector.take(encode_metrics(message)).taken:
+                return  # Totals are cumulative: what was not taken is in the next messages too.

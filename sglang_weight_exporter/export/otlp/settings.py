@@ -18,6 +18,9 @@ logger = logging.getLogger("sglang_weight_exporter")
 Signal = Literal["traces", "metrics"]
 
 _DEFAULT_METRIC_INTERVAL = 60_000
+_DEFAULT_GRPC = "http://localhost:4317"
+_DEFAULT_HTTP = "http://localhost:4318"
+_DEFAULT_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,7 @@ def choose(environ: Mapping[str, str], signal: Signal) -> Choice | None:
     if not names and (own or (general and signal == "traces")):
         names = {"otlp"}
     if "otlp" in names:
-        default = (
-            "http://localhost:4318" if protocol == "http/protobuf" else "http://localhost:4317"
-        )
+        default = _DEFAULT_HTTP if protocol == "http/protobuf" else _DEFAULT_GRPC
         return Choice("otlp", protocol, _without_secrets(own or general or default))
     if "console" in names:
         return Choice("console", "", "the console")
@@ -70,6 +71,79 @@ def choose(environ: Mapping[str, str], signal: Signal) -> Choice | None:
             signal,
         )
     return None
+
+
+@dataclass(frozen=True)
+class ConnectionSettings:
+    """How to reach the collector for one signal; the signal's own variables win."""
+
+    endpoint: str
+    #: As the variable has them: ``name=value,name=value``, percent-encoded.
+    headers: str
+    #: ``gzip``, ``deflate`` (HTTP only) or empty.
+    compression: str
+    #: Seconds, as in OpenTelemetry for Python.
+    timeout: float
+    #: Paths of PEM files, or empty.
+    certificate: str
+    client_certificate: str
+    client_key: str
+    #: Only for gRPC; ``None``: what the endpoint's scheme says.
+    insecure: bool | None
+
+
+def connection_settings(
+    environ: Mapping[str, str], signal: Signal, protocol: str
+) -> ConnectionSettings:
+    """``OTEL_EXPORTER_OTLP_*``; a variable that is empty counts as unset."""
+
+    def value(name: str) -> str:
+        own = environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_{name}", "").strip()
+        return own or environ.get(f"OTEL_EXPORTER_OTLP_{name}", "").strip()
+
+    own = environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT", "").strip()
+    general = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip()
+    if protocol == "grpc":
+        endpoint, compressions = own or general or _DEFAULT_GRPC, {"gzip"}
+    else:
+        path = f"/v1/{signal}"
+        endpoint = own or (general or _DEFAULT_HTTP).rstrip("/") + path
+        compressions = {"gzip", "deflate"}
+    compression = value("COMPRESSION").lower()
+    if compression not in {"", "none", *compressions}:
+        logger.warning(
+            "OTEL_EXPORTER_OTLP_COMPRESSION=%r is not one of none and %s, so %s are sent "
+            "uncompressed.",
+            compression,
+            " and ".join(sorted(compressions)),
+            signal,
+        )
+    insecure = value("INSECURE").lower()
+    return ConnectionSettings(
+        endpoint=endpoint,
+        headers=value("HEADERS"),
+        compression=compression if compression in compressions else "",
+        timeout=_timeout(value("TIMEOUT")),
+        certificate=value("CERTIFICATE"),
+        client_certificate=value("CLIENT_CERTIFICATE"),
+        client_key=value("CLIENT_KEY"),
+        insecure=None if not insecure else insecure == "true",
+    )
+
+
+def _timeout(text: str) -> float:
+    try:
+        seconds = float(text or _DEFAULT_TIMEOUT)
+        if not 0 < seconds < float("inf"):
+            raise ValueError
+    except ValueError:
+        logger.warning(
+            "OTEL_EXPORTER_OTLP_TIMEOUT=%r is not a number of seconds, so a collector has %d.",
+            text,
+            _DEFAULT_TIMEOUT,
+        )
+        return _DEFAULT_TIMEOUT
+    return seconds
 
 
 def _without_secrets(endpoint: str) -> str:

@@ -35,7 +35,14 @@ from sglang_weight_exporter.weight_table_events import (
     encode_table,
 )
 
-SCOPE = InstrumentationScope("sglang_weight_exporter", __version__)
+#: The semantic conventions that names of attributes follow.
+SCHEMA_URL = "https://opentelemetry.io/schemas/1.37.0"
+
+SCOPE = InstrumentationScope("sglang_weight_exporter", __version__, SCHEMA_URL)
+
+#: A message that is an exception, as hooks write it; what SGLang says in its own words has no type
+#: (``_OTHER`` in the semantic conventions).
+_EXCEPTION = re.compile(r"([A-Za-z_][\w.]*(?:Error|Exception|Interrupt))[:(]")
 
 #: What a span says of its table: its rows are in the events here; they are the same as in an
 #: earlier span; they are switched off; they could not be read.
@@ -89,6 +96,9 @@ def event_spans(
     packed = [] if table is None else encode_table(table, captured_at=captured_at)
     attributes = _summary(event, names=state != "disabled")
     attributes["sglang.weights.table.state"] = state
+    if not event.update.succeeded:
+        exception = _EXCEPTION.match(event.update.message)
+        attributes["error.type"] = exception[1] if exception else "_OTHER"
     links: list[Link] = []
     if table is not None:
         attributes |= {
@@ -111,7 +121,8 @@ def event_spans(
     common: dict[str, Any] = {
         "resource": _resource(event),
         "start_time": _nanoseconds(update.started_at),
-        "end_time": _nanoseconds(update.ended_at),
+        # A clock that was set back meanwhile makes no span that ends before it begins.
+        "end_time": _nanoseconds(max(update.started_at, update.ended_at)),
         "instrumentation_scope": SCOPE,
     }
     failed = Status(StatusCode.ERROR, update.message or "The update failed.")
@@ -184,6 +195,7 @@ def _resource(event: Event) -> Resource:
     engine, device = event.engine, event.device
     attributes: dict[str, AttributeValue] = {
         "service.name": "sglang",
+        "service.version": engine.sglang_version,
         "service.instance.id": event.rank_id,
         "process.pid": event.pid,
         "sglang.engine.name": engine.name,
@@ -201,13 +213,9 @@ def _resource(event: Event) -> Resource:
 
 def resource(attributes: Mapping[str, AttributeValue]) -> Resource:
     """A resource of this host with these attributes; what the environment names wins."""
-    return Resource.create({"host.name": host_name(), **attributes}).merge(
+    return Resource.create({"host.name": socket.gethostname(), **attributes}, SCHEMA_URL).merge(
         OTELResourceDetector().detect()
     )
-
-
-def host_name() -> str:
-    return socket.gethostname()
 
 
 def _summary(event: Event, *, names: bool) -> Attributes:

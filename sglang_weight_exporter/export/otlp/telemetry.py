@@ -3,20 +3,21 @@
 """The start and the end of what is sent, and nothing of OpenTelemetry unless it is asked for.
 
 OpenTelemetry and gRPC take 40 MB: they are imported only once something is to be sent. No global
-provider is set, and the exporters read ``OTEL_EXPORTER_OTLP_*`` themselves.
+provider is set.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from sglang_weight_exporter.export.otlp.collector import Collector, Complaint
+from sglang_weight_exporter.export.otlp.collector import Collector, Connection
 from sglang_weight_exporter.export.otlp.settings import (
     Choice,
     Signal,
     choose,
+    connection_settings,
     metric_interval,
     table_selection,
 )
@@ -36,49 +37,43 @@ STOP_SECONDS = 5.0
 
 
 class ProtocolError(Exception):
-    """A protocol that no exporter speaks."""
+    """A protocol that is not spoken here."""
 
 
-def _otlp(choice: Choice, signal: Signal) -> Any:
-    """The exporter of a signal; it reads the rest of its configuration from the environment."""
+def _connect(choice: Choice, signal: Signal, environ: Mapping[str, str]) -> Connection:
+    """The connection of a signal. Raises :class:`ProtocolError` and ``OSError``."""
+    if choice.exporter == "console":
+        from sglang_weight_exporter.export.otlp.console import ConsoleConnection
+
+        return ConsoleConnection()
+    if choice.protocol not in {"grpc", "http/protobuf"}:
+        raise ProtocolError(
+            f"the protocol {choice.protocol!r} is not one of grpc and http/protobuf; set "
+            "OTEL_EXPORTER_OTLP_PROTOCOL to one of them"
+        )
+    settings = connection_settings(environ, signal, choice.protocol)
     if choice.protocol == "grpc":
-        if signal == "traces":
-            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import (
-                OTLPSpanExporter as GrpcSpanExporter,
-            )
-
-            return GrpcSpanExporter()
-        from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import (
-            OTLPMetricExporter as GrpcMetricExporter,
+        from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
+            MetricsServiceStub,
         )
+        from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceServiceStub
 
-        return GrpcMetricExporter()
-    if choice.protocol == "http/protobuf":
-        if signal == "traces":
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import (
-                OTLPSpanExporter as HttpSpanExporter,
-            )
+        from sglang_weight_exporter.export.otlp.grpc_connection import GrpcConnection
 
-            return HttpSpanExporter()
-        from opentelemetry.exporter.otlp.proto.http.metric_exporter import (
-            OTLPMetricExporter as HttpMetricExporter,
+        return GrpcConnection(
+            settings, TraceServiceStub if signal == "traces" else MetricsServiceStub
         )
-
-        return HttpMetricExporter()
-    raise ProtocolError(
-        f"the protocol {choice.protocol!r} is not one of grpc and http/protobuf; set "
-        "OTEL_EXPORTER_OTLP_PROTOCOL to one of them"
+    from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
+        ExportMetricsServiceResponse,
     )
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
+    from sglang_weight_exporter.export.otlp.http_connection import HttpConnection
 
-def _console(signal: Signal) -> Any:
-    if signal == "traces":
-        from opentelemetry.sdk.trace.export import ConsoleSpanExporter
-
-        return ConsoleSpanExporter()
-    from opentelemetry.sdk.metrics.export import ConsoleMetricExporter
-
-    return ConsoleMetricExporter()
+    return HttpConnection(
+        settings,
+        ExportTraceServiceResponse if signal == "traces" else ExportMetricsServiceResponse,
+    )
 
 
 class Telemetry:
@@ -93,8 +88,8 @@ class Telemetry:
         read: Callable[[], HostView],
         counts: SpanCounts,
     ) -> None:
-        self._collectors: list[Collector[Any]] = []
-        self._complaint = Complaint()
+        self._environ = environ
+        self._collectors: list[Collector] = []
         self._delivery: Delivery | None = None
         self._metrics: PeriodicMetrics | None = None
         if (choice := choose(environ, "traces")) is not None:
@@ -110,7 +105,6 @@ class Telemetry:
             )
         if (choice := choose(environ, "metrics")) is not None:
             from sglang_weight_exporter.export.otlp.metrics import PeriodicMetrics
-            from sglang_weight_exporter.export.otlp.spans import host_name, resource
 
             if environ.get("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "").lower() not in (
                 "",
@@ -123,19 +117,15 @@ class Telemetry:
             self._metrics = PeriodicMetrics(
                 read,
                 self._collector(choice, "metrics"),
-                resource({"service.name": "sglang", "service.instance.id": host_name()}),
+                instance=str(runtime_dir.path),
                 seconds=metric_interval(environ),
             )
 
-    def _collector(self, choice: Choice, signal: Signal) -> Collector[Any]:
-        def make() -> Any:
-            return _otlp(choice, signal) if choice.exporter == "otlp" else _console(signal)
-
-        collector = Collector[Any](
-            make,
+    def _collector(self, choice: Choice, signal: Signal) -> Collector:
+        collector = Collector(
+            lambda: _connect(choice, signal, self._environ),
             signal="spans" if signal == "traces" else "metrics",
             destination=choice.destination,
-            complaint=self._complaint,
         )
         self._collectors.append(collector)
         logger.info("%s are sent to %s", collector.signal, choice.destination)
@@ -146,10 +136,6 @@ class Telemetry:
         return self._delivery is not None
 
     def start(self) -> None:
-        if self._collectors:
-            opentelemetry = logging.getLogger("opentelemetry")
-            opentelemetry.addHandler(self._complaint)
-            opentelemetry.propagate = False
         if self._delivery is not None:
             self._delivery.start()
         if self._metrics is not None:

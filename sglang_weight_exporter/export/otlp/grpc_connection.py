@@ -1,0 +1,82 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""OTLP over gRPC: a call a message, and what its answer means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import RetryInfo
+from google.rpc.status_pb2 import Status
+from opentelemetry.util.re import parse_env_headers
+
+from sglang_weight_exporter import __version__
+from sglang_weight_exporter.export.otlp.collector import Answer, Request, partial_success
+from sglang_weight_exporter.export.otlp.settings import ConnectionSettings
+
+
+class GrpcConnection:
+    """``stub``: ``TraceServiceStub`` or ``MetricsServiceStub``.
+
+    Raises ``OSError`` where a certificate cannot be read.
+    """
+
+    def __init__(self, settings: ConnectionSettings, stub: type[Any]) -> None:
+        self._timeout = settings.timeout
+        self._headers = tuple(parse_env_headers(settings.headers, liberal=True).items())
+        parts = urlsplit(settings.endpoint)
+        target = parts.netloc or settings.endpoint
+        compression = (
+            grpc.Compression.Gzip
+            if settings.compression == "gzip"
+            else grpc.Compression.NoCompression
+        )
+        options = (("grpc.primary_user_agent", f"sglang-weight-exporter/{__version__}"),)
+        insecure = parts.scheme == "http" if settings.insecure is None else settings.insecure
+        if insecure and parts.scheme != "https":
+            self._channel = grpc.insecure_channel(target, options, compression)
+        else:
+            credentials = grpc.ssl_channel_credentials(
+                _content(settings.certificate),
+                _content(settings.client_key),
+                _content(settings.client_certificate),
+            )
+            self._channel = grpc.secure_channel(target, credentials, options, compression)
+        self._export = stub(self._channel).Export
+
+    def send(self, request: Request) -> Answer:
+        """Send a message."""
+        try:
+            response = self._export(request, metadata=self._headers, timeout=self._timeout)
+        except grpc.RpcError as error:
+            return Answer(
+                False,
+                f"{error.code().name}: {error.details()}",
+                retry_after=_retry_after(error),
+            )
+        return partial_success(response)
+
+    def close(self) -> None:
+        self._channel.close()
+
+
+def _content(path: str) -> bytes | None:
+    return Path(path).read_bytes() if path else None
+
+
+def _retry_after(error: Any) -> float:
+    """Seconds from a ``google.rpc.RetryInfo`` in the details of a status, as OTLP has it."""
+    for key, value in error.trailing_metadata() or ():
+        if key == "grpc-status-details-bin":
+            try:
+                for detail in Status.FromString(value).details:
+                    info = RetryInfo()
+                    if detail.Unpack(info):
+                        return max(0.0, float(info.retry_delay.ToTimedelta().total_seconds()))
+            except DecodeError:
+                continue
+    return 0.0
