@@ -17,12 +17,9 @@ from pathlib import Path
 
 import yaml
 
-from .board import dashboard
+from . import DOCUMENTS, engine, fleet
 
 HERE = Path(__file__).parents[1]
-
-#: Where the documents are published. A fork or a mirror changes this line and runs the generator.
-DOCUMENTS = "https://sglang-weight-exporter.example/docs"
 
 
 def prometheus_rule(rules: str) -> str:
@@ -53,7 +50,8 @@ def files() -> dict[Path, str]:
     return {
         HERE / "sglang-weights.rules.yml": rules,
         HERE / "sglang-weights.rules.test.yml": tests,
-        HERE / "sglang-weights.json": json.dumps(dashboard(), indent=2) + "\n",
+        HERE / "sglang-fleet.json": json.dumps(fleet.board(), indent=2) + "\n",
+        HERE / "sglang-engine.json": json.dumps(engine.board(), indent=2) + "\n",
         HERE / "kubernetes" / "prometheusrule.yaml": prometheus_rule(rules),
     }
 

@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from . import DOCUMENTS
 
 Json = dict[str, Any]
 
@@ -75,16 +78,15 @@ def stat(
     unit: str,
     no_value: str,
     *steps: tuple[float | None, str],
-    width: int = 3,
-    sparkline: bool = False,
+    width: int = 4,
 ) -> Json:
     return panel(
         "stat",
         title,
         description,
         width,
-        4,
-        targets=[query(expression, title, instant=not sparkline)],
+        3,
+        targets=[query(expression, title, instant=True)],
         fieldConfig={
             "defaults": {
                 "unit": unit,
@@ -97,7 +99,7 @@ def stat(
         options={
             "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
             "colorMode": "value",
-            "graphMode": "area" if sparkline else "none",
+            "graphMode": "none",
             "justifyMode": "auto",
             "orientation": "auto",
             "textMode": "value",
@@ -118,6 +120,8 @@ def timeseries(
     bars: bool = False,
     maximum: float | None = None,
     decimals: int | None = None,
+    explained_by_updates: bool = False,
+    points: bool = False,
     calcs: tuple[str, ...] = ("lastNotNull",),
 ) -> Json:
     return panel(
@@ -126,6 +130,7 @@ def timeseries(
         description,
         width,
         height,
+        explained_by_updates=explained_by_updates,
         targets=targets,
         fieldConfig={
             "defaults": {
@@ -140,8 +145,8 @@ def timeseries(
                     "lineInterpolation": "linear" if bars else "stepAfter",
                     "lineWidth": 1 if bars or stacked else 2,
                     "fillOpacity": 80 if bars else 45 if stacked else 0,
-                    "showPoints": "never",
-                    "spanNulls": False,
+                    "showPoints": "always" if points else "never",
+                    "spanNulls": points,
                     # An axis of counts that are all 0 would go to 100.
                     **({"axisSoftMax": 1} if decimals == 0 else {}),
                     "stacking": {"mode": "normal" if stacked or bars else "none", "group": "A"},
@@ -221,6 +226,7 @@ def table(
     *overrides: Json,
     width: int = 24,
     height: int = 9,
+    filterable: bool = True,
 ) -> Json:
     return panel(
         "table",
@@ -233,7 +239,11 @@ def table(
         fieldConfig={
             "defaults": {
                 "noValue": no_value,
-                "custom": {"align": "auto", "cellOptions": {"type": "auto"}, "filterable": True},
+                "custom": {
+                    "align": "auto",
+                    "cellOptions": {"type": "auto"},
+                    "filterable": filterable,
+                },
             },
             "overrides": list(overrides),
         },
@@ -243,11 +253,6 @@ def table(
 
 def text(title: str, content: str, width: int, height: int) -> Json:
     return panel("text", title, "", width, height, options={"mode": "markdown", "content": content})
-
-
-def row(title: str, *panels: Json) -> list[Json]:
-    """A heading and its panels, laid out left to right in lines of 24 columns."""
-    return [panel("row", title, "", 24, 1, collapsed=False, panels=[]), *panels]
 
 
 def heatmap(
@@ -283,14 +288,132 @@ def heatmap(
     )
 
 
-def laid_out(panels: list[Json]) -> list[Json]:
-    """Gives each panel its id and its place: left to right, a new line when 24 columns are full."""
-    x = y = tallest = 0
-    for number, one in enumerate(panels, start=1):
+def state_timeline(
+    title: str,
+    description: str,
+    targets: list[Json],
+    states: dict[int, tuple[str, str]],
+    no_value: str,
+    *,
+    width: int,
+    height: int,
+) -> Json:
+    """`states`: number to its word and colour."""
+    options = {
+        str(number): {"text": word, "color": colour, "index": number}
+        for number, (word, colour) in states.items()
+    }
+    return panel(
+        "state-timeline",
+        title,
+        description,
+        width,
+        height,
+        targets=targets,
+        fieldConfig={
+            "defaults": {
+                "noValue": no_value,
+                "unit": "none",
+                "color": {"mode": "thresholds"},
+                "thresholds": thresholds((None, "text")),
+                "mappings": [{"type": "value", "options": options}],
+                "custom": {"fillOpacity": 75, "lineWidth": 0},
+            },
+            "overrides": [],
+        },
+        options={
+            "mergeValues": True,
+            "showValue": "never",
+            "alignValue": "left",
+            "rowHeight": 0.8,
+            "legend": {
+                "showLegend": True,
+                "displayMode": "list",
+                "placement": "bottom",
+                "calcs": [],
+            },
+            "tooltip": {"mode": "single", "sort": "none"},
+        },
+    )
+
+
+def runbook(alert: str) -> Json:
+    """A panel's link to what to do about what it shows."""
+    return {
+        "title": f"Runbook: {alert}",
+        "url": f"{DOCUMENTS}/alerts.md#{alert.lower()}",
+        "targetBlank": True,
+    }
+
+
+def linked(panel: Json, *links: Json) -> Json:
+    return {**panel, "links": list(links)}
+
+
+# --- boards -------------------------------------------------------------------------------------
+
+
+def laid_out(panels: list[Json], top: int = 0) -> int:
+    """Gives each panel its place: left to right, a new line when 24 columns are full.
+
+    Returns where the next one below would begin.
+    """
+    x, y, tallest = 0, top, 0
+    for one in panels:
         place = one["gridPos"]
         if x + place["w"] > 24:
             x, y, tallest = 0, y + tallest, 0
         place["x"], place["y"] = x, y
         x, tallest = x + place["w"], max(tallest, place["h"])
+    return y + tallest
+
+
+def board(
+    uid: str,
+    title: str,
+    description: str,
+    *,
+    variables: list[Json],
+    links: list[Json],
+    first: list[Json],
+    rows: dict[str, list[Json]],
+    annotation: Callable[[list[int]], Json],
+) -> Json:
+    """A dashboard: `first` is open, each of `rows` is closed until somebody opens it.
+
+    Grafana asks nothing for a closed row. `annotation` gets the numbers of the panels that show
+    memory over time, where a line explains something.
+    """
+    panels = [*first]
+    below = laid_out(first)
+    for name, inside in rows.items():
+        laid_out(inside, below + 1)
+        heading = panel("row", name, "", 24, 1, collapsed=True, panels=inside)
+        heading["gridPos"]["y"] = below
+        panels.append(heading)
+        below += 1
+    every = [one for each in panels for one in (each, *each.get("panels", []))]
+    for number, one in enumerate(every, start=1):
         one["id"] = number
-    return panels
+    explained = [one["id"] for one in every if one.pop("explained_by_updates", False)]
+    return {
+        "uid": uid,
+        "title": title,
+        "description": description,
+        "tags": ["sglang", "gpu", "llm"],
+        "schemaVersion": 38,
+        "version": 1,
+        "editable": True,
+        "fiscalYearStartMonth": 0,
+        "graphTooltip": 1,
+        "liveNow": False,
+        "refresh": "30s",
+        "time": {"from": "now-1h", "to": "now"},
+        "timepicker": {},
+        "timezone": "",
+        "weekStart": "",
+        "links": links,
+        "annotations": {"list": [annotation(explained)]},
+        "templating": {"list": variables},
+        "panels": panels,
+    }

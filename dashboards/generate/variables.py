@@ -1,42 +1,51 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a reader selects by, and the lines that mark reloads."""
+"""What a reader selects by, the lines that mark updates, and the ways between the boards."""
 
 from __future__ import annotations
 
-from .grafana import (
-    DATASOURCE,
-    Json,
-)
-from .promql import (
-    RELOADED_AT,
-)
+from . import DOCUMENTS
+from .grafana import DATASOURCE, Json
+from .queries import Selection
+from .queries.updates import reloaded_at
+
+ABOUT = {
+    "cluster": ("Cluster", "Where your scrape adds a label of this name"),
+    "namespace": ("Namespace", "Where your scrape adds a label of this name"),
+    "job": ("Job", "Scrape job"),
+    "model": ("Model", "SGLang's served model name"),
+    "instance": ("Target", "Scraped host or pod"),
+    "engine": ("Engine", "One engine on its host: SGLang's port"),
+    "role": ("Role", "Target or draft model"),
+    "gpu": ("GPU", "UUID as dcgm-exporter has it"),
+}
 
 
-def annotation() -> Json:
-    """One line a reload of an engine, at the exact time and not at the next scrape.
-
-    `useValueForTime` reads the series' value as milliseconds. Grafana 10 reads `expr` and `step`,
-    later releases `target`.
-    """
-    expression = f"{RELOADED_AT} * 1000"
-    return {
-        "name": "Reloads",
-        "datasource": DATASOURCE,
-        "enable": True,
-        "hide": False,
-        "iconColor": "yellow",
-        "expr": expression,
-        "step": "5s",
-        "target": {"refId": "Anno", "expr": expression, "interval": "5s"},
-        "useValueForTime": "on",
-        "titleFormat": "Weights reloaded",
-        "textFormat": "{{model_name}} {{engine}} on {{instance}}",
-        "tagKeys": "engine",
+def variables(selection: Selection) -> list[Json]:
+    """Each is narrowed by those before it."""
+    source: Json = {
+        "name": "datasource",
+        "label": "Data source",
+        "type": "datasource",
+        "query": "prometheus",
+        "refresh": 1,
+        "multi": False,
+        "includeAll": False,
+        "current": {},
+        "hide": 0,
+        "options": [],
+        "regex": "",
+        "skipUrlSync": False,
     }
+    found, narrowed_by = [source], ""
+    for label, name in selection.variables.items():
+        found.append(variable(name, label, f"{{{narrowed_by}}}"))
+        narrowed_by += f'{", " if narrowed_by else ""}{label}=~"${name}"'
+    return found
 
 
-def variable(name: str, label: str, label_name: str, narrowed_by: str, description: str) -> Json:
+def variable(name: str, label_name: str, narrowed_by: str) -> Json:
+    label, description = ABOUT[name]
     definition = f"label_values(sglang_weight_info{narrowed_by}, {label_name})"
     return {
         "name": name,
@@ -58,28 +67,50 @@ def variable(name: str, label: str, label_name: str, narrowed_by: str, descripti
     }
 
 
-def variables() -> list[Json]:
-    model = 'model_name=~"$model"'
-    target = f'{model}, instance=~"$instance"'
-    engine = f'{target}, engine=~"$engine"'
-    return [
-        {
-            "name": "datasource",
-            "label": "Data source",
-            "type": "datasource",
-            "query": "prometheus",
-            "refresh": 1,
-            "multi": False,
-            "includeAll": False,
-            "current": {},
-            "hide": 0,
-            "options": [],
-            "regex": "",
-            "skipUrlSync": False,
-        },
-        variable("model", "Model", "model_name", "", "SGLang's served model name"),
-        variable("instance", "Target", "instance", f"{{{model}}}", "Scraped host or pod"),
-        variable("engine", "Engine", "engine", f"{{{target}}}", "One engine on its host"),
-        variable("role", "Role", "role", f"{{{engine}}}", "Target or draft model"),
-        variable("gpu", "GPU", "gpu_uuid", f"{{{engine}}}", "UUID as dcgm-exporter has it"),
-    ]
+def updates(selection: Selection, panels: list[int]) -> Json:
+    """One line an update of an engine, at the exact time and not at the next scrape, on panels
+    where it explains something. Grafana has a switch for it above the panels.
+
+    `useValueForTime` reads the series' value as milliseconds. Grafana 10 reads `expr` and `step`,
+    later releases `target`.
+    """
+    expression = f"{reloaded_at(selection)} * 1000"
+    return {
+        "name": "Updates",
+        "datasource": DATASOURCE,
+        "enable": True,
+        "hide": False,
+        "iconColor": "yellow",
+        "filter": {"exclude": False, "ids": panels},
+        "expr": expression,
+        "step": "5s",
+        "target": {"refId": "Anno", "expr": expression, "interval": "5s"},
+        "useValueForTime": "on",
+        "titleFormat": "Weights updated",
+        "textFormat": "{{model_name}} {{engine}} on {{instance}}",
+        "tagKeys": "engine",
+    }
+
+
+def link(title: str, url: str, icon: str, *, here: bool) -> Json:
+    return {
+        "type": "link",
+        "title": title,
+        "url": url,
+        "icon": icon,
+        "tooltip": "",
+        "tags": [],
+        "asDropdown": False,
+        "targetBlank": not here,
+        "keepTime": here,
+        "includeVars": here,
+    }
+
+
+def to_board(title: str, uid: str) -> Json:
+    """The other board with the same time range and the same selection."""
+    return link(title, f"/d/{uid}", "dashboard", here=True)
+
+
+def to_runbooks() -> Json:
+    return link("Runbooks", f"{DOCUMENTS}/alerts.md", "doc", here=False)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""``dashboard``: the Grafana dashboard and the Prometheus rules, from the installed package."""
+"""``dashboard``: the Grafana dashboards and the Prometheus rules, from the installed package."""
 
 from __future__ import annotations
 
@@ -8,24 +8,33 @@ import argparse
 import sys
 from pathlib import Path
 
-DASHBOARD = "sglang-weights.json"
+BOARDS = {"fleet": "sglang-fleet.json", "engine": "sglang-engine.json"}
 RULES = "sglang-weights.rules.yml"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "dashboard",
-        help="print or write the Grafana dashboard and the Prometheus rules",
-        description="Prints the Grafana dashboard (JSON, to import into Grafana 10 or later) or, "
-        "with --rules, the Prometheus recording and alert rules (YAML, for rule_files). With "
-        "--output both are written as files.",
+        help="print or write the Grafana dashboards and the Prometheus rules",
+        description="Prints a Grafana dashboard (JSON, to import into Grafana 10 or later): the "
+        "fleet on one screen, or the detail of its engines. The two link to each other. With "
+        "--rules it prints the Prometheus recording and alert rules (YAML, for rule_files). With "
+        "--output all three are written as files.",
     )
-    parser.add_argument("--rules", action="store_true", help="print the rules, not the dashboard")
+    parser.add_argument(
+        "board",
+        nargs="?",
+        choices=BOARDS,
+        default="fleet",
+        help="the dashboard to print (default: %(default)s)",
+    )
+    parser.add_argument("--rules", action="store_true", help="print the rules, not a dashboard")
     parser.add_argument(
         "--output",
         metavar="DIR",
         type=Path,
-        help=f"write {DASHBOARD} and {RULES} into this directory, which is made if need be",
+        help=f"write {', '.join(BOARDS.values())} and {RULES} into this directory, which is made "
+        "if need be",
     )
     parser.set_defaults(run=run)
 
@@ -33,11 +42,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def run(arguments: argparse.Namespace) -> int:
     """Exit status: 0, or 1 when a file cannot be written."""
     if arguments.output is None:
-        sys.stdout.write(content(RULES if arguments.rules else DASHBOARD))
+        sys.stdout.write(content(RULES if arguments.rules else BOARDS[arguments.board]))
         return 0
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        for name in (DASHBOARD, RULES):
+        for name in (*BOARDS.values(), RULES):
             (arguments.output / name).write_text(content(name), encoding="utf-8")
             print(arguments.output / name)
     except OSError as error:

@@ -322,7 +322,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         _by_source(lambda counts: counts.duration, exemplar=True),
     ),
     Instrument(
-        "sglang_weight_load_duration_seconds",
+        "sglang_weight_first_load_seconds",
         "gauge",
         "s",
         "Time of the first load.",

@@ -17,12 +17,20 @@ from engines import Engine, eventually
 from monitoring import DASHBOARDS, Monitoring, replay
 from panel_page import PanelPage, build
 
+BOARDS = ("sglang-fleet", "sglang-engine")
+
 
 @pytest.fixture(scope="session")
-def dashboard() -> dict[str, Any]:
-    """The dashboard as it is shipped."""
-    shipped: dict[str, Any] = json.loads((DASHBOARDS / "sglang-weights.json").read_text())
-    return shipped
+def boards() -> dict[str, dict[str, Any]]:
+    """The dashboards as they are shipped, by name."""
+    return {name: json.loads((DASHBOARDS / f"{name}.json").read_text()) for name in BOARDS}
+
+
+@pytest.fixture(params=BOARDS)
+def dashboard(request: pytest.FixtureRequest, boards: dict[str, Any]) -> dict[str, Any]:
+    """Each of them."""
+    found: dict[str, Any] = boards[request.param]
+    return found
 
 
 def has_both(stack: Monitoring, selected: str) -> bool:
@@ -54,6 +62,6 @@ def monitoring(engine: Engine) -> Iterator[Monitoring]:
 
 
 @pytest.fixture(scope="session")
-def panel_page(dashboard: dict[str, Any]) -> PanelPage:
-    """The page of panels with the shipped dashboard in it."""
-    return build(dashboard)
+def panel_page(boards: dict[str, dict[str, Any]]) -> PanelPage:
+    """The page of panels with the shipped dashboards in it."""
+    return build(boards)

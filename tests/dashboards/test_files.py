@@ -42,15 +42,18 @@ def generate(checkout: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 def test_a_stale_file_is_named(tmp_path: Path) -> None:
     shutil.copytree(DASHBOARDS, tmp_path / "dashboards")
-    stale = tmp_path / "dashboards" / "sglang-weights.json"
+    stale = tmp_path / "dashboards" / "sglang-engine.json"
     stale.write_text(stale.read_text().replace("Tensors moved", "Tensors shifted"))
     done = generate(tmp_path, "--check")
     assert done.returncode == 1
-    assert "sglang-weights.json" in done.stderr
+    assert "sglang-engine.json" in done.stderr
     assert "Tensors shifted" in stale.read_text()  # --check writes nothing
     assert generate(tmp_path).returncode == 0
     assert "Tensors shifted" not in stale.read_text()
 
+
+#: Labels of the scrape, that the exporter does not serve.
+SCRAPED = {"cluster", "namespace", "job", "instance"}
 
 # --- names --------------------------------------------------------------------------------------
 
@@ -68,8 +71,13 @@ def served() -> dict[str, set[str]]:
     return found
 
 
+def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
+    """All panels, those in closed rows too."""
+    return [one for each in dashboard["panels"] for one in (each, *each.get("panels", []))]
+
+
 def expressions(dashboard: dict[str, Any]) -> list[str]:
-    found = [target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])]
+    found = [target["expr"] for panel in panels(dashboard) for target in panel.get("targets", [])]
     found += [annotation["expr"] for annotation in dashboard["annotations"]["list"]]
     found += [
         variable["query"]["query"]
@@ -86,14 +94,14 @@ def test_only_series_that_the_exporter_serves_are_asked_for(dashboard: dict[str,
             assert name in names, f"{name} in {expression}"
         for name, matchers in re.findall(r"(?<![:\w])(sglang_\w+)\{([^}]*)\}", expression):
             asked = set(re.findall(r"(\w+)\s*(?:=~|!=|!~|=)", matchers))
-            assert asked <= names[name] | {"instance", "job"}, f"{name}{{{matchers}}}"
+            assert asked <= names[name] | SCRAPED, f"{name}{{{matchers}}}"
 
 
 # --- the dashboard ------------------------------------------------------------------------------
 
 
 def test_every_panel_explains_itself(dashboard: dict[str, Any]) -> None:
-    for panel in dashboard["panels"]:
+    for panel in panels(dashboard):
         if panel["type"] in {"row", "text"}:
             continue
         defaults = panel["fieldConfig"]["defaults"]
@@ -106,29 +114,59 @@ def test_every_panel_explains_itself(dashboard: dict[str, Any]) -> None:
 
 
 def test_panels_neither_overlap_nor_leave_the_grid(dashboard: dict[str, Any]) -> None:
-    taken: set[tuple[int, int]] = set()
-    for panel in dashboard["panels"]:
-        at = panel["gridPos"]
-        cells = {
-            (x, y)
-            for x in range(at["x"], at["x"] + at["w"])
-            for y in range(at["y"], at["y"] + at["h"])
-        }
-        assert not cells & taken, panel["title"]
-        assert at["x"] + at["w"] <= 24, panel["title"]
-        taken |= cells
+    # Panels of a closed row lie below its heading, over the headings of the next ones.
+    rows = [panel["panels"] for panel in dashboard["panels"] if panel["type"] == "row"]
+    for together in (dashboard["panels"], *rows):
+        taken: set[tuple[int, int]] = set()
+        for panel in together:
+            at = panel["gridPos"]
+            cells = {
+                (x, y)
+                for x in range(at["x"], at["x"] + at["w"])
+                for y in range(at["y"], at["y"] + at["h"])
+            }
+            assert not cells & taken, panel["title"]
+            assert at["x"] + at["w"] <= 24, panel["title"]
+            taken |= cells
     for key in ("id", "title"):
-        values = [panel[key] for panel in dashboard["panels"] if panel["type"] != "row"]
+        values = [panel[key] for panel in panels(dashboard) if panel["type"] != "row"]
         assert len(values) == len(set(values))
 
 
-def test_nothing_is_bound_to_one_grafana(dashboard: dict[str, Any]) -> None:
-    assert set(re.findall(r'"uid": "([^"]*)"', json.dumps(dashboard))) == {
-        "sglang-weights",
-        "${datasource}",
-    }
-    names = [variable["name"] for variable in dashboard["templating"]["list"]]
-    assert names == ["datasource", "model", "instance", "engine", "role", "gpu"]
+def test_the_fleet_is_one_screen_and_the_engine_s_rows_are_closed(boards: dict[str, Any]) -> None:
+    fleet, engine = boards["sglang-fleet"]["panels"], boards["sglang-engine"]["panels"]
+    assert len(fleet) <= 12
+    assert all(panel["type"] != "row" for panel in fleet)
+    rows = [panel for panel in engine if panel["type"] == "row"]
+    assert rows == engine[-len(rows) :]
+    assert all(row["collapsed"] and row["panels"] for row in rows)
+
+
+def test_nothing_is_bound_to_one_grafana(boards: dict[str, Any]) -> None:
+    place = ["cluster", "namespace", "job", "model", "instance"]
+    selected = {"sglang-fleet": place, "sglang-engine": [*place, "engine", "role", "gpu"]}
+    for name, dashboard in boards.items():
+        uids = set(re.findall(r'"uid": "([^"]*)"', json.dumps(dashboard)))
+        assert uids == {name, "${datasource}"}
+        names = [variable["name"] for variable in dashboard["templating"]["list"]]
+        assert names == ["datasource", *selected[name]]
+
+
+def test_links_lead_to_what_is_there(boards: dict[str, Any]) -> None:
+    """To a board of these two with variables that it has, or to a section of the runbooks."""
+    text = (ROOT / "docs" / "alerts.md").read_text()
+    anchors = {name.lower() for name in re.findall(r"^## (\w+)$", text, re.MULTILINE)}
+    found = re.findall(r'"url": "([^"]*)"', json.dumps(boards))
+    assert len(found) > 10
+    for url in found:
+        if url.startswith("https://"):
+            page, _, anchor = url.partition("#")
+            assert page.endswith("/docs/alerts.md")
+            assert anchor in {"", "${__value.text}", *anchors}
+        else:
+            board = boards[re.fullmatch(r"/d/([\w-]+)(\?.*)?", url)[1]]  # type: ignore[index]
+            names = {variable["name"] for variable in board["templating"]["list"]}
+            assert set(re.findall(r"[?&]var-(\w+)=", url)) <= names
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -144,16 +182,17 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_prints_what_is_shipped() -> None:
-    assert command().stdout == (DASHBOARDS / "sglang-weights.json").read_text()
+    assert command().stdout == (DASHBOARDS / "sglang-fleet.json").read_text()
+    assert command("engine").stdout == (DASHBOARDS / "sglang-engine.json").read_text()
     assert command("--rules").stdout == RULES.read_text()
 
 
-def test_the_command_writes_both_files(tmp_path: Path) -> None:
+def test_the_command_writes_all_files(tmp_path: Path) -> None:
     done = command("--output", tmp_path / "new" / "directory")
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         assert Path(line).read_text() == (DASHBOARDS / Path(line).name).read_text()
-    assert len(done.stdout.splitlines()) == 2
+    assert len(done.stdout.splitlines()) == 3
 
 
 def test_the_command_says_why_it_cannot_write(tmp_path: Path) -> None:

@@ -97,8 +97,23 @@ class PanelPage:
         return found
 
 
-def build(dashboard: dict[str, Any]) -> PanelPage:
-    """Grafana's libraries are installed once for each set of versions; the page is built anew."""
+def is_drawn(panel: dict[str, Any]) -> None:
+    """AssertionError unless a panel that `look` found shows its data."""
+    assert panel["failed"] is None, panel
+    if panel["title"] != "Firing now":  # where nothing fires, that is what it says
+        assert panel["empty"] is None, panel
+    assert all(panel["canvases"]), panel
+    if panel["type"] != "text":
+        assert panel["state"] == "Done", panel
+    if panel["type"] in {"timeseries", "barchart", "heatmap", "state-timeline"}:
+        assert len(panel["canvases"]) == 1, panel
+
+
+def build(dashboards: dict[str, dict[str, Any]]) -> PanelPage:
+    """The page with these dashboards in it, which it calls boards, by name.
+
+    Grafana's libraries are installed once for each set of versions; the page is built anew.
+    """
     versions = hashlib.sha256((SOURCES / "package-lock.json").read_bytes()).hexdigest()[:12]
     directory = CACHE / f"panels-{versions}"
     directory.mkdir(parents=True, exist_ok=True)
@@ -116,6 +131,7 @@ def build(dashboard: dict[str, Any]) -> PanelPage:
             icons = directory / "node_modules/@grafana/ui/dist/public/img/icons"
             shutil.copytree(icons, directory / "public/build/img/icons", dirs_exist_ok=True)
             (directory / "installed").touch()
-        (directory / "public" / "dashboard.json").write_text(json.dumps(dashboard))
+        for name, dashboard in dashboards.items():
+            (directory / "public" / f"{name}.json").write_text(json.dumps(dashboard))
         page.node_run("node_modules/vite/bin/vite.js", "build")
     return page

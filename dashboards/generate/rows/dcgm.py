@@ -4,32 +4,16 @@
 
 from __future__ import annotations
 
-from ..grafana import (
-    NO_DCGM,
-    Json,
-    query,
-    row,
-    text,
-    timeseries,
-)
-from ..promql import (
-    FRAMEBUFFER_USED,
-    OURS,
-    by_name,
-    by_uuid,
-    select,
-)
+from ..grafana import NO_DCGM, Json, query, text, timeseries
+from ..queries import ENGINES, neighbours
 
 
-def joined_with_dcgm() -> list[Json]:
-    weights = by_uuid(select("sglang_weight_resident_bytes"))
-    everything = by_uuid(by_name(OURS))
-    return row(
-        "With dcgm-exporter",
+def panels() -> list[Json]:
+    return [
         timeseries(
             "Weights' share of used framebuffer",
             "Resident weights over DCGM_FI_DEV_FB_USED, joined by the GPU's UUID.",
-            [query(f"{weights} / on (UUID) {FRAMEBUFFER_USED}", "{{UUID}}")],
+            [query(neighbours.share_of_framebuffer(ENGINES), "{{UUID}}")],
             "percentunit",
             NO_DCGM,
             width=9,
@@ -39,7 +23,7 @@ def joined_with_dcgm() -> list[Json]:
             "Framebuffer that is neither weights nor KV",
             "DCGM_FI_DEV_FB_USED minus weights, LoRA slots and KV pool: activations, CUDA graphs, "
             "contexts, other processes. Growth here while the rest stands still is a leak.",
-            [query(f"{FRAMEBUFFER_USED} - on (UUID) {everything}", "{{UUID}}")],
+            [query(neighbours.rest_of_framebuffer(ENGINES), "{{UUID}}")],
             "bytes",
             NO_DCGM,
             width=9,
@@ -47,7 +31,7 @@ def joined_with_dcgm() -> list[Json]:
         text(
             "When these panels are empty",
             "These two need [dcgm-exporter](https://github.com/NVIDIA/dcgm-exporter) scraped by "
-            "the same Prometheus; everything else on this dashboard does not.\n\n"
+            "the same Prometheus; everything else on this board does not.\n\n"
             "* dcgm-exporter listens on **:9400**, as this exporter does. On one host set "
             "`SGLANG_WEIGHT_EXPORTER_PORT`, or start dcgm-exporter with `--address :9401`.\n"
             "* The join is `gpu_uuid` = dcgm's `UUID`. MIG instances share their parent's `UUID` "
@@ -56,4 +40,4 @@ def joined_with_dcgm() -> list[Json]:
             6,
             8,
         ),
-    )
+    ]

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""The first screen: where the memory of the GPUs went."""
+"""Where the memory of the GPUs went: the engine board's first screen, and what is below it."""
 
 from __future__ import annotations
 
@@ -10,82 +10,81 @@ from ..grafana import (
     NOT_LOADED,
     Json,
     coloured,
+    linked,
     override,
     queries,
+    query,
+    runbook,
     stacked_bars,
     stat,
+    state_timeline,
     timeseries,
 )
-from ..promql import (
-    GPU_SPLIT,
-    RELOADED_AT,
-    TARGET,
-    labelled,
-    nvml,
-    reloads_in_range,
-    select,
-)
+from ..queries import ENGINES, Selection, engines, exporter, memory, updates
+
+DASHED = {"fill": "dash", "dash": [8, 6]}
 
 
-def gpu_bars(title: str, description: str, *, share: bool, width: int) -> Json:
-    split = queries(
-        {name: labelled(e) for name, e in GPU_SPLIT.items()}, instant=True, format="table"
-    )
-    values = {f"Value #{target['refId']}": target["legendFormat"] for target in split}
+def gpu_bars(selection: Selection, *, width: int, height: int) -> Json:
+    parts = queries(memory.fullest(selection), instant=True, format="table")
+    values = {f"Value #{target['refId']}": target["legendFormat"] for target in parts}
     return stacked_bars(
-        title,
-        description,
-        split,
+        "Where did my GPU memory go",
+        f"Memory now of the {memory.FULLEST} GPUs with the most in use, by host and index: weights "
+        "by role, LoRA slots, KV pool, what else is in use (activations, CUDA graphs, contexts, "
+        "other processes) and what is free. Weights and KV are measured from their storages, the "
+        "rest is NVML's, where free includes what the driver keeps for itself. A CPU engine has "
+        "no NVML part.",
+        parts,
         [
             {"id": "joinByField", "options": {"byField": "where", "mode": "outer"}},
             {
                 "id": "filterFieldsByName",
-                "options": {"include": {"names": ["where", *values]}},
+                "options": {"include": {"names": ["where", *values, "gpu_uuid"]}},
             },
         ],
         "where",
         NOT_LOADED,
-        *(coloured_value(field, name) for field, name in values.items()),
-        share=share,
+        *(
+            override(field, displayName=name, color={"mode": "fixed", "fixedColor": COLOURS[name]})
+            for field, name in values.items()
+        ),
+        # No bar: Grafana shows it with the others in the tooltip.
+        override("gpu_uuid", displayName="UUID"),
+        share=False,
         width=width,
-        height=9,
+        height=height,
     )
 
 
-def coloured_value(field: str, name: str) -> Json:
-    return override(field, displayName=name, color={"mode": "fixed", "fixedColor": COLOURS[name]})
+def first_screen() -> list[Json]:
+    return [*totals(), *zero_when_healthy(), *now()]
 
 
-def where_the_memory_went() -> list[Json]:
-    weights = select("sglang_weight_resident_bytes")
-    kv = select("sglang_kv_pool_resident_bytes")
-    on_gpus = select("sglang_weight_resident_bytes", 'gpu_uuid!=""')
-    targets = select("sglang_weight_loaded_timestamp_seconds", TARGET)
-    total = f"sum({nvml('sglang_gpu_memory_total_bytes')})"
+def totals() -> list[Json]:
+    resident = "sglang_weight_resident_bytes"
     return [
         stat(
             "Weights",
             "Bytes of weights that physical memory backs now, all selected ranks: target, draft "
             "and buffers. Each storage counts once. Falls to 0 while SGLang has released them.",
-            f"sum({weights})",
+            f"sum({ENGINES.series(resident)})",
             "bytes",
             NOT_LOADED,
             (None, "blue"),
-            sparkline=True,
         ),
         stat(
             "KV pool",
             "Bytes of KV pools that physical memory backs now, all selected ranks and pools.",
-            f"sum({kv})",
+            f"sum({ENGINES.series('sglang_kv_pool_resident_bytes')})",
             "bytes",
             "No KV pool allocated yet",
             (None, "orange"),
-            sparkline=True,
         ),
         stat(
             "Weight share",
             "Resident weights as a share of the total memory of the GPUs that hold them (NVML).",
-            f"sum({on_gpus}) / {total}",
+            memory.weight_share(ENGINES),
             "percentunit",
             NO_NVML,
             (None, "green"),
@@ -93,102 +92,154 @@ def where_the_memory_went() -> list[Json]:
             (0.85, "red"),
         ),
         stat(
-            "Last reload, age",
-            "Time since weights last changed after they were first loaded, the latest engine "
-            "counts. The first load is not a reload. Dashed lines in the graphs mark each one.",
-            f"time() - max({RELOADED_AT})",
-            "s",
-            "Not reloaded since they were loaded",
-        ),
-        stat(
-            "Reloads",
-            "Logical updates that changed weights in the time range, once an engine and not once "
-            "a rank.",
-            reloads_in_range("sglang_weight_updates_total"),
-            "short",
-            NOT_LOADED,
-        ),
-        stat(
-            "Failed reloads",
-            "Updates that failed in the time range, once an engine. A failed update may have left "
-            "weights half written: see the alert's runbook.",
-            reloads_in_range("sglang_weight_update_failures_total"),
-            "short",
-            NOT_LOADED,
-            (None, "green"),
-            (1, "red"),
-        ),
-        stat(
-            "Tensors moved",
-            "Tensors whose address changed in an update in the time range. CUDA graphs keep the "
-            "old addresses, so an in-place reload should move none.",
-            f"sum(round(increase({select('sglang_weight_tensors_moved_total')}[$__range])))",
-            "short",
-            NOT_LOADED,
-            (None, "green"),
-            (1, "orange"),
-        ),
-        stat(
             "Ranks",
             "Ranks of the target model that are alive.",
-            f"count({targets})",
+            engines.alive(ENGINES),
             "short",
             NOT_LOADED,
         ),
-        gpu_bars(
-            "Where did my GPU memory go",
-            "Each GPU's memory now: weights by role, LoRA slots, KV pool, what else is in use "
-            "(activations, CUDA graphs, contexts, other processes) and what is free. Weights and "
-            "KV are measured from their storages, the rest is NVML's, where free includes what the "
-            "driver keeps for itself. A CPU engine has no NVML part.",
-            share=False,
-            width=14,
+        stat(
+            "Last update, age",
+            "Time since weights last changed after they were first loaded, the latest engine "
+            "counts. The first load is no update.",
+            f"time() - max({updates.reloaded_at(ENGINES)})",
+            "s",
+            "Not updated since they were loaded",
         ),
-        gpu_bars(
-            "… as share",
-            "The same as a share of each GPU.",
-            share=True,
-            width=10,
+        stat(
+            "Updates done",
+            "Logical updates that changed weights in the time range, once an engine and not once "
+            "a rank.",
+            updates.in_range(ENGINES, "sglang_weight_updates_total"),
+            "short",
+            NOT_LOADED,
         ),
+    ]
+
+
+def zero_when_healthy() -> list[Json]:
+    failed = updates.in_range(ENGINES, "sglang_weight_update_failures_total")
+    orange = ((None, "green"), (1, "orange"))
+    return [
+        linked(
+            stat(
+                "Failed updates",
+                "Updates that failed in the time range, once an engine. A failed update may have "
+                "left weights half written.",
+                failed,
+                "short",
+                NOT_LOADED,
+                (None, "green"),
+                (1, "red"),
+                width=5,
+            ),
+            runbook("SGLangWeightReloadFailed"),
+        ),
+        linked(
+            stat(
+                "Tensors moved",
+                "Tensors whose address changed in an update in the time range. CUDA graphs keep "
+                "the old addresses, so an in-place update should move none.",
+                updates.moved_in_range(ENGINES),
+                "short",
+                NOT_LOADED,
+                *orange,
+                width=5,
+            ),
+            runbook("SGLangWeightTensorsMoved"),
+        ),
+        linked(
+            stat(
+                "Hooks failed",
+                "Functions of SGLang, times ranks, that could not be hooked although that release "
+                "should have them: updates on those paths are not seen.",
+                exporter.hooks_failed(ENGINES),
+                "short",
+                NOT_LOADED,
+                *orange,
+                width=5,
+            ),
+            runbook("SGLangWeightHooksMissing"),
+        ),
+        linked(
+            stat(
+                "Errors in hooks",
+                "Exceptions of this exporter's own hooks that were caught inside engines.",
+                exporter.hook_errors(ENGINES),
+                "short",
+                NOT_LOADED,
+                *orange,
+                width=5,
+            ),
+            runbook("SGLangWeightHookErrors"),
+        ),
+        stat(
+            "Files unread",
+            "Files of ranks that the exporter could not read.",
+            exporter.read_errors(ENGINES),
+            "short",
+            NOT_LOADED,
+            *orange,
+            width=4,
+        ),
+    ]
+
+
+def now() -> list[Json]:
+    return [
+        gpu_bars(ENGINES, width=12, height=8),
         timeseries(
             "Weights against KV pool",
             "Resident bytes of all selected ranks over time, stacked. The dashed line is the total "
-            "memory of their GPUs (NVML).",
-            queries(
-                {
-                    **{
-                        name: f"sum({GPU_SPLIT[name]})"
-                        for name in GPU_SPLIT
-                        if name not in ("Free",)
-                    },
-                    "GPU memory": total,
-                }
-            ),
+            "memory of their GPUs (NVML). Yellow lines are updates.",
+            [query(memory.over_time(ENGINES), "{{part}}")],
             "bytes",
             NOT_LOADED,
-            *(coloured(name) for name in GPU_SPLIT if name != "Free"),
+            *(coloured(name) for name in COLOURS if name != "Free"),
             override(
                 "GPU memory",
                 color={"mode": "fixed", "fixedColor": "text"},
                 custom__stacking={"mode": "none", "group": "B"},
                 custom__fillOpacity=0,
-                custom__lineStyle={"fill": "dash", "dash": [8, 6]},
+                custom__lineStyle=DASHED,
             ),
             stacked=True,
+            explained_by_updates=True,
         ),
+        linked(
+            state_timeline(
+                "State of weights and KV pool",
+                "By engine, as soon as one of its ranks is in that state: weights and KV pool are "
+                "there, were released (release_memory_occupation), or an update is in progress.",
+                [query(engines.state(ENGINES), "{{where}}")],
+                {
+                    0: ("resident", "green"),
+                    1: ("weights released", "blue"),
+                    2: ("KV pool released", "orange"),
+                    3: ("both released", "purple"),
+                    4: ("updating", "yellow"),
+                    5: ("updating, weights released", "semi-dark-yellow"),
+                    6: ("updating, KV pool released", "semi-dark-orange"),
+                    7: ("updating, both released", "dark-yellow"),
+                },
+                NOT_LOADED,
+                width=24,
+                height=6,
+            ),
+            runbook("SGLangWeightReloadStuck"),
+            runbook("SGLangWeightsReleased"),
+        ),
+    ]
+
+
+def over_time() -> list[Json]:
+    return [
         timeseries(
             "Reserved against resident",
             "Reserved is what the tensors span, resident what physical memory backs. They part "
             "while SGLang has released memory (release_memory_occupation): the addresses stay, "
             "the memory goes.",
-            queries(
-                {
-                    "Weights reserved": f"sum({select('sglang_weight_bytes')})",
-                    "Weights resident": f"sum({weights})",
-                    "KV pool reserved": f"sum({select('sglang_kv_pool_bytes')})",
-                    "KV pool resident": f"sum({kv})",
-                }
-            ),
+            [query(memory.reserved_and_resident(ENGINES), "{{part}}")],
             "bytes",
             NOT_LOADED,
             *(
@@ -196,7 +247,7 @@ def where_the_memory_went() -> list[Json]:
                     f"{what} {state}",
                     color={"mode": "fixed", "fixedColor": colour},
                     **(
-                        {"custom__lineStyle": {"fill": "dash", "dash": [8, 6]}}
+                        {"custom__lineStyle": DASHED}
                         if state == "reserved"
                         else {"custom__fillOpacity": 15}
                     ),
@@ -204,5 +255,15 @@ def where_the_memory_went() -> list[Json]:
                 for what, colour in (("Weights", "blue"), ("KV pool", "orange"))
                 for state in ("reserved", "resident")
             ),
+            explained_by_updates=True,
+        ),
+        timeseries(
+            "KV capacity in tokens",
+            "Tokens that each engine's KV pools can hold. Tensor and pipeline ranks hold parts of "
+            "the same tokens and count once, data-parallel ranks add up.",
+            [query(engines.kv_tokens(ENGINES), "{{where}} {{pool}}")],
+            "short",
+            "No KV pool allocated yet",
+            explained_by_updates=True,
         ),
     ]

@@ -4,140 +4,62 @@
 
 from __future__ import annotations
 
-from ..grafana import (
-    NOT_LOADED,
-    Json,
-    override,
-    queries,
-    query,
-    row,
-    stacked_bars,
-    table,
-    timeseries,
-)
-from ..promql import (
-    ENGINE,
-    RANK,
-    TARGET,
-    happened,
-    ranked,
-    select,
-)
+from ..grafana import NOT_LOADED, Json, override, queries, query, stacked_bars, table, timeseries
+from ..queries import ENGINES, engines
+
+UNITS = {
+    "Weights": "bytes",
+    "Resident": "bytes",
+    "Tensors": "none",
+    "Regions": "none",
+    "KV pool": "bytes",
+    "KV tokens": "none",
+    "Version": "none",
+    "Last change": "dateTimeAsIso",
+    "First load": "s",
+}
+#: Column to label and width in pixels, in the order in which they stand.
+WORDS = {
+    "Target": ("instance", 150),
+    "Engine": ("engine", 80),
+    "Role": ("role", 75),
+    "Rank": ("rank", 80),
+    "Device": ("device", 80),
+    "Model path": ("model_path", 190),
+    "Quantization": ("quantization", 120),
+    "GPU": ("gpu_uuid", 340),
+    "GPU model": ("gpu_name", 160),
+    "Architecture": ("architecture", 190),
+    "SGLang": ("sglang_version", 90),
+    "torch": ("torch_version", 110),
+}
+WIDTHS = {"Last change": 170, "KV tokens": 100, "First load": 95}
+HIDDEN = ["Time", "__name__", "cluster", "namespace", "job", "pod", "host", "model_name"]
+HIDDEN += ["tp_rank", "pp_rank", "dp_rank", "moe_ep_rank", "tp", "pp", "dp", "pci_bus_id"]
 
 
-def ranks() -> list[Json]:
-    def rank_sum(metric: str) -> str:
-        return f"sum by ({RANK}) ({select(metric)})"
-
-    columns = {
-        "Facts": (
-            f"label_join({select('sglang_weight_info')},"
-            ' "rank", "/", "tp_rank", "pp_rank", "dp_rank", "moe_ep_rank")'
-        ),
-        "Weights": rank_sum("sglang_weight_bytes"),
-        "Tensors": rank_sum("sglang_weight_tensors"),
-        "Regions": rank_sum("sglang_weight_regions"),
-        "KV pool": rank_sum("sglang_kv_pool_bytes"),
-        "KV tokens": f"max by ({RANK}) ({select('sglang_kv_pool_tokens')})",
-        "KV bytes a token": (
-            f"sum by ({RANK}) ({select('sglang_kv_pool_bytes')}"
-            f" / {select('sglang_kv_pool_tokens')})"
-        ),
-        "Weight version": f"max by ({RANK}) ({select('sglang_weight_version')})",
-        "Last change": (
-            f"max by ({RANK}) ({select('sglang_weight_last_update_timestamp_seconds')}) * 1000"
-        ),
-        "Resident": rank_sum("sglang_weight_resident_bytes"),
-        "Load time": f"max by ({RANK}) ({select('sglang_weight_load_duration_seconds')})",
-    }
-    targets = queries(columns, instant=True, format="table")
-    letters = {target["legendFormat"]: f"Value #{target['refId']}" for target in targets}
-    units = {
-        "Weights": "bytes",
-        "Resident": "bytes",
-        "KV pool": "bytes",
-        "KV bytes a token": "bytes",
-        "Last change": "dateTimeAsIso",
-        "Load time": "s",
-        "Tensors": "none",
-        "Regions": "none",
-        "KV tokens": "none",
-        "Weight version": "none",
-    }
-    widths = {
-        "Target": 130,
-        "Engine": 85,
-        "Role": 75,
-        "TP/PP/DP/EP": 120,
-        "Device": 85,
-        "GPU": 125,
-        "Model path": 190,
-        "Weights": 100,
-        "Tensors": 95,
-        "Regions": 95,
-        "KV pool": 100,
-        "KV tokens": 110,
-        "KV bytes a token": 155,
-        "Weight version": 140,
-        "Last change": 165,
-        "Resident": 105,
-        "Load time": 110,
-    }
-    order = [
-        "instance",
-        "engine",
-        "role",
-        "rank",
-        "device",
-        "gpu_uuid",
-        "model_path",
-        *(letters[name] for name in list(columns)[1:]),
-        "quantization",
-        "architecture",
-        "gpu_name",
-        "sglang_version",
-        "torch_version",
-    ]
-    hidden = ["Time", "__name__", "job", "model_name", "tp_rank", "pp_rank", "dp_rank"]
-    hidden += ["moe_ep_rank", "pci_bus_id", letters["Facts"]]
-    renamed = {
-        "instance": "Target",
-        "engine": "Engine",
-        "role": "Role",
-        "rank": "TP/PP/DP/EP",
-        "device": "Device",
-        "gpu_uuid": "GPU",
-        "model_path": "Model path",
-        "quantization": "Quantization",
-        "architecture": "Architecture",
-        "gpu_name": "GPU model",
-        "sglang_version": "SGLang",
-        "torch_version": "torch",
-    }
-    bar = ranked(select("sglang_weight_bytes"))
-    dtypes = query(
-        "sum by (where, dtype)"
-        f' (label_join({bar}, "where", " ", "instance", "engine", "role", "rank"))',
-        instant=True,
-        format="table",
-    )
-    return row(
-        "Ranks",
+def panels() -> list[Json]:
+    targets = queries(engines.columns(ENGINES), instant=True, format="table")
+    fields = {target["legendFormat"]: f"Value #{target['refId']}" for target in targets}
+    labels = [label for label, _ in WORDS.values()]
+    at = labels.index("model_path")
+    order = [*labels[:at], *(fields[name] for name in UNITS), *labels[at:]]
+    return [
         table(
             "What each rank holds",
-            "One line a rank, role and device: what is loaded, from where, how much memory it "
-            "spans, and what its KV pool holds. Model path is the path at launch.",
+            "One line a rank, role and device: how much memory its weights span, what its KV pool "
+            "holds, and what is loaded, from where. Model path is the path at launch.",
             targets,
             [
                 {"id": "merge", "options": {}},
                 {
                     "id": "organize",
                     "options": {
-                        "excludeByName": dict.fromkeys(hidden, True),
+                        "excludeByName": dict.fromkeys([*HIDDEN, fields["Facts"]], True),
                         "indexByName": {name: i for i, name in enumerate(order)},
                         "renameByName": {
-                            **renamed,
-                            **{letters[name]: name for name in list(columns)[1:]},
+                            **{label: name for name, (label, _) in WORDS.items()},
+                            **{fields[name]: name for name in UNITS},
                         },
                     },
                 },
@@ -148,60 +70,39 @@ def ranks() -> list[Json]:
                 "matcher": {"id": "byRegexp", "options": "/.*/"},
                 "properties": [{"id": "noValue", "value": "-"}],
             },
-            *(override(name, unit=unit) for name, unit in units.items()),
-            *(override(name, custom__width=width) for name, width in widths.items()),
+            *(override(name, custom__width=width) for name, (_, width) in WORDS.items()),
+            *(
+                override(name, unit=unit, custom__width=WIDTHS.get(name, 90))
+                for name, unit in UNITS.items()
+            ),
         ),
         stacked_bars(
             "Dtype mix",
-            "Bytes of weights by dtype, one bar a rank (target, engine, role, TP/PP/DP).",
-            [dtypes],
+            "Bytes of weights by dtype, one bar a rank.",
+            [query(engines.dtypes(ENGINES), instant=True, format="table")],
             [
                 {
                     "id": "groupingToMatrix",
-                    "options": {"columnField": "dtype", "rowField": "where", "valueField": "Value"},
+                    "options": {"columnField": "dtype", "rowField": "on", "valueField": "Value"},
                 },
             ],
-            "where\\dtype",
+            "on\\dtype",
             NOT_LOADED,
             share=False,
-            width=9,
-            height=8,
-        ),
-        timeseries(
-            "KV capacity in tokens",
-            "Tokens that each engine's KV pools can hold. Tensor and pipeline ranks hold parts of "
-            "the same tokens and count once, data-parallel ranks add up.",
-            [
-                query(
-                    f"sum by ({ENGINE}, pool) (max by ({ENGINE}, pool, dp_rank)"
-                    f" ({select('sglang_kv_pool_tokens', TARGET)}))",
-                    "{{instance}} {{engine}} {{pool}}",
-                )
-            ],
-            "short",
-            "No KV pool allocated yet",
-            width=8,
+            width=14,
+            height=10,
         ),
         timeseries(
             "Who else touched weights",
             "Calls that read, save, send or check weights, or load adapters or open update groups, "
             "summed over ranks; failed ones apart.",
-            [
-                query(
-                    f"sum by (operation) ({happened('sglang_weight_operations_total')})",
-                    "{{operation}}",
-                ),
-                query(
-                    f"sum by (operation) ({happened('sglang_weight_operation_failures_total')})",
-                    "failed: {{operation}}",
-                    ref="B",
-                ),
-            ],
+            queries(engines.operations(ENGINES)),
             "short",
             NOT_LOADED,
-            width=7,
+            width=10,
+            height=10,
             bars=True,
             decimals=0,
             calcs=("sum",),
         ),
-    )
+    ]

@@ -4,37 +4,22 @@
 
 from __future__ import annotations
 
-from ..grafana import (
-    NO_SGLANG,
-    Json,
-    query,
-    row,
-    timeseries,
-)
-from ..promql import (
-    KV_BYTES_BY_SGLANG_RANK,
-    SGLANG_LEGEND,
-    SGLANG_RANK,
-    host,
-    ranked,
-)
+from ..grafana import NO_SGLANG, Json, queries, query, timeseries
+from ..queries import ENGINES, neighbours
 
 
-def joined_with_sglang() -> list[Json]:
-    def usage(metric: str) -> str:
-        # SGLang's `sglang:` arrives as `sglang_` where Prometheus and the client library behind
-        # SGLang agree on OpenMetrics, which knows no colons.
-        selected = host(f'{{__name__=~"sglang[:_]{metric}", model_name=~"$model"}}')
-        return f"max by ({SGLANG_RANK}) ({selected})"
-
-    tokens, pool = usage("token_usage"), KV_BYTES_BY_SGLANG_RANK
-    return row(
-        "With SGLang's own metrics",
+def panels() -> list[Json]:
+    return [
         timeseries(
             "KV tokens in use",
-            "SGLang's sglang:token_usage by rank (TP/PP/DP). SGLang reports the first TP rank "
-            "unless it was started with --enable-metrics-for-all-schedulers.",
-            [query(ranked(usage("token_usage")), SGLANG_LEGEND)],
+            "SGLang's sglang:token_usage by rank. SGLang reports the first TP rank unless it was "
+            "started with --enable-metrics-for-all-schedulers.",
+            [
+                query(
+                    neighbours.rank_of_sglang(neighbours.of_sglang("token_usage")),
+                    "{{on}}",
+                )
+            ],
             "percentunit",
             NO_SGLANG,
             width=8,
@@ -42,27 +27,27 @@ def joined_with_sglang() -> list[Json]:
         ),
         timeseries(
             "KV bytes in use",
-            "sglang:token_usage times the pool's measured bytes, joined by host and rank, against "
-            "the pool. What stays unused could have been weights. Two engines of one model on one "
-            "host cannot be told apart by SGLang's labels and are left out.",
-            [
-                query(ranked(f"{tokens} * on ({SGLANG_RANK}) {pool}"), "used " + SGLANG_LEGEND),
-                query(
-                    ranked(f"{pool} and on ({SGLANG_RANK}) {tokens}"),
-                    "pool " + SGLANG_LEGEND,
-                    ref="B",
-                ),
-            ],
+            "sglang:token_usage times the pool's measured bytes, against the pool. What stays "
+            "unused could have been weights. Joined by host, rank and port, which is the engine's "
+            "name here: SGLang has to be scraped at the port in its own settings.",
+            queries(neighbours.kv_in_use(ENGINES)),
             "bytes",
             NO_SGLANG,
             width=8,
         ),
         timeseries(
             "Generation throughput",
-            "SGLang's sglang:gen_throughput: what a reload (dashed lines) costs in tokens.",
-            [query(ranked(usage("gen_throughput")), SGLANG_LEGEND)],
+            "SGLang's sglang:gen_throughput, in tokens a second: what an update (yellow lines) "
+            "costs.",
+            [
+                query(
+                    neighbours.rank_of_sglang(neighbours.of_sglang("gen_throughput")),
+                    "{{on}}",
+                )
+            ],
             "short",
             NO_SGLANG,
             width=8,
+            explained_by_updates=True,
         ),
-    )
+    ]

@@ -6,11 +6,14 @@
 import fs from 'fs';
 
 const [input, output] = process.argv.slice(2);
-const { panels, templating, annotations, ...rest } = JSON.parse(fs.readFileSync(input, 'utf8'));
+const { panels: rows, templating, annotations, ...rest } = JSON.parse(fs.readFileSync(input, 'utf8'));
+const panels = rows.flatMap((panel) => [{ ...panel, ...(panel.panels && { panels: [] }) }, ...(panel.panels ?? [])]);
 const TYPES = {
-  barchart: 'BarChart', heatmap: 'Heatmap', stat: 'Stat', table: 'Table', text: 'Text', timeseries: 'TimeSeries',
+  barchart: 'BarChart', heatmap: 'Heatmap', stat: 'Stat', 'state-timeline': 'StateTimeline', table: 'Table', text: 'Text', timeseries: 'TimeSeries',
 };
-const WITH_FIELD_CONFIG = ['barchart', 'heatmap', 'timeseries'];
+const WITH_FIELD_CONFIG = ['barchart', 'heatmap', 'state-timeline', 'timeseries'];
+
+const named = (type) => type.replace('-', '');
 
 const lines = [
   `import type { Dashboard, Panel, RowPanel, FieldConfig, FieldConfigSource, VariableModel, TableFieldOptions } from '@grafana/schema';`,
@@ -18,8 +21,8 @@ const lines = [
 for (const type of new Set(panels.map((panel) => panel.type))) {
   if (type === 'row') continue;
   lines.push(TYPES[type]
-    ? `import type * as ${type} from '@grafana/schema/dist/esm/raw/composable/${type}/panelcfg/x/${TYPES[type]}PanelCfg_types.gen';`
-    : `const unknown_panel_type_${type}: never = 0;`);
+    ? `import type * as ${named(type)} from '@grafana/schema/dist/esm/raw/composable/${named(type)}/panelcfg/x/${TYPES[type]}PanelCfg_types.gen';`
+    : `const unknown_panel_type_${named(type)}: never = 0;`);
 }
 lines.push(`
 type L<T> = T extends string ? \`\${T}\` : T extends number ? number : T extends (infer U)[] ? L<U>[]
@@ -36,7 +39,7 @@ type P<O, C = {}> = Omit<L<Panel>, 'options' | 'fieldConfig' | 'targets'> & {
 };
 interface Annotation {
   name: string; datasource: { type: string; uid: string }; enable: boolean; hide: boolean; iconColor: string;
-  expr: string; step: string; useValueForTime: 'on'; titleFormat: string; textFormat: string; tagKeys: string;
+  expr: string; step: string; filter: { exclude: boolean; ids: number[] }; useValueForTime: 'on'; titleFormat: string; textFormat: string; tagKeys: string;
   target: { refId: string; expr: string; interval: string };
 }`);
 const literal = (value) => JSON.stringify(value, null, 1);
@@ -47,8 +50,8 @@ for (const variable of templating.list) {
 }
 for (const panel of panels) {
   const { type } = panel;
-  const custom = WITH_FIELD_CONFIG.includes(type) ? `, ${type}.FieldConfig` : type === 'table' ? ', TableFieldOptions' : '';
-  const expected = type === 'row' ? 'L<RowPanel>' : `P<${type}.Options${custom}>`;
+  const custom = WITH_FIELD_CONFIG.includes(type) ? `, ${named(type)}.FieldConfig` : type === 'table' ? ', TableFieldOptions' : '';
+  const expected = type === 'row' ? 'L<RowPanel>' : `P<${named(type)}.Options${custom}>`;
   const { datasource, description, ...row } = panel;
   lines.push(`export const p${panel.id} = ${literal(type === 'row' ? row : panel)} satisfies ${expected};`);
 }

@@ -4,7 +4,8 @@
 // Draws a dashboard JSON with Grafana's front-end libraries against a real Prometheus. This is not
 // a Grafana server: what Grafana's core would register is registered here, and the mapping from
 // JSON to scene, $__rate_interval and label_values are this page's own.
-//   ?from=now-1h&to=now  time range      ?theme=light
+//   ?board=NAME  NAME.json is drawn   ?from=now-1h&to=now  time range   ?theme=light
+//   ?open=1      rows that are closed in the file are open
 import React from 'react';
 import { createRoot } from 'react-dom/client';
 import { BrowserRouter } from 'react-router-dom';
@@ -145,10 +146,26 @@ function data(panel) {
     : queries;
 }
 
+const OPEN = parameters.has('open');
+
+// The rows one below the other, as they lie when a reader has opened them all.
+function opened(panels) {
+  let moved = 0;
+  return panels.map((panel) => {
+    if (panel.type !== 'row') return panel;
+    const shift = (one) => ({ ...one, gridPos: { ...one.gridPos, y: one.gridPos.y + moved } });
+    const row = { ...shift(panel), panels: panel.panels.map(shift) };
+    moved += Math.max(...panel.panels.map((one) => one.gridPos.y + one.gridPos.h)) - panel.gridPos.y - 1;
+    return row;
+  });
+}
+
 function item(panel) {
   const place = { x: panel.gridPos.x, y: panel.gridPos.y, width: panel.gridPos.w, height: panel.gridPos.h };
   if (panel.type === 'row') {
-    return new SceneGridRow({ title: panel.title, y: place.y, isCollapsed: false, isCollapsible: false, children: [] });
+    return new SceneGridRow({
+      title: panel.title, y: place.y, isCollapsed: !OPEN, isCollapsible: true, children: panel.panels.map(item),
+    });
   }
   const body = new VizPanel({
     key: 'panel-' + panel.id, pluginId: panel.type, title: panel.title, description: panel.description,
@@ -174,16 +191,18 @@ function toScene(dashboard) {
       variables: dashboard.templating.list.filter((v) => v.type === 'query').map(variable),
     }),
     controls: [new VariableValueSelectors({}), new SceneControlsSpacer(), new SceneTimePicker({})],
-    body: new SceneGridLayout({ children: dashboard.panels.map(item) }),
+    body: new SceneGridLayout({ children: (OPEN ? opened(dashboard.panels) : dashboard.panels).map(item) }),
   });
   const asked = new Map();
-  const reloads = (range) => {
+  const reloads = (range, panel) => {
+    if (!dashboard.annotations.list[0].filter.ids.includes(panel)) return Promise.resolve([]);
     const key = `${range.from.valueOf()}-${range.to.valueOf()}`;
     if (!asked.has(key)) asked.set(key, source.reloads(dashboard.annotations.list[0], scene, range));
     return asked.get(key);
   };
   register('timeseries', visualizations.timeseries(reloads), LINE_DEFAULTS);
   register('stat', visualizations.stat);
+  register('state-timeline', visualizations.stateTimeline, { fillOpacity: 70, lineWidth: 0, hideFrom: {} });
   register('barchart', visualizations.barchart, { fillOpacity: 80, lineWidth: 1, axisPlacement: 'auto', hideFrom: {} });
   register('heatmap', visualizations.heatmap);
   register('table', visualizations.table, CELL_DEFAULTS);
@@ -194,7 +213,7 @@ function toScene(dashboard) {
 function App() {
   const [shown, show] = React.useState(null);
   React.useEffect(() => {
-    fetch('/dashboard.json').then((answer) => answer.json())
+    fetch(`/${parameters.get('board')}.json`).then((answer) => answer.json())
       .then((dashboard) => show({ title: dashboard.title, scene: toScene(dashboard) })).catch(problem);
   }, []);
   if (!shown) return null;

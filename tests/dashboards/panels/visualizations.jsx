@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The panel types that the dashboard uses. Time series, stat and table are Grafana's own components.
-// Grafana does not publish its bar chart and heatmap outside its server: those two are drawn here,
+// Grafana does not publish its bar chart, heatmap and state timeline outside its server: they are drawn here,
 // from the same fields, colours, units and options.
 import React from 'react';
 import {
@@ -52,7 +52,7 @@ function ReloadLines({ config, times }) {
 
 export const timeseries = (reloads) => function TimeSeriesPanel(props) {
   const [times, setTimes] = React.useState(null);
-  React.useEffect(() => { reloads(props.timeRange).then(setTimes); }, [props.timeRange]);
+  React.useEffect(() => { reloads(props.timeRange, props.id).then(setTimes); }, [props.timeRange]);
   if (!hasRows(props)) return <Empty {...props} />;
   if (!times) return null;
   return (
@@ -176,6 +176,49 @@ export function barchart(props) {
     });
   };
   const items = fields.map((f) => ({ label: getFieldDisplayName(f, frame), color: colour(f), yAxis: 1 }));
+  return (
+    <div>
+      <Canvas width={props.width} height={plotHeight} draw={draw} />
+      <VizLegend items={items} displayMode="list" placement="bottom" />
+    </div>
+  );
+}
+
+export function stateTimeline(props) {
+  const theme = useTheme2();
+  if (!hasRows(props)) return <Empty {...props} />;
+  cacheFieldDisplayNames(props.data.series);
+  const lanes = props.data.series.map((frame) => {
+    const [time, value] = frame.fields;
+    return { name: getFieldDisplayName(value, frame, props.data.series), time: time.values, value };
+  });
+  lanes.sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }));
+  const from = props.timeRange.from.valueOf(), to = props.timeRange.to.valueOf();
+  const plotHeight = props.height - LEGEND;
+  const seen = new Map();
+  for (const { value } of lanes) for (const one of value.values) {
+    const { text, color } = value.display(one);
+    seen.set(text, color);
+  }
+  const draw = (context) => {
+    context.font = `${theme.typography.fontSize - 2}px ${theme.typography.fontFamily}`;
+    context.textBaseline = 'middle';
+    const left = Math.max(...lanes.map((lane) => context.measureText(lane.name).width)) + 12;
+    const width = props.width - left - 8;
+    const line = plotHeight / lanes.length;
+    lanes.forEach(({ name, time, value }, position) => {
+      const y = position * line + line * 0.1;
+      time.forEach((at, i) => {
+        const until = Math.min(time[i + 1] ?? at, at + 1.5 * (time[1] - time[0]));
+        context.fillStyle = value.display(value.values[i]).color;
+        context.fillRect(left + ((at - from) / (to - from)) * width, y, ((until - at) / (to - from)) * width + 1, line * 0.8);
+      });
+      context.fillStyle = theme.colors.text.primary;
+      context.textAlign = 'right';
+      context.fillText(name, left - 8, y + line * 0.4);
+    });
+  };
+  const items = [...seen].map(([label, color]) => ({ label, color, yAxis: 1 }));
   return (
     <div>
       <Canvas width={props.width} height={plotHeight} draw={draw} />

@@ -1,0 +1,97 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is asked of Prometheus, one module a subject; here what is selected, and how it is named.
+
+Series of one target carry the same labels of the scrape; those that people scrape several clusters
+with are named in PLACE, and a label that a store lacks is as good as an empty one. So two pods with
+one address in two clusters stay two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+PLACE = "cluster, namespace, job, instance"
+GPU = f"{PLACE}, gpu_uuid"
+ENGINE = f"{PLACE}, model_name, engine"
+RANK = f"{ENGINE}, role, tp_rank, pp_rank, dp_rank, moe_ep_rank, device, gpu_uuid"
+TARGET = 'role="target"'
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a board's variables select: label to variable.
+
+    "All" is `.*`, which also matches a label that a store does not add, and the empty gpu_uuid of a
+    CPU engine.
+    """
+
+    variables: Mapping[str, str]
+
+    def matchers(self, *without: str) -> str:
+        return ", ".join(
+            f'{label}=~"${name}"' for label, name in self.variables.items() if label not in without
+        )
+
+    def series(self, metric: str, extra: str = "") -> str:
+        return f"{metric}{{{self.matchers()}{', ' + extra if extra else ''}}}"
+
+    def by_name(self, name_regex: str) -> str:
+        """All series whose names match, in one selector: a missing one (no LoRA) is not a gap."""
+        return f'{{__name__=~"{name_regex}", {self.matchers()}}}'
+
+    def of_targets(self, metric: str, extra: str = "") -> str:
+        """Series of a target as a whole, which have no labels of a model, an engine or a rank."""
+        labels = [label for label in self.variables if label not in PLACE.split(", ")]
+        return f"{metric}{{{self.matchers(*labels)}{', ' + extra if extra else ''}}}"
+
+
+FLEET = Selection(
+    {
+        "cluster": "cluster",
+        "namespace": "namespace",
+        "job": "job",
+        "model_name": "model",
+        "instance": "instance",
+    }
+)
+ENGINES = Selection({**FLEET.variables, "engine": "engine", "role": "role", "gpu_uuid": "gpu"})
+
+
+def host(expression: str) -> str:
+    return f'label_replace({expression}, "host", "$1", "instance", "(.*?)(:[0-9]+)?")'
+
+
+def named(expression: str, *labels: str, name: str = "where") -> str:
+    """One label of several for a legend, where one that is missing would show as its own name."""
+    joined = ", ".join(f'"{label}"' for label in labels)
+    joined = f'label_join({expression}, "{name}", " ", {joined})'
+    return f'label_replace({joined}, "{name}", "$1", "{name}", " *(.*?) *")'
+
+
+def engine_named(expression: str) -> str:
+    """`where`: cluster, host and engine."""
+    return named(host(expression), "cluster", "host", "engine")
+
+
+def rank_named(expression: str) -> str:
+    """`rank` as SGLang's log has it: tp0 pp1, and dp2 where there is one."""
+    for rank in ("tp", "pp", "dp"):
+        expression = f'label_replace({expression}, "{rank}", "{rank}$1", "{rank}_rank", "(.+)")'
+    return named(expression, "tp", "pp", "dp", name="rank")
+
+
+def together(series: Mapping[str, str], label: str = "part") -> str:
+    """Several expressions without labels as one query, told apart by one label."""
+    return " or ".join(
+        f'label_replace({expression}, "{label}", "{name}", "", "")'
+        for name, expression in series.items()
+    )
+
+
+def happened(series: str) -> str:
+    """Growth of a counter from one point of the graph to the next: whole numbers, each event in
+    exactly one point. increase() would extrapolate, and count an event in several points or none.
+    """
+    return f"clamp_min({series} - {series} offset $__interval, 0)"

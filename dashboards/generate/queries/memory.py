@@ -1,0 +1,110 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Where the memory of the GPUs went."""
+
+from __future__ import annotations
+
+from . import GPU, Selection, host, named, together
+
+OURS = "sglang_weight_resident_bytes|sglang_lora_pool_bytes|sglang_kv_pool_resident_bytes"
+FULLEST = 16
+
+
+def per_gpu(expression: str) -> str:
+    return f"sum by ({GPU}) ({expression})"
+
+
+def nvml(selection: Selection, metric: str) -> str:
+    """An NVML series of the GPUs that hold a selected rank; `max` forgives a GPU scraped twice."""
+    return (
+        f"(max by ({GPU}) ({metric})"
+        f" and on ({GPU}) {selection.series('sglang_weight_resident_bytes')})"
+    )
+
+
+def free(selection: Selection) -> str:
+    return (
+        f"({nvml(selection, 'sglang_gpu_memory_total_bytes')}"
+        f" - on ({GPU}) {nvml(selection, 'sglang_gpu_memory_used_bytes')})"
+    )
+
+
+def parts(selection: Selection) -> dict[str, str]:
+    """Bytes of each GPU by what holds them; they add up to NVML's total."""
+    resident = "sglang_weight_resident_bytes"
+    return {
+        # An encoder's are part of the target, and a weight-cache daemon's are all of it.
+        "Target weights": per_gpu(selection.series(resident, 'role!~"draft.*"')),
+        "Draft weights": per_gpu(selection.series(resident, 'role=~"draft.*"')),
+        "LoRA": per_gpu(selection.series("sglang_lora_pool_bytes")),
+        "KV pool": per_gpu(selection.series("sglang_kv_pool_resident_bytes")),
+        "Everything else in use": (
+            f"clamp_min({nvml(selection, 'sglang_gpu_memory_used_bytes')}"
+            f" - on ({GPU}) {per_gpu(selection.by_name(OURS))}, 0)"
+        ),
+        "Free": free(selection),
+    }
+
+
+def total(selection: Selection) -> str:
+    return f"sum({nvml(selection, 'sglang_gpu_memory_total_bytes')})"
+
+
+def over_time(selection: Selection) -> str:
+    """Parts and the GPUs' total, summed, each with its name as `part`."""
+    summed = {name: f"sum({e})" for name, e in parts(selection).items() if name != "Free"}
+    return together({**summed, "GPU memory": total(selection)})
+
+
+def reserved_and_resident(selection: Selection) -> str:
+    return together(
+        {
+            "Weights reserved": f"sum({selection.series('sglang_weight_bytes')})",
+            "Weights resident": f"sum({selection.series('sglang_weight_resident_bytes')})",
+            "KV pool reserved": f"sum({selection.series('sglang_kv_pool_bytes')})",
+            "KV pool resident": f"sum({selection.series('sglang_kv_pool_resident_bytes')})",
+        }
+    )
+
+
+def weight_share(selection: Selection) -> str:
+    on_gpus = selection.series("sglang_weight_resident_bytes", 'gpu_uuid!=""')
+    return f"sum({on_gpus}) / {total(selection)}"
+
+
+def headroom(selection: Selection) -> str:
+    return together(
+        {"least free": f"min({free(selection)})", "median": f"quantile(0.5, {free(selection)})"}
+    )
+
+
+def gpu_named(expression: str, *kept: str) -> str:
+    """`where`, that people recognise: cluster, host and NVML's index of the GPU; without NVML, and
+    for a MIG instance, the head of the UUID; without a GPU the word CPU."""
+    index = (
+        f"label_replace(label_replace(max by ({GPU}, gpu)"
+        " (sglang_gpu_memory_total_bytes) > bool 0,"
+        ' "place", "GPU $1", "gpu", "(.*)"), "place", "$1", "gpu_uuid", "(MIG-.{8}).*")'
+    )
+    without_index = (
+        f'label_replace(label_replace({expression}, "place", "$1",'
+        ' "gpu_uuid", "(.{12}).*"), "place", "CPU", "gpu_uuid", "")'
+    )
+    placed = f"({expression} * on ({GPU}) group_left (place) {index} or on ({GPU}) {without_index})"
+    by = ", ".join(["where", *kept])
+    return f"sum by ({by}) ({named(host(placed), 'cluster', 'host', 'place')})"
+
+
+def fullest(selection: Selection) -> dict[str, str]:
+    """Parts of the GPUs with the most memory in use, named; the first part keeps the UUID."""
+    used = (
+        f"({nvml(selection, 'sglang_gpu_memory_used_bytes')}"
+        f" or on ({GPU}) {per_gpu(selection.by_name(OURS))})"
+    )
+    return {
+        name: gpu_named(
+            f"({expression} and on ({GPU}) topk({FULLEST}, {used}))",
+            *(["gpu_uuid"] if name == "Target weights" else []),
+        )
+        for name, expression in parts(selection).items()
+    }

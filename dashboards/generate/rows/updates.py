@@ -1,0 +1,86 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What changed, when, how, and whether it worked."""
+
+from __future__ import annotations
+
+from ..grafana import NOT_LOADED, Json, heatmap, queries, query, timeseries
+from ..queries import ENGINES, updates
+
+
+def panels() -> list[Json]:
+    return [
+        timeseries(
+            "Updates by source",
+            "Logical updates that changed weights, once an engine: disk, distributed, tensor, ipc, "
+            "p2p, eplb or external.",
+            [query(updates.by_source(ENGINES, "sglang_weight_updates_total"), "{{source}}")],
+            "short",
+            "No update in this time range",
+            width=8,
+            bars=True,
+            decimals=0,
+            calcs=("sum",),
+        ),
+        timeseries(
+            "Failed updates by source",
+            "Updates that failed, once an engine, whether or not they changed weights.",
+            [
+                query(
+                    updates.by_source(ENGINES, "sglang_weight_update_failures_total"), "{{source}}"
+                )
+            ],
+            "short",
+            "No failed update in this time range",
+            {
+                "matcher": {"id": "byType", "options": "number"},
+                "properties": [
+                    {"id": "color", "value": {"mode": "continuous-reds", "seriesBy": "max"}}
+                ],
+            },
+            width=8,
+            bars=True,
+            decimals=0,
+            calcs=("sum",),
+        ),
+        heatmap(
+            "Update duration",
+            "How long each logical update took on each rank, first call to last. An exemplar opens "
+            "its trace.",
+            query(updates.durations(ENGINES), "{{le}}", format="heatmap", exemplar=True),
+            "s",
+            "No update in this time range",
+            width=8,
+        ),
+        timeseries(
+            "What an update changed",
+            "Tensors whose address moved, and tensors added, removed, resized or gone from their "
+            "device, summed over ranks. All zero is what an in-place update should do.",
+            queries(updates.changes(ENGINES)),
+            "short",
+            NOT_LOADED,
+            width=8,
+            bars=True,
+            decimals=0,
+            calcs=("sum",),
+        ),
+        timeseries(
+            "Update groups",
+            "Process groups open for distributed updates, by engine, summed over ranks.",
+            [query(updates.groups(ENGINES), "{{where}}")],
+            "short",
+            NOT_LOADED,
+            width=8,
+            decimals=0,
+            calcs=("max",),
+        ),
+        timeseries(
+            "Age of the weights",
+            "Time since weights last changed, the first load included, by engine. In RL training "
+            "this is how far behind an engine may be.",
+            [query(updates.age_named(ENGINES), "{{where}}")],
+            "s",
+            NOT_LOADED,
+            width=8,
+        ),
+    ]
