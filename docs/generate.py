@@ -57,9 +57,13 @@ COUNTING = """
 * **Bytes** are bytes of unique storages. A tied tensor, a view, and a draft model's share of the
   target's storages count once. torch's allocator rounds each block up (to 512 bytes on CUDA), so
   `torch.cuda.memory_allocated` is a little larger.
-* **Resident** bytes are 0 while SGLang's memory saver has released them
-  (`/release_memory_occupation`): addresses stay, physical memory is gone. Without the memory saver
-  that request does nothing, and the metric says so by not moving.
+* **Kinds**: `parameter` and `buffer` are torch's; `derived` are weights that SGLang keeps as plain
+  attributes of modules, in lists and dictionaries there too (latent attention's `w_kc` and `w_vc`,
+  scales, repacked copies).
+* **Resident** bytes fall while SGLang's memory saver has released them
+  (`/release_memory_occupation`): addresses stay, physical memory is gone. What lies outside of the
+  saver's regions stays (rotary embeddings), and so does what is not on a GPU. Without the memory
+  saver that request does nothing, and the metric says so by not moving.
 * **An update** is one `update_weights_from_disk` or `_ipc`, one begin/end session (SGLang 0.5.21
   and later), or one rebalance of experts. Before 0.5.21, updates from tensors or a process group
   have no end in SGLang: one ends with a request that asks for the cache to be flushed, with a
