@@ -34,8 +34,9 @@ def weights_of_each(selection: Selection) -> str:
 
 
 def released(resident: str, reserved: str) -> str:
-    """1 for a rank that holds memory of which nothing is there, else 0."""
-    return f"((sum by ({RANK}) ({resident}) == bool 0) * (sum by ({RANK}) ({reserved}) > bool 0))"
+    """1 for a rank that holds memory of which less than half is there, else 0: a little lies outside
+    of the memory saver's regions."""
+    return f"(sum by ({RANK}) ({resident}) < bool 0.5 * sum by ({RANK}) ({reserved}))"
 
 
 def weights_released(selection: Selection) -> str:

@@ -67,7 +67,7 @@ def totals() -> list[Json]:
         stat(
             "Weights",
             "Bytes of weights that physical memory backs now, all selected ranks: target, draft "
-            "and buffers. Each storage counts once. Falls to 0 while SGLang has released them.",
+            "and buffers. Each storage counts once. Falls while SGLang has released them.",
             f"sum({ENGINES.series(resident)})",
             "bytes",
             NOT_LOADED,
