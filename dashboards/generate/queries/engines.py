@@ -34,8 +34,8 @@ def weights_of_each(selection: Selection) -> str:
 
 
 def released(resident: str, reserved: str) -> str:
-    """1 for a rank that holds memory of which less than half is there, else 0: a little lies outside
-    of the memory saver's regions."""
+    """1 for a rank that holds memory of which less than half is there, else 0: a little may lie
+    outside of the memory saver's regions."""
     return f"(sum by ({RANK}) ({resident}) < bool 0.5 * sum by ({RANK}) ({reserved}))"
 
 
