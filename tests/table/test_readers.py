@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import published
 import pytest
 from published import ROWS, PublishedRank
 
@@ -215,7 +216,7 @@ def test_a_damaged_table_is_an_error_with_a_reason(
 @pytest.fixture
 def other_process(runtime_dir: Path, request: pytest.FixtureRequest) -> Iterator[object]:
     """A rank in a process of its own."""
-    program = Path(__file__).with_name("published.py")
+    program = published.__file__
     process = subprocess.Popen(
         [sys.executable, program, runtime_dir, *getattr(request, "param", ())],
         stdout=subprocess.PIPE,
