@@ -105,7 +105,7 @@ all-tests: debian-packages wheel
 	  $(environment) sglang $$version .venv/sglang-$$version
 	  $(call install-wheel,.venv/sglang-$$version,)
 	done
-	$(call install-wheel,$(MAIN),--group test --group consumers --group ray --group panels)
+	$(call install-wheel,$(MAIN),--group test --group consumers --group ray --group tracing --group panels)
 	export SGLANG_ENVIRONMENTS=$(CURDIR)/$(MAIN):$(CURDIR)/.venv/sglang-$(OLDEST)
 	$(MAIN)/bin/pytest $(or $(TESTS),tests) $(PYTEST_ARGUMENTS)
 

@@ -337,13 +337,25 @@ def state_timeline(
     )
 
 
+def link(title: str, url: str, icon: str, *, here: bool) -> Json:
+    return {
+        "type": "link",
+        "title": title,
+        "url": url,
+        "icon": icon,
+        "tooltip": "",
+        "tags": [],
+        "asDropdown": False,
+        "targetBlank": not here,
+        "keepTime": here,
+        "includeVars": here,
+    }
+
+
 def runbook(alert: str) -> Json:
     """A panel's link to what to do about what it shows."""
-    return {
-        "title": f"Runbook: {alert}",
-        "url": f"{DOCUMENTS}/alerts.md#{alert.lower()}",
-        "targetBlank": True,
-    }
+    url = f"{DOCUMENTS}/alerts.md#{alert.lower()}"
+    return link(f"Runbook: {alert}", url, "doc", here=False)
 
 
 def linked(panel: Json, *links: Json) -> Json:

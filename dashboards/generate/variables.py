@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from . import DOCUMENTS
-from .grafana import DATASOURCE, Json
+from .grafana import DATASOURCE, Json, link
 from .queries import Selection
 from .queries.updates import reloaded_at
 
@@ -89,21 +89,6 @@ def updates(selection: Selection, panels: list[int]) -> Json:
         "titleFormat": "Weights updated",
         "textFormat": "{{model_name}} {{engine}} on {{instance}}",
         "tagKeys": "engine",
-    }
-
-
-def link(title: str, url: str, icon: str, *, here: bool) -> Json:
-    return {
-        "type": "link",
-        "title": title,
-        "url": url,
-        "icon": icon,
-        "tooltip": "",
-        "tags": [],
-        "asDropdown": False,
-        "targetBlank": not here,
-        "keepTime": here,
-        "includeVars": here,
     }
 
 
