@@ -72,12 +72,14 @@ class RankDirectory:
 
 
 def rank_directories(runtime_dir: RuntimeDir) -> Iterator[RankDirectory]:
-    """Every rank's directory, alive or dead, in a stable order; none where that cannot be told
-    now, as without a free descriptor."""
+    """Every rank's directory, alive or dead, in a stable order.
+
+    Raises ``OSError`` where that cannot be told now, as without a free descriptor.
+    """
     try:
         paths = sorted(runtime_dir.ranks.iterdir())
-    except OSError:
-        return
+    except FileNotFoundError:
+        return  # Removed, or never made: nobody is there.
     for path in paths:
         if not path.name.startswith("."):
             yield RankDirectory(path)
@@ -114,11 +116,14 @@ class SnapshotReader:
     _cache: dict[Path, tuple[tuple[int, int, int], Snapshot | None]] = field(default_factory=dict)
     #: What was said of a rank that could not be looked at, until it can be.
     _said: dict[Path, str] = field(default_factory=dict)
+    #: It is said once, not at each scrape.
+    _listing_failed: bool = False
 
     def read(self) -> list[tuple[RankDirectory, Snapshot]]:
-        """Live ranks with a snapshot, in a stable order. Never raises for a single rank."""
+        """Live ranks with a snapshot, in a stable order. Never raises: what cannot be read is none
+        this time, is counted, and is said once."""
         found, seen, obstacles = [], set(), dict[Path, str]()
-        for directory in rank_directories(self.runtime_dir):
+        for directory in self._directories():
             try:
                 if not directory.is_alive():
                     continue
@@ -139,6 +144,21 @@ class SnapshotReader:
                 self._complain(sentence)
         self._said = obstacles
         return found
+
+    def _directories(self) -> list[RankDirectory]:
+        try:
+            directories = list(rank_directories(self.runtime_dir))
+        except OSError as error:
+            self.unreadable += 1
+            if not self._listing_failed:
+                self.on_unreadable(
+                    f"{self.runtime_dir.ranks} cannot be listed ({error.strerror}). No rank is "
+                    "served until it can be. Look at what it is, and at its owner and mode."
+                )
+            self._listing_failed = True
+            return []
+        self._listing_failed = False
+        return directories
 
     def _snapshot(self, directory: RankDirectory) -> Snapshot | None:
         status = (directory.path / "snapshot").lstat()

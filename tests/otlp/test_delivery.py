@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import pytest
 from collectors import Backend, Message, attributes_of
 from engines import eventually
 from ports import free_port
@@ -128,6 +130,36 @@ def test_a_damaged_event_is_counted_and_the_others_arrive(
     eventually(lambda: not rank.waiting(), what="nothing waiting")
     assert [span.name for span in backend.spans()] == ["sglang.weights.update"]
     assert exporter.metric("spans_dropped_total", reason="unreadable") == 1
+
+
+def test_a_directory_that_became_read_only_sends_nothing_twice(
+    rank: Rank, runtime_dir: Path, backend: Backend, start_exporter: StartExporter
+) -> None:
+    poison = rank.load(rows(10))
+    rank.update()
+    update = msgspec.structs.replace(poison.update, trace_id="no hexadecimal number")
+    content = msgspec.msgpack.encode(msgspec.structs.replace(poison, update=update))
+    events = rank.store.path / "events"
+    (events / rank.waiting()[0]).write_bytes(content)
+    tried = subprocess.run(["chattr", "+i", events], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"needs a file system with immutable directories: {tried.stderr.strip()}")
+    try:
+        endpoint = f"http://127.0.0.1:{backend.grpc_port}"
+        exporter = start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+        eventually(lambda: exporter.metric("spans_exported_total") == 1, what="sent")
+        other = Rank(runtime_dir)
+        for _ in range(3):  # Each look that finds one finds those that cannot be removed, too.
+            other.load(rows(1))
+            eventually(lambda: not other.waiting(), what="sent from another directory")
+    finally:
+        subprocess.run(["chattr", "-i", events], check=True)
+    eventually(lambda: not rank.waiting(), what="removed when it can be")
+    assert exporter.metric("spans_dropped_total", reason="unreadable") == 1
+    assert Counter(span.name for span in backend.spans()) == {
+        "sglang.weights.update": 1,
+        "sglang.weights.load": 3,
+    }
 
 
 def test_an_event_of_which_no_span_can_be_made_is_counted_and_the_others_arrive(

@@ -87,6 +87,8 @@ class Delivery:
         self._destination = f"{collector.destination}|{names.pattern if names else ''}"
         self._failures: Counter[Path] = Counter()
         self._refusals: Counter[Path] = Counter()
+        #: Taken or given up, and not yet removed: a directory may have become read-only.
+        self._done: set[Path] = set()
         #: Rank → the version of its snapshot whose dropped events are counted.
         self._counted: dict[str, tuple[int, int]] = {}
         self._stop = threading.Event()
@@ -110,6 +112,9 @@ class Delivery:
                 return  # The collector does not answer; what waits is kept.
             try:
                 delivered = self.deliver()
+            except OSError as error:
+                logger.warning("Waiting spans cannot be looked at now (%s).", error)
+                delivered = False
             except Exception:
                 logger.exception("Spans could not be sent because of an error in the exporter.")
                 delivered = False
@@ -132,6 +137,7 @@ class Delivery:
         waiting = list(self._waiting())
         self._counts.waiting = len(waiting)
         paths = {path for _, path in waiting}
+        self._done &= paths
         for counts in (self._failures, self._refusals):
             for path in counts.keys() - paths:
                 del counts[path]
@@ -146,7 +152,9 @@ class Delivery:
             except OSError as error:
                 # Such as too many open files: perhaps it can be read next time.
                 if not self._failures[path]:
-                    logger.warning("%s cannot be read now (%s). It is tried again.", path, error)
+                    logger.warning(
+                        "%s cannot be read or removed now (%s). It is tried again.", path, error
+                    )
                 self._failures[path] += 1
                 unreadable += 1
                 continue
@@ -182,8 +190,11 @@ class Delivery:
 
     def _send(self, directory: RankDirectory, path: Path) -> Answer | None:
         """``None`` when nothing of this event has to wait any more, else why the collector did
-        not take it. Raises ``OSError`` when it cannot be read now."""
+        not take it. Raises ``OSError`` when it cannot be read or removed now."""
         try:
+            if path in self._done:
+                path.unlink(missing_ok=True)
+                return None
             event = directory.events.event(path)
         except FileNotFoundError:
             return None  # The rank has dropped it in this moment, and counts it.
@@ -211,14 +222,15 @@ class Delivery:
                 self._counts.failures += 1
                 return answer
             rejected += min(answer.rejected, 1)
-        # In this order: killed between the two, the table is sent once more and never taken for
-        # sent when it is not.
-        path.unlink(missing_ok=True)
         self._counts.exported += len(requests) - rejected
         if rejected:
             # OTLP forbids to send it again.
             self._counts.dropped["refused"] += 1
-        elif built.sent is not None:
+        self._done.add(path)
+        # In this order: killed between the two, the table is sent once more and never taken for
+        # sent when it is not.
+        path.unlink(missing_ok=True)
+        if built.sent is not None and not rejected:
             self._remember(directory, event.role, built.sent)
         return None
 
@@ -272,8 +284,9 @@ class Delivery:
 
     def _give_up(self, path: Path, reason: str, sentence: str) -> None:
         logger.warning("%s", sentence)
-        path.unlink(missing_ok=True)
         self._counts.dropped[reason] += 1
+        self._done.add(path)
+        path.unlink(missing_ok=True)
 
     def _count_dropped(self, directory: RankDirectory) -> None:
         """Take over what a rank says it dropped because too much waited, once: what another
