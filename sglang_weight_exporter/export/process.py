@@ -8,18 +8,19 @@ import asyncio
 import contextlib
 import logging
 import os
+import resource
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client import ProcessCollector
 
 from sglang_weight_exporter import __version__
 from sglang_weight_exporter.export.metadata import MetadataFollower
 from sglang_weight_exporter.export.nvml import GpuMemory, Nvml
 from sglang_weight_exporter.export.otlp.telemetry import Telemetry
-from sglang_weight_exporter.export.prometheus import StoreCollector
+from sglang_weight_exporter.export.prometheus import Exposition
 from sglang_weight_exporter.export.server import (
     Endpoint,
     EndpointError,
@@ -33,6 +34,7 @@ from sglang_weight_exporter.records import Endpoint as EndpointRecord
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.reader import (
+    RankDirectory,
     SnapshotReader,
     rank_directories,
     remove_endpoint,
@@ -79,11 +81,11 @@ class Exporter:
             runtime_dir, settings, environ, read=self._read, counts=self._spans
         )
         self._metadata = MetadataFollower(runtime_dir, settings.metadata_dir)
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(
-            StoreCollector(self._read, exemplars=lambda: self._telemetry.exports_spans)
+        self._exposition = Exposition(
+            self._read,
+            ProcessCollector(registry=None),
+            exemplars=lambda: self._telemetry.exports_spans,
         )
-        ProcessCollector(registry=self._registry)
         self._stop = asyncio.Event()
         self._started_at = time.time()
         self._said = ""
@@ -121,7 +123,7 @@ class Exporter:
             )
 
     async def _serve(self) -> None:
-        application = Endpoint(self._registry)
+        application = Endpoint(self._exposition)
         predecessor_may_leave = True
         while True:
             try:
@@ -178,15 +180,11 @@ class Exporter:
         alone_since = time.monotonic()
         while True:
             alive = False
-            for directory in rank_directories(self._runtime_dir):
-                try:
-                    self._telemetry.discard(directory)
-                    if directory.is_alive():
-                        alive = True
-                    elif self._telemetry.is_done_with(directory):
-                        directory.remove()
-                except OSError:
-                    continue
+            try:
+                for directory in rank_directories(self._runtime_dir):
+                    alive |= self._look_after(directory)
+            except OSError:
+                alive = True  # Not known to be none. SnapshotReader counts it and says it.
             await asyncio.to_thread(self._metadata.follow)
             if not self._owns_the_directory():
                 logger.warning(
@@ -200,6 +198,18 @@ class Exporter:
             elif now - alone_since > LINGER_SECONDS:
                 return
             await asyncio.sleep(LOOK_SECONDS)
+
+    def _look_after(self, directory: RankDirectory) -> bool:
+        """Whether the rank is alive; what a dead one left is removed."""
+        try:
+            self._telemetry.discard(directory)
+            if directory.is_alive():
+                return True
+            if self._telemetry.is_done_with(directory):
+                directory.remove()
+        except OSError:
+            pass  # Nothing this time.
+        return False
 
 
 class AlreadyServedError(Exception):
@@ -239,4 +249,12 @@ def serve(
             simulated_gpus=simulated_gpus,
         ).run()
 
+    _raise_descriptor_limit()
     asyncio.run(run())
+
+
+def _raise_descriptor_limit() -> None:
+    """To the hard limit: the soft one, 1,024 for the sake of select(2), is met by idle clients."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

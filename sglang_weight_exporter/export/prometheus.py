@@ -1,10 +1,12 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""The instruments as Prometheus metric families, made anew at each scrape."""
+"""The instruments in Prometheus' text formats."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import asyncio
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import Metric
 from prometheus_client.core import (
@@ -12,40 +14,145 @@ from prometheus_client.core import (
     GaugeMetricFamily,
     HistogramMetricFamily,
 )
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 
-from sglang_weight_exporter.export.instruments import Instrument, Sample
-from sglang_weight_exporter.export.measurement import label_names, measure
-from sglang_weight_exporter.export.views import HostView
-from sglang_weight_exporter.records import DURATION_BUCKETS, Histogram
+from sglang_weight_exporter.export.instruments import INSTRUMENTS, Instrument, Sample
+from sglang_weight_exporter.export.measurement import label_names, measure_host, measure_roles
+from sglang_weight_exporter.export.views import HostView, RoleView, role_views
+from sglang_weight_exporter.records import DURATION_BUCKETS, Histogram, Snapshot
 
-#: Roles of ranks in one part of a family. A family of 64 ranks is megabytes of Python objects.
-PART = 8
+#: zlib's name for gzip's container around the stream.
+_GZIP = 31
+
+#: Ends a scrape in OpenMetrics, and so each family that is encoded alone.
+_EOF = b"# EOF\n"
+
+#: No instrument is read from both roles and the host.
+_OF_ROLES = [each for each in INSTRUMENTS if each.read_role is not None]
+
+#: What choose_encoder is asked for. Escaping is not negotiated: all names are plain.
+_ACCEPT = {True: "application/openmetrics-text; version=1.0.0", False: ""}
 
 
-class StoreCollector(Collector):
-    """Reads the host at each scrape. Metrics are never kept: a rank that is gone is gone.
+class Exposition:
+    """The text of a scrape. What ranks say is encoded once a snapshot and kept.
 
-    A family comes in parts, one after the other under one name; the endpoint writes each and
-    forgets it before the next is made.
+    Encoding is nearly all that a scrape costs, and ranks say something new only when weights
+    change. A rank that is gone is forgotten at the next scrape. Not safe from several threads.
     """
 
-    def __init__(self, read: Callable[[], HostView], *, exemplars: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        read: Callable[[], HostView],
+        others: Collector,
+        *,
+        exemplars: Callable[[], bool],
+    ) -> None:
         self._read = read
+        self._others = others
         self._exemplars = exemplars
+        self._formats = {openmetrics: _Format(openmetrics) for openmetrics in (True, False)}
 
-    def collect(self) -> Iterator[Metric]:
-        exemplars = self._exemplars()
-        for instrument, measurements in measure(self._read(), part=PART):
+    def content_type(self, *, openmetrics: bool) -> str:
+        return self._formats[openmetrics].content_type
+
+    async def scrape(self, *, openmetrics: bool, gzip: bool) -> bytes:
+        """Text of now. Between ranks that have to be encoded, others get their turn."""
+        view = self._read()
+        kept = self._formats[openmetrics]
+        await kept.take(view, exemplars=openmetrics and self._exemplars())
+        tail = kept.host(view, self._others)
+        if not gzip:
+            return b"".join((*kept.ranks(), tail))
+        return kept.compressed(tail)
+
+
+#: What a rank's text depends on: its snapshot, and which of its roles have an idle update that
+#: is over by now (nothing is written when that happens).
+_Key = tuple[Snapshot, tuple[bool, ...], bool]
+
+
+class _Format:
+    """What is kept of one text format."""
+
+    def __init__(self, openmetrics: bool) -> None:
+        self._encode, self.content_type = choose_encoder(_ACCEPT[openmetrics])
+        self._eof = _EOF if openmetrics else b""
+        #: Of each rank, the samples of each instrument in their order.
+        self._texts: dict[str, tuple[_Key, list[bytes]]] = {}
+        self._comments = [self._text(_Family(each, exemplars=False).metric) for each in _OF_ROLES]
+        self._compressed: tuple[bytes, zlib._Compress] | None = None
+
+    async def take(self, view: HostView, *, exemplars: bool) -> None:
+        """Encode what has changed."""
+        texts: dict[str, tuple[_Key, list[bytes]]] = {}
+        changed = list(self._texts) != [each.rank_id for each in view.snapshots]
+        for snapshot in view.snapshots:
+            roles = list(role_views((snapshot,), view.now))
+            settled = tuple(
+                each.role is not role for each, role in zip(roles, snapshot.roles, strict=True)
+            )
+            kept = self._texts.get(snapshot.rank_id)
+            if kept is None or kept[0][0] is not snapshot or kept[0][1:] != (settled, exemplars):
+                kept = ((snapshot, settled, exemplars), self._samples(roles, exemplars))
+                changed = True
+                await asyncio.sleep(0)
+            texts[snapshot.rank_id] = kept
+        self._texts = texts
+        if changed:
+            self._compressed = None
+
+    def ranks(self) -> Iterator[bytes]:
+        """Every family of ranks, part by part."""
+        for number, comments in enumerate(self._comments):
+            yield comments
+            for _, samples in self._texts.values():
+                yield samples[number]
+
+    def host(self, view: HostView, others: Collector) -> bytes:
+        """What is made anew at each scrape, and the end."""
+        families = []
+        for instrument in INSTRUMENTS:
+            if instrument.read_role is None:
+                family = _Family(instrument, exemplars=False)
+                for each in measure_host(instrument, view):
+                    family.add(each.labels, each.sample)
+                families.append(family.metric)
+        return self._text(*families, *others.collect()) + self._eof
+
+    def compressed(self, tail: bytes) -> bytes:
+        """Ranks and tail in gzip; the ranks' part is kept, and continued from where it ended."""
+        if self._compressed is None:
+            compressor = zlib.compressobj(level=1, wbits=_GZIP)
+            parts = [compressor.compress(part) for part in self.ranks()]
+            self._compressed = b"".join((*parts, compressor.flush(zlib.Z_FULL_FLUSH))), compressor
+        ranks, compressor = self._compressed
+        compressor = compressor.copy()
+        return b"".join((ranks, compressor.compress(tail), compressor.flush()))
+
+    def _samples(self, roles: list[RoleView], exemplars: bool) -> list[bytes]:
+        texts = []
+        for instrument, comments in zip(_OF_ROLES, self._comments, strict=True):
             family = _Family(instrument, exemplars)
-            for each in measurements:
+            for each in measure_roles(instrument, roles):
                 family.add(each.labels, each.sample)
-            yield family.metric
+            texts.append(self._text(family.metric).removeprefix(comments))
+        return texts
 
-    def describe(self) -> list[Metric]:
-        """Nothing: asking would read the store, and the names are ours alone."""
-        return []
+    def _text(self, *families: Metric) -> bytes:
+        return self._encode(_Families(families)).removesuffix(self._eof)
+
+
+class _Families(Collector):
+    """What prometheus_client's encoders take for a registry."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
 
 
 class _Family:

@@ -8,21 +8,18 @@ import asyncio
 import contextlib
 import errno
 import html
-import itertools
-import re
+import resource
 import socket
 import ssl
-import zlib
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from prometheus_client import CollectorRegistry, Metric
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sglang_weight_exporter import __version__
+from sglang_weight_exporter.export.prometheus import Exposition
 from sglang_weight_exporter.settings import DEFAULT_PORT, PREFIX, Settings
 
 Message = MutableMapping[str, Any]
@@ -33,18 +30,22 @@ Send = Callable[[Message], Awaitable[None]]
 #: disconnected. Prometheus gives a scrape 10 seconds by default.
 EXCHANGE_SECONDS = 15.0
 
-#: All interfaces, IPv4 too, as Prometheus exporters do it.
-_ALL = {"", "::", "0.0.0.0", "*"}  # noqa: S104
+#: All interfaces, IPv4 too, as Prometheus exporters do it. 0.0.0.0 is IPv4's alone.
+_ALL = {"", "::", "*"}
 
 
-#: zlib's name for gzip's container around the stream.
-_GZIP = 31
+#: As node_exporter has it; a scrape counts until its client has taken the answer.
+SCRAPES_AT_ONCE = 40
 
-#: Ends a scrape in OpenMetrics, and so each family that is encoded alone.
-_EOF = b"# EOF\n"
+#: Beyond it the connection that is open for the longest is let go for each new one.
+MOST_CONNECTIONS = 512
 
-#: The lines in front of a family's samples.
-_COMMENTS = re.compile(rb"\A(?:#.*\n)+")
+#: Descriptors that connections never take: they are for the store, the collector and what waits
+#: in the listening socket's queue.
+_KEPT_DESCRIPTORS = 128
+
+#: Connections that are accepted in one go, before one of them is counted.
+_BACKLOG = 64
 
 
 class EndpointError(Exception):
@@ -54,8 +55,10 @@ class EndpointError(Exception):
 class Endpoint:
     """The ASGI application."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
+    def __init__(self, exposition: Exposition) -> None:
+        self._exposition = exposition
+        self._encoding = asyncio.Lock()
+        self._scrapes = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,31 +73,27 @@ class Endpoint:
             await page(scope, send)
 
     async def _metrics(self, scope: Message, send: Send) -> None:
-        """Part by part: the whole text of many ranks is megabytes, and others wait too."""
-        encode, content_type = choose_encoder(_header(scope, b"accept"))
-        headers = [(b"content-type", content_type.encode())]
-        gzip = "gzip" in _header(scope, b"accept-encoding").lower()
-        if gzip:
-            headers.append((b"content-encoding", b"gzip"))
-        families = self._registry.collect()
-        first = next(iter(families), None)  # Reads the store: a failure is an answer of 500.
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        compressor = zlib.compressobj(wbits=_GZIP) if gzip else None
-        ending, name = b"", ""
-        for family in () if first is None else itertools.chain([first], families):
-            text = encode(_OneFamily(family))
-            ending = _EOF if text.endswith(_EOF) else b""
-            text = text.removesuffix(_EOF)
-            if family.name == name:  # A further part: its description has been said.
-                text = _COMMENTS.sub(b"", text, count=1)
-            name = family.name
-            body = text if compressor is None else compressor.compress(text)
-            if body:
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-            await asyncio.sleep(0)
-        if compressor is not None:
-            ending = compressor.compress(ending) + compressor.flush()
-        await send({"type": "http.response.body", "body": ending})
+        if self._scrapes >= SCRAPES_AT_ONCE:
+            await _answer(
+                send, 503, f"More than {SCRAPES_AT_ONCE} scrapes at once are not served.\n"
+            )
+            return
+        self._scrapes += 1
+        try:
+            openmetrics = _prefers_openmetrics(_header(scope, b"accept"))
+            encodings = _accepted(_header(scope, b"accept-encoding"))
+            gzip = encodings.get("gzip", _Accepted()).quality > 0
+            async with self._encoding:  # What one scrape encodes, those that wait have for nothing.
+                content = await self._exposition.scrape(openmetrics=openmetrics, gzip=gzip)
+            await _answer(
+                send,
+                200,
+                content,
+                content_type=self._exposition.content_type(openmetrics=openmetrics),
+                **({"content_encoding": "gzip"} if gzip else {}),
+            )
+        finally:
+            self._scrapes -= 1
 
     async def _healthz(self, scope: Message, send: Send) -> None:
         await _answer(send, 200, "ok\n")
@@ -111,14 +110,40 @@ class Endpoint:
         )
 
 
-class _OneFamily(Collector):
-    """What prometheus_client's encoders take for a registry."""
+@dataclass(frozen=True)
+class _Accepted:
+    """One entry of an Accept header (RFC 9110, 12.4.2)."""
 
-    def __init__(self, family: Metric) -> None:
-        self._family = family
+    quality: float = 0.0
+    version: str = ""
 
-    def collect(self) -> Iterable[Metric]:
-        return [self._family]
+
+def _accepted(header: str) -> dict[str, _Accepted]:
+    """What a client names, in lower case. An entry that cannot be understood is not named."""
+    found: dict[str, _Accepted] = {}
+    for entry in header.lower().split(","):
+        name, *rest = (part.strip() for part in entry.split(";"))
+        parameters = {
+            key.strip(): value.strip().strip('"')
+            for key, _, value in (part.partition("=") for part in rest)
+        }
+        with contextlib.suppress(ValueError):
+            found.setdefault(
+                name,
+                _Accepted(float(parameters.get("q", "1")), parameters.get("version", "")),
+            )
+    return found
+
+
+def _prefers_openmetrics(header: str) -> bool:
+    accepted = _accepted(header)
+    openmetrics = accepted.get("application/openmetrics-text", _Accepted())
+    text = accepted.get("text/plain", _Accepted())
+    return (
+        openmetrics.version in {"", "1.0.0"}
+        and openmetrics.quality > 0
+        and openmetrics.quality >= text.quality
+    )
 
 
 def _header(scope: Message, name: bytes) -> str:
@@ -128,32 +153,39 @@ def _header(scope: Message, name: bytes) -> str:
 async def _answer(
     send: Send,
     status: int,
-    body: str,
+    body: str | bytes,
     *,
     content_type: str = "text/plain; charset=utf-8",
-    allow: str = "",
+    **more: str,
 ) -> None:
-    content = body.encode()
+    content = body.encode() if isinstance(body, str) else body
     headers = [
         (b"content-type", content_type.encode()),
         (b"content-length", str(len(content)).encode()),
     ]
-    if allow:
-        headers.append((b"allow", allow.encode()))
+    headers += [(name.replace("_", "-").encode(), value.encode()) for name, value in more.items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
 
 
 class _PatientProtocol(H11Protocol):
-    """HTTP/1.1 with a limit on how long one exchange may take.
+    """HTTP/1.1 with a limit on how long one exchange may take, and on how many there are.
 
-    uvicorn closes a connection that idles *after* an answer; one that never asks, or never
-    reads, would stay for good.
+    uvicorn closes a connection that idles *after* an answer; one that never asks, never ends its
+    question or never reads would stay for good.
     """
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self._made_at = self.loop.time()
         self._next_look = self.loop.call_later(EXCHANGE_SECONDS, self._look, None)
+        if len(self.connections) > _most_connections():
+            oldest = min(
+                (each for each in self.connections if isinstance(each, _PatientProtocol)),
+                key=lambda each: each._made_at,
+            )
+            self.connections.discard(oldest)  # It is told that it is lost only later.
+            oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._next_look.cancel()
@@ -162,14 +194,19 @@ class _PatientProtocol(H11Protocol):
     def _look(self, before: object) -> None:
         cycle = self.cycle
         # Closing means waiting for the client to take what it was sent, which it may never do.
-        if (
-            cycle is None
-            or self.transport.is_closing()
-            or (cycle is before and not cycle.response_complete)
-        ):
+        # A finished exchange that no other has followed: uvicorn closes what idles, so bytes come,
+        # which make no request.
+        if cycle is before or self.transport.is_closing():
             self.transport.abort()
         else:
             self._next_look = self.loop.call_later(EXCHANGE_SECONDS, self._look, cycle)
+
+
+def _most_connections() -> int:
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return MOST_CONNECTIONS
+    return max(min(MOST_CONNECTIONS, descriptors - _KEPT_DESCRIPTORS), 1)
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -223,6 +260,7 @@ def configure(application: Endpoint, settings: Settings) -> uvicorn.Config:
         log_config=None,
         log_level="warning",
         access_log=False,
+        backlog=_BACKLOG,
         server_header=False,
         ssl_certfile=settings.tls_cert_file,
         ssl_keyfile=settings.tls_key_file,
@@ -245,7 +283,7 @@ def configure(application: Endpoint, settings: Settings) -> uvicorn.Config:
 def url(settings: Settings) -> str:
     """Where the metrics are, for people."""
     scheme = "http" if settings.tls_cert_file is None else "https"
-    host = "localhost" if settings.address in _ALL else settings.address
+    host = "localhost" if settings.address in {*_ALL, "0.0.0.0"} else settings.address  # noqa: S104
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}/metrics"
 
 

@@ -32,7 +32,14 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from sglang_weight_exporter.records import Engine, Ranks, Role, Snapshot, WeightUsage
+from sglang_weight_exporter.records import (
+    Engine,
+    Ranks,
+    Role,
+    Snapshot,
+    UpdateInProgress,
+    WeightUsage,
+)
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
@@ -95,10 +102,12 @@ def serve(runtime_dir: RuntimeDir) -> Iterator[Callable[..., Exporter]]:
     """Start ``serve`` on a free port of the loopback address, with further flags."""
     started: list[Exporter] = []
 
-    def start(*flags: str, port: int = 0) -> Exporter:
+    def start(*flags: str, port: int = 0, descriptors: int = 0) -> Exporter:
         port = port or free_port()
+        limited = ("prlimit", f"--nofile={descriptors}:{descriptors}") if descriptors else ()
         process = subprocess.Popen(
             [
+                *limited,
                 *(sys.executable, "-m", "sglang_weight_exporter", "serve"),
                 *("--address", "127.0.0.1", "--port", str(port)),
                 *("--runtime-dir", str(runtime_dir.path), *flags),
@@ -200,8 +209,11 @@ def test_idle_and_slow_clients_block_nobody_and_are_let_go(
     exporter.request("/metrics")
     threads, sockets = exporter.threads(), exporter.open_sockets()
     clients = [socket.create_connection(("127.0.0.1", exporter.port)) for _ in range(300)]
-    for client in clients[100:290]:  # Half a request, and never the rest.
+    for client in clients[100:280]:  # Half a request, and never the rest.
         client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n")
+    dribbling = clients[280:290]  # A request whose body comes byte by byte.
+    for client in dribbling:
+        client.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nContent-Length: 10000\r\n\r\n")
     for client in clients[290:]:  # Many requests, and no answer is ever read.
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 50)
@@ -212,10 +224,164 @@ def test_idle_and_slow_clients_block_nobody_and_are_let_go(
     deadline = time.monotonic() + 90
     while exporter.open_sockets() > sockets + 1:
         assert time.monotonic() < deadline, f"{exporter.open_sockets()} sockets are still open"
+        for client in dribbling:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(b"x")
         time.sleep(0.5)
     assert exporter.request("/metrics")[0] == 200
     for client in clients:
         client.close()
+
+
+def test_more_idle_connections_than_descriptors_end_nothing(
+    serve: Callable[..., Exporter], rank: RankStore
+) -> None:
+    exporter = serve(descriptors=256)
+    exporter.line("metrics are at")
+    clients = [socket.create_connection(("127.0.0.1", exporter.port)) for _ in range(400)]
+    for _ in range(3):  # The exporter looks at its ranks in between.
+        status, _, body = exporter.request("/metrics")
+        assert status == 200
+        assert b"sglang_weight_bytes{" in body
+        time.sleep(1)
+    assert exporter.process.poll() is None
+    assert exporter.lines.empty()
+    for client in clients:
+        client.close()
+
+
+def test_ranks_that_cannot_be_listed_are_none_this_time(
+    serve: Callable[..., Exporter], runtime_dir: RuntimeDir
+) -> None:
+    exporter = serve()
+    exporter.line("metrics are at")
+    runtime_dir.ranks.rmdir()
+    runtime_dir.ranks.write_text("")  # As root, permissions would refuse nothing.
+    for _ in range(3):  # The exporter looks at its ranks in between.
+        status, _, body = exporter.request("/metrics")
+        assert status == 200
+        assert b"sglang_weight_exporter_ranks 0.0" in body
+        time.sleep(1)
+    assert re.search(r"read_errors_total [1-9]", body.decode())
+    exporter.line("cannot be listed")
+    assert exporter.lines.empty()  # Said once.
+
+
+@pytest.mark.parametrize(
+    ("accept", "content_type"),
+    [
+        ('application/openmetrics-text; version="1.0.0"', "application/openmetrics-text"),
+        ("application/openmetrics-text; version=x", "text/plain"),
+        ("x", "text/plain"),
+        ("text/plain; version=x", "text/plain"),
+        ("application/openmetrics-text; q=0", "text/plain"),
+        ("application/openmetrics-text; q=0.3, text/plain; q=0.5", "text/plain"),
+        ("application/openmetrics-text; q=much", "text/plain"),
+    ],
+)
+def test_what_a_client_accepts_is_followed(
+    serve: Callable[..., Exporter], rank: RankStore, accept: str, content_type: str
+) -> None:
+    exporter = serve()
+    exporter.line("metrics are at")
+    status, headers, body = exporter.request(
+        "/metrics", accept=accept, accept_encoding="gzip;q=0, identity"
+    )
+    assert status == 200
+    assert headers["content-type"].startswith(content_type)
+    assert headers["content-encoding"] is None
+    assert b"sglang_weight_bytes{" in body
+
+
+def test_all_ipv4_addresses_are_no_ipv6_address(serve: Callable[..., Exporter]) -> None:
+    exporter = serve("--address", "0.0.0.0")
+    exporter.line("metrics are at")
+    assert exporter.request("/healthz")[0] == 200
+    with pytest.raises(OSError):  # noqa: PT011 (refused, or no IPv6 here)
+        socket.create_connection(("::1", exporter.port), timeout=5)
+
+
+def test_a_scrape_follows_every_change_of_a_rank(
+    serve: Callable[..., Exporter], rank: RankStore
+) -> None:
+    exporter = serve()
+    exporter.line("metrics are at")
+    now = time.time()
+
+    def scrape(**headers: str) -> dict[str, float]:
+        body = exporter.request("/metrics", **headers)[2]
+        text = gzip.decompress(body) if headers else body
+        return {
+            sample.name: sample.value
+            for family in parse_text(text.decode())
+            for sample in family.samples
+            if sample.labels.get("source", "tensor") == "tensor"
+        }
+
+    for nbytes in (2000, 3000):
+        rank.write_snapshot(
+            Snapshot(
+                rank_id="rank",
+                pid=os.getpid(),
+                started_at=1.0,
+                engine=Engine(name="30000", instance="one"),
+                roles=(
+                    Role(
+                        name="target",
+                        device="cpu",
+                        weights=(
+                            WeightUsage(
+                                device="cpu",
+                                kind="parameter",
+                                dtype="bfloat16",
+                                nbytes=nbytes,
+                                tensors=2,
+                            ),
+                        ),
+                        in_progress=UpdateInProgress(
+                            source="tensor",
+                            started_at=now,
+                            last_call_at=now,
+                            calls=1,
+                            idle_seconds=5.0,
+                        ),
+                    ),
+                ),
+            )
+        )
+        for headers in ({}, {"accept_encoding": "gzip"}):
+            found = scrape(**headers)
+            assert found["sglang_weight_bytes"] == nbytes
+    # Nothing is written from here on: an update without an end is over when it has been idle.
+    deadline = time.monotonic() + 60
+    assert scrape(accept_encoding="gzip")["sglang_weight_updates_total"] == 0
+    while scrape(accept_encoding="gzip")["sglang_weight_updates_total"] == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert scrape()["sglang_weight_updates_total"] == 1
+
+
+def test_more_scrapes_at_once_than_the_limit_are_refused_in_words(
+    serve: Callable[..., Exporter], rank: RankStore, runtime_dir: RuntimeDir
+) -> None:
+    exporter = serve()
+    exporter.line("metrics are at")
+    clients = []
+    for _ in range(80):  # None of them takes its answer.
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(("127.0.0.1", exporter.port))
+        client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+        clients.append(client)
+    deadline = time.monotonic() + 10
+    while (answer := exporter.request("/metrics"))[0] != 503:
+        assert time.monotonic() < deadline
+    assert b"at once" in answer[2]
+    assert exporter.request("/healthz")[0] == 200
+    for client in clients:
+        client.close()
+    while exporter.request("/metrics")[0] != 200:
+        assert time.monotonic() < deadline + 30
 
 
 def test_a_taken_port_is_named_once_and_taken_when_it_is_free(

@@ -31,12 +31,17 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.metrics.export import Histogram as HistogramData
 from opentelemetry.sdk.resources import Resource
 
-from sglang_weight_exporter.export.instruments import Instrument
-from sglang_weight_exporter.export.measurement import Measurement, label_names, measure
+from sglang_weight_exporter.export.instruments import INSTRUMENTS, Instrument
+from sglang_weight_exporter.export.measurement import (
+    Measurement,
+    label_names,
+    measure_host,
+    measure_roles,
+)
 from sglang_weight_exporter.export.otlp.collector import Collector
 from sglang_weight_exporter.export.otlp.spans import SCHEMA_URL, SCOPE
 from sglang_weight_exporter.export.otlp.spans import resource as make_resource
-from sglang_weight_exporter.export.views import HostView
+from sglang_weight_exporter.export.views import HostView, role_views
 from sglang_weight_exporter.records import DURATION_BUCKETS, Histogram
 from sglang_weight_exporter.weight_table_events import AttributeValue
 
@@ -58,7 +63,7 @@ def messages(view: HostView, resource: Resource) -> Iterator[MetricsData]:
     """All instruments that have a value, in messages of at most :data:`MESSAGE_POINTS` points."""
     metrics: list[Metric] = []
     count = 0
-    for instrument, measurements in measure(view, part=PART):
+    for instrument, measurements in _measurements(view):
         names = label_names(instrument)
         for start in range(0, len(measurements), MESSAGE_POINTS):
             part = measurements[start : start + MESSAGE_POINTS]
@@ -77,6 +82,15 @@ def messages(view: HostView, resource: Resource) -> Iterator[MetricsData]:
             count += len(part)
     if metrics:
         yield _message(metrics, resource)
+
+
+def _measurements(view: HostView) -> Iterator[tuple[Instrument, list[Measurement]]]:
+    """Every instrument with the host's values, and with those of a few roles at a time."""
+    roles = list(role_views(view.snapshots, view.now))
+    for instrument in INSTRUMENTS:
+        yield instrument, measure_host(instrument, view)
+        for start in range(0, len(roles), PART):
+            yield instrument, measure_roles(instrument, roles[start : start + PART])
 
 
 def _message(metrics: list[Metric], resource: Resource) -> MetricsData:
