@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A scrape of 64 ranks against a scrape of one, and the exporter's memory: scrape.py [RANKS]
 
-The ranks hold their locks and have snapshots of a mixture-of-experts model; the exporter is the
-real process, asked over HTTP as Prometheus asks (OpenMetrics, gzip).
+The ranks hold their locks and have snapshots of a mixture-of-experts model with a draft; the
+exporter is the real process, asked over HTTP as Prometheus asks (OpenMetrics, gzip), while nothing
+changes, while every rank has changed, and by many clients at once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import sys
 import tempfile
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from sglang_weight_exporter.hooks.targets import TARGETS
 from sglang_weight_exporter.records import (
@@ -37,11 +40,11 @@ from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 ROUNDS = 30
+CLIENTS = 20
 
 
-def rank(runtime_dir: RuntimeDir, number: int) -> RankStore:
-    """One living rank of an engine of 8 GPUs a node; every eighth starts another engine."""
-    store = RankStore(runtime_dir, f"{number:016x}")
+def write(store: RankStore, number: int) -> None:
+    """One rank of an engine of 8 GPUs a node; every eighth starts another engine."""
     device = Device(name="cuda:0", uuid=f"GPU-{number:032x}", product="NVIDIA H100 80GB HBM3")
     names = dict.fromkeys(target.name for target in TARGETS)
     kinds: tuple[tuple[Kind, str], ...] = (
@@ -64,9 +67,9 @@ def rank(runtime_dir: RuntimeDir, number: int) -> RankStore:
             ),
             ranks=Ranks(tp=number % 8, moe_ep=number % 8),
             devices=(device,),
-            roles=(
+            roles=tuple(
                 Role(
-                    name="target",
+                    name=name,
                     device="cuda:0",
                     weights=usage,
                     resident={"cuda:0": 4 * 10**9},
@@ -80,16 +83,16 @@ def rank(runtime_dir: RuntimeDir, number: int) -> RankStore:
                     loaded_at=1.0,
                     load_seconds=1.0,
                     updated_at=1.0,
-                ),
+                )
+                for name in ("target", "draft")
             ),
             hooks=tuple(HookState(target=name, status="installed") for name in names),
         )
     )
-    return store
 
 
-def scrape(port: int) -> tuple[float, int, int]:
-    """Seconds, compressed bytes and plain bytes of one scrape."""
+def scrape(port: int) -> tuple[float, bytes]:
+    """Seconds of one scrape, and what came, compressed."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/metrics",
         headers={
@@ -100,7 +103,7 @@ def scrape(port: int) -> tuple[float, int, int]:
     started = time.perf_counter()
     with urllib.request.urlopen(request, timeout=30) as response:
         content = response.read()
-    return time.perf_counter() - started, len(content), len(gzip.decompress(content))
+    return time.perf_counter() - started, content
 
 
 def processor_seconds(pid: int) -> float:
@@ -109,15 +112,36 @@ def processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(ranks: int) -> tuple[float, float, int, int, int, int]:
-    """Median seconds and mean processor seconds of a scrape, compressed and plain bytes, series,
-    peak resident bytes of the exporter."""
+class Figures(NamedTuple):
+    """What scrapes of so many ranks cost; seconds, and bytes."""
+
+    #: Median of the client's time, mean of the exporter's processor.
+    unchanged: float
+    unchanged_processor: float
+    #: Each rank has written a new snapshot before each scrape.
+    changed_processor: float
+    #: Of :data:`CLIENTS` that ask without a pause.
+    p99: float
+    compressed: int
+    plain: int
+    series: int
+    peak_memory: int
+
+
+def measure(ranks: int) -> Figures:
+    """A new exporter process beside so many ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
         runtime_dir = RuntimeDir.open(Path(directory) / "runtime", os.environ)
-        alive = [rank(runtime_dir, number) for number in range(ranks)]
+        alive = [RankStore(runtime_dir, f"{number:016x}") for number in range(ranks)]
+
+        def write_all() -> None:
+            for number, store in enumerate(alive):
+                write(store, number)
+
+        write_all()
         exporter = subprocess.Popen(
             [
                 *(sys.executable, "-m", "sglang_weight_exporter", "serve"),
@@ -130,9 +154,20 @@ def measure(ranks: int) -> tuple[float, float, int, int, int, int]:
         try:
             assert exporter.stdout is not None
             exporter.stdout.readline()  # "metrics are at …"
-            used = processor_seconds(exporter.pid)
+            scrape(port)
+
+            before = processor_seconds(exporter.pid)
             found = [scrape(port) for _ in range(ROUNDS)]
-            used = (processor_seconds(exporter.pid) - used) / ROUNDS
+            unchanged = (processor_seconds(exporter.pid) - before) / ROUNDS
+
+            before = processor_seconds(exporter.pid)
+            for _ in range(ROUNDS):
+                write_all()
+                scrape(port)
+            changed = (processor_seconds(exporter.pid) - before) / ROUNDS
+
+            with ThreadPoolExecutor(CLIENTS) as clients:
+                times = [each for each, _ in clients.map(scrape, [port] * CLIENTS * ROUNDS)]
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
                 text = response.read().decode()
             status = Path(f"/proc/{exporter.pid}/status").read_text()
@@ -141,32 +176,41 @@ def measure(ranks: int) -> tuple[float, float, int, int, int, int]:
             exporter.wait()
         for store in alive:
             store.close()
-    series = sum(1 for line in text.splitlines() if line and not line.startswith("#"))
-    peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
-    seconds = statistics.median(taken for taken, _, _ in found)
-    return seconds, used, found[-1][1], found[-1][2], series, peak
+    return Figures(
+        unchanged=statistics.median(taken for taken, _ in found),
+        unchanged_processor=unchanged,
+        changed_processor=changed,
+        p99=statistics.quantiles(times, n=100)[-1],
+        compressed=len(found[-1][1]),
+        plain=len(gzip.decompress(found[-1][1])),
+        series=sum(1 for line in text.splitlines() if line and not line.startswith("#")),
+        peak_memory=int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024,
+    )
 
 
 def main() -> None:
     many = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     one, all_of_them = measure(1), measure(many)
-    print(f"A scrape (OpenMetrics, gzip), median of {ROUNDS}")
+    print(f"A scrape (OpenMetrics, gzip) of ranks with two roles, {ROUNDS} times")
     print(
-        f"  {'ranks':>5} {'ms':>8} {'cpu ms':>8} {'series':>8} {'bytes':>10} {'gzip':>9}"
-        f" {'peak memory':>12}"
+        f"  {'ranks':>5} {'ms':>6} {'cpu ms':>7} {'changed':>8} {'p99 of ' + str(CLIENTS):>10}"
+        f" {'series':>7} {'bytes':>10} {'gzip':>8} {'peak memory':>12}"
     )
-    for ranks, (seconds, used, compressed, plain, series, peak) in (
-        (1, one),
-        (many, all_of_them),
-    ):
+    for ranks, figures in ((1, one), (many, all_of_them)):
         print(
-            f"  {ranks:>5} {seconds * 1e3:>8.1f} {used * 1e3:>8.1f} {series:>8,} {plain:>10,}"
-            f" {compressed:>9,} {peak / 1e6:>9.1f} MB"
+            f"  {ranks:>5} {figures.unchanged * 1e3:>6.1f}"
+            f" {figures.unchanged_processor * 1e3:>7.1f}"
+            f" {figures.changed_processor * 1e3:>8.1f} {figures.p99 * 1e3:>7.0f} ms"
+            f" {figures.series:>7,} {figures.plain:>10,} {figures.compressed:>8,}"
+            f" {figures.peak_memory / 1e6:>9.1f} MB"
         )
-    print(f"  ratio of times      {all_of_them[1] / one[1]:.1f} for {many} times the ranks")
-    print(f"  series a rank       {(all_of_them[4] - one[4]) / (many - 1):.1f}")
-    print(f"  bytes a rank        {(all_of_them[3] - one[3]) / (many - 1):.0f}")
-    print(f"  of them gzipped     {(all_of_them[2] - one[2]) / (many - 1):.0f}")
+    further = many - 1
+    print(
+        f"  ratio of times      {all_of_them.unchanged / one.unchanged:.1f} for {many} times them"
+    )
+    print(f"  series a rank       {(all_of_them.series - one.series) / further:.1f}")
+    print(f"  bytes a rank        {(all_of_them.plain - one.plain) / further:.0f}")
+    print(f"  of them gzipped     {(all_of_them.compressed - one.compressed) / further:.0f}")
 
 
 if __name__ == "__main__":

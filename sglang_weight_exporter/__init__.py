@@ -14,10 +14,6 @@ programs is imported on first use:
 
 __version__ = "0.1.0"
 
-#: The last line of an exporter process that ends by itself, for the rank that reads its lines: one
-#: that was killed says nothing, and is replaced at once.
-GOODBYE = "The exporter process has ended."
-
 TYPE_CHECKING = False  # typing's own costs its import; type checkers know the name.
 if TYPE_CHECKING:
     from sglang_weight_exporter.hooks.announce import record_update, updating

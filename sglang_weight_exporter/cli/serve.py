@@ -11,8 +11,8 @@ import os
 import sys
 from dataclasses import replace
 
-from sglang_weight_exporter import GOODBYE
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
+from sglang_weight_exporter.process_log import PipeHandler, Sparing
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -47,22 +47,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(arguments: argparse.Namespace) -> int:
-    started_by_rank = arguments.lock_fd is not None
-    if started_by_rank:
+    handler: logging.Handler = logging.StreamHandler(sys.stdout)
+    log_format = "%(asctime)s %(levelname)s %(message)s"
+    if arguments.lock_fd is not None:  # Started by a rank.
         # An engine that ends kills its descendants (SGLang's `kill_process_tree`). This process
         # stays for a while, to deliver the last spans, so it must be none of them.
         if os.fork():
             os._exit(0)
-        atexit.register(print, GOODBYE, flush=True)
+        handler = pipe = PipeHandler(sys.stdout.fileno())
+        log_format = "%(message)s"  # Time and level are for the engine's log to say.
+        atexit.register(pipe.say_goodbye)
+    handler.addFilter(Sparing())
+    logging.raiseExceptions = False  # Who reads our lines may be gone before us.
+    logging.basicConfig(handlers=[handler], format=log_format, level=logging.INFO)
     # Imported here: `status` and `table` need no web server.
     from sglang_weight_exporter.export.process import AlreadyServedError, serve
 
-    logging.raiseExceptions = False  # The engine that reads our lines may be gone before us.
-    logging.basicConfig(
-        stream=sys.stdout,
-        level=logging.INFO,
-        format="%(message)s" if started_by_rank else "%(asctime)s %(levelname)s %(message)s",
-    )
     settings = settings_from(arguments, os.environ)
     try:
         if arguments.simulate is None:

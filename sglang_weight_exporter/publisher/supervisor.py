@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from sglang_weight_exporter import GOODBYE
+from sglang_weight_exporter.process_log import Message, read_messages
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.runtime_dir import VARIABLE, RuntimeDir
 
@@ -35,7 +35,8 @@ class Supervisor:
     def __init__(self, runtime_dir: RuntimeDir, environ: Mapping[str, str]) -> None:
         self._runtime_dir = runtime_dir
         self._environ = environ
-        self._said: set[str] = set()
+        #: What the last exporter process said, if it could not do its work.
+        self._said: set[Message] = set()
 
     def start(self) -> None:
         threading.Thread(
@@ -56,6 +57,8 @@ class Supervisor:
                 lock.close()
                 killed = not self._relay(process)
                 healthy = time.monotonic() - started > _HEALTHY_SECONDS
+                if healthy:
+                    self._said.clear()
                 # Killed from outside is not its fault: replace it at once.
                 pause = 0.0 if healthy or killed else min(max(2 * pause, 1), _LONGEST_PAUSE_SECONDS)
             except OSError as error:
@@ -90,7 +93,7 @@ class Supervisor:
         )
 
     def _relay(self, process: subprocess.Popen[str]) -> bool:
-        """The exporter's lines, into the engine's log, until it has ended; whether it ended by
+        """What the exporter says, into the engine's log, until it has ended; whether it ended by
         itself. The process that was started ends at once, and the exporter is a child of its.
 
         A pipe and not the engine's own standard error: an exporter that outlives its engine for
@@ -98,15 +101,17 @@ class Supervisor:
         """
         assert process.stdout is not None
         ended = False
+        said = set()
         with process.stdout:
-            for line in process.stdout:
-                if line.rstrip() == GOODBYE:
+            for message in read_messages(process.stdout):
+                if message is None:
                     ended = True
                     continue
-                # Each line once: an exporter that cannot start says why with every try.
-                if line not in self._said:
-                    self._said.add(line)
-                    logger.info("sglang_weight_exporter: %s", line.rstrip())
+                said.add(message)
+                # An exporter that cannot start says why with every try: in the log it is once.
+                if message not in self._said:
+                    logger.log(message.level, "sglang_weight_exporter: %s", message.text)
+        self._said = said
         process.wait()
         return ended
 

@@ -5,12 +5,18 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import termios
+import threading
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,7 +185,58 @@ def test_an_exporter_that_cannot_start_says_why_once_and_leaves_the_rank_alone(
     assert rank.poll() is None
     rank.kill()
     output, _ = rank.communicate()
-    assert output.count("ImportError: broken") == 1
+    # In one piece, from the first line to the last.
+    assert re.fullmatch(
+        r"sglang_weight_exporter: Traceback .*\n(?:  .*\n)+ImportError: broken\n", output
+    ), output
+
+
+def send_garbage(endpoint: Endpoint, requests: int) -> None:
+    """Requests that are none: the exporter complains of each."""
+    assert endpoint.url is not None
+    address = urllib.parse.urlsplit(endpoint.url)
+    for _ in range(requests):
+        with socket.create_connection((address.hostname, address.port or 0), timeout=10) as client:
+            client.sendall(b"no request\r\n\r\n")
+            client.recv(1024)
+
+
+def test_a_flood_of_complaints_is_a_few_lines_in_the_log_of_the_rank(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    rank = start_rank("only")
+    send_garbage(serving(runtime_dir), 500)
+    rank.kill()
+    output, _ = rank.communicate()
+    assert 1 <= output.count("Invalid HTTP request") <= 5
+
+
+def test_an_exporter_goes_on_when_the_rank_that_reads_its_log_is_stopped(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    rank = start_rank("only")
+    exporter = serving(runtime_dir)
+    rank.send_signal(signal.SIGSTOP)
+    # The pipe is full, as after hours of complaints.
+    pipe = os.open(f"/proc/{exporter.pid}/fd/1", os.O_WRONLY | os.O_NONBLOCK)
+    for content in (b"x" * 64 + b"\n", b"\n"):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(pipe, content)
+    send_garbage(exporter, 3)
+    assert exporter.url is not None
+    with urllib.request.urlopen(exporter.url, timeout=10) as answer:
+        assert b"sglang_weight_exporter_build_info" in answer.read()
+    rank.send_signal(signal.SIGCONT)
+    wait_for(lambda: not any(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))), 30)
+    os.close(pipe)
+    # What was not read in time is counted with what is.
+    send_garbage(exporter, 1)
+    impatience = threading.Timer(30, rank.kill)
+    impatience.start()
+    assert rank.stdout is not None
+    assert any("3 messages before this one were not read" in line for line in rank.stdout)
+    impatience.cancel()
 
 
 def test_sglangs_environment_does_not_reach_the_exporter(
