@@ -15,6 +15,8 @@ def _arm() -> None:
     here = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
     # Nobody else is to find this directory, the other sitecustomize's importer first of all.
     sys.path[:] = [path for path in sys.path if path != here]
+    if os.environ.get("PYTHONPATH") == here + os.pathsep:
+        _drop_the_empty_entry(here)
     word = os.environ.get("SGLANG_WEIGHT_EXPORTER_DISABLED", "").strip().lower()
     if word in ("1", "true", "yes", "on"):
         return
@@ -30,6 +32,16 @@ def _arm() -> None:
         sys.stderr.write("sglang_weight_exporter: not active ({!r}).\n".format(error))  # noqa: UP032
     finally:
         sys.path.remove(parent)
+
+
+def _drop_the_empty_entry(here: str) -> None:
+    """What Kustomize leaves when it puts a path in front of no path, and what Python takes for the
+    working directory: nobody asked for modules from there."""
+    os.environ["PYTHONPATH"] = here
+    try:  # noqa: SIM105
+        sys.path.remove(os.getcwd())  # noqa: PTH109
+    except (OSError, ValueError):  # There is none: it was removed, or Python found none.
+        pass
 
 
 def _run_the_other() -> None:
