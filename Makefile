@@ -6,6 +6,7 @@
 # make test TESTS=tests/store    one suite, with no more installed than it needs
 # make demo                      a real SGLang with the exporter beside it
 # make benchmark                 what things cost, as ratios to a baseline of the same run
+# make dist                      sdist, wheel, SBOM and checksums of a release, in dist/
 # make debian-packages           what `make test` needs of Debian; as root
 #
 # `make check` needs Python, git and make, and neither root nor SGLang. On a new Debian 12 machine
@@ -17,7 +18,7 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help check test lint demo benchmark debian-packages all-tests light-tests wheel clean
+.PHONY: help check test lint demo benchmark dist debian-packages all-tests light-tests wheel clean
 
 NEWEST := 0.5.23
 OLDEST := 0.5.9
@@ -122,5 +123,8 @@ benchmark: wheel
 	  $(MAIN)/bin/python benchmarks/$$program.py
 	done
 
+dist:
+	@build/dist.sh
+
 clean:
-	rm -rf .venv
+	rm -rf .venv dist
