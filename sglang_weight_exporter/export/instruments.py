@@ -7,6 +7,8 @@ Prometheus and OTLP both take their values from here, and so does the reference 
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -136,11 +138,24 @@ def _operations(attribute: Literal["calls", "failures"]) -> RoleReader:
     return samples
 
 
+#: SGLang's weight version where it is an integer. Anything that `float` takes besides (`nan`,
+#: `12e4567`) is a name and no number.
+_INTEGER = re.compile(r"-?[0-9]{1,16}")
+
+#: Every integer up to here is exact in a float, which is what Prometheus keeps.
+_EXACT = 2**53
+
+
 def _version(view: RoleView) -> Iterator[Sample]:
-    try:
-        yield Sample((), float(view.snapshot.weight_version))
-    except ValueError:
-        return
+    text = view.snapshot.weight_version
+    if _INTEGER.fullmatch(text) and abs(int(text)) <= _EXACT:
+        yield Sample((), int(text))
+
+
+def _version_id(snapshot: Snapshot) -> float | None:
+    if not snapshot.weight_version:
+        return None
+    return as_number(hashlib.sha256(snapshot.weight_version.encode()).hexdigest())
 
 
 def _target_only(read: Callable[[Snapshot], float | None]) -> RoleReader:
@@ -387,8 +402,16 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "sglang_weight_version",
         "gauge",
         "",
-        "SGLang's weight version, where it is a number.",
+        "SGLang's weight version, where it is an integer of at most 2^53.",
         read_role=_version,
+    ),
+    Instrument(
+        "sglang_weight_version_id",
+        "gauge",
+        "",
+        "53 bits of the SHA-256 of SGLang's weight version, whatever its form: equal where the "
+        "strings are equal. Once a rank; the string is in the update's span and in status.",
+        read_role=_once_a_rank(_version_id),
     ),
     Instrument(
         "sglang_weight_info",
