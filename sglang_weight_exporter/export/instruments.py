@@ -18,7 +18,9 @@ from sglang_weight_exporter.export.views import HostView, RoleView
 from sglang_weight_exporter.fingerprint import as_number
 from sglang_weight_exporter.records import (
     CHANGES,
+    PAUSES,
     SOURCES,
+    CacheCounts,
     Histogram,
     Snapshot,
     UpdateCounts,
@@ -172,6 +174,20 @@ def _once_a_rank(read: Callable[[Snapshot], float | None]) -> RoleReader:
             yield from _one(read(view.snapshot))
 
     return samples
+
+
+def _cache(read: Callable[[CacheCounts], float | None]) -> RoleReader:
+    def samples(view: RoleView) -> Iterator[Sample]:
+        if view.is_target and view.snapshot.cache is not None:
+            yield from _one(read(view.snapshot.cache))
+
+    return samples
+
+
+def _pauses(view: RoleView) -> Iterator[Sample]:
+    if view.is_target and view.snapshot.cache is not None:
+        for how in PAUSES:
+            yield Sample((how,), view.snapshot.cache.pauses.get(how, 0))
 
 
 def _kv_bytes(view: RoleView) -> Iterator[Sample]:
@@ -451,6 +467,44 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "Capacity of the KV pools in tokens.",
         ("pool",),
         _kv_tokens,
+    ),
+    Instrument(
+        "sglang_kv_cache_flushes",
+        "counter",
+        "{flush}",
+        "Flushes of the prefix cache.",
+        read_role=_cache(lambda cache: cache.flushes),
+    ),
+    Instrument(
+        "sglang_kv_cache_flush_failures",
+        "counter",
+        "{flush}",
+        "Flushes that SGLang refused, because requests were running or queued.",
+        read_role=_cache(lambda cache: cache.failures),
+    ),
+    Instrument(
+        "sglang_kv_cache_flushed_timestamp_seconds",
+        "gauge",
+        "s",
+        "When the prefix cache was last flushed, in Unix time. Absent before the first flush.",
+        read_role=_cache(lambda cache: cache.flushed_at),
+    ),
+    Instrument(
+        "sglang_kv_cache_stale",
+        "gauge",
+        "",
+        "1 while the prefix cache holds tokens computed by weights that are gone, else 0. Absent "
+        "where the cache could not be read.",
+        read_role=_cache(lambda cache: None if cache.stale is None else float(cache.stale)),
+    ),
+    Instrument(
+        "sglang_kv_cache_pauses",
+        "counter",
+        "{pause}",
+        "Orders to pause generation, by what becomes of running requests: they keep their cache "
+        "(in_place), are computed again (retract), or are all aborted (abort).",
+        ("mode",),
+        _pauses,
     ),
     Instrument(
         "sglang_lora_pool_bytes",
