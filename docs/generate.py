@@ -75,6 +75,11 @@ COUNTING = """
   `record_update`, and `check_weights` with `reset_tensors`).
 * **A failure** is an update that SGLang answered with an error or an exception. Whether the weights
   are unchanged or undefined afterwards is in the span and in `status`.
+* **A version** is whatever string SGLang was given (`step-42`, a hash, `default`). It is no label,
+  because it changes with every update. `sglang_weight_version_id` is equal where the strings are
+  equal and says nothing about which is newer; `sglang_weight_version` has the value where the
+  string is an integer. The string itself is in `status`, in the span (`sglang.weights.version`) and
+  in the table; from a panel, the exemplar of an update leads to its span.
 * **Duration** is from the first call of an update to its last; buckets end at {buckets} s.
 """
 

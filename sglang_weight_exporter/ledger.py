@@ -21,16 +21,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
 from sglang_weight_exporter.records import (
     CHANGES,
+    PAUSES,
     SOURCES,
+    CacheCounts,
     Change,
     Effect,
     OperationCounts,
+    Pause,
     Role,
     Source,
     TableChanges,
@@ -157,7 +160,11 @@ class _Request:
 
 
 class Ledger:
-    """The account of one process. ``trace_id``: update number → the trace of its span."""
+    """The account of one process.
+
+    ``trace_id``: update number → the trace of its span. ``cached_tokens``: how many tokens the
+    prefix cache holds now, ``None`` where that is not known; asked when weights have been written.
+    """
 
     def __init__(
         self,
@@ -165,10 +172,12 @@ class Ledger:
         clock: Callable[[], float] = time.time,
         thread: Callable[[], int] = threading.get_ident,
         trace_id: Callable[[int], str] = lambda number: "",
+        cached_tokens: Callable[[], int | None] = lambda: None,
     ) -> None:
         self._clock = clock
         self._thread = thread
         self._trace_id = trace_id
+        self._cached_tokens = cached_tokens
         self._lock = threading.RLock()
         self._roles: dict[str, _Role] = {}
         self._ended: list[Ended] = []
@@ -185,6 +194,7 @@ class Ledger:
         self._operations: dict[str, OperationCounts] = {}
         self._groups: set[str] = set()
         self._released: set[str] = set()
+        self._cache: CacheCounts | None = None
 
     # What others ask.
 
@@ -212,6 +222,15 @@ class Ledger:
         """Tags of the memory saver whose physical memory is given back now."""
         with self._lock:
             return frozenset(self._released)
+
+    @property
+    def cache(self) -> CacheCounts | None:
+        """Flushes and pauses; ``None`` where no scheduler serves requests."""
+        with self._lock:
+            # What was left behind may have been evicted, or thrown away without a flush.
+            if self._cache is not None and self._cache.stale and self._cached_tokens() == 0:
+                self._change_cache(stale=False)
+            return self._cache
 
     def in_session(self) -> bool:
         """Whether a session of any role goes on."""
@@ -264,6 +283,7 @@ class Ledger:
         gives up its own embeddings for the target's only then."""
         with self._lock:
             self._starting = True
+            self._cache = CacheCounts(pauses=dict.fromkeys(PAUSES, 0))
 
     def end_start(self) -> None:
         """All models are loaded and share what they share."""
@@ -379,6 +399,8 @@ class Ledger:
                 if open_.source is None or ticket.source != "external":
                     open_.source = ticket.source
             open_.record(verdict, self._clock())
+            if not ticket.moves:  # Experts that move are the same experts.
+                self._leave_cache(verdict)
             served = ticket.ends_with == "request" and self._thread() in self._requests
             if ticket.opened and ticket.ends_with != "later" and not served:
                 self._end(ticket.role, open_)
@@ -521,7 +543,9 @@ class Ledger:
                 return
             if error:
                 open_.source = open_.source or "p2p"
-                open_.record(Verdict(False, "undefined", error), self._clock())
+                broken = Verdict(False, "undefined", error)
+                open_.record(broken, self._clock())
+                self._leave_cache(broken)
             elif self._session_calls == 0 and run_post_load:
                 # Nothing came through SGLang: a peer wrote into the tensors (RDMA).
                 ticket = self._begin(name, "p2p", "later")
@@ -605,6 +629,40 @@ class Ledger:
         with self._lock:
             self._moving.discard(self._thread())
             self.finish(ticket, verdict)
+
+    # The prefix cache, whose keys and values are those of the weights that computed them.
+
+    def _leave_cache(self, verdict: Verdict) -> None:
+        """Weights were written; what the cache holds now is the old ones'."""
+        if verdict.effect == "unchanged":
+            return
+        tokens = self._cached_tokens()
+        if tokens is not None:
+            self._change_cache(stale=tokens > 0)
+        elif self._cache is not None and not self._cache.stale:
+            self._change_cache(stale=None)
+
+    def _change_cache(self, **changes: Any) -> None:
+        if self._cache is not None:
+            self._cache = msgspec.structs.replace(self._cache, **changes)
+
+    def flush(self, *, succeeded: bool) -> None:
+        """The cache was to be flushed, and is empty, or SGLang refused."""
+        with self._lock:
+            cache = self._cache
+            if cache is None:
+                return
+            if succeeded:
+                self._change_cache(flushes=cache.flushes + 1, flushed_at=self._clock(), stale=False)
+            else:
+                self._change_cache(failures=cache.failures + 1)
+
+    def pause(self, how: Pause) -> None:
+        """Generation was interrupted."""
+        with self._lock:
+            if self._cache is not None:
+                pauses = self._cache.pauses
+                self._change_cache(pauses={**pauses, how: pauses.get(how, 0) + 1})
 
     # Memory that is given back, and what surrounds an update.
 

@@ -61,7 +61,7 @@ class Rank:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.roles = roles
-        self.ledger = Ledger(clock=clock, trace_id=self._trace_id)
+        self.ledger = Ledger(clock=clock, trace_id=self._trace_id, cached_tokens=scan.cached_tokens)
         self.scan = scan
         self._publisher = publisher
         self._hooks = hooks
@@ -217,6 +217,7 @@ class Rank:
             hook_errors=self._errors(),
             operations=self.ledger.operations,
             update_groups=self.ledger.update_groups,
+            cache=self.ledger.cache,
             snapshot_seconds=self.scan.seconds,
         )
 

@@ -146,6 +146,24 @@ class OperationCounts(Record, frozen=True, kw_only=True):
     failures: int = 0
 
 
+#: How generation is interrupted: the running requests stay as they are and go on with what they
+#: have in the cache; they go back to the queue and are computed again; all of them are aborted.
+Pause = Literal["in_place", "retract", "abort"]
+PAUSES: tuple[Pause, ...] = get_args(Pause)
+
+
+class CacheCounts(Record, frozen=True, kw_only=True):
+    """The prefix cache of a scheduler: what became of its keys and values as weights changed."""
+
+    flushes: int = 0
+    #: Flushes that SGLang refused, because requests were running or queued.
+    failures: int = 0
+    flushed_at: float | None = None
+    #: Whether it holds tokens that weights have computed which are gone; ``None``: not known.
+    stale: bool | None = False
+    pauses: dict[Pause, int] = {}
+
+
 class TableChanges(Record, frozen=True, kw_only=True):
     """How the table after an update differs from the table before it.
 
@@ -341,6 +359,8 @@ class Snapshot(Record, frozen=True, kw_only=True):
     hook_errors: dict[str, int] = {}
     operations: dict[str, OperationCounts] = {}
     update_groups: int = 0
+    #: ``None`` where no scheduler serves requests.
+    cache: CacheCounts | None = None
     #: Seconds the engine spent on the last capture and on writing it.
     snapshot_seconds: float | None = None
     events_dropped: int = 0

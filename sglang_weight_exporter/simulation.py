@@ -216,11 +216,12 @@ def _life(
     It loads, and then follows every version of the fleet a little after the engine before it.
     Every other engine gives its memory back while it waits, as in reinforcement learning.
     """
+    _tell(ranks, lambda ledger: ledger.begin_start())
     loading = [rank.ledger.begin_load() for rank in ranks]
     yield clock() + chance.uniform(30.0, 45.0)
     for rank, began_at in zip(ranks, loading, strict=True):
         rank.ledger.end_load("target", began_at, model_path=MODEL, weight_version="0")
-        rank.ledger.tell_load("target")
+        rank.ledger.end_start()
         rank.publish()
     source = _SOURCES[number % len(_SOURCES)]
     for version in itertools.count(1):
@@ -353,6 +354,7 @@ class _Rank:
                 devices=(self._device,),
                 roles=(self.ledger.describe("target", self._role()),),
                 weight_version=self.ledger.weight_version,
+                cache=self.ledger.cache,
                 events_dropped=self.store.events_dropped,
             )
         )

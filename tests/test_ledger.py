@@ -68,7 +68,16 @@ class LedgerMachine(RuleBasedStateMachine):
         super().__init__()
         self.now = 1000.0
         self.on = SCHEDULER
-        self.ledger = Ledger(clock=lambda: self.now, thread=lambda: self.on)
+        #: Tokens in the cache, each as how often weights had been written when it was computed.
+        self.cached: list[int] = []
+        self.written = 0
+        self.flushes: Counter[bool] = Counter()
+        self.pauses: Counter[str] = Counter()
+        self.ledger = Ledger(
+            clock=lambda: self.now,
+            thread=lambda: self.on,
+            cached_tokens=lambda: len(self.cached),
+        )
         self.open: dict[str, Modelled | None] = dict.fromkeys(ROLES)
         self.moves: Modelled | None = None
         self.rebalancing = False
@@ -141,6 +150,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.finish(ticket, verdict)
         update.source, update.last_call = source, self.now
         update.verdicts.append(verdict)
+        self.written += verdict.effect != "unchanged"
         self.calls[role, source] += 1
         self.session_calls += 1
 
@@ -180,6 +190,8 @@ class LedgerMachine(RuleBasedStateMachine):
             self.write(role, source, verdict, "request" if source in WHOLE else "later")
             if not verdict.succeeded:
                 break
+        if verdict.succeeded and flush_cache:
+            self.flush(works=flushes)
         succeeded = verdict.succeeded and (flushes or not flush_cache)
         message = "" if succeeded else "the cache was not flushed"
         self.ledger.end_request(succeeded=succeeded, message=message, raised=False)
@@ -225,14 +237,38 @@ class LedgerMachine(RuleBasedStateMachine):
         if not works:
             update.source = update.source or "p2p"
             update.verdicts.append(BROKEN)
+            self.written += 1
         elif run_post_load:
             update.source = "p2p"
             update.verdicts.append(CHANGED)
+            self.written += 1
             self.calls[role, "p2p"] += 1
             self.session_calls += 1
         self.end(role)
         if not works:
             self.open[role] = Modelled(update.source, session=True, last_call=self.now)
+
+    # The cache.
+
+    @rule(tokens=st.integers(1, 3))
+    def serve(self, tokens: int) -> None:
+        self.cached += [self.written] * tokens
+
+    @rule(works=st.booleans())
+    def flush(self, works: bool) -> None:
+        if works:
+            self.cached.clear()
+        self.ledger.flush(succeeded=works)
+        self.flushes[works] += 1
+
+    @rule()
+    def evict_all(self) -> None:
+        self.cached.clear()
+
+    @rule(mode=st.sampled_from(["in_place", "retract", "abort"]))
+    def pause(self, mode: Any) -> None:
+        self.ledger.pause(mode)
+        self.pauses[mode] += 1
 
     # Experts, on the worker's thread, whatever the scheduler's does.
 
@@ -308,6 +344,15 @@ class LedgerMachine(RuleBasedStateMachine):
             assert (role.in_progress is not None) == expected, name
             assert role.last_update is not None
         assert self.ledger.released == self.released
+
+    @invariant()
+    def the_cache_is_the_models(self) -> None:
+        cache = self.ledger.cache
+        if cache is not None:
+            assert cache.stale == any(token != self.written for token in self.cached)
+            assert (cache.flushes, cache.failures) == (self.flushes[True], self.flushes[False])
+            assert (cache.flushed_at is not None) == bool(cache.flushes)
+            assert Counter(cache.pauses) == self.pauses
 
     @invariant()
     def what_has_ended_is_told_once(self) -> None:

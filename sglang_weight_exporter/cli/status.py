@@ -80,6 +80,8 @@ def _print_rank(snapshot: Snapshot, now: float, *, verbose: bool) -> list[str]:
         problems.append(
             f"{name}: {count} errors of ours in {hook_name}; the engine's log has the first."
         )
+    if snapshot.weight_version:
+        print(f"  version   {snapshot.weight_version}")
     if not any(role.loaded_at is not None for role in snapshot.roles):
         problems.append(f"{name}: the weights are not loaded yet.")
     for role in (role.settled(now) for role in snapshot.roles):

@@ -7,6 +7,8 @@ Prometheus and OTLP both take their values from here, and so does the reference 
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -16,7 +18,9 @@ from sglang_weight_exporter.export.views import HostView, RoleView
 from sglang_weight_exporter.fingerprint import as_number
 from sglang_weight_exporter.records import (
     CHANGES,
+    PAUSES,
     SOURCES,
+    CacheCounts,
     Histogram,
     Snapshot,
     UpdateCounts,
@@ -136,11 +140,24 @@ def _operations(attribute: Literal["calls", "failures"]) -> RoleReader:
     return samples
 
 
+#: SGLang's weight version where it is an integer. Anything that `float` takes besides (`nan`,
+#: `12e4567`) is a name and no number.
+_INTEGER = re.compile(r"-?[0-9]{1,16}")
+
+#: Every integer up to here is exact in a float, which is what Prometheus keeps.
+_EXACT = 2**53
+
+
 def _version(view: RoleView) -> Iterator[Sample]:
-    try:
-        yield Sample((), float(view.snapshot.weight_version))
-    except ValueError:
-        return
+    text = view.snapshot.weight_version
+    if _INTEGER.fullmatch(text) and abs(int(text)) <= _EXACT:
+        yield Sample((), int(text))
+
+
+def _version_id(snapshot: Snapshot) -> float | None:
+    if not snapshot.weight_version:
+        return None
+    return as_number(hashlib.sha256(snapshot.weight_version.encode()).hexdigest())
 
 
 def _target_only(read: Callable[[Snapshot], float | None]) -> RoleReader:
@@ -157,6 +174,20 @@ def _once_a_rank(read: Callable[[Snapshot], float | None]) -> RoleReader:
             yield from _one(read(view.snapshot))
 
     return samples
+
+
+def _cache(read: Callable[[CacheCounts], float | None]) -> RoleReader:
+    def samples(view: RoleView) -> Iterator[Sample]:
+        if view.is_target and view.snapshot.cache is not None:
+            yield from _one(read(view.snapshot.cache))
+
+    return samples
+
+
+def _pauses(view: RoleView) -> Iterator[Sample]:
+    if view.is_target and view.snapshot.cache is not None:
+        for how in PAUSES:
+            yield Sample((how,), view.snapshot.cache.pauses.get(how, 0))
 
 
 def _kv_bytes(view: RoleView) -> Iterator[Sample]:
@@ -387,8 +418,16 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "sglang_weight_version",
         "gauge",
         "",
-        "SGLang's weight version, where it is a number.",
+        "SGLang's weight version, where it is an integer of at most 2^53.",
         read_role=_version,
+    ),
+    Instrument(
+        "sglang_weight_version_id",
+        "gauge",
+        "",
+        "53 bits of the SHA-256 of SGLang's weight version, whatever its form: equal where the "
+        "strings are equal. Once a rank; the string is in the update's span and in status.",
+        read_role=_once_a_rank(_version_id),
     ),
     Instrument(
         "sglang_weight_info",
@@ -428,6 +467,44 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "Capacity of the KV pools in tokens.",
         ("pool",),
         _kv_tokens,
+    ),
+    Instrument(
+        "sglang_kv_cache_flushes",
+        "counter",
+        "{flush}",
+        "Flushes of the prefix cache.",
+        read_role=_cache(lambda cache: cache.flushes),
+    ),
+    Instrument(
+        "sglang_kv_cache_flush_failures",
+        "counter",
+        "{flush}",
+        "Flushes that SGLang refused, because requests were running or queued.",
+        read_role=_cache(lambda cache: cache.failures),
+    ),
+    Instrument(
+        "sglang_kv_cache_flushed_timestamp_seconds",
+        "gauge",
+        "s",
+        "When the prefix cache was last flushed, in Unix time. Absent before the first flush.",
+        read_role=_cache(lambda cache: cache.flushed_at),
+    ),
+    Instrument(
+        "sglang_kv_cache_stale",
+        "gauge",
+        "",
+        "1 while the prefix cache holds tokens computed by weights that are gone, else 0. Absent "
+        "where the cache could not be read.",
+        read_role=_cache(lambda cache: None if cache.stale is None else float(cache.stale)),
+    ),
+    Instrument(
+        "sglang_kv_cache_pauses",
+        "counter",
+        "{pause}",
+        "Orders to pause generation, by what becomes of running requests: they keep their cache "
+        "(in_place), are computed again (retract), or are all aborted (abort).",
+        ("mode",),
+        _pauses,
     ),
     Instrument(
         "sglang_lora_pool_bytes",

@@ -18,7 +18,7 @@ from sglang_weight_exporter.capture.weights import storages_of
 from sglang_weight_exporter.hooks.calls import Around, Call, Outcome, effect_of, verdict_on
 from sglang_weight_exporter.ledger import EndsWith, Ticket, Verdict
 from sglang_weight_exporter.rank import KV_CACHE, WEIGHTS, Rank
-from sglang_weight_exporter.records import Source
+from sglang_weight_exporter.records import PAUSES, Source
 from sglang_weight_exporter.runners import identity
 from sglang_weight_exporter.runners.roles import RunnerRole
 
@@ -38,6 +38,7 @@ class Observer:
         self._rank.step(lambda ledger: ledger.begin_start(), quietly=True)
         yield
         self._rank.roles.identify(call.owner)
+        self._rank.scan.watch(call.owner)
         self._rank.look(*self._rank.roles, derived=True, pools=True)
         self._rank.step(lambda ledger: ledger.end_start())
 
@@ -232,6 +233,27 @@ class Observer:
         self._rank.step(lambda ledger: ledger.begin_rebalance(), quietly=True)
         yield
         self._rank.step(lambda ledger: ledger.end_rebalance(), quietly=True)
+
+    # The cache that weights leave behind.
+
+    def flush(self, call: Call) -> Around:
+        """``Scheduler.flush_cache``, which refuses while requests run or wait."""
+        outcome = yield
+        succeeded = outcome.error is None and bool(outcome.result)
+        self._rank.step(lambda ledger: ledger.flush(succeeded=succeeded))
+
+    def pause(self, call: Call) -> Around:
+        """Generation is interrupted; mode ``abort`` does not get here, see :meth:`abort`."""
+        mode = getattr(call.argument("recv_req"), "mode", None)
+        outcome = yield
+        if mode in PAUSES and outcome.error is None:
+            self._rank.step(lambda ledger: ledger.pause(mode))
+
+    def abort(self, call: Call) -> Around:
+        """Requests are aborted: one that a client gave up, which is nothing to us, or all."""
+        if getattr(call.argument("recv_req"), "abort_all", False):
+            yield
+            self._rank.step(lambda ledger: ledger.pause("abort"))
 
     # Memory that is given back and taken again.
 

@@ -265,6 +265,25 @@ TARGETS: tuple[Target, ...] = (
         "0.5.19",
         reads=("new_version",),
     ),
+    # The cache that weights leave behind: flushes (also those inside an update and a release), and
+    # what is done to running requests before an update.
+    Target("scheduler.flush_cache", SCHEDULER, "Scheduler.flush_cache", "flush", "0.4.1"),
+    Target(
+        "scheduler.pause_generation",
+        SCHEDULER,
+        "Scheduler.pause_generation",
+        "pause",
+        "0.5.6.post2",
+        reads=("recv_req",),
+    ),
+    Target(
+        "scheduler.abort_request",
+        SCHEDULER,
+        "Scheduler.abort_request",
+        "abort",
+        "0.4.1",
+        reads=("recv_req",),
+    ),
     # Memory that is given back and taken again.
     *_everywhere(
         "scheduler.release_memory_occupation",

@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from sglang_weight_exporter.capture.table_fingerprints import (
 from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
 from sglang_weight_exporter.records import KvPoolUsage, LoraUsage
 from sglang_weight_exporter.runners import pools as runner_pools
+from sglang_weight_exporter.runners.cache import cached_tokens
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
 
 
@@ -65,6 +68,7 @@ class Scan:
         self._fingerprinter = fingerprinter
         #: Whether tensors may be read, and not only where they are.
         self.memory_is_there = True
+        self._scheduler: Callable[[], Any] = lambda: None
 
     def of(self, role: RunnerRole) -> Look:
         """What is known of a role, without looking."""
@@ -73,6 +77,21 @@ class Scan:
     def map(self, storages: frozenset[int]) -> None:
         """Storages of tensors that were mapped from a weight-cache daemon."""
         self._mapped |= storages
+
+    def watch(self, scheduler: Any) -> None:
+        """Whose prefix cache it is."""
+        self._scheduler = weakref.ref(scheduler)
+
+    def cached_tokens(self) -> int | None:
+        """Tokens in the prefix cache now; ``None`` where there is none, or it cannot be read."""
+        scheduler = self._scheduler()
+        if scheduler is None:
+            return None
+        try:
+            return cached_tokens(scheduler)
+        except Exception as error:
+            self._report("prefix_cache", error)
+            return None
 
     def look(
         self,

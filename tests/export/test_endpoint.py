@@ -183,6 +183,56 @@ def test_metrics_in_both_formats_compressed_or_not(
     assert "sglang_weight_updates" in names
 
 
+# What `printf %s VERSION | sha256sum` begins with, in binary: its first 53 digits.
+VERSION_IDS = {
+    "step-42": 0b00011000111000010100111110101110001000101100000110010,
+    "default": 0b00110111101010001110111011000001110011100001100101101,
+    "12e4567": 0b01101101101000110011100110010001000000101101100010001,
+    "nan": 0b10011011001011010101101101000110011110000111100000011,
+    "42": 0b01110011010001110101110010110100000010100101011010001,
+    "9007199254740993": 0b10100001110000110110011111000010100100010101100000110,
+}
+
+
+@pytest.mark.parametrize(
+    ("version", "number"),
+    [
+        ("42", 42.0),
+        ("step-42", None),
+        ("default", None),
+        ("12e4567", None),  # To `float` infinity.
+        ("nan", None),
+        ("9007199254740993", None),  # 2^53 + 1, which no float is.
+    ],
+)
+def test_a_version_is_a_number_that_can_be_compared(
+    version: str,
+    number: float | None,
+    serve: Callable[..., Exporter],
+    rank: RankStore,
+) -> None:
+    rank.write_snapshot(
+        Snapshot(
+            rank_id="rank",
+            pid=os.getpid(),
+            started_at=1.0,
+            engine=Engine(name="30000", instance="one"),
+            roles=(Role(name="target", device="cpu"), Role(name="draft", device="cpu")),
+            weight_version=version,
+        )
+    )
+    exporter = serve()
+    exporter.line("metrics are at")
+    _, _, body = exporter.request("/metrics")
+    families = {family.name: family for family in parse_text(body.decode())}
+    (identified,) = families["sglang_weight_version_id"].samples
+    assert identified.value == VERSION_IDS[version]
+    assert int(identified.value) == VERSION_IDS[version]  # Nothing was rounded.
+    assert identified.labels["role"] == "target"
+    numbers = {sample.value for sample in families["sglang_weight_version"].samples}
+    assert numbers == (set() if number is None else {number})
+
+
 def test_other_pages_and_methods(serve: Callable[..., Exporter]) -> None:
     exporter = serve()
     exporter.line("metrics are at")

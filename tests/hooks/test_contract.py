@@ -47,7 +47,8 @@ OWNERS = (
 #: A public method of those that is called so touches weights or pools, or must be known not to.
 SUSPICIOUS = re.compile(
     r"(?!_)(?!init_(?!weights|memory_pool\b|lora_adapter))"
-    r".*(weight|memory_occupation|lora_adapter|load_model|expert_location|memory_pool|kv_pool).*"
+    r".*(weight|memory_occupation|lora_adapter|load_model|expert_location|memory_pool|kv_pool|flush|"
+    r"pause_gen|abort_request).*"
 )
 
 #: Why a suspicious method needs no hook of its own.
@@ -80,6 +81,8 @@ NO_HOOK = {
     "SchedulerWeightUpdaterManager.flush_cache_after_weight_update": "inside a request",
     "SchedulerWeightUpdaterManager.record_weight_version_after_update": "inside a request",
     "Scheduler.handle_update_weight_version": "ends in record_weight_version_change",
+    # The cache.
+    "Scheduler.flush_cache_wrapped": "ends in flush_cache",
     # Parts of construction and allocation, which are hooked.
     "ModelRunner.init_memory_pool": "hooked",
     "ModelRunner.start_startup_weight_load": "reads ahead and writes nothing",
@@ -122,6 +125,8 @@ WAYS: dict[str, tuple[str, ...]] = {
         "scheduler.release_memory_occupation",
         "scheduler.resume_memory_occupation",
     ),
+    "flush": ("scheduler.flush_cache",),
+    "pause, abort": ("scheduler.pause_generation", "scheduler.abort_request"),
     "update groups": ("init_weights_update_group", "destroy_weights_update_group"),
     "read, save, send": (
         "get_weights_by_name",

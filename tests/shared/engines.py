@@ -335,6 +335,15 @@ class Engine:
         """SGLang's own reload endpoint."""
         return self.post("/update_weights_from_disk", {"model_path": str(model)})
 
+    def flush_cache(self) -> tuple[int, str]:
+        """SGLang's own flush; refused (400) while requests run."""
+        request = urllib.request.Request(self.url + "/flush_cache", data=b"")
+        try:
+            with urllib.request.urlopen(request, timeout=120) as response:
+                return response.status, response.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
     def server_info(self) -> dict[str, Any]:
         """SGLang's own account of its configuration."""
         status, _, body = http_get(self.url + "/server_info", timeout=60)

@@ -70,6 +70,7 @@ class PublishedRank:
         *,
         table: WeightTable | None = None,
         changes: TableChanges = TableChanges(),  # noqa: B008
+        weight_version: str = "",
     ) -> None:
         """A load or, from the second time on, an update has ended with this table."""
         made = table or table_of_rows(rows, role=self.role.name, captured_at=time.time())
@@ -102,7 +103,7 @@ class PublishedRank:
                 changes=changes,
             ),
         )
-        self._write()
+        self._write(weight_version)
         self.store.unlock_table()
 
     def begin_update(self, **progress: Any) -> None:
@@ -118,7 +119,7 @@ class PublishedRank:
         self.role = msgspec.structs.replace(self.role, resident={"cuda:0": 0})
         self._write()
 
-    def _write(self) -> None:
+    def _write(self, weight_version: str = "") -> None:
         self.store.write_snapshot(
             Snapshot(
                 rank_id=self.store.rank_id,
@@ -127,6 +128,7 @@ class PublishedRank:
                 engine=self.engine,
                 ranks=self.ranks,
                 roles=(self.role,),
+                weight_version=weight_version,
             )
         )
 

@@ -41,3 +41,8 @@ def test_weights_whose_memory_was_given_back_are_said_to_be_released(
     assert b"released" not in command("status").stdout
     rank.release_memory()
     assert b"in 4 tensors, released" in command("status").stdout
+
+
+def test_the_version_is_shown_as_it_was_given(rank: PublishedRank, command: Command) -> None:
+    rank.publish(weight_version="step-42")
+    assert b"\n  version   step-42\n" in command("status").stdout
