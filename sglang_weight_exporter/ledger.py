@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,10 +31,14 @@ from sglang_weight_exporter.records import (
     SOURCES,
     CacheCounts,
     Change,
+    During,
     Effect,
+    FingerprintCounts,
+    Kind,
     OperationCounts,
     Pause,
     Role,
+    Skip,
     Source,
     TableChanges,
     Update,
@@ -137,6 +141,8 @@ class _Role:
     )
     moved: int = 0
     changes: dict[Change, int] = field(default_factory=lambda: dict.fromkeys(CHANGES, 0))
+    skipped: dict[Skip, int] = field(default_factory=dict)
+    altered: dict[During, dict[Kind, int]] = field(default_factory=dict)
     update: _Open | None = None
     rebalance: _Open | None = None
     last_update: Update | None = None
@@ -195,6 +201,27 @@ class Ledger:
         self._groups: set[str] = set()
         self._released: set[str] = set()
         self._cache: CacheCounts | None = None
+
+    # What fingerprints show.
+
+    def count_skipped(self, name: str, reason: Skip) -> None:
+        """A fingerprint was not taken."""
+        with self._lock:
+            counts = self._roles[name].skipped
+            counts[reason] = counts.get(reason, 0) + 1
+
+    def count_altered(self, name: str, during: During, kinds: Iterable[Kind]) -> None:
+        """Tensors of these kinds hold other bytes than the last load or update left in them."""
+        with self._lock:
+            counts = self._roles[name].altered.setdefault(during, {})
+            for kind in kinds:
+                counts[kind] = counts.get(kind, 0) + 1
+
+    def fingerprint_counts(self, name: str) -> FingerprintCounts:
+        with self._lock:
+            role = self._roles[name]
+            altered = {during: dict(kinds) for during, kinds in role.altered.items()}
+            return FingerprintCounts(skipped=dict(role.skipped), altered=altered)
 
     # What others ask.
 
@@ -273,7 +300,11 @@ class Ledger:
         with self._lock:
             before = self._roles.get(name, _Role())
             self._roles[name] = _Role(
-                updates=before.updates, moved=before.moved, changes=before.changes
+                updates=before.updates,
+                moved=before.moved,
+                changes=before.changes,
+                skipped=before.skipped,
+                altered=before.altered,
             )
 
     # Loads.
@@ -491,8 +522,11 @@ class Ledger:
         )
         self._ended.append(Ended(name, role.last_update))
 
-    def compare(self, ended: Ended, *, model_path: str, changes: TableChanges) -> Update | None:
-        """Complete what has ended by what the look after it found."""
+    def compare(
+        self, ended: Ended, *, model_path: str, changes: TableChanges, same_bytes: bool = False
+    ) -> Update | None:
+        """Complete what has ended by what the look after it found. ``same_bytes``: every tensor
+        holds what it held before, as fingerprints say."""
         with self._lock:
             update = ended.update
             role = self._roles[ended.role]
@@ -503,6 +537,11 @@ class Ledger:
                 role.last_update = complete
             if update.effect != "unchanged":
                 role.model_path = model_path
+            if same_bytes and update.source and update.succeeded and update.effect == "changed":
+                counts = role.updates[update.source]
+                role.updates[update.source] = msgspec.structs.replace(
+                    counts, without_change=counts.without_change + 1
+                )
             role.moved += changes.moved
             for change in CHANGES:
                 role.changes[change] += getattr(changes, change)

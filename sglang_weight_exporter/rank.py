@@ -17,9 +17,12 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from sglang_weight_exporter.capture.weights import WeightCapture
 from sglang_weight_exporter.ledger import Ended, Ledger
 from sglang_weight_exporter.publisher.publisher import Publisher
 from sglang_weight_exporter.records import (
+    NAMED_CHANGES,
+    During,
     Event,
     HookState,
     Role,
@@ -103,7 +106,20 @@ class Rank:
         if os.getpid() == self._pid:
             with self._lock:
                 seconds = self._fingerprint_seconds(load=True) if derived else None
-                self.scan.look(*roles, derived=derived, pools=pools, fingerprint_seconds=seconds)
+                self._look(*roles, derived=derived, pools=pools, fingerprint_seconds=seconds)
+
+    def _look(self, *roles: RunnerRole, fingerprint_seconds: float | None, **how: bool) -> None:
+        self.scan.look(*roles, fingerprint_seconds=fingerprint_seconds, **how)
+        for role in roles if fingerprint_seconds is not None else ():
+            skipped = self.scan.of(role).skipped
+            if skipped is not None:
+                self.ledger.count_skipped(role.name, skipped)
+
+    def _look_for_strays(self, *roles: RunnerRole, during: During) -> None:
+        """Whether anything but loads and updates has written weights."""
+        self._look(*roles, fingerprint_seconds=self._fingerprint_seconds(), written=False)
+        for role in roles:
+            self.ledger.count_altered(role.name, during, self.scan.of(role).altered.values())
 
     def release(self, tags: set[str]) -> None:
         """Memory is gone; of these tags and of no others."""
@@ -115,12 +131,16 @@ class Rank:
         self.step(tell)
 
     def resume(self, tags: set[str]) -> None:
-        """Memory is back, and what it holds may be something else."""
+        """Memory is back. What it holds is garbage until an update, unless SGLang kept a copy."""
 
         def tell(ledger: Ledger) -> None:
             ledger.resume(tags)
-            if WEIGHTS in tags:
-                self.scan.look(*self.roles, fingerprint_seconds=self._fingerprint_seconds())
+            for role in self.roles if WEIGHTS in tags else ():
+                if role.keeps_a_copy:
+                    self._look_for_strays(role, during="release")
+                else:
+                    self._look(role, fingerprint_seconds=self._fingerprint_seconds())
+                self.scan.start_over(role, known=role.keeps_a_copy)
 
         self.step(tell)
 
@@ -129,7 +149,15 @@ class Rank:
         if os.getpid() == self._pid:
             with self._lock:
                 if not self.ledger.updating:
-                    self.scan.look(*self.roles, fingerprint_seconds=self._fingerprint_seconds())
+                    self._look_for_strays(*self.roles, during="serving")
+
+    def look_before(self, role: RunnerRole) -> None:
+        """An update is about to begin; after it nobody could tell that something else wrote."""
+        if os.getpid() == self._pid:
+            with self._lock:
+                known = self.scan.of(role).left is not None and WEIGHTS not in self.ledger.released
+                if known and self.scan.memory_is_there and not self.ledger.is_updating(role.name):
+                    self._look_for_strays(role, during="serving")
 
     def _fingerprint_seconds(self, *, load: bool = False) -> float:
         """How long fingerprints may take now. A kernel that reads released memory ends the
@@ -160,12 +188,17 @@ class Rank:
                 for other in self.roles
                 if other is not role and not self.ledger.is_updating(other.name)
             )
-            self.scan.look(role, *others, fingerprint_seconds=self._fingerprint_seconds())
+            self._look(role, *others, fingerprint_seconds=self._fingerprint_seconds())
             after = self.scan.of(role).weights
             changes = compare_tables(
                 None if before is None else before.table, None if after is None else after.table
             )
-            update = self.ledger.compare(ended, model_path=role.model_path, changes=changes)
+            update = self.ledger.compare(
+                ended,
+                model_path=role.model_path,
+                changes=changes,
+                same_bytes=_same_bytes(before, after),
+            )
         else:
             update = ended.update
         return None if update is None else self._event(role, update)
@@ -240,11 +273,15 @@ class Rank:
             kv_pools=look.kv_pools,
             kv_resident=_resident(look.kv_pools, look.kv_stays, KV_CACHE in released),
             lora=look.lora,
+            fingerprints=(
+                self.ledger.fingerprint_counts(role.name) if self.scan.takes_fingerprints else None
+            ),
         )
         return self.ledger.describe(role.name, record)
 
     def _table_ref(self, role: RunnerRole) -> TableRef | None:
-        weights = self.scan.of(role).weights
+        look = self.scan.of(role)
+        weights = look.weights
         if weights is None:
             return None
         released = WEIGHTS in self.ledger.released
@@ -256,7 +293,15 @@ class Rank:
             captured_at=weights.table.captured_at,
             fingerprint="" if released else weights.table.fingerprint,
             fingerprint_seconds=None if released else weights.table.fingerprint_seconds,
+            altered=len(look.altered),
+            altered_names=tuple(look.altered)[:NAMED_CHANGES],
         )
+
+
+def _same_bytes(before: WeightCapture | None, after: WeightCapture | None) -> bool:
+    if before is None or after is None:
+        return False
+    return "" != before.table.fingerprint == after.table.fingerprint
 
 
 def _resident(

@@ -21,9 +21,20 @@ Source = Literal["disk", "distributed", "tensor", "ipc", "p2p", "eplb", "externa
 SOURCES: tuple[Source, ...] = get_args(Source)
 
 Kind = Literal["parameter", "buffer", "derived"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Change = Literal["added", "removed", "resized", "device"]
 CHANGES: tuple[Change, ...] = get_args(Change)
+
+#: Why a fingerprint was not taken: memory is released or may be; it would have taken too long; a
+#: CUDA graph was being captured, or a tensor has no bytes that could be read; it failed.
+Skip = Literal["released", "time_limit", "unsupported", "error"]
+SKIPS: tuple[Skip, ...] = get_args(Skip)
+
+#: When tensors changed that no update had written: between two updates; while memory was released
+#: that SGLang keeps a copy of.
+During = Literal["serving", "release"]
+DURINGS: tuple[During, ...] = get_args(During)
 
 #: What an update did to the weights: "undefined" means that some tensors may hold new values,
 #: some old ones, and nobody can tell which (SGLang's rollback reads the new checkpoint again).
@@ -107,6 +118,10 @@ class TableRef(Record, frozen=True, kw_only=True):
     #: how long it took; empty and ``None`` where it was not taken, or the memory is released.
     fingerprint: str = ""
     fingerprint_seconds: float | None = None
+    #: Tensors that hold other bytes than the last load or update left in them: how many, and the
+    #: names of :data:`NAMED_CHANGES` of them.
+    altered: int = 0
+    altered_names: tuple[str, ...] = ()
 
 
 class Histogram(Record, frozen=True, kw_only=True):
@@ -131,12 +146,22 @@ class UpdateCounts(Record, frozen=True, kw_only=True):
     updates: int = 0
     failures: int = 0
     calls: int = 0
+    #: Of ``updates``, those after which every tensor held the bytes that it had held before.
+    without_change: int = 0
     duration: Histogram = Histogram()
     #: The last update that counted: the trace of its span (32 hexadecimal digits), when it ended,
     #: and how long it took.
     trace_id: str = ""
     updated_at: float | None = None
     seconds: float | None = None
+
+
+class FingerprintCounts(Record, frozen=True, kw_only=True):
+    """What became of the fingerprints of a role, and what they have shown."""
+
+    skipped: dict[Skip, int] = {}
+    #: Tensors found with other bytes than the last load or update had left, at each look.
+    altered: dict[During, dict[Kind, int]] = {}
 
 
 class OperationCounts(Record, frozen=True, kw_only=True):
@@ -259,6 +284,8 @@ class Role(Record, frozen=True, kw_only=True):
     updates: dict[Source, UpdateCounts] = {}
     moved: int = 0
     changes: dict[Change, int] = {}
+    #: ``None``: fingerprints are switched off.
+    fingerprints: FingerprintCounts | None = None
     in_progress: UpdateInProgress | None = None
     last_update: Update | None = None
 
@@ -314,6 +341,10 @@ class Engine(Record, frozen=True, kw_only=True):
     model_path: str = ""
     sglang_version: str = ""
     torch_version: str = ""
+    #: Into how many parts the model is cut, as SGLang's settings say; ``None``: they do not.
+    tp_size: int | None = None
+    pp_size: int | None = None
+    ep_size: int | None = None
 
 
 class Ranks(Record, frozen=True, kw_only=True):

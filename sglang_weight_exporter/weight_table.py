@@ -7,13 +7,14 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 
 from sglang_weight_exporter.records import (
     NAMED_CHANGES,
     SCHEMA_VERSION,
+    Kind,
     Record,
     TableChanges,
 )
@@ -138,6 +139,20 @@ def table_fingerprints(table: WeightTable) -> dict[str, str]:
     names = table.names.decode().split("\n") if digits else []
     taken = {name: digits[32 * row : 32 * row + 32] for row, name in enumerate(names)}
     return {name: text for name, text in taken.items() if text != NO_FINGERPRINT}
+
+
+def altered_tensors(before: WeightTable, after: WeightTable) -> dict[str, Kind]:
+    """Name → kind of the tensors of both tables that hold other bytes now. Empty where one of the
+    two has no fingerprints: nothing is known then."""
+    if before.fingerprint == after.fingerprint or not (before.fingerprint and after.fingerprint):
+        return {}
+    then, now = table_fingerprints(before), table_fingerprints(after)
+    kinds = map(after.kind_values.__getitem__, array("I", after.kind))
+    return {
+        name: cast("Kind", kind)
+        for name, kind in zip(after.names.decode().split("\n"), kinds, strict=True)
+        if name in now and then.get(name, now[name]) != now[name]
+    }
 
 
 def table_of_rows(rows: Sequence[Row], *, role: str, captured_at: float) -> WeightTable:

@@ -8,6 +8,7 @@ Prometheus and OTLP both take their values from here, and so does the reference 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from sglang_weight_exporter.export.views import HostView, RoleView
 from sglang_weight_exporter.fingerprint import as_number
 from sglang_weight_exporter.records import (
     CHANGES,
+    DURINGS,
+    KINDS,
     PAUSES,
+    SKIPS,
     SOURCES,
     CacheCounts,
     Histogram,
@@ -219,6 +223,28 @@ def _fingerprint(view: RoleView) -> Iterator[Sample]:
         yield Sample((), as_number(view.role.table.fingerprint))
 
 
+def _without_change(view: RoleView) -> Iterator[Sample]:
+    for source in SOURCES if view.role.fingerprints is not None else ():
+        yield Sample((source,), view.role.updates.get(source, UpdateCounts()).without_change)
+
+
+def _altered(view: RoleView) -> Iterator[Sample]:
+    if view.role.fingerprints is not None:
+        for during, kind in itertools.product(DURINGS, KINDS):
+            counts = view.role.fingerprints.altered.get(during, {})
+            yield Sample((during, kind), counts.get(kind, 0))
+
+
+def _skipped(view: RoleView) -> Iterator[Sample]:
+    if view.role.fingerprints is not None:
+        for reason in SKIPS:
+            yield Sample((reason,), view.role.fingerprints.skipped.get(reason, 0))
+
+
+def _size(number: int | None) -> str:
+    return "" if number is None else str(number)
+
+
 def _info(view: RoleView) -> Iterator[Sample]:
     engine, role = view.snapshot.engine, view.role
     device = next((each for each in view.snapshot.devices if each.name == role.device), None)
@@ -231,6 +257,9 @@ def _info(view: RoleView) -> Iterator[Sample]:
             engine.torch_version,
             "" if device is None else device.product,
             "" if device is None else device.pci_bus_id,
+            _size(engine.tp_size),
+            _size(engine.pp_size),
+            _size(engine.ep_size),
         ),
         1,
     )
@@ -377,6 +406,33 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         ),
     ),
     Instrument(
+        "sglang_weight_fingerprint_skipped",
+        "counter",
+        "{fingerprint}",
+        "Fingerprints that were not taken: memory is released (released), it would have taken too "
+        "long (time_limit), a CUDA graph was being captured or a tensor cannot be read "
+        "(unsupported), or it failed (error).",
+        ("reason",),
+        _skipped,
+    ),
+    Instrument(
+        "sglang_weight_updates_without_change",
+        "counter",
+        "{update}",
+        "Logical updates that succeeded and left every byte of the weights as it was.",
+        ("source",),
+        _without_change,
+    ),
+    Instrument(
+        "sglang_weight_tensors_altered",
+        "counter",
+        "{tensor}",
+        "Tensors found, at each look, with other bytes than the last load or update left: changed "
+        "while serving, or not brought back after a release.",
+        ("during", "kind"),
+        _altered,
+    ),
+    Instrument(
         "sglang_weight_tensors_moved",
         "counter",
         "{tensor}",
@@ -442,6 +498,9 @@ INSTRUMENTS: tuple[Instrument, ...] = (
             "torch_version",
             "gpu_name",
             "pci_bus_id",
+            "tp_size",
+            "pp_size",
+            "ep_size",
         ),
         _info,
     ),

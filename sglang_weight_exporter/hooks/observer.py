@@ -162,6 +162,7 @@ class Observer:
     ) -> Generator[None, Outcome, Outcome]:
         """Around one call that writes weights. ``announced``: not SGLang's, whose failures are
         known by what they say."""
+        self._rank.look_before(role)
         ticket: Ticket | None = self._rank.step(
             lambda ledger: ledger.begin(role.name, source, ends_with=ends_with)
         )
@@ -185,6 +186,7 @@ class Observer:
         """An update with a beginning and an end, and any number of calls between."""
         role = self._rank.role(call.owner)
         if role is not None:
+            self._rank.look_before(role)
             self._rank.step(lambda ledger: ledger.begin_session(role.name))
             self._rank.keep_readers_out()
             outcome = yield

@@ -140,4 +140,12 @@ def engine_of(runner: Any) -> Engine:
         model_path=path,
         sglang_version=sglang_version(),
         torch_version=str(getattr(sys.modules.get("torch"), "__version__", "")),
+        tp_size=_size(runner, "tp_size"),
+        pp_size=_size(runner, "pp_size"),
+        ep_size=_size(runner, "ep_size"),
     )
+
+
+def _size(runner: Any, name: str) -> int | None:
+    value = server_setting(runner, name)
+    return value if isinstance(value, int) else None

@@ -41,6 +41,16 @@ class RunnerRole:
         return bool(enabled)
 
     @property
+    def keeps_a_copy(self) -> bool:
+        """Whether weights are copied to the host while their memory is released, and come back
+        with it. Without that they are garbage until an update. (``enable_cpu_backup`` in
+        ``ModelRunner.load_model``; 0.5.23: ``load_model_utils``.)"""
+        settings = ["enable_weights_cpu_backup"]
+        if getattr(self.runner, "is_draft_worker", False):
+            settings.append("enable_draft_weights_cpu_backup")
+        return any(identity.server_setting(self.runner, name) is True for name in settings)
+
+    @property
     def model_path(self) -> str:
         """From the configuration of the model; a weight-cache daemon has the path itself."""
         runner = self.runner

@@ -4,27 +4,35 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from sglang_weight_exporter.capture.allocations import AllocationMap
-from sglang_weight_exporter.capture.fingerprint import Fingerprinter
+from sglang_weight_exporter.capture.fingerprint import (
+    Fingerprinter,
+    FingerprintError,
+    FingerprintTimeoutError,
+)
 from sglang_weight_exporter.capture.pools import Storage
 from sglang_weight_exporter.capture.table_fingerprints import (
     with_fingerprints,
     without_fingerprints,
 )
 from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
-from sglang_weight_exporter.records import KvPoolUsage, LoraUsage
+from sglang_weight_exporter.records import Kind, KvPoolUsage, LoraUsage, Skip
 from sglang_weight_exporter.runners import pools as runner_pools
 from sglang_weight_exporter.runners.cache import cached_tokens
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
+from sglang_weight_exporter.weight_table import WeightTable, altered_tensors
+
+logger = logging.getLogger("sglang_weight_exporter")
 
 
 @dataclass
@@ -37,6 +45,12 @@ class Look:
     #: Device name to bytes of KV pools that keep their memory while the pools are released.
     kv_stays: dict[str, int] | None = None
     lora: tuple[LoraUsage, ...] = ()
+    #: Why fingerprints were not taken; ``None`` where they were, or were not asked for.
+    skipped: Skip | None = None
+    #: The table as the last load or update left it, with fingerprints. ``None``: nobody knows.
+    left: WeightTable | None = None
+    #: Name → kind of tensors that hold other bytes than that.
+    altered: dict[str, Kind] = field(default_factory=dict)
 
 
 class Scan:
@@ -69,10 +83,23 @@ class Scan:
         #: Whether tensors may be read, and not only where they are.
         self.memory_is_there = True
         self._scheduler: Callable[[], Any] = lambda: None
+        self._told: set[Skip] = set()
+
+    @property
+    def takes_fingerprints(self) -> bool:
+        return self._fingerprinter is not None
 
     def of(self, role: RunnerRole) -> Look:
         """What is known of a role, without looking."""
         return self._looks.get(role, Look())
+
+    def start_over(self, role: RunnerRole, *, known: bool) -> None:
+        """Later looks are compared with the last one, or, unless ``known``, with none until the
+        next update."""
+        look = self._looks.get(role)
+        if look is not None:
+            table = None if look.weights is None else look.weights.table
+            look.left = table if known and table and table.fingerprint else None
 
     def map(self, storages: frozenset[int]) -> None:
         """Storages of tensors that were mapped from a weight-cache daemon."""
@@ -99,13 +126,15 @@ class Scan:
         derived: bool = False,
         pools: bool = False,
         fingerprint_seconds: float | None = None,
+        written: bool = True,
     ) -> None:
         """Read pointers and bytes of weights again. What cannot be read becomes absent.
 
         ``derived``: find out anew where derived weights hang, which only a load changes; once
         requests are served, scratch memory may hang there too. ``pools``: pools and adapter slots
         may have changed as well. ``fingerprint_seconds``: weights may have changed, and
-        their fingerprints may take so long; 0 where they may not be read.
+        their fingerprints may take so long; 0 where they may not be read. ``written``: by a load
+        or an update; otherwise they should be as the last one left them.
         """
         started = time.perf_counter()
         for role in roles:
@@ -118,6 +147,7 @@ class Scan:
                 self._report("capture", error)
             if self._fingerprinter is not None and fingerprint_seconds is not None:
                 self._take_fingerprints(role, look, self._fingerprinter, fingerprint_seconds)
+                self._compare(look, written=written)
             if pools:
                 try:
                     self._pools(role, look, map_of_allocations)
@@ -171,19 +201,49 @@ class Scan:
         self, role: RunnerRole, look: Look, fingerprinter: Fingerprinter, limit_seconds: float
     ) -> None:
         """Anew or not at all: what was true before the update is true no more."""
+        look.skipped = None
         if look.weights is None:
             return
         table = without_fingerprints(look.weights.table)
         # With overlapped loading the values come later than the tensors.
         loading = getattr(role.runner, "startup_weight_load", None) is not None
-        if limit_seconds and self.memory_is_there and not loading:
+        if not (limit_seconds and self.memory_is_there):
+            look.skipped = "released"
+        elif not loading:
             try:
                 table = with_fingerprints(
                     table, role.runner.model, look.weights.slots, fingerprinter, limit_seconds
                 )
+            except FingerprintError as error:
+                timed_out = isinstance(error, FingerprintTimeoutError)
+                look.skipped = "time_limit" if timed_out else "unsupported"
+                self._tell(look.skipped, error)
             except Exception as error:
+                look.skipped = "error"
                 self._report("fingerprint", error)
         look.weights = replace(look.weights, table=table)
+
+    def _tell(self, reason: Skip, error: FingerprintError) -> None:
+        """Once: it is counted each time, and nothing went wrong."""
+        if reason not in self._told:
+            self._told.add(reason)
+            logger.warning(
+                "sglang_weight_exporter: no fingerprint of the weights was taken (%s: %s). SGLang "
+                "is not affected. Further ones are counted and not logged.",
+                reason,
+                error,
+            )
+
+    def _compare(self, look: Look, *, written: bool) -> None:
+        table = None if look.weights is None else look.weights.table
+        if written:
+            look.left, look.altered = (table if table and table.fingerprint else None), {}
+        elif table is not None and look.left is not None:
+            try:
+                look.altered = altered_tensors(look.left, table)
+            except Exception as error:
+                look.altered = {}
+                self._report("fingerprint", error)
 
     def _pools(
         self, role: RunnerRole, look: Look, allocations: Callable[[], AllocationMap]

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from monitoring import DASHBOARDS, RULES, run
 
+from sglang_weight_exporter.export.instruments import INSTRUMENTS
+
 ROOT = DASHBOARDS.parent
 RULE_TESTS = DASHBOARDS / "sglang-weights.rules.test.yml"
 
@@ -69,6 +71,14 @@ def test_every_alert_is_tested_and_has_a_runbook() -> None:
         ),
         ("== sglang_weight_last_update_timestamp_seconds offset 10m", ">= 0"),
         ("max by (UUID) (DCGM", "sum by (UUID) (DCGM"),
+        (',source!="eplb"', ""),
+        (',kind!="buffer"', ""),
+        ("unless sglang_weight_update_in_progress > 0", ""),
+        ("cluster, namespace, job, model_name", "job, model_name"),
+        ("moe_ep_rank,\n              tp_size", "moe_ep_rank, instance,\n              tp_size"),
+        ("role, tp_rank, pp_rank, moe_ep_rank,\n", "role,\n"),
+        ("quantization, sglang_version, gpu_name\n", "quantization\n"),
+        ('{during="release"}', "{}"),
     ],
 )
 def test_the_rules_tests_notice_a_lost_condition(
@@ -82,6 +92,14 @@ def test_the_rules_tests_notice_a_lost_condition(
         ["promtool", "test", "rules", RULE_TESTS.name], cwd=tmp_path, capture_output=True
     )
     assert done.returncode != 0
+
+
+def test_the_rule_of_replicas_knows_every_label_of_the_facts() -> None:
+    """One that it does not ignore would leave nothing to compare, and no alert would say so."""
+    (info,) = (each for each in INSTRUMENTS if each.name == "sglang_weight_info")
+    (rule,) = (rule for rule in alerts() if rule["alert"] == "SGLangWeightReplicasDiffer")
+    (ignored,) = re.findall(r"ignoring \(([^)]*)\) group_left", rule["expr"])
+    assert {label.strip() for label in ignored.split(",")} == set(info.labels)
 
 
 def test_rank_series_are_not_told_apart_by_labels_that_were_forgotten() -> None:
@@ -119,6 +137,11 @@ def of_the_first_cluster(expression: str) -> str:
     return added(expression, {"UUID": "GPU-a"} if by_gpu else {"cluster": "east"})
 
 
+def scraped(labels: dict[str, str]) -> dict[str, str]:
+    """What the scrape adds to an alert: an alert across instances is of no pod."""
+    return {key: value for key, value in EAST.items() if key != "pod" or "instance" in labels}
+
+
 def in_a_cluster(scenario: dict[str, Any]) -> dict[str, Any]:
     """The same scenario, every series of it, and what is expected of it, with the labels EAST."""
     changed = dict(scenario)
@@ -142,7 +165,7 @@ def in_a_cluster(scenario: dict[str, Any]) -> dict[str, Any]:
         {
             **case,
             "exp_alerts": [
-                {**alert, "exp_labels": {**EAST, **alert["exp_labels"]}}
+                {**alert, "exp_labels": {**scraped(alert["exp_labels"]), **alert["exp_labels"]}}
                 for alert in case["exp_alerts"]
             ],
         }

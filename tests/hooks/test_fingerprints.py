@@ -6,16 +6,22 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from standins import Rank, Request, fail
+from standins import Rank, Request, answer, fail, rebalanced, session
 
 from sglang_weight_exporter import fingerprint
-from sglang_weight_exporter.capture.fingerprint import Fingerprinter, FingerprintTimeoutError
+from sglang_weight_exporter.capture.fingerprint import (
+    Fingerprinter,
+    FingerprintError,
+    FingerprintTimeoutError,
+)
+from sglang_weight_exporter.records import FingerprintCounts
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
@@ -49,17 +55,24 @@ def rank(tmp_path: Path, counting: Counting) -> Rank:
     return Rank(tmp_path / "runtime", fingerprinter=counting)
 
 
-def saving_memory(rank: Rank) -> Any:
+def saving_memory(rank: Rank, **settings: Any) -> Any:
     class MemorySaver:
         enabled = True
 
-    return rank.runner(memory_saver_adapter=MemorySaver())
+    server_args = SimpleNamespace(port=30000, model_path="tiny", dp_size=1, **settings)
+    return rank.runner(memory_saver_adapter=MemorySaver(), server_args=server_args)
 
 
 def of(rank: Rank) -> str:
     table = rank.role().table
     assert table is not None
     return table.fingerprint
+
+
+def counts(rank: Rank) -> FingerprintCounts:
+    found = rank.role().fingerprints
+    assert found is not None
+    return found
 
 
 def expected(runner: Any) -> str:
@@ -112,33 +125,50 @@ def test_without_the_setting_nothing_is_read(tmp_path: Path) -> None:
     rank = Rank(tmp_path / "runtime")
     rank.runner()
     assert of(rank) == ""
+    assert rank.role().fingerprints is None
 
 
 def test_nothing_is_read_inside_a_session(rank: Rank, counting: Counting) -> None:
     runner = rank.runner()
-    before = counting.times
     runner.weight_updater.begin_weight_update()
+    before = counting.times
     for _ in range(3):
         runner.weight_updater.update_weights_from_tensor([])
     runner.check_weights("checksum")
     assert counting.times == before
     runner.weight_updater.end_weight_update(run_post_load=False)
     assert counting.times == before + 1
+    assert counts(rank).altered == {"serving": {}}
 
 
-@pytest.mark.parametrize("error", [FingerprintTimeoutError("too long"), RuntimeError("CUDA error")])
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (FingerprintTimeoutError("too long"), "time_limit"),
+        (FingerprintError("a CUDA graph is being captured"), "unsupported"),
+        (RuntimeError("CUDA error"), "error"),
+    ],
+)
 def test_a_failure_costs_the_fingerprint_and_not_the_update(
-    rank: Rank, counting: Counting, error: Exception, caplog: pytest.LogCaptureFixture
+    rank: Rank,
+    counting: Counting,
+    error: Exception,
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     runner = rank.runner()
-    counting.error = error
+    assert counts(rank).skipped == {}
+    # The first update looks before and after; before the second nothing is known to compare with.
     with caplog.at_level(logging.WARNING):
+        counting.error = error
         assert runner.weight_updater.update_weights_from_disk("other", "auto") == (True, "Success")
         runner.weight_updater.update_weights_from_disk("other", "auto")
     ((_, snapshot),) = SnapshotReader(RuntimeDir.open(rank.directory, os.environ)).read()
-    assert snapshot.hook_errors == {"fingerprint": 2}
     (role,) = snapshot.roles
+    assert snapshot.hook_errors == ({"fingerprint": 3} if reason == "error" else {})
     assert role.updates["disk"].updates == 2
+    assert role.fingerprints is not None
+    assert role.fingerprints.skipped == {reason: 3}
     assert role.table is not None
     assert (role.table.fingerprint, role.table.fingerprint_seconds) == ("", None)
     assert len([record for record in caplog.records if "fingerprint" in record.message]) == 1
@@ -216,3 +246,137 @@ def test_an_update_that_failed_is_looked_at_too(rank: Rank) -> None:
     with pytest.raises(RuntimeError):
         runner.weight_updater.update_weights_from_disk("other", "auto")
     assert of(rank) == expected(runner)
+
+
+# --- what changed, and what did not ---------------------------------------------------------------
+
+
+def writes(runner: Any) -> Callable[..., tuple[bool, str]]:
+    """What an update of the stand-in does when it succeeds and brings other weights."""
+
+    def write() -> tuple[bool, str]:
+        add_one(runner)
+        return True, "Success"
+
+    return write
+
+
+def without_change(rank: Rank) -> dict[str, int]:
+    updates = rank.role().updates
+    return {source: each.without_change for source, each in updates.items() if each.without_change}
+
+
+def test_an_update_that_succeeds_and_changes_nothing_is_counted(rank: Rank) -> None:
+    runner = rank.runner(answers={})
+    runner.weight_updater.update_weights_from_disk("same", "auto")
+    assert without_change(rank) == {"disk": 1}
+    runner.answers["disk"] = writes(runner)
+    runner.weight_updater.update_weights_from_disk("other", "auto")
+    assert without_change(rank) == {"disk": 1}
+    runner.answers["disk"] = answer(False, "Failed to get weights iterator")
+    runner.weight_updater.update_weights_from_disk("nowhere", "auto")
+    assert without_change(rank) == {"disk": 1}
+    session(runner, loads=2)
+    assert without_change(rank) == {"disk": 1, "tensor": 1}
+    runner.answers["tensor"] = writes(runner)
+    session(runner, loads=2)
+    assert without_change(rank) == {"disk": 1, "tensor": 1}
+    assert counts(rank).altered["serving"] == {}
+
+
+def test_without_a_fingerprint_on_both_sides_no_update_is_said_to_have_changed_nothing(
+    rank: Rank, counting: Counting
+) -> None:
+    runner = rank.runner()
+    counting.error = FingerprintTimeoutError("too long")
+    runner.weight_updater.update_weights_from_disk("same", "auto")
+    counting.error = None
+    runner.weight_updater.update_weights_from_disk("same", "auto")
+    assert without_change(rank) == {}
+
+
+def test_what_wrote_between_two_updates_is_found_by_a_check_and_before_the_next_update(
+    rank: Rank,
+) -> None:
+    runner = rank.runner(answers={})
+    runner.answers["disk"] = writes(runner)
+    loaded = of(rank)
+    runner.check_weights("checksum")
+    assert counts(rank).altered == {"serving": {}}
+    add_one(runner)
+    runner.check_weights("checksum")
+    assert counts(rank).altered == {"serving": {"parameter": 1}}
+    table = rank.role().table
+    assert table is not None
+    assert (table.altered, table.altered_names) == (1, ("proj.weight",))
+    runner.check_weights("checksum")  # It still does not hold what the load left.
+    assert counts(rank).altered == {"serving": {"parameter": 2}}
+    runner.weight_updater.update_weights_from_disk("other", "auto")
+    assert counts(rank).altered == {"serving": {"parameter": 3}}
+    table = rank.role().table
+    assert table is not None
+    assert (table.altered, table.altered_names) == (0, ())
+    runner.check_weights("checksum")
+    runner.weight_updater.update_weights_from_disk("other", "auto")
+    assert counts(rank).altered == {"serving": {"parameter": 3}}
+    assert of(rank) == expected(runner) != loaded
+
+
+def test_what_a_bucket_of_a_session_wrote_is_none_of_it(rank: Rank) -> None:
+    runner = rank.runner(answers={})
+    runner.answers["tensor"] = writes(runner)
+    for _ in range(2):
+        session(runner, loads=3)
+    scheduler = rank.scheduler(runner)
+    for _ in range(3):  # Without a session: the last call asks for the cache to be flushed.
+        scheduler.update_weights_from_tensor(Request(flush_cache=False))
+        scheduler.update_weights_from_tensor(Request())
+    runner.check_weights("checksum")
+    assert counts(rank).altered == {"serving": {}}
+
+
+def test_experts_that_move_are_not_looked_at_before(rank: Rank, counting: Counting) -> None:
+    """They move between forward passes, and wait for nothing."""
+    runner = rank.runner()
+    before = counting.times
+    rebalanced(rank, lambda: add_one(runner), chunks=2)
+    assert counting.times == before + 1
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_a_resume_that_brings_other_bytes_is_one_only_where_a_copy_was_kept(
+    rank: Rank, copied: bool
+) -> None:
+    """Without a copy weights are garbage until an update; with one they are what they were."""
+    runner = saving_memory(rank, enable_weights_cpu_backup=copied)
+    scheduler = rank.scheduler(runner)
+    for _ in range(2):
+        scheduler.release_memory_occupation(Request(tags=["weights"]))
+        scheduler.resume_memory_occupation(Request(tags=["weights"]))
+    assert counts(rank).altered.get("release", {}) == {}
+    scheduler.release_memory_occupation(Request(tags=["weights"]))
+    add_one(runner)
+    scheduler.resume_memory_occupation(Request(tags=["weights"]))
+    found = {"parameter": 1} if copied else {}
+    assert counts(rank).altered.get("release", {}) == found
+    # What came back is known now, and is not found again.
+    runner.check_weights("checksum")
+    runner.weight_updater.update_weights_from_disk("other", "auto")
+    runner.check_weights("checksum")
+    assert counts(rank).altered.get("release", {}) == found
+    assert counts(rank).altered.get("serving", {}) == {}
+
+
+def test_an_update_of_released_memory_counts_what_was_not_taken(
+    rank: Rank, counting: Counting
+) -> None:
+    runner = saving_memory(rank, enable_weights_cpu_backup=True)
+    scheduler = rank.scheduler(runner)
+    scheduler.release_memory_occupation(Request(tags=["weights"]))
+    before = counting.times
+    runner.weight_updater.update_weights_from_disk("other", "auto")
+    assert counts(rank).skipped == {"released": 1}
+    scheduler.resume_memory_occupation(Request(tags=["weights"]))
+    assert counts(rank).skipped == {"released": 1}
+    assert counting.times == before + 1
+    assert without_change(rank) == {}
