@@ -36,7 +36,11 @@ class EngineKind:
 
 
 KINDS = {
-    "engine": EngineKind(NEWEST, ("--dp-size", "2", "--enable-metrics")),
+    "engine": EngineKind(
+        NEWEST,
+        ("--dp-size", "2", "--enable-metrics"),
+        (("SGLANG_WEIGHT_EXPORTER_FINGERPRINT", "on"),),
+    ),
     "old_engine": EngineKind(
         OLDEST,
         variables=(

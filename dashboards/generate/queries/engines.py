@@ -76,6 +76,7 @@ def columns(selection: Selection) -> dict[str, str]:
         "KV pool": one("sglang_kv_pool_bytes"),
         "KV tokens": one("sglang_kv_pool_tokens", "max"),
         "Version": one("sglang_weight_version", "max"),
+        "Fingerprint": one("sglang_weight_fingerprint", "max"),
         "Last change": f"{one('sglang_weight_last_update_timestamp_seconds', 'max')} * 1000",
         "First load": one("sglang_weight_first_load_seconds", "max"),
     }

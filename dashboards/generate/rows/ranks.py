@@ -15,6 +15,7 @@ UNITS = {
     "KV pool": "bytes",
     "KV tokens": "none",
     "Version": "none",
+    "Fingerprint": "none",
     "Last change": "dateTimeAsIso",
     "First load": "s",
 }
@@ -33,9 +34,10 @@ WORDS = {
     "SGLang": ("sglang_version", 90),
     "torch": ("torch_version", 110),
 }
-WIDTHS = {"Last change": 170, "KV tokens": 100, "First load": 95}
+WIDTHS = {"Last change": 170, "KV tokens": 100, "Fingerprint": 150, "First load": 95}
 HIDDEN = ["Time", "__name__", "cluster", "namespace", "job", "pod", "host", "model_name"]
 HIDDEN += ["tp_rank", "pp_rank", "dp_rank", "moe_ep_rank", "tp", "pp", "dp", "pci_bus_id"]
+HIDDEN += ["tp_size", "pp_size", "ep_size"]
 
 
 def panels() -> list[Json]:

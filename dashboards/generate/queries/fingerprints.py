@@ -1,0 +1,49 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the bytes of the weights say: which replicas agree, what changed and what did not."""
+
+from __future__ import annotations
+
+from . import ENGINE, Selection, engine_named, happened, named, rank_named
+from .updates import by_source
+
+#: Replicas of one shard, as the rule SGLangWeightReplicasDiffer has them.
+SHARD = (
+    "cluster, namespace, job, model_name, role, tp_rank, pp_rank, moe_ep_rank, "
+    "tp_size, pp_size, ep_size, quantization, sglang_version, gpu_name"
+)
+#: Labels of sglang_weight_info that no other series has.
+FACTS = (
+    "model_path, quantization, architecture, sglang_version, torch_version, gpu_name, pci_bus_id, "
+    "tp_size, pp_size, ep_size"
+)
+
+
+def different(selection: Selection) -> str:
+    """How many different sets of weights the replicas of each shard hold; 1 where they agree."""
+    facts = "tp_size, pp_size, ep_size, quantization, sglang_version, gpu_name"
+    located = (
+        f"{selection.series('sglang_weight_fingerprint')} * ignoring ({FACTS}) "
+        f"group_left ({facts}) {selection.series('sglang_weight_info')}"
+    )
+    sets = f'count without (fingerprint) (count_values by ({SHARD}) ("fingerprint", {located}))'
+    return named(rank_named(sets), "cluster", "model_name", "role", "rank")
+
+
+def without_change(selection: Selection) -> str:
+    return by_source(selection, "sglang_weight_updates_without_change_total")
+
+
+def altered(selection: Selection) -> str:
+    counted = happened(selection.series("sglang_weight_tensors_altered_total"))
+    return f"sum by (during, kind) ({counted})"
+
+
+def seconds(selection: Selection) -> str:
+    taken = f"max by ({ENGINE}) ({selection.series('sglang_weight_fingerprint_seconds')})"
+    return engine_named(taken)
+
+
+def skipped(selection: Selection) -> str:
+    counted = happened(selection.series("sglang_weight_fingerprint_skipped_total"))
+    return f"sum by (reason) ({counted})"
