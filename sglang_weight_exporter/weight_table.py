@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import msgspec
@@ -153,6 +153,28 @@ def altered_tensors(before: WeightTable, after: WeightTable) -> dict[str, Kind]:
         for name, kind in zip(after.names.decode().split("\n"), kinds, strict=True)
         if name in now and then.get(name, now[name]) != now[name]
     }
+
+
+def with_names(table: WeightTable, chosen: Callable[[str], bool]) -> WeightTable:
+    """The table with only the rows whose name is chosen; its SHA-256 is its own, the fingerprint of
+    the rank stays."""
+    found = [(number, row) for number, row in enumerate(table_rows(table)) if chosen(row.name)]
+    if len(found) == table.rows:
+        return table
+    made = table_of_rows([row for _, row in found], role=table.role, captured_at=table.captured_at)
+    content = table.fingerprints
+    return msgspec.structs.replace(
+        made,
+        fingerprints=b"".join(content[16 * number : 16 * number + 16] for number, _ in found),
+        fingerprint=table.fingerprint,
+        fingerprint_seconds=table.fingerprint_seconds,
+    )
+
+
+def without_fingerprints(table: WeightTable) -> WeightTable:
+    return msgspec.structs.replace(
+        table, fingerprints=b"", fingerprint="", fingerprint_seconds=None
+    )
 
 
 def table_of_rows(rows: Sequence[Row], *, role: str, captured_at: float) -> WeightTable:

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows, table_rows
 
 #: Limits of one event. A collector's gRPC receiver takes messages of 4 MiB, uncompressed.
@@ -51,7 +53,9 @@ def encode_table(table: WeightTable, *, captured_at: float) -> list[list[Attribu
     return [
         [
             {
+                **({"fingerprint": chunk.fingerprints} if chunk.fingerprints else {}),
                 **_columns(chunk.rows),
+                **({"table.fingerprint": table.fingerprint} if chunk.fingerprints else {}),
                 "schema_version": table.schema,
                 "role": table.role,
                 "table.sha256": table.sha256,
@@ -76,18 +80,21 @@ def decode_table(
     sha256: str,
     chunks: int | None = None,
 ) -> WeightTable:
-    """The table of this many rows and this fingerprint, without regions.
+    """The table of this many rows and this SHA-256, without regions; with fingerprints of what the
+    tensors hold where all its events have them. The SHA-256 does not cover those.
 
     ``events``: attributes of its events, in any order; one that was sent twice may be there twice.
     ``chunks``: how many events there should be, for the message. Raises :class:`TableEventsError`.
     """
     rows_of: dict[int, list[Row]] = {}
+    fingerprints: dict[int, bytes] = {}
     damaged: list[tuple[object, str]] = []
     for event in events:
         offset = event.get("row.offset")
         try:
             start = int(event["row.offset"])
             if start not in rows_of:
+                fingerprints[start] = _fingerprints_of(event)
                 rows_of[start] = _rows_of(event)
         except (
             KeyError,
@@ -124,7 +131,12 @@ def decode_table(
             f"{changed}their SHA-256 is {table.sha256} and should be {sha256}. Something on the "
             "way changed or cut values."
         )
-    return table
+    content = b"".join(fingerprints[start] for start in sorted(rows_of))
+    if not found or len(content) != 16 * rows:
+        return table
+    return msgspec.structs.replace(
+        table, fingerprints=content, fingerprint=str(events[0].get("table.fingerprint", ""))
+    )
 
 
 # Encoding.
@@ -137,19 +149,29 @@ class _Chunk:
     offset: int
     rows: Sequence[Row]
     nbytes: int
+    #: What each row's tensor holds, 32 hexadecimal digits; empty where it was not taken.
+    fingerprints: Sequence[str] = ()
 
 
 #: Upper bound of an event's keys, counts and fingerprint.
 _CHUNK_BYTES = 1_000
+#: Of a row's fingerprint as protobuf.
+_FINGERPRINT_BYTES = 36
 
 
 def _chunks(table: WeightTable) -> Iterator[_Chunk]:
+    digits = table.fingerprints.hex()
     offset, rows, size = 0, list[Row](), _CHUNK_BYTES
     shapes: set[tuple[int, ...]] = set()
+
+    def made() -> _Chunk:
+        places = range(offset, offset + len(rows)) if digits else ()
+        return _Chunk(offset, rows, size, [digits[32 * at : 32 * at + 32] for at in places])
+
     for row in table_rows(table):
-        needed = _row_bytes(row)
+        needed = _row_bytes(row) + (_FINGERPRINT_BYTES if digits else 0)
         if rows and (len(rows) == EVENT_ROWS or size + needed + 22 * len(row.shape) > EVENT_BYTES):
-            yield _Chunk(offset, rows, size)
+            yield made()
             offset, rows, size = offset + len(rows), [], _CHUNK_BYTES
             shapes.clear()
         rows.append(row)
@@ -158,7 +180,7 @@ def _chunks(table: WeightTable) -> Iterator[_Chunk]:
             shapes.add(row.shape)
             size += 4 + 22 * len(row.shape)
     if rows:
-        yield _Chunk(offset, rows, size)
+        yield made()
 
 
 def _row_bytes(row: Row) -> int:
@@ -265,6 +287,16 @@ def _rows_of(chunk: Mapping[str, Any]) -> list[Row]:
         )
         for row in range(count)
     ]
+
+
+def _fingerprints_of(chunk: Mapping[str, Any]) -> bytes:
+    """16 bytes a row, or none. Raises ``ValueError`` and the like where they are damaged."""
+    if "fingerprint" not in chunk:
+        return b""
+    texts = [str(text) for text in _array(chunk["fingerprint"])]
+    if len(texts) != int(chunk["row.count"]) or any(len(text) != 32 for text in texts):
+        raise ValueError("the column fingerprint is not what was sent")
+    return bytes.fromhex("".join(texts))
 
 
 def _array(value: Any) -> list[Any]:

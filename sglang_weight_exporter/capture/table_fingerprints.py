@@ -55,9 +55,3 @@ def with_fingerprints(
         ),
         fingerprint_seconds=time.perf_counter() - started,
     )
-
-
-def without_fingerprints(table: WeightTable) -> WeightTable:
-    return msgspec.structs.replace(
-        table, fingerprints=b"", fingerprint="", fingerprint_seconds=None
-    )

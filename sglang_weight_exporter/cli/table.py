@@ -184,12 +184,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise _ProblemError("Spans carry tensors and no regions. Print tensors.")
     if arguments.by and arguments.format != "text":
         raise _ProblemError("--by prints totals as text. Leave --format out.")
-    if arguments.fingerprints and (
-        arguments.format != "text" or arguments.regions or arguments.by or arguments.from_trace
-    ):
+    if arguments.fingerprints and (arguments.format != "text" or arguments.regions or arguments.by):
         raise _ProblemError(
-            "--fingerprints prints text, a tensor a line, of engines on this host. Leave --format, "
-            "--regions, --by and --from-trace out."
+            "--fingerprints prints text, a tensor a line. Leave --format, --regions and --by out."
         )
     if arguments.format == "parquet" and sys.stdout.isatty():
         raise _ProblemError("Parquet is no text. Redirect the output to a file.")
@@ -354,7 +351,8 @@ def _print_fingerprints(selected: Sequence[tuple[Table, list[Row]]]) -> int:
         print(
             f"Rank {_rank_name(table.ranks)} of engine {table.engine.name} has no fingerprints. "
             "Start SGLang with SGLANG_WEIGHT_EXPORTER_FINGERPRINT=on; where it was, its log says "
-            "why none were taken.",
+            "why none were taken. A span whose table is in an earlier span has them of the rank "
+            "alone.",
             file=sys.stderr,
         )
     return 2 if len(without) == len(selected) else 0

@@ -20,6 +20,7 @@ from typing import Any
 
 from sglang_weight_exporter.records import Engine, Ranks, Role, TableRef, Update
 from sglang_weight_exporter.store.tables import Table
+from sglang_weight_exporter.weight_table import without_fingerprints
 from sglang_weight_exporter.weight_table_events import (
     MissingRowsError,
     TableEventsError,
@@ -109,6 +110,7 @@ def _table(path: Path, span: _Span, chunks: Mapping[str, list[dict[str, Any]]]) 
             f"of the trace {span.get('table.trace_id')}, which is not in {path}. Get that trace."
         )
     resource, name = span.resource, str(span.get("role"))
+    fingerprint = str(span.get("fingerprint"))
     try:
         columns = decode_table(
             chunks.get(sha256, ()),
@@ -130,6 +132,9 @@ def _table(path: Path, span: _Span, chunks: Mapping[str, list[dict[str, Any]]]) 
         ) from error
     except TableEventsError as error:
         raise TraceError(f"{whose} {error}") from error
+    if columns.fingerprint != fingerprint:
+        # The rows are those of an earlier span; what the tensors hold is not.
+        columns = without_fingerprints(columns)
     return Table(
         rank_id=str(span.get("rank_id")),
         pid=int(span.get("pid", 0)),
@@ -157,6 +162,7 @@ def _table(path: Path, span: _Span, chunks: Mapping[str, list[dict[str, Any]]]) 
                 rows=columns.rows,
                 regions={},
                 captured_at=columns.captured_at,
+                fingerprint=fingerprint,
             ),
             last_update=Update(
                 action="load" if span.name.endswith("load") else "update",

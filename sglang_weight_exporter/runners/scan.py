@@ -21,16 +21,13 @@ from sglang_weight_exporter.capture.fingerprint import (
     FingerprintTimeoutError,
 )
 from sglang_weight_exporter.capture.pools import Storage
-from sglang_weight_exporter.capture.table_fingerprints import (
-    with_fingerprints,
-    without_fingerprints,
-)
+from sglang_weight_exporter.capture.table_fingerprints import with_fingerprints
 from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
 from sglang_weight_exporter.records import Kind, KvPoolUsage, LoraUsage, Skip
 from sglang_weight_exporter.runners import pools as runner_pools
 from sglang_weight_exporter.runners.cache import cached_tokens
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
-from sglang_weight_exporter.weight_table import WeightTable, altered_tensors
+from sglang_weight_exporter.weight_table import WeightTable, altered_tensors, without_fingerprints
 
 logger = logging.getLogger("sglang_weight_exporter")
 

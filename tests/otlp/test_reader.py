@@ -11,10 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from collectors import Backend
+from collectors import Backend, attributes_of
 from engines import eventually
 from ranks import ExporterProcess, Rank, rows
+
+from sglang_weight_exporter.weight_table import table_of_rows
 
 StartExporter = Callable[..., ExporterProcess]
 
@@ -71,6 +74,39 @@ def test_the_file_of_a_collector(document: dict[str, Any], tmp_path: Path) -> No
     answer = table(file, "--format", "jsonl")
     assert answer.returncode == 0, answer.stderr
     assert as_rows(answer.stdout) == EXPECTED
+
+
+def test_what_tensors_hold_is_of_the_span_or_of_none(
+    rank: Rank, backend: Backend, start_exporter: StartExporter, tmp_path: Path
+) -> None:
+    """An update in place refers to the rows of an earlier span, and holds something else."""
+    plain = table_of_rows(rows(5_000), role="target", captured_at=1.0)
+    held = [
+        msgspec.structs.replace(
+            plain,
+            fingerprints=b"".join((number + row).to_bytes(16, "big") for row in range(5_000)),
+            fingerprint=f"{number:032x}",
+        )
+        for number in (1, 2)
+    ]
+    first = rank.update_to(held[0])
+    start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}")
+    eventually(lambda: len(backend.spans()) == 1, what="the load has arrived")
+    rank.update_to(held[1])
+    eventually(lambda: len(backend.spans()) == 2, what="the update has arrived")
+    file = backend.write_json(tmp_path / "trace.json")
+    answer = table(file, "--fingerprints", "--trace-id", first.update.trace_id)
+    assert answer.returncode == 0, answer.stderr
+    head, *lines = answer.stdout.splitlines()
+    assert head.endswith(f"fingerprint {1:032x}")
+    expected = [f"{1 + number:032x} {row.name}" for number, row in enumerate(rows(5_000))]
+    assert lines == expected
+    newest = table(file, "--fingerprints")
+    assert newest.returncode == 2
+    assert "has no fingerprints" in newest.stderr
+    assert as_rows(table(file, "--format", "jsonl").stdout) == EXPECTED
+    spans = [attributes_of(span) for span in backend.spans()]
+    assert [span["sglang.weights.fingerprint"] for span in spans] == [f"{1:032x}", f"{2:032x}"]
 
 
 def test_the_answer_of_tempo(document: dict[str, Any], tmp_path: Path) -> None:

@@ -134,6 +134,8 @@ class Rank:
                 rows=self.table.rows,
                 regions={"cuda:0": 3},
                 captured_at=now,
+                fingerprint=self.table.fingerprint,
+                fingerprint_seconds=self.table.fingerprint_seconds,
             ),
             previous_sha256="" if previous is None else previous.sha256,
         )

@@ -8,11 +8,19 @@ import json
 import random
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows, table_rows
+from sglang_weight_exporter.weight_table import (
+    Row,
+    WeightTable,
+    table_fingerprints,
+    table_of_rows,
+    table_rows,
+    with_names,
+)
 from sglang_weight_exporter.weight_table_events import (
     EVENT_BYTES,
     EVENT_ROWS,
@@ -79,6 +87,46 @@ def test_a_table_comes_back_from_its_events_in_any_order(
     assert (found.sha256, found.role) == (table.sha256, "target")
 
 
+@given(ROWS.filter(bool), st.data(), st.randoms())
+def test_what_tensors_hold_comes_back_with_them(
+    rows: list[Row], data: st.DataObject, order: random.Random
+) -> None:
+    content = data.draw(st.binary(min_size=16 * len(rows), max_size=16 * len(rows)))
+    table = msgspec.structs.replace(made(rows), fingerprints=content, fingerprint="ab" * 16)
+    events: list[dict[str, Any]] = json.loads(json.dumps(events_of(table))) * 2
+    order.shuffle(events)
+    found = decoded(table, events)
+    assert (found.fingerprints, found.fingerprint) == (content, "ab" * 16)
+    assert list(table_rows(found)) == rows
+
+
+def fingerprinted(count: int) -> WeightTable:
+    content = b"".join(row.to_bytes(16, "big") for row in range(count))
+    return msgspec.structs.replace(many(count), fingerprints=content, fingerprint="cd" * 16)
+
+
+def test_each_row_has_its_own_over_several_events() -> None:
+    table = fingerprinted(3 * EVENT_ROWS)
+    first, second, last = events_of(table)
+    assert second["fingerprint"][0] == f"{EVENT_ROWS:032x}"
+    assert decoded(table, [last, first, second]).fingerprints == table.fingerprints
+    del second["fingerprint"]  # An event of an exporter that was switched off, or a dropped array.
+    assert decoded(table, [last, first, second]).fingerprints == b""
+
+
+def test_an_event_with_fingerprints_is_no_larger_than_it_may_be() -> None:
+    table = fingerprinted(20 * EVENT_ROWS)
+    for span in encode_table(table, captured_at=1.5):
+        for event in span:
+            assert len(json.dumps(event)) < 2 * EVENT_BYTES
+
+
+def test_chosen_rows_keep_what_they_hold() -> None:
+    chosen = with_names(fingerprinted(9), lambda name: name in {"w3", "w7"})
+    assert table_fingerprints(chosen) == {"w3": f"{3:032x}", "w7": f"{7:032x}"}
+    assert chosen.fingerprint == "cd" * 16
+
+
 def test_large_tables_are_cut_into_events_and_spans_that_collectors_take() -> None:
     table = many(SPAN_EVENTS * EVENT_ROWS // 4)
     spans = encode_table(table, captured_at=1.5)
@@ -109,6 +157,9 @@ def test_missing_rows_are_named() -> None:
         {"dtype": [9] * 4},
         {"shape.values": "[" * 100_000},
         {"nbytes": None},
+        {"fingerprint": ["ab"] * 4},
+        {"fingerprint": ["x" * 32] * 4},
+        {"fingerprint": ["0" * 32] * 3},
     ],
 )
 def test_a_damaged_event_is_named(damage: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from opentelemetry.trace.status import Status, StatusCode
 
 from sglang_weight_exporter import __version__
 from sglang_weight_exporter.records import SCHEMA_VERSION, Event, Record
-from sglang_weight_exporter.weight_table import WeightTable, table_of_rows, table_rows
+from sglang_weight_exporter.weight_table import WeightTable, with_names, without_fingerprints
 from sglang_weight_exporter.weight_table_events import (
     TABLE_EVENT,
     Attributes,
@@ -71,11 +71,8 @@ class EventSpans:
 
 
 def selected(table: WeightTable, names: re.Pattern[str]) -> WeightTable:
-    """The table with only the rows whose name the pattern finds; its fingerprint is its own."""
-    rows = [row for row in table_rows(table) if names.search(row.name)]
-    if len(rows) == table.rows:
-        return table
-    return table_of_rows(rows, role=table.role, captured_at=table.captured_at)
+    """The table with only the rows whose name the pattern finds; its SHA-256 is its own."""
+    return with_names(table, lambda name: names.search(name) is not None)
 
 
 def event_spans(
@@ -91,6 +88,10 @@ def event_spans(
     rows already, for state "unchanged".
     """
     context = _context(event, 0)
+    held = "" if event.table is None else event.table.fingerprint
+    if table is not None and table.fingerprint != held:
+        # Events that wait share one file of a table whose rows are the same.
+        table = without_fingerprints(table)
     # The table's file is not written anew when nothing in it has changed.
     captured_at = 0.0 if event.table is None else event.table.captured_at
     packed = [] if table is None else encode_table(table, captured_at=captured_at)
@@ -257,6 +258,7 @@ def _summary(event: Event, *, names: bool) -> Attributes:
         facts |= {
             "sha256": event.table.sha256,
             "regions": sum(event.table.regions.values()),
+            "fingerprint": event.table.fingerprint or None,
         }
     if event.previous_sha256:
         facts["previous_sha256"] = event.previous_sha256
