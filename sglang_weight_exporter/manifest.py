@@ -3,8 +3,9 @@
 """What weights should be: a file of names and fingerprints, written where they come from.
 
 A JSON object: ``schema_version``, ``definition`` (of the fingerprint), ``weight_version`` (may be
-empty), ``fingerprint`` (of all tensors together) and ``tensors``, name to ``fingerprint`` (32
-hexadecimal digits), ``dtype`` (as torch calls it) and ``shape``.
+empty), ``fingerprint`` (of all tensors together), ``shard`` (which part of the model a running rank
+is that it was written from, or null) and ``tensors``, name to ``fingerprint`` (32 hexadecimal
+digits), ``dtype`` (as torch calls it) and ``shape``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from sglang_weight_exporter import fingerprint as _fingerprint
+from sglang_weight_exporter.records import Engine, Ranks
 
 SCHEMA_VERSION = 1
 
@@ -32,17 +34,47 @@ class ManifestTensor(msgspec.Struct, frozen=True, kw_only=True):
     shape: tuple[int, ...]
 
 
+class Shard(msgspec.Struct, frozen=True, kw_only=True):
+    """The place of a rank in its model, and into how many parts the model is cut. Ranks of one
+    shard hold the same."""
+
+    model_name: str
+    role: str
+    tp_rank: int
+    pp_rank: int
+    moe_ep_rank: int
+    tp_size: int | None
+    pp_size: int | None
+    ep_size: int | None
+
+    @classmethod
+    def of(cls, engine: Engine, ranks: Ranks, role: str) -> Shard:
+        return cls(
+            model_name=engine.model_name,
+            role=role,
+            tp_rank=ranks.tp,
+            pp_rank=ranks.pp,
+            moe_ep_rank=ranks.moe_ep or 0,
+            tp_size=engine.tp_size,
+            pp_size=engine.pp_size,
+            ep_size=engine.ep_size,
+        )
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Names and fingerprints."""
 
     tensors: dict[str, ManifestTensor]
     fingerprint: str
     weight_version: str = ""
+    shard: Shard | None = None
     schema_version: int = SCHEMA_VERSION
     definition: int = _fingerprint.DEFINITION
 
 
-def manifest_of(tensors: Mapping[str, ManifestTensor], *, weight_version: str = "") -> Manifest:
+def manifest_of(
+    tensors: Mapping[str, ManifestTensor], *, weight_version: str = "", shard: Shard | None = None
+) -> Manifest:
     """The manifest of tensors by name, of a version as SGLang names it."""
     return Manifest(
         tensors=dict(sorted(tensors.items())),
@@ -50,14 +82,19 @@ def manifest_of(tensors: Mapping[str, ManifestTensor], *, weight_version: str = 
             {name: tensor.fingerprint for name, tensor in tensors.items()}
         ),
         weight_version=weight_version,
+        shard=shard,
     )
 
 
 def write_manifest(
-    path: str | os.PathLike[str], tensors: Mapping[str, ManifestTensor], *, weight_version: str = ""
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, ManifestTensor],
+    *,
+    weight_version: str = "",
+    shard: Shard | None = None,
 ) -> Manifest:
     """Write ``tensors`` to ``path``, whole or not at all."""
-    manifest = manifest_of(tensors, weight_version=weight_version)
+    manifest = manifest_of(tensors, weight_version=weight_version, shard=shard)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

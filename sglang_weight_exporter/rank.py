@@ -285,6 +285,7 @@ class Rank:
         if weights is None:
             return None
         released = WEIGHTS in self.ledger.released
+        known = look.left is not None and weights.table.fingerprint != ""
         return TableRef(
             file=table_file(weights.table),
             sha256=weights.table.sha256,
@@ -293,7 +294,7 @@ class Rank:
             captured_at=weights.table.captured_at,
             fingerprint="" if released else weights.table.fingerprint,
             fingerprint_seconds=None if released else weights.table.fingerprint_seconds,
-            altered=len(look.altered),
+            altered=None if released or not known else len(look.altered),
             altered_names=tuple(look.altered)[:NAMED_CHANGES],
         )
 

@@ -120,7 +120,8 @@ class TableRef(Record, frozen=True, kw_only=True):
     fingerprint_seconds: float | None = None
     #: Tensors that hold other bytes than the last load or update left in them: how many, and the
     #: names of :data:`NAMED_CHANGES` of them.
-    altered: int = 0
+    #: ``None``: not known, because nobody has looked at them when it ended, or looks now.
+    altered: int | None = None
     altered_names: tuple[str, ...] = ()
 
 

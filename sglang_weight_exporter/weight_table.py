@@ -38,6 +38,12 @@ class Row(NamedTuple):
     storage_ptr: int
     storage_nbytes: int
 
+    @property
+    def shape_in_memory(self) -> tuple[int, ...]:
+        """The shape whose elements follow one another in memory, as the fingerprint has them."""
+        order = sorted(range(len(self.shape)), key=lambda dim: -self.stride[dim])
+        return tuple(self.shape[dim] for dim in order)
+
 
 class Region(NamedTuple):
     """A contiguous run of memory inside one allocation that holds weights."""

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from sglang_weight_exporter.cli import formats
-from sglang_weight_exporter.cli.flags import add_flags, settings_from
+from sglang_weight_exporter.cli.flags import add_flags, ranks, settings_from
 from sglang_weight_exporter.cli.trace_reader import TraceError, tables_from_trace
 from sglang_weight_exporter.records import CHANGES, Ranks
 from sglang_weight_exporter.store.tables import Table, TableError, TableReader, open_tables
@@ -34,7 +34,6 @@ _GROUPS: dict[str, Callable[[Row], str]] = {
     "dtype": lambda row: row.dtype,
     "device": lambda row: row.device,
 }
-_RANKS = ("tp", "pp", "dp", "moe_ep")
 _CHANGES = ("moved", *CHANGES)
 
 
@@ -56,7 +55,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     choose.add_argument("--role", help="target, draft, draft_1, …")
     choose.add_argument(
         "--rank",
-        type=_ranks,
+        type=ranks,
         default={},
         metavar="RANK",
         help="tensor-parallel rank N, or a list such as tp=1,dp=0",
@@ -106,20 +105,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "weight_update_summary_*.json into DIR",
     )
     parser.set_defaults(run=run)
-
-
-def _ranks(text: str) -> dict[str, int]:
-    ranks = {}
-    for part in text.split(","):
-        name, separator, number = part.rpartition("=")
-        name = name.strip() if separator else "tp"
-        if name not in _RANKS or not number.strip().isdigit():
-            raise argparse.ArgumentTypeError(
-                f"{text!r} names no rank: give a number, or a list such as tp=1,dp=0 "
-                f"of {', '.join(_RANKS)}"
-            )
-        ranks[name] = int(number)
-    return ranks
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -5,23 +5,26 @@
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
+import io
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sglang_weight_exporter.checkpoint import Checkpoint, CheckpointError
 from sglang_weight_exporter.checkpoint_layout import ServedTensor, expected_fingerprints
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
-from sglang_weight_exporter.manifest import Manifest, ManifestError, read_manifest
+from sglang_weight_exporter.manifest import Manifest, ManifestError, Shard, read_manifest
 from sglang_weight_exporter.store.tables import Table, TableError, open_tables
 from sglang_weight_exporter.verification import Comparison, compare, compare_replicas
-from sglang_weight_exporter.weight_table import Row, table_fingerprints
+from sglang_weight_exporter.weight_table import table_fingerprints
 
 #: Names that a text lists of each kind.
 _NAMED = 20
@@ -37,13 +40,20 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="compare the weights in memory with a checkpoint, a manifest, or other replicas",
         description="Compare the weights that the engines of this host hold with a checkpoint, "
         "with a manifest, or the replicas with one another. Engines need "
-        "SGLANG_WEIGHT_EXPORTER_FINGERPRINT=on. Exit status: 0 when all that can be compared is "
+        "SGLANG_WEIGHT_EXPORTER_FINGERPRINT=on. A look also finds what changed without an update. "
+        "Exit status: 0 when all that can be compared is "
         "equal, 1 when something differs, 2 when nothing could be compared.",
     )
     add_flags(parser, "runtime_dir")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--checkpoint", type=Path, metavar="DIR", help="safetensors, sharded or not")
-    what.add_argument("--manifest", type=Path, metavar="FILE", help="what `manifest` wrote")
+    what.add_argument(
+        "--manifest",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="what `manifest` or a trainer wrote; several times for the ranks of another engine",
+    )
     parser.add_argument("--engine", help="the engine with this label")
     parser.add_argument("--role", default="target", help="default: target")
     parser.add_argument(
@@ -67,12 +77,29 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SECONDS",
         help="how long to wait for the end of an update (default: 10)",
     )
+    look.add_argument(
+        "--watch",
+        type=_seconds,
+        metavar="SECONDS",
+        help="look again every so many seconds until interrupted, and print what is new",
+    )
     parser.set_defaults(run=run)
 
 
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time between two looks")
+    return seconds
+
+
 def run(arguments: argparse.Namespace) -> int:
+    return _caught(_run, arguments)
+
+
+def _caught(do: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     try:
-        return _run(arguments)
+        return do(arguments)
     except (_ProblemError, TableError, CheckpointError, ManifestError) as error:
         print(error, file=sys.stderr)
     except ModuleNotFoundError as error:
@@ -85,21 +112,52 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.watch is not None:
+        return _watch(arguments)
+    return _verify(arguments)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
     asked_at = time.time()
     if not arguments.recorded:
         for url in _urls(arguments):
             _ask_to_look(url, arguments.api_key)
     tables = _tables(arguments)
+    looked_at = []
     for table in tables:
         captured_at = 0.0 if table.role.table is None else table.role.table.captured_at
-        if not arguments.recorded and captured_at < asked_at:
+        if captured_at >= asked_at:
+            looked_at.append(table)
+        elif not arguments.recorded:
             print(
                 f"{_title(table)}: not looked at again, so this compares what was left then.",
                 file=sys.stderr,
             )
+    results = _results(arguments, tables)
+    for title, result in results:
+        _print(title, result)
+    statuses = {result.exit_status for _, result in results}
+    statuses |= {1 for table in tables if _print_altered(table)}
+    if arguments.checkpoint is None and not arguments.manifest:
+        known = [table for table in looked_at if _altered(table) is not None]
+        if not results:
+            for table in known:
+                print(f"{_title(table)}\n  {table.columns.rows:,} tensors looked at")
+        if not (results or known or statuses):
+            raise _ProblemError(
+                "There are no two ranks here that should hold the same. Name a --checkpoint or a "
+                "--manifest to compare with."
+            )
+        statuses |= {0 for table in known if not _altered(table)}
+    return 1 if 1 in statuses else 0 if 0 in statuses else 2
+
+
+def _results(
+    arguments: argparse.Namespace, tables: Sequence[Table]
+) -> list[tuple[str, Comparison]]:
     if arguments.checkpoint is not None:
         checkpoint = Checkpoint(arguments.checkpoint)
-        results = [
+        return [
             (
                 _title(table),
                 _against_checkpoint(
@@ -108,15 +166,34 @@ def _run(arguments: argparse.Namespace) -> int:
             )
             for table in tables
         ]
-    elif arguments.manifest is not None:
-        manifest = read_manifest(arguments.manifest)
-        results = [(_title(table), _against_manifest(table, manifest)) for table in tables]
-    else:
-        results = _replicas(tables)
-    for title, result in results:
-        _print(title, result)
-    statuses = {result.exit_status for _, result in results}
-    return 1 if 1 in statuses else 0 if 0 in statuses else 2
+    if arguments.manifest:
+        return _against_manifests(tables, [read_manifest(path) for path in arguments.manifest])
+    return _replicas(tables)
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    """Again and again until it is interrupted. What a look says is printed where it is not what the
+    one before said. The status is the worst of all looks."""
+    statuses: set[int] = set()
+    said: tuple[str, str] | None = None
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    while not ended.is_set():
+        began = time.monotonic()
+        output, errors = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
+            statuses.add(_caught(_verify, arguments))
+        now = (output.getvalue(), errors.getvalue())
+        if now != said:
+            print(time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+            sys.stdout.write(now[0])
+            sys.stdout.flush()
+            sys.stderr.write(now[1])
+            sys.stderr.flush()
+        said = now
+        ended.wait(max(0.0, arguments.watch - (time.monotonic() - began)))
+    return 1 if 1 in statuses else 2 if 2 in statuses else 0
 
 
 def _tables(arguments: argparse.Namespace) -> list[Table]:
@@ -192,13 +269,44 @@ def _tp_size(table: Table, tables: Sequence[Table]) -> int:
 
 def _against_checkpoint(table: Table, checkpoint: Checkpoint, tp_size: int) -> Comparison:
     served = [
-        ServedTensor(row.name, row.dtype, _in_memory_order(row), row.kind) for row in table.rows()
+        ServedTensor(row.name, row.dtype, row.shape_in_memory, row.kind) for row in table.rows()
     ]
     expected, unverifiable, inexact = expected_fingerprints(
         served, checkpoint, tp_rank=table.ranks.tp, tp_size=tp_size
     )
     fingerprints = table_fingerprints(table.columns)
     return compare(fingerprints, expected, unverifiable=unverifiable, inexact=inexact)
+
+
+def _against_manifests(
+    tables: Sequence[Table], manifests: Sequence[Manifest]
+) -> list[tuple[str, Comparison]]:
+    """A manifest of a running rank with the ranks at its place, another one with all."""
+    results = []
+    for table in tables:
+        shard = Shard.of(table.engine, table.ranks, table.role.name)
+        chosen = [manifest for manifest in manifests if manifest.shard in {None, shard}]
+        if not chosen:
+            print(
+                f"{_title(table)}: no manifest is of this part of the model ({_place(shard)}).",
+                file=sys.stderr,
+            )
+        results += [(_title(table), _against_manifest(table, manifest)) for manifest in chosen]
+    if not results:
+        places = (_place(each.shard) for each in manifests if each.shard is not None)
+        raise _ProblemError(
+            "No rank here holds what a manifest is of, which is: " + "; ".join(places) + "."
+        )
+    return results
+
+
+def _place(shard: Shard) -> str:
+    sizes = (shard.tp_size, shard.pp_size, shard.ep_size)
+    tp, pp, ep = ("?" if size is None else size for size in sizes)
+    return (
+        f"{shard.role} of {shard.model_name}, tp {shard.tp_rank} of {tp}, pp {shard.pp_rank} of "
+        f"{pp}, ep {shard.moe_ep_rank} of {ep}"
+    )
 
 
 def _against_manifest(table: Table, manifest: Manifest) -> Comparison:
@@ -208,7 +316,7 @@ def _against_manifest(table: Table, manifest: Manifest) -> Comparison:
         tensor = manifest.tensors.get(row.name)
         if tensor is None:
             unverifiable[row.name] = "the manifest has no tensor of this name"
-        elif (tensor.dtype, tensor.shape) != (row.dtype, _in_memory_order(row)):
+        elif (tensor.dtype, tensor.shape) != (row.dtype, row.shape_in_memory):
             unverifiable[row.name] = "it has another shape or dtype in the manifest: a rank's share"
         else:
             expected[row.name] = tensor.fingerprint
@@ -216,32 +324,38 @@ def _against_manifest(table: Table, manifest: Manifest) -> Comparison:
     return compare(fingerprints, expected, unverifiable=unverifiable)
 
 
-def _in_memory_order(row: Row) -> tuple[int, ...]:
-    """The shape whose elements follow one another in memory, as the fingerprint has them."""
-    order = sorted(range(len(row.shape)), key=lambda dim: -row.stride[dim])
-    return tuple(row.shape[dim] for dim in order)
-
-
 def _replicas(tables: Sequence[Table]) -> list[tuple[str, Comparison]]:
     """Ranks that should hold the same: of one model, at the same place in it."""
 
-    def place(table: Table) -> tuple[str, str, int, int, int]:
-        ranks = table.ranks
-        return (table.engine.model_name, table.role.name, ranks.pp, ranks.tp, ranks.moe_ep or 0)
-
+    places: dict[Shard, list[Table]] = {}
+    for table in tables:
+        shard = Shard.of(table.engine, table.ranks, table.role.name)
+        places.setdefault(shard, []).append(table)
     results = []
-    for _, group in itertools.groupby(sorted(tables, key=place), key=place):
-        first, *others = group
+    for first, *others in places.values():
         one = table_fingerprints(first.columns)
         for other in others:
             title = f"{_title(other)}\n  beside {_title(first)}"
             results.append((title, compare_replicas(one, table_fingerprints(other.columns))))
-    if not results:
-        raise _ProblemError(
-            "There are no two ranks here that should hold the same. Name a --checkpoint or a "
-            "--manifest to compare with."
-        )
     return results
+
+
+def _altered(table: Table) -> int | None:
+    """Tensors that hold something else than the last load or update left in them."""
+    return None if table.role.table is None else table.role.table.altered
+
+
+def _print_altered(table: Table) -> bool:
+    count = _altered(table)
+    if not count or table.role.table is None:
+        return False
+    names = table.role.table.altered_names
+    print(f"{_title(table)}\n  {count:,} changed without an update")
+    for name in names[:_NAMED]:
+        print(f"  changed without an update  {name}")
+    if count > _NAMED:
+        print(f"  changed without an update  and {count - _NAMED:,} more")
+    return True
 
 
 def _print(title: str, result: Comparison) -> None:

@@ -35,6 +35,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
         "schema_version": 1,
         "definition": 1,
         "weight_version": "7",
+        "shard": None,
         "fingerprint": fingerprint.of_rank({"a": A, "b": B}),
         "tensors": {
             name: {"fingerprint": text, "dtype": "bfloat16", "shape": [2, 3]}

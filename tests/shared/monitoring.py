@@ -80,13 +80,15 @@ class Webhook:
 def hastened_rules() -> str:
     """The shipped rules with their minutes as seconds, so that a test sees alerts resolve.
 
-    Only durations change: `time() - 300`, `[10m]`, `< 600` (since the load) and `for:`.
+    Only durations change: `time() - 300`, `[10m]`, `[1h]`, `< 600` and `< 3600` (since the load),
+    and `for:`.
     """
     text = RULES.read_text()
     for shipped, hastened, at_least in (
         (r"time\(\) - 300\b", "time() - 15", 2),
         (r"\[10m\]", "[15s]", 3),
-        (r"< 600\b", "< 1", 3),
+        (r"\[1h\]", "[30s]", 2),
+        (r"< (?:3)?600\b", "< 1", 5),
         (r"for: (\d+)m", r"for: \1s", 8),
     ):
         text, count = re.subn(shipped, hastened, text)

@@ -1,0 +1,184 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""``verify`` and ``manifest`` of ranks that are written as engines write them.
+
+That engines write so is what the tests with real engines show.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numpy", reason="needs NumPy, which comes with SGLang")
+
+import msgspec
+from engines import eventually
+from published import ROWS, PublishedRank
+
+from sglang_weight_exporter import fingerprint
+from sglang_weight_exporter.records import Ranks
+from sglang_weight_exporter.weight_table import WeightTable, table_of_rows
+
+CHANGED = "layers.1.w"
+
+
+def holding(seed: str, **others: str) -> WeightTable:
+    """A table whose tensors hold something else for each seed; ``others``: of a name in words."""
+    taken = {row.name: fingerprint.of_bytes((seed + row.name).encode()) for row in ROWS}
+    taken |= {name: fingerprint.of_bytes(held.encode()) for name, held in others.items()}
+    return msgspec.structs.replace(
+        table_of_rows(ROWS, role="target", captured_at=time.time()),
+        fingerprints=bytes.fromhex("".join(taken[row.name] for row in ROWS)),
+        fingerprint=fingerprint.of_rank(taken),
+    )
+
+
+def command(name: str, host: Path, *arguments: str | Path) -> list[str]:
+    words = [sys.executable, "-m", "sglang_weight_exporter", name, "--runtime-dir", host]
+    return list(map(str, [*words, *arguments]))
+
+
+def run(name: str, host: Path, *arguments: str | Path) -> tuple[int, str]:
+    done = subprocess.run(
+        command(name, host, *arguments), capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def rank(host: Path, *, tp: int = 0, tp_size: int = 2, engine: str = "30000") -> PublishedRank:
+    made = PublishedRank(host, engine=engine, ranks=Ranks(tp=tp))
+    made.engine = msgspec.structs.replace(made.engine, tp_size=tp_size, pp_size=1, ep_size=1)
+    return made
+
+
+def test_a_rank_of_one_host_beside_its_replica_on_another(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    rank(here).publish(table=holding("a"))
+    replica, shard = rank(there), rank(there, tp=1)
+    replica.publish(table=holding("a"))
+    shard.publish(table=holding("another part"))
+    file = tmp_path / "rank.json"
+    assert run("manifest", here, "--rank", "0", "-o", file) == (0, "")
+    status, text = run("verify", there, "--recorded", "--manifest", file)
+    assert status == 0, text
+    assert f"{len(ROWS)} equal, 0 different" in text
+    assert "tp 1 pp 0  target  since its load: no manifest is of this part" in text
+    replica.publish(table=holding("a", **{CHANGED: "other"}))
+    status, text = run("verify", there, "--recorded", "--manifest", file)
+    assert status == 1, text
+    assert f"different  {CHANGED}" in text
+    assert text.count("different  ") == 1
+
+
+def test_each_rank_of_an_engine_beside_its_own_manifest(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    files = []
+    ranks = []
+    for tp in range(2):
+        for host in (here, there):
+            ranks.append(rank(host, tp=tp))
+            ranks[-1].publish(table=holding(str(tp)))
+        files.append(tmp_path / f"{tp}.json")
+        assert run("manifest", here, "--rank", str(tp), "-o", files[-1])[0] == 0
+    chosen = [word for file in files for word in ("--manifest", file)]
+    status, text = run("verify", there, "--recorded", *chosen)
+    assert status == 0, text
+    assert text.count(f"{len(ROWS)} equal, 0 different") == 2
+
+
+def test_an_engine_that_is_cut_otherwise_is_not_compared(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    both = rank(here), rank(there, tp_size=4), rank(there, engine="30001")
+    for number, each in enumerate(both):
+        each.publish(table=holding(str(number)))
+    file = tmp_path / "rank.json"
+    assert run("manifest", here, "--rank", "0", "-o", file)[0] == 0
+    status, text = run("verify", there, "--recorded", "--engine", "30000", "--manifest", file)
+    assert status == 2
+    assert "target of tiny, tp 0 of 2, pp 0 of 1, ep 0 of 1" in text
+    status, text = run("verify", there, "--recorded")
+    assert status == 2, text
+    assert "no two ranks here that should hold the same" in text
+
+
+def test_a_manifest_is_of_one_rank_with_fingerprints(tmp_path: Path) -> None:
+    ranks = rank(tmp_path), rank(tmp_path, tp=1)
+    ranks[0].publish(table=holding("a"))
+    ranks[1].publish()
+    for arguments, said in (
+        (("--rank", "pp=0"), "2 are chosen"),
+        (("--rank", "7"), "0 are chosen"),
+        (("--rank", "1"), "has no fingerprints"),
+        ((), "Name a checkpoint, or a running rank"),
+        (("model", "--rank", "0"), "and not both"),
+    ):
+        status, text = run("manifest", tmp_path, *arguments)
+        assert status == 2
+        assert said in text
+    status, text = run("manifest", tmp_path, "--rank", "0", "--weight-version", "7")
+    manifest = json.loads(text)
+    assert manifest["weight_version"] == "7"
+    assert manifest["tensors"].keys() == {row.name for row in ROWS}
+    ranks[0].release_memory()
+    assert run("manifest", tmp_path, "--rank", "0")[0] == 2
+
+
+def test_what_changed_without_an_update_is_named(tmp_path: Path) -> None:
+    alone = rank(tmp_path)
+    alone.publish(table=holding("a", **{CHANGED: "other"}), altered=(CHANGED,))
+    status, text = run("verify", tmp_path, "--recorded")
+    assert status == 1, text
+    assert f"changed without an update  {CHANGED}" in text
+
+
+def test_watching_says_what_is_new_and_no_more(tmp_path: Path) -> None:
+    replicas = rank(tmp_path), rank(tmp_path, engine="30001")
+    for each in replicas:
+        each.publish(table=holding("a"))
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        watching = subprocess.Popen(
+            command("verify", tmp_path, "--recorded", "--watch", "0.1"), stdout=file, stderr=file
+        )
+    try:
+        eventually(lambda: f"{len(ROWS)} equal, 0 different" in output.read_text(), what="a look")
+        replicas[1].publish(table=holding("a", **{CHANGED: "other"}))
+        eventually(lambda: f"different  {CHANGED}" in output.read_text(), what="the difference")
+        replicas[1].publish(table=holding("a"))
+        eventually(lambda: "since update 3" in output.read_text(), what="the third look")
+    finally:
+        watching.terminate()
+    assert watching.wait(30) == 1  # Something differed.
+    text = output.read_text()
+    assert [text.count(f"since {since}\n") for since in ("update 2", "update 3")] == [1, 1]
+    assert text.count("equal, ") == 3
+
+
+def test_a_watch_outlives_engines_that_end(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        watching = subprocess.Popen(
+            command("verify", tmp_path, "--recorded", "--watch", "0.1"), stdout=file, stderr=file
+        )
+    try:
+        eventually(lambda: "no fingerprints here" in output.read_text(), what="nothing is here")
+        replicas = rank(tmp_path), rank(tmp_path, engine="30001")
+        for each in replicas:
+            each.publish(table=holding("a"))
+        eventually(lambda: "equal, 0 different" in output.read_text(), what="an engine came")
+    finally:
+        watching.terminate()
+    assert watching.wait(30) == 2
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])
+def test_a_time_that_is_none_is_refused(tmp_path: Path, seconds: str) -> None:
+    status, text = run("verify", tmp_path, f"--watch={seconds}")
+    assert status == 2
+    assert "--watch" in text
