@@ -1,0 +1,173 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Two real engines that should serve the same, and a real Prometheus that notices when not."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import Engine, Installation, eventually
+from monitoring import Monitoring
+from ports import free_port
+
+NORM = "model.norm.weight"
+Pair = tuple[Engine, Engine]
+
+
+@pytest.fixture(scope="module")
+def pair(newest: Installation, checkpoints: tuple[Path, Path]) -> Iterator[Pair]:
+    """Replicas on one host, behind one exporter."""
+    with tempfile.TemporaryDirectory(prefix="replicas-") as directory:
+        variables = {
+            "SGLANG_WEIGHT_EXPORTER_FINGERPRINT": "on",
+            "SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR": f"{directory}/runtime",
+        }
+        port = free_port()
+        engines = [
+            Engine(newest, checkpoints[0], variables=variables, exporter_port=port)
+            for _ in range(2)
+        ]
+        try:
+            for engine in engines:
+                engine.start()
+                engine.wait_until_ready()
+            yield engines[0], engines[1]
+        finally:
+            for engine in engines:
+                engine.stop()
+
+
+@pytest.fixture(scope="module")
+def monitoring(pair: Pair) -> Iterator[Monitoring]:
+    target = {"sglang-weights": f"127.0.0.1:{pair[0].exporter_port}"}
+    stack = Monitoring(Path(tempfile.mkdtemp(prefix="monitoring-")), target).start()
+    try:
+        fingerprints = "sglang_weight_fingerprint"
+        eventually(lambda: len(stack.query(fingerprints)) == 2, 60, what="both are scraped")
+        yield stack
+    finally:
+        stack.stop()
+
+
+def reload(engine: Engine, checkpoint: Path) -> None:
+    _, answer = engine.update_weights_from_disk(checkpoint)
+    assert answer["success"], answer
+
+
+def numbers(pair: Pair) -> list[float]:
+    scrape = pair[0].scrape()
+    return [scrape.one("sglang_weight_fingerprint", engine=str(each.port)) for each in pair]
+
+
+def fires(monitoring: Monitoring, name: str, **labels: str) -> Callable[[], list[dict[str, Any]]]:
+    return lambda: [
+        alert for alert in monitoring.active_alerts(name, **labels) if alert["state"] == "firing"
+    ]
+
+
+def resolves(monitoring: Monitoring, name: str) -> None:
+    eventually(lambda: not monitoring.active_alerts(name), 90, what=f"{name} resolves")
+
+
+def test_a_reload_of_the_same_checkpoint_is_an_update_that_changed_nothing(
+    pair: Pair, monitoring: Monitoring, checkpoints: tuple[Path, Path]
+) -> None:
+    name, labels = "SGLangWeightUpdateChangedNothing", {"engine": str(pair[0].port)}
+    before = numbers(pair)
+    assert before[0] == before[1]
+    reload(pair[0], checkpoints[0])
+    alert, *more = eventually(fires(monitoring, name), 60, what=name)
+    assert not more
+    assert {"source": "disk", **labels}.items() <= alert["labels"].items()
+    scrape = pair[0].scrape()
+    counted = {"source": "disk", **labels}
+    assert scrape.one("sglang_weight_updates_total", **counted) == 1
+    assert scrape.one("sglang_weight_updates_without_change_total", **counted) == 1
+    assert numbers(pair) == before
+    resolves(monitoring, name)
+
+
+def test_a_replica_that_missed_an_update_is_told_until_it_has_it(
+    pair: Pair, monitoring: Monitoring, checkpoints: tuple[Path, Path]
+) -> None:
+    name = "SGLangWeightReplicasDiffer"
+    assert monitoring.active_alerts(name) == []
+    reload(pair[0], checkpoints[1])
+    one, other = numbers(pair)
+    assert one != other
+    (alert,) = eventually(fires(monitoring, name), 60, what=name)
+    assert "held 2 different sets" in alert["annotations"]["description"]
+    assert "instance" not in alert["labels"]
+    done = pair[0].exporter_cli("verify")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "different  lm_head.weight" in done.stdout
+    reload(pair[1], checkpoints[1])
+    one, other = numbers(pair)
+    assert one == other
+    resolves(monitoring, name)
+    # Another checkpoint is a change.
+    assert monitoring.active_alerts("SGLangWeightUpdateChangedNothing") == []
+    assert monitoring.active_alerts("SGLangWeightsChangedWithoutUpdate") == []
+
+
+def test_a_bit_that_flipped_is_told_when_somebody_looks(pair: Pair, monitoring: Monitoring) -> None:
+    name, engine = "SGLangWeightsChangedWithoutUpdate", pair[1]
+    done = engine.exporter_cli("table", "--engine", str(engine.port), "--format", "json")
+    (table,) = json.loads(done.stdout)["tables"]
+    (address,) = [int(row["data_ptr"], 16) for row in table["tensors"] if row["name"] == NORM]
+
+    def flip() -> None:
+        """Past SGLang and torch, in the engine's own memory."""
+        with Path(f"/proc/{table['pid']}/mem").open("r+b", buffering=0) as memory:
+            value = os.pread(memory.fileno(), 1, address + 11)[0]
+            assert os.pwrite(memory.fileno(), bytes([value ^ 4]), address + 11) == 1
+
+    before = numbers(pair)
+    flip()
+    try:
+        assert numbers(pair) == before  # Nobody has looked.
+        done = engine.exporter_cli("verify", "--engine", str(engine.port))
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert f"changed without an update  {NORM}" in done.stdout
+        (alert,) = eventually(fires(monitoring, name), 60, what=name)
+        assert alert["labels"]["engine"] == str(engine.port)
+    finally:
+        flip()
+    done = engine.exporter_cli("verify", "--engine", str(engine.port))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "changed" not in done.stdout
+    resolves(monitoring, name)
+
+
+def test_a_bit_that_flipped_is_told_by_the_next_update(
+    pair: Pair, monitoring: Monitoring, checkpoints: tuple[Path, Path]
+) -> None:
+    """The look before it; after it nobody could tell."""
+    name, engine = "SGLangWeightsChangedWithoutUpdate", pair[1]
+    done = engine.exporter_cli("table", "--engine", str(engine.port), "--format", "json")
+    (table,) = json.loads(done.stdout)["tables"]
+    (address,) = [int(row["data_ptr"], 16) for row in table["tensors"] if row["name"] == NORM]
+    with Path(f"/proc/{table['pid']}/mem").open("r+b", buffering=0) as memory:
+        value = os.pread(memory.fileno(), 1, address)[0]
+        assert os.pwrite(memory.fileno(), bytes([value ^ 1]), address) == 1
+    reload(engine, checkpoints[1])
+    one, other = numbers(pair)
+    assert one == other
+    (alert,) = eventually(fires(monitoring, name), 60, what=name)
+    assert alert["labels"]["engine"] == str(engine.port)
+    # The update brought back what had been there before the bit flipped: that is a change.
+    assert monitoring.active_alerts("SGLangWeightUpdateChangedNothing") == []
+
+
+def test_what_was_never_wrong_was_never_told(pair: Pair, monitoring: Monitoring) -> None:
+    assert monitoring.query('ALERTS{alertname="SGLangWeightsNotBroughtBack"}') == []
+    skipped = pair[0].scrape().sum("sglang_weight_fingerprint_skipped_total")
+    assert skipped == 0
+    altered = pair[0].scrape().sum("sglang_weight_tensors_altered_total", engine=str(pair[0].port))
+    assert altered == 0
