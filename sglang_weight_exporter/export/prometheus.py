@@ -80,26 +80,27 @@ class _Format:
     def __init__(self, openmetrics: bool) -> None:
         self._encode, self.content_type = choose_encoder(_ACCEPT[openmetrics])
         self._eof = _EOF if openmetrics else b""
-        #: Of each rank, the samples of each instrument in their order.
-        self._texts: dict[str, tuple[_Key, list[bytes]]] = {}
+        #: Of each rank, the samples of each instrument in their order. By the identity of its
+        #: snapshot, which the key keeps alive: what a file says of itself need not be unique.
+        self._texts: dict[int, tuple[_Key, list[bytes]]] = {}
         self._comments = [self._text(_Family(each, exemplars=False).metric) for each in _OF_ROLES]
         self._compressed: tuple[bytes, zlib._Compress] | None = None
 
     async def take(self, view: HostView, *, exemplars: bool) -> None:
         """Encode what has changed."""
-        texts: dict[str, tuple[_Key, list[bytes]]] = {}
-        changed = list(self._texts) != [each.rank_id for each in view.snapshots]
+        texts: dict[int, tuple[_Key, list[bytes]]] = {}
+        changed = list(self._texts) != [id(each) for each in view.snapshots]
         for snapshot in view.snapshots:
             roles = list(role_views((snapshot,), view.now))
             settled = tuple(
                 each.role is not role for each, role in zip(roles, snapshot.roles, strict=True)
             )
-            kept = self._texts.get(snapshot.rank_id)
-            if kept is None or kept[0][0] is not snapshot or kept[0][1:] != (settled, exemplars):
+            kept = self._texts.get(id(snapshot))
+            if kept is None or kept[0][1:] != (settled, exemplars):
                 kept = ((snapshot, settled, exemplars), self._samples(roles, exemplars))
                 changed = True
                 await asyncio.sleep(0)
-            texts[snapshot.rank_id] = kept
+            texts[id(snapshot)] = kept
         self._texts = texts
         if changed:
             self._compressed = None

@@ -44,8 +44,12 @@ MOST_CONNECTIONS = 512
 #: in the listening socket's queue.
 _KEPT_DESCRIPTORS = 128
 
-#: Connections that are accepted in one go, before one of them is counted.
-_BACKLOG = 64
+#: Connections that asyncio accepts in one go. It takes up to four goes until the first of them is
+#: counted, or one that was let go is closed.
+_ACCEPTED_AT_ONCE = 16
+
+#: Connections that wait to be accepted (listen(2)).
+_BACKLOG = 128
 
 
 class EndpointError(Exception):
@@ -260,7 +264,7 @@ def configure(application: Endpoint, settings: Settings) -> uvicorn.Config:
         log_config=None,
         log_level="warning",
         access_log=False,
-        backlog=_BACKLOG,
+        backlog=_ACCEPTED_AT_ONCE,
         server_header=False,
         ssl_certfile=settings.tls_cert_file,
         ssl_keyfile=settings.tls_key_file,
@@ -300,6 +304,11 @@ class Server:
 
 
 class _QuietServer(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for each in sockets or ():
+            each.listen(_BACKLOG)  # asyncio has one number for this and for what it accepts.
+
     def install_signal_handlers(self) -> None:
         """Before uvicorn 0.29: leave signals alone."""
 

@@ -217,6 +217,7 @@ def test_an_exporter_goes_on_when_the_rank_that_reads_its_log_is_stopped(
     rank = start_rank("only")
     exporter = serving(runtime_dir)
     rank.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, rank.pid, os.WSTOPPED | os.WNOWAIT)  # Until then it reads on.
     # The pipe is full, as after hours of complaints.
     pipe = os.open(f"/proc/{exporter.pid}/fd/1", os.O_WRONLY | os.O_NONBLOCK)
     for content in (b"x" * 64 + b"\n", b"\n"):
