@@ -118,7 +118,7 @@ demo: wheel
 benchmark: wheel
 	@$(environment) sglang $(NEWEST) $(MAIN)
 	$(call install-wheel,$(MAIN),--group test)
-	for program in startup pointer_table update reader_interference otlp scrape throughput; do
+	for program in startup pointer_table event_queue update reader_interference otlp scrape throughput; do
 	  $(call say,$$program)
 	  $(MAIN)/bin/python benchmarks/$$program.py
 	done

@@ -44,7 +44,7 @@ class ServedTensor:
 
     name: str
     dtype: str
-    #: Of its dimensions in the order of memory.
+    #: Its dimensions in the order of memory.
     shape: tuple[int, ...]
     #: Parameter or buffer.
     kind: str = "parameter"
@@ -147,7 +147,7 @@ def _direct(
         dim = dims[0]
         here, there = served.shape[dim], stored.shape[dim]
         if here and there % here == 0 and tp_size % (there // here) == 0:
-            # Of attention that is data parallel the groups are smaller than the ranks' number
+            # Where attention is data parallel, its groups are smaller than the ranks' number
             # (``compute_dp_attention_world_info`` of ``layers/dp_attention.py``).
             start = tp_rank % (there // here) * here
             return (Slice(name, dim, start, start + here),), 0
@@ -236,8 +236,8 @@ def bytes_of(derivation: Derivation, checkpoint: Checkpoint) -> NDArray[np.uint8
 def expected_fingerprints(
     served: Sequence[ServedTensor], checkpoint: Checkpoint, *, tp_rank: int, tp_size: int
 ) -> tuple[dict[str, str], dict[str, str], frozenset[str]]:
-    """Of a rank's tensors: name to fingerprint, name to why there is none, and names whose
-    difference is no proof. Reads the bytes that are compared, a tensor at a time."""
+    """What a rank's tensors should hold: name to fingerprint, name to why there is none, and names
+    whose difference is no proof. Reads the bytes that are compared, a tensor at a time."""
     config = checkpoint.config()
     expected: dict[str, str] = {}
     unverifiable: dict[str, str] = {}

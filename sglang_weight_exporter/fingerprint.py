@@ -162,7 +162,7 @@ class Chunks:
     nbytes: NDArray[np.int64]
     first: NDArray[np.int64]
     after: NDArray[np.int64]
-    #: Of each chunk in its tensor, from 1; one more at the end.
+    #: Each chunk's number in its tensor, from 1; one more at the end.
     number: NDArray[np.int64]
 
     @classmethod

@@ -125,7 +125,8 @@ class Rank:
         """Memory is gone; of these tags and of no others."""
 
         def tell(ledger: Ledger) -> None:
-            ledger.release(tags)
+            if self._saves_memory():
+                ledger.release(tags)
             self.scan.memory_is_there = True
 
         self.step(tell)
@@ -134,6 +135,8 @@ class Rank:
         """Memory is back. What it holds is garbage until an update, unless SGLang kept a copy."""
 
         def tell(ledger: Ledger) -> None:
+            if not self._saves_memory():
+                return
             ledger.resume(tags)
             for role in self.roles if WEIGHTS in tags else ():
                 if role.keeps_a_copy:
@@ -143,6 +146,11 @@ class Rank:
                 self.scan.start_over(role, known=role.keeps_a_copy)
 
         self.step(tell)
+
+    def _saves_memory(self) -> bool:
+        """Otherwise SGLang answers, and does nothing."""
+        target = self.roles.named("target")
+        return target is not None and target.saves_memory
 
     def read_again(self) -> None:
         """Somebody asks whether the weights are what they were; not inside an update."""

@@ -114,7 +114,7 @@ class TableRef(Record, frozen=True, kw_only=True):
     #: Device name to number of contiguous regions.
     regions: dict[str, int]
     captured_at: float
-    #: Of the bytes that the tensors hold (:func:`fingerprint.of_rank`), 32 hexadecimal digits, and
+    #: What the tensors hold, as :func:`fingerprint.of_rank` says, in 32 hexadecimal digits, and
     #: how long it took; empty and ``None`` where it was not taken, or the memory is released.
     fingerprint: str = ""
     fingerprint_seconds: float | None = None

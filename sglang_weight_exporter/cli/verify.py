@@ -310,7 +310,7 @@ def _place(shard: Shard) -> str:
 
 
 def _against_manifest(table: Table, manifest: Manifest) -> Comparison:
-    """Of the same dtype and shape: a rank's share of a tensor has another fingerprint."""
+    """Compares what has the same dtype and shape: a rank's share has another fingerprint."""
     expected, unverifiable = {}, {}
     for row in table.rows():
         tensor = manifest.tensors.get(row.name)

@@ -114,7 +114,7 @@ def _placement_group() -> str:
         if ray is not None and ray.is_initialized():
             return str(ray.get_runtime_context().get_placement_group_id())
     except Exception:
-        return ""  # Of whatever type Ray's are. Engines then differ in their ports, as without Ray.
+        return ""  # Ray's errors are of many types. Engines then differ in their ports.
     return ""
 
 

@@ -22,7 +22,7 @@ from sglang_weight_exporter.capture.fingerprint import (
 )
 from sglang_weight_exporter.capture.pools import Storage
 from sglang_weight_exporter.capture.table_fingerprints import with_fingerprints
-from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
+from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights, storages_of
 from sglang_weight_exporter.records import Kind, KvPoolUsage, LoraUsage, Skip
 from sglang_weight_exporter.runners import pools as runner_pools
 from sglang_weight_exporter.runners.cache import cached_tokens
@@ -54,8 +54,7 @@ class Scan:
     """The looks at all roles of a process.
 
     ``report`` is told of what could not be read; ``allocations`` is where one allocation ends and
-    the next begins, by device; ``fingerprinter``: takes fingerprints, if they
-    are to be taken.
+    the next begins, by device; ``fingerprinter``: takes fingerprints, if they are to be taken.
     """
 
     def __init__(
@@ -98,9 +97,10 @@ class Scan:
             table = None if look.weights is None else look.weights.table
             look.left = table if known and table and table.fingerprint else None
 
-    def map(self, storages: frozenset[int]) -> None:
-        """Storages of tensors that were mapped from a weight-cache daemon."""
-        self._mapped |= storages
+    def map(self, model: object) -> None:
+        """A model's tensors were mapped from a weight-cache daemon, where they count."""
+        if isinstance(model, torch.nn.Module):
+            self._mapped |= storages_of(model)
 
     def watch(self, scheduler: Any) -> None:
         """Whose prefix cache it is."""
@@ -202,11 +202,9 @@ class Scan:
         if look.weights is None:
             return
         table = without_fingerprints(look.weights.table)
-        # With overlapped loading the values come later than the tensors.
-        loading = getattr(role.runner, "startup_weight_load", None) is not None
         if not (limit_seconds and self.memory_is_there):
             look.skipped = "released"
-        elif not loading:
+        elif not role.has_placeholders:
             try:
                 table = with_fingerprints(
                     table, role.runner.model, look.weights.slots, fingerprinter, limit_seconds
