@@ -96,7 +96,9 @@ class Rank:
             return None
         with self._lock:
             result = tell(self.ledger)
-            events = dict(enumerate(map(self._complete, self.ledger.take_ended())))
+            ended = self.ledger.take_ended()
+            written = {each.role for each in ended if _wrote(each)}
+            events = dict(enumerate(self._complete(each, written) for each in ended))
             if events or not quietly:
                 self._publish({index: event for index, event in events.items() if event})
             return result
@@ -144,20 +146,23 @@ class Rank:
 
         self.step(tell)
 
-    def read_again(self) -> None:
+    def read_again(self, role: RunnerRole) -> None:
         """Somebody asks whether the weights are what they were; not inside an update."""
         if os.getpid() == self._pid:
             with self._lock:
                 if not self.ledger.updating:
-                    self._look_for_strays(*self.roles, during="serving")
+                    self._look_for_strays(role, during="serving")
 
-    def look_before(self, role: RunnerRole) -> None:
-        """An update is about to begin; after it nobody could tell that something else wrote."""
+    def look_before(self) -> None:
+        """An update is about to begin; after it nobody could tell that something else wrote. Of
+        all roles, and before the first of them is written: a draft holds tensors of the target's.
+        """
         if os.getpid() == self._pid:
             with self._lock:
-                known = self.scan.of(role).left is not None and WEIGHTS not in self.ledger.released
-                if known and self.scan.memory_is_there and not self.ledger.is_updating(role.name):
-                    self._look_for_strays(role, during="serving")
+                there = self.scan.memory_is_there and WEIGHTS not in self.ledger.released
+                if there and not self.ledger.updating:
+                    known = [role for role in self.roles if self.scan.of(role).left is not None]
+                    self._look_for_strays(*known, during="serving")
 
     def _fingerprint_seconds(self, *, load: bool = False) -> float:
         """How long fingerprints may take now. A kernel that reads released memory ends the
@@ -176,17 +181,18 @@ class Rank:
         facts = f"{self.roles.engine.instance}|{number}"
         return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
-    def _complete(self, ended: Ended) -> tuple[Event, WeightTable | None] | None:
-        """Look at what an update has changed; the event that tells of it."""
+    def _complete(self, ended: Ended, written: set[str]) -> tuple[Event, WeightTable | None] | None:
+        """Look at what an update has changed; the event that tells of it. ``written``: roles whose
+        updates have ended together; each is looked at once, for its own."""
         role = self.roles.named(ended.role)
         if role is None:
             return None
-        if ended.update is None or ended.update.action == "update":
+        if _wrote(ended):
             before = self.scan.of(role).weights
             others = (
                 other
                 for other in self.roles
-                if other is not role and not self.ledger.is_updating(other.name)
+                if other.name not in written and not self.ledger.is_updating(other.name)
             )
             self._look(role, *others, fingerprint_seconds=self._fingerprint_seconds())
             after = self.scan.of(role).weights
@@ -297,6 +303,11 @@ class Rank:
             altered=None if released or not known else len(look.altered),
             altered_names=tuple(look.altered)[:NAMED_CHANGES],
         )
+
+
+def _wrote(ended: Ended) -> bool:
+    """Whether an update or a session has ended, and no load."""
+    return ended.update is None or ended.update.action == "update"
 
 
 def _same_bytes(before: WeightCapture | None, after: WeightCapture | None) -> bool:

@@ -143,7 +143,8 @@ class Observer:
             outcome = yield from self._write(role, "external", "call", announced=True)
         else:
             outcome = yield
-            self._rank.read_again()
+            if role is not None:
+                self._rank.read_again(role)
         self._count(call, outcome)
 
     def move_experts(self, call: Call) -> Around:
@@ -162,7 +163,7 @@ class Observer:
     ) -> Generator[None, Outcome, Outcome]:
         """Around one call that writes weights. ``announced``: not SGLang's, whose failures are
         known by what they say."""
-        self._rank.look_before(role)
+        self._rank.look_before()
         ticket: Ticket | None = self._rank.step(
             lambda ledger: ledger.begin(role.name, source, ends_with=ends_with)
         )
@@ -186,7 +187,7 @@ class Observer:
         """An update with a beginning and an end, and any number of calls between."""
         role = self._rank.role(call.owner)
         if role is not None:
-            self._rank.look_before(role)
+            self._rank.look_before()
             self._rank.step(lambda ledger: ledger.begin_session(role.name))
             self._rank.keep_readers_out()
             outcome = yield

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from standins import Rank, Request, answer, fail, rebalanced, session
+from standins import Rank, Request, answer, fail, model, rebalanced, session
 
 from sglang_weight_exporter import fingerprint
 from sglang_weight_exporter.capture.fingerprint import (
@@ -380,3 +380,90 @@ def test_an_update_of_released_memory_counts_what_was_not_taken(
     assert counts(rank).skipped == {"released": 1}
     assert counting.times == before + 1
     assert without_change(rank) == {}
+
+
+# --- a draft beside the target --------------------------------------------------------------------
+
+
+def target_and_draft(rank: Rank) -> tuple[Any, Any]:
+    """An EAGLE draft, whose embeddings are the target's own tensor."""
+    target, sharing = rank.runner(answers={}), model()
+    sharing.embed_tokens.weight = target.model.embed_tokens.weight
+    return target, rank.runner(is_draft_worker=True, answers={}, model=sharing)
+
+
+def write_shared(target: Any) -> Callable[..., tuple[bool, str]]:
+    def write() -> tuple[bool, str]:
+        with torch.no_grad():
+            target.model.embed_tokens.weight += 1
+            target.model.proj.weight += 1
+        return True, "Success"
+
+    return write
+
+
+def altered_of(rank: Rank) -> dict[str, dict[str, int]]:
+    found = {}
+    for name in ("target", "draft"):
+        counted = rank.role(name).fingerprints
+        assert counted is not None
+        found[name] = {kind: count for kind, count in counted.altered.get("serving", {}).items()}
+    return found
+
+
+@pytest.mark.parametrize("path", ["disk", "tensor", "ipc"])
+def test_what_an_update_of_the_target_wrote_is_no_stray_in_the_draft_that_shares_it(
+    rank: Rank, path: str
+) -> None:
+    target, draft = target_and_draft(rank)
+    target.answers[path], draft.answers[path] = write_shared(target), writes(draft)
+    scheduler = rank.scheduler(target, draft)
+    for _ in range(2):
+        getattr(scheduler, f"update_weights_from_{path}")(Request())
+    assert altered_of(rank) == {"target": {}, "draft": {}}
+    for name in ("target", "draft"):
+        updates = rank.role(name).updates[path]  # type: ignore[index]
+        assert (updates.updates, updates.without_change) == (2, 0)
+
+
+def test_a_request_for_both_reads_each_once_before_and_once_after(
+    rank: Rank, counting: Counting
+) -> None:
+    target, draft = target_and_draft(rank)
+    scheduler = rank.scheduler(target, draft)
+    before = counting.times
+    scheduler.update_weights_from_disk(Request())
+    assert counting.times == before + 4
+
+
+def test_a_stray_in_the_draft_is_found_before_an_update_of_the_target_alone(rank: Rank) -> None:
+    target, draft = target_and_draft(rank)
+    add_one(draft)
+    target.weight_updater.update_weights_from_disk("other", "auto")
+    assert altered_of(rank) == {"target": {}, "draft": {"parameter": 1}}
+
+
+def test_a_check_of_both_reads_each_once(rank: Rank, counting: Counting) -> None:
+    """SGLang hands one request to the target's runner and then to the draft's."""
+    target, draft = target_and_draft(rank)
+    add_one(draft)
+    before = counting.times
+    for runner in (target, draft):
+        runner.check_weights("checksum")
+    assert counting.times == before + 2
+    assert altered_of(rank) == {"target": {}, "draft": {"parameter": 1}}
+    table = rank.role("draft").table
+    assert table is not None
+    assert table.altered_names == ("proj.weight",)
+
+
+def test_tensors_that_moved_in_a_draft_are_counted_where_both_are_updated(rank: Rank) -> None:
+    target, draft = target_and_draft(rank)
+
+    def replace() -> tuple[bool, str]:
+        draft.model.proj.weight = torch.nn.Parameter(draft.model.proj.weight + 1)
+        return True, "Success"
+
+    draft.answers["disk"] = replace
+    rank.scheduler(target, draft).update_weights_from_disk(Request())
+    assert rank.role("draft").moved == 1
