@@ -407,7 +407,7 @@ def altered_of(rank: Rank) -> dict[str, dict[str, int]]:
     for name in ("target", "draft"):
         counted = rank.role(name).fingerprints
         assert counted is not None
-        found[name] = {kind: count for kind, count in counted.altered.get("serving", {}).items()}
+        found[name] = dict[str, int](counted.altered.get("serving", {}))
     return found
 
 
