@@ -106,6 +106,12 @@ class Scan:
         """Whose prefix cache it is."""
         self._scheduler = weakref.ref(scheduler)
 
+    def _forward_passes(self) -> torch.cuda.Stream | None:
+        """The stream that they are in, where they are in one of their own. With overlapped
+        scheduling a request is served while the last batch still runs there."""
+        stream = getattr(self._scheduler(), "forward_stream", None)
+        return stream if isinstance(stream, torch.cuda.Stream) else None
+
     def cached_tokens(self) -> int | None:
         """Tokens in the prefix cache now; ``None`` where there is none, or it cannot be read."""
         scheduler = self._scheduler()
@@ -209,7 +215,12 @@ class Scan:
         elif not loading:
             try:
                 table = with_fingerprints(
-                    table, role.runner.model, look.weights.slots, fingerprinter, limit_seconds
+                    table,
+                    role.runner.model,
+                    look.weights.slots,
+                    fingerprinter,
+                    limit_seconds,
+                    after=self._forward_passes(),
                 )
             except FingerprintError as error:
                 timed_out = isinstance(error, FingerprintTimeoutError)

@@ -21,7 +21,7 @@ from sglang_weight_exporter.capture.fingerprint import (
     FingerprintError,
     FingerprintTimeoutError,
 )
-from sglang_weight_exporter.records import FingerprintCounts
+from sglang_weight_exporter.records import FingerprintCounts, Kind
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
@@ -36,13 +36,13 @@ class Counting(Fingerprinter):
         self.limits: list[float] = []
 
     def __call__(
-        self, tensors: Sequence[torch.Tensor], *, limit_seconds: float = float("inf")
+        self, tensors: Sequence[torch.Tensor], *, limit_seconds: float = float("inf"), **more: Any
     ) -> Any:
         self.times += 1
         self.limits.append(limit_seconds)
         if self.error is not None:
             raise self.error
-        return super().__call__(tensors, limit_seconds=limit_seconds)
+        return super().__call__(tensors, limit_seconds=limit_seconds, **more)
 
 
 @pytest.fixture
@@ -231,6 +231,37 @@ def test_placeholders_have_no_fingerprint(rank: Rank, counting: Counting) -> Non
     assert of(rank) == expected(runner)
 
 
+def test_a_tensor_whose_memory_was_given_back_is_left_out(rank: Rank) -> None:
+    """As SGLang's DWDP does it with experts: the storage is emptied, the parameter stays."""
+    runner = rank.runner()
+    runner.model.proj.weight.untyped_storage().resize_(0)
+    runner.weight_updater.update_weights_from_disk("other", "auto")
+    rest = {
+        "embed_tokens.weight": fingerprint.of_bytes(
+            runner.model.embed_tokens.weight.detach().numpy().tobytes()
+        )
+    }
+    assert of(rank) == fingerprint.of_rank(rest)
+    assert counts(rank).skipped == {}
+
+
+@pytest.mark.parametrize("name", ["experts/0", "größe", "a\nb", "\udc80"])
+def test_a_name_of_any_kind(rank: Rank, name: str) -> None:
+    made = model()
+    made.register_parameter(name, torch.nn.Parameter(torch.ones(3)))
+    rank.runner(model=made)
+    assert len(of(rank)) == 32
+    assert counts(rank).skipped == {}
+    ((_, snapshot),) = SnapshotReader(RuntimeDir.open(rank.directory, os.environ)).read()
+    assert snapshot.hook_errors == {}
+
+
+def test_a_model_without_tensors(rank: Rank) -> None:
+    rank.runner(model=torch.nn.Module())
+    assert of(rank) == fingerprint.of_bytes(b"")
+    assert counts(rank).skipped == {}
+
+
 def test_a_check_of_weights_looks_again(rank: Rank) -> None:
     runner = rank.runner()
     add_one(runner)
@@ -402,12 +433,12 @@ def write_shared(target: Any) -> Callable[..., tuple[bool, str]]:
     return write
 
 
-def altered_of(rank: Rank) -> dict[str, dict[str, int]]:
+def altered_of(rank: Rank) -> dict[str, dict[Kind, int]]:
     found = {}
     for name in ("target", "draft"):
         counted = rank.role(name).fingerprints
         assert counted is not None
-        found[name] = dict[str, int](counted.altered.get("serving", {}))
+        found[name] = dict(counted.altered.get("serving", {}))
     return found
 
 
