@@ -346,6 +346,8 @@ class Engine(Record, frozen=True, kw_only=True):
     tp_size: int | None = None
     pp_size: int | None = None
     ep_size: int | None = None
+    #: Where it serves HTTP, as its settings say; empty where it does not.
+    url: str = ""
 
 
 class Ranks(Record, frozen=True, kw_only=True):

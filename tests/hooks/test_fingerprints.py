@@ -413,6 +413,25 @@ def test_an_update_of_released_memory_counts_what_was_not_taken(
     assert without_change(rank) == {}
 
 
+@pytest.mark.parametrize(
+    ("settings", "url"),
+    [
+        ({}, "http://127.0.0.1:30000"),
+        ({"host": "0.0.0.0"}, "http://127.0.0.1:30000"),  # noqa: S104
+        ({"host": "::"}, "http://[::1]:30000"),
+        ({"host": "10.0.0.7"}, "http://10.0.0.7:30000"),
+        ({"host": "fd00::7", "ssl_certfile": "cert.pem"}, "https://[fd00::7]:30000"),
+        ({"host": "node-7", "port": None}, ""),
+    ],
+)
+def test_where_the_engine_can_be_asked_is_in_its_settings(
+    rank: Rank, settings: dict[str, Any], url: str
+) -> None:
+    known = {"port": 30000, "model_path": "tiny", "dp_size": 1, **settings}
+    rank.runner(server_args=SimpleNamespace(**known))
+    assert rank.snapshot().engine.url == url
+
+
 # --- a draft beside the target --------------------------------------------------------------------
 
 
