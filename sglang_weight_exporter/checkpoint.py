@@ -140,8 +140,8 @@ class Checkpoint:
                 if name in self.tensors:
                     places = f"{self.tensors[name].file.path.name} and in {file.path.name}"
                     raise CheckpointError(
-                        f"{name} is in {places} of {path}: which one is meant cannot be known. Remove one of the files, or "
-                        "name a file."
+                        f"{name} is in {places} of {path}: which one is meant cannot be known. "
+                        "Remove one of the files, or name a file."
                     )
                 self.tensors[name] = tensor
         missing = sorted(named - self.tensors.keys())

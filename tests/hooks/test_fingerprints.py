@@ -417,7 +417,7 @@ def test_an_update_of_released_memory_counts_what_was_not_taken(
     ("settings", "url"),
     [
         ({}, "http://127.0.0.1:30000"),
-        ({"host": "0.0.0.0"}, "http://127.0.0.1:30000"),  # noqa: S104
+        ({"host": "0.0.0.0"}, "http://127.0.0.1:30000"),
         ({"host": "::"}, "http://[::1]:30000"),
         ({"host": "10.0.0.7"}, "http://10.0.0.7:30000"),
         ({"host": "fd00::7", "ssl_certfile": "cert.pem"}, "https://[fd00::7]:30000"),
