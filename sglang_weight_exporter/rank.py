@@ -292,6 +292,8 @@ class Rank:
             return None
         released = WEIGHTS in self.ledger.released
         known = look.left is not None and weights.table.fingerprint != ""
+        # Buffers are counted by their kind and are no weights here: a forward pass may write them.
+        altered = tuple(name for name, kind in look.altered.items() if kind != "buffer")
         return TableRef(
             file=table_file(weights.table),
             sha256=weights.table.sha256,
@@ -300,8 +302,8 @@ class Rank:
             captured_at=weights.table.captured_at,
             fingerprint="" if released else weights.table.fingerprint,
             fingerprint_seconds=None if released else weights.table.fingerprint_seconds,
-            altered=None if released or not known else len(look.altered),
-            altered_names=tuple(look.altered)[:NAMED_CHANGES],
+            altered=None if released or not known else len(altered),
+            altered_names=altered[:NAMED_CHANGES],
         )
 
 

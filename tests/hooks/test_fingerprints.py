@@ -353,6 +353,24 @@ def test_what_wrote_between_two_updates_is_found_by_a_check_and_before_the_next_
     assert of(rank) == expected(runner) != loaded
 
 
+def test_a_buffer_that_changed_is_counted_and_is_no_weight_that_did(rank: Rank) -> None:
+    """A forward pass may write buffers, as with a cache of rotary embeddings that grows."""
+    made = model()
+    made.register_buffer("cache", torch.zeros(4))
+    runner = rank.runner(model=made)
+    made.cache += 1
+    runner.check_weights("checksum")
+    assert counts(rank).altered == {"serving": {"buffer": 1}}
+    table = rank.role().table
+    assert table is not None
+    assert (table.altered, table.altered_names) == (0, ())
+    add_one(runner)
+    runner.check_weights("checksum")
+    table = rank.role().table
+    assert table is not None
+    assert (table.altered, table.altered_names) == (1, ("proj.weight",))
+
+
 def test_what_a_bucket_of_a_session_wrote_is_none_of_it(rank: Rank) -> None:
     runner = rank.runner(answers={})
     runner.answers["tensor"] = writes(runner)
