@@ -38,7 +38,7 @@ GPU = {
     "load_format": "dummy",
     "attention_backend": "triton",
     "sampling_backend": "pytorch",
-    "mem_fraction_static": 0.35,
+    "mem_fraction_static": 0.5,
     "max_total_tokens": 20_000,
     "cuda_graph_max_bs": 8,
 }

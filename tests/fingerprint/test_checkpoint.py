@@ -310,3 +310,24 @@ def test_each_byte_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         served = [ServedTensor("w", "bfloat16", own)]
         expected_fingerprints(served, checkpoint, tp_rank=1, tp_size=4)
         assert 0 < asked <= most
+
+
+def test_a_tensor_of_more_than_two_gigabytes_in_memory_and_in_its_file(tmp_path: Path) -> None:
+    """Places and sizes beyond 31 bits; all but its ends is a hole in the file and untouched
+    memory."""
+    torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
+    from sglang_weight_exporter.trainer import fingerprint_tensors
+
+    size = (1 << 31) + 70_003
+    path = write(tmp_path / "model.safetensors", {"w": ("U8", [0], b"")})
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    tensor = torch.zeros(size, dtype=torch.uint8)
+    with path.open("r+b") as file:
+        file.truncate(8 + len(header) + size)
+        for at, value in ((0, 3), (1 << 31, 5), (size - 1, 7)):
+            tensor[at] = value
+            file.seek(8 + len(header) + at)
+            file.write(bytes([value]))
+    of_file = Checkpoint(path).fingerprints()["w"]
+    assert fingerprint_tensors({"w": tensor})["w"].fingerprint == of_file
