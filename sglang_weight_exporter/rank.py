@@ -117,10 +117,14 @@ class Rank:
             if skipped is not None:
                 self.ledger.count_skipped(role.name, skipped)
 
-    def _look_for_strays(self, *roles: RunnerRole, during: During) -> None:
-        """Whether anything but loads and updates has written weights."""
+    def _look_for_strays(
+        self, *roles: RunnerRole, during: During, garbage: frozenset[int] = frozenset()
+    ) -> None:
+        """Whether anything but loads and updates has written weights. ``garbage``: storages of
+        which that is known."""
         self._look(*roles, fingerprint_seconds=self._fingerprint_seconds(), written=False)
         for role in roles:
+            self.scan.overlook(role, garbage)
             self.ledger.count_altered(role.name, during, self.scan.of(role).altered.values())
 
     def release(self, tags: set[str]) -> None:
@@ -139,12 +143,17 @@ class Rank:
             ledger.resume(tags)
             for role in self.roles if WEIGHTS in tags else ():
                 if role.keeps_a_copy:
-                    self._look_for_strays(role, during="release")
+                    self._look_for_strays(role, during="release", garbage=self._without_a_copy())
                 else:
                     self._look(role, fingerprint_seconds=self._fingerprint_seconds())
                 self.scan.start_over(role, known=role.keeps_a_copy)
 
         self.step(tell)
+
+    def _without_a_copy(self) -> frozenset[int]:
+        """Storages of models that are not copied. A draft that is holds some of its target's."""
+        looks = (self.scan.of(role) for role in self.roles if not role.keeps_a_copy)
+        return frozenset[int]().union(*(look.weights.storages for look in looks if look.weights))
 
     def read_again(self, role: RunnerRole) -> None:
         """Somebody asks whether the weights are what they were; not inside an update."""

@@ -27,7 +27,12 @@ from sglang_weight_exporter.records import Kind, KvPoolUsage, LoraUsage, Skip
 from sglang_weight_exporter.runners import pools as runner_pools
 from sglang_weight_exporter.runners.cache import cached_tokens
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
-from sglang_weight_exporter.weight_table import WeightTable, altered_tensors, without_fingerprints
+from sglang_weight_exporter.weight_table import (
+    WeightTable,
+    altered_tensors,
+    table_rows,
+    without_fingerprints,
+)
 
 logger = logging.getLogger("sglang_weight_exporter")
 
@@ -97,6 +102,15 @@ class Scan:
         if look is not None:
             table = None if look.weights is None else look.weights.table
             look.left = table if known and table and table.fingerprint else None
+
+    def overlook(self, role: RunnerRole, storages: frozenset[int]) -> None:
+        """That tensors in these storages hold other bytes is no news."""
+        look = self._looks.get(role)
+        if storages and look is not None and look.altered and look.weights is not None:
+            there = {
+                row.name for row in table_rows(look.weights.table) if row.storage_ptr in storages
+            }
+            look.altered = {name: kind for name, kind in look.altered.items() if name not in there}
 
     def map(self, storages: frozenset[int]) -> None:
         """Storages of tensors that were mapped from a weight-cache daemon."""

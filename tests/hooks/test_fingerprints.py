@@ -535,3 +535,34 @@ def test_tensors_that_moved_in_a_draft_are_counted_where_both_are_updated(rank: 
     draft.answers["disk"] = replace
     rank.scheduler(target, draft).update_weights_from_disk(Request())
     assert rank.role("draft").moved == 1
+
+
+def test_a_draft_that_is_kept_a_copy_of_has_the_targets_garbage_until_an_update(
+    rank: Rank,
+) -> None:
+    """``--enable-draft-weights-cpu-backup`` alone, as where a trainer sends the target only."""
+    target, sharing = saving_memory(rank), model()
+    sharing.embed_tokens.weight = target.model.embed_tokens.weight
+    kept = SimpleNamespace(
+        port=30000, model_path="tiny", dp_size=1, enable_draft_weights_cpu_backup=True
+    )
+    draft = rank.runner(
+        is_draft_worker=True,
+        model=sharing,
+        server_args=kept,
+        memory_saver_adapter=target.memory_saver_adapter,
+    )
+    scheduler = rank.scheduler(target, draft)
+
+    def brought_back(*names: str) -> dict[Kind, int]:
+        scheduler.release_memory_occupation(Request(tags=["weights"]))
+        with torch.no_grad():
+            for name in names:
+                draft.model.get_parameter(name).add_(1)
+        scheduler.resume_memory_occupation(Request(tags=["weights"]))
+        counted = rank.role("draft").fingerprints
+        assert counted is not None
+        return dict(counted.altered.get("release", {}))
+
+    assert brought_back("embed_tokens.weight") == {}
+    assert brought_back("embed_tokens.weight", "proj.weight") == {"parameter": 1}
