@@ -128,7 +128,9 @@ class Observer:
             outcome = yield from self._write(call, "external", "call", announced=True)
         else:
             outcome = yield
-            self._rank.read_again()
+            role = self._rank.role(call.owner)
+            if role is not None:
+                self._rank.read_again(role)
         self._count(call, outcome)
 
     def move_experts(self, call: Call) -> Around:
@@ -144,7 +146,7 @@ class Observer:
         role = self._rank.role(call.owner)
         if role is None or source is None:
             return (yield)
-        self._rank.look_before(role)
+        self._rank.look_before()
         begin = partial(Ledger.begin, name=role.name, source=source, ends_with=ends_with)
         return (yield from self._account(source, begin, announced=announced))
 
@@ -175,7 +177,7 @@ class Observer:
         """An update with a beginning and an end, and any number of calls between."""
         role = self._rank.role(call.owner)
         if role is not None:
-            self._rank.look_before(role)
+            self._rank.look_before()
             self._rank.step(lambda ledger: ledger.begin_session(role.name))
             self._rank.keep_readers_out()
             outcome = yield

@@ -27,7 +27,12 @@ from sglang_weight_exporter.records import Kind, KvPoolUsage, LoraUsage, Skip
 from sglang_weight_exporter.runners import pools as runner_pools
 from sglang_weight_exporter.runners.cache import cached_tokens
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
-from sglang_weight_exporter.weight_table import WeightTable, altered_tensors, without_fingerprints
+from sglang_weight_exporter.weight_table import (
+    WeightTable,
+    altered_tensors,
+    table_rows,
+    without_fingerprints,
+)
 
 logger = logging.getLogger("sglang_weight_exporter")
 
@@ -97,6 +102,15 @@ class Scan:
             table = None if look.weights is None else look.weights.table
             look.left = table if known and table and table.fingerprint else None
 
+    def overlook(self, role: RunnerRole, storages: frozenset[int]) -> None:
+        """That tensors in these storages hold other bytes is no news."""
+        look = self._looks.get(role)
+        if storages and look is not None and look.altered and look.weights is not None:
+            there = {
+                row.name for row in table_rows(look.weights.table) if row.storage_ptr in storages
+            }
+            look.altered = {name: kind for name, kind in look.altered.items() if name not in there}
+
     def map(self, model: object) -> None:
         """A model's tensors were mapped from a weight-cache daemon, where they count."""
         if isinstance(model, torch.nn.Module):
@@ -105,6 +119,12 @@ class Scan:
     def watch(self, scheduler: Any) -> None:
         """Whose prefix cache it is."""
         self._scheduler = weakref.ref(scheduler)
+
+    def _forward_passes(self) -> torch.cuda.Stream | None:
+        """The stream that they are in, where they are in one of their own. With overlapped
+        scheduling a request is served while the last batch still runs there."""
+        stream = getattr(self._scheduler(), "forward_stream", None)
+        return stream if isinstance(stream, torch.cuda.Stream) else None
 
     def cached_tokens(self) -> int | None:
         """Tokens in the prefix cache now; ``None`` where there is none, or it cannot be read."""
@@ -207,7 +227,12 @@ class Scan:
         elif not role.has_placeholders:
             try:
                 table = with_fingerprints(
-                    table, role.runner.model, look.weights.slots, fingerprinter, limit_seconds
+                    table,
+                    role.runner.model,
+                    look.weights.slots,
+                    fingerprinter,
+                    limit_seconds,
+                    after=self._forward_passes(),
                 )
             except FingerprintError as error:
                 timed_out = isinstance(error, FingerprintTimeoutError)
