@@ -196,6 +196,16 @@ def test_the_chart_is_of_this_release() -> None:
     assert chart["appVersion"] == __version__
 
 
+def test_a_packaged_chart_needs_no_checkout(helm: Program, tmp_path: Path) -> None:
+    """Its files are links out of the chart's folder."""
+    done = helm("package", CHART, "--destination", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tgz")
+    packaged, here = (helm("template", "release", chart) for chart in (archive, CHART))
+    assert packaged.returncode == 0, packaged.stderr
+    assert packaged.stdout == here.stdout
+
+
 def test_the_rules_are_those_of_the_rule_file(render: Render) -> None:
     (plain,) = render({})["PrometheusRule"]
     assert rules(plain["spec"]["groups"]) == shipped_rules()
