@@ -85,11 +85,20 @@ class Publisher:
                 if len(self._events) > WAITING_EVENTS:
                     self._events.popleft()
                     self._dropped += 1
+            self._write_again()
+
+    def _write_again(self) -> None:
+        """Write, and see to it that what cannot be written is tried again."""
+        with self._lock:
             if not self._write() and not self._retrying:
-                self._retrying = True
-                threading.Thread(
-                    target=self._retry, name="sglang-weight-exporter-retry", daemon=True
-                ).start()
+                try:
+                    threading.Thread(
+                        target=self._retry, name="sglang-weight-exporter-retry", daemon=True
+                    ).start()
+                except RuntimeError as error:  # No thread can be had now: at the next step.
+                    self._report("retry", error)
+                else:
+                    self._retrying = True
 
     def keep_readers_out(self) -> None:
         """Weights are about to be written, and the snapshot says so already.
@@ -154,7 +163,7 @@ class Publisher:
             runtime_dir = RuntimeDir.open(self._settings.runtime_dir, self._environ)
             self._store = RankStore(runtime_dir, self._rank_id)
             if self._settings.serve:
-                Supervisor(runtime_dir, self._environ).start()
+                Supervisor(runtime_dir, self._environ, come_back=self._write_again).start()
         return self._store
 
     def _write_to(self, store: RankStore, snapshot: Snapshot) -> bool:

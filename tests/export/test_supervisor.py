@@ -26,7 +26,7 @@ import pytest
 from ports import free_port
 
 from sglang_weight_exporter.records import Endpoint
-from sglang_weight_exporter.store.reader import read_endpoint
+from sglang_weight_exporter.store.reader import SnapshotReader, read_endpoint
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 RANK = """
@@ -38,7 +38,26 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 runtime_dir = RuntimeDir.open(Path(sys.argv[1]), {})
 rank = RankStore(runtime_dir, sys.argv[2])
-Supervisor(runtime_dir, os.environ).start()
+Supervisor(runtime_dir, os.environ, come_back=lambda: None).start()
+sys.stdin.read()
+"""
+
+#: A static engine's: it has published once and does nothing more.
+STATIC_RANK = """
+import os, sys
+from pathlib import Path
+from sglang_weight_exporter.publisher.publisher import Publisher
+from sglang_weight_exporter.records import Engine, Ranks, Role, Snapshot
+from sglang_weight_exporter.settings import Settings
+publisher = Publisher(Settings(runtime_dir=Path(sys.argv[1])), os.environ, report=print)
+publisher.publish(
+    Snapshot(
+        rank_id="", pid=os.getpid(), started_at=1.0, ranks=Ranks(),
+        engine=Engine(name="", instance="a", model_name=sys.argv[2]),
+        roles=(Role(name="target", device="cpu"),),
+    ),
+    {},
+)
 sys.stdin.read()
 """
 
@@ -55,9 +74,9 @@ def start_rank(runtime_dir: RuntimeDir) -> Iterator[Callable[..., Rank]]:
     port = free_port()
     ranks: list[Rank] = []
 
-    def start(name: str, **variables: str) -> Rank:
+    def start(name: str, *, script: str = RANK, **variables: str) -> Rank:
         process = subprocess.Popen(
-            [sys.executable, "-c", RANK, str(runtime_dir.path), name],
+            [sys.executable, "-c", script, str(runtime_dir.path), name],
             env={
                 **os.environ,
                 "SGLANG_WEIGHT_EXPORTER_PORT": str(port),
@@ -159,6 +178,18 @@ def test_a_directory_that_was_removed_and_made_again_has_one_owner(
     wait_for(lambda: not psutil.pid_exists(original.pid) or _is_zombie(original.pid), 20)
     assert other.url == original.url
     assert serving(runtime_dir).pid == other.pid
+
+
+def test_a_static_rank_is_back_after_its_directory_was_removed(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    start_rank("static", script=STATIC_RANK)
+    original = serving(runtime_dir)
+    shutil.rmtree(runtime_dir.path)
+    serving(runtime_dir, unlike=original.pid)
+    ((_, snapshot),) = SnapshotReader(runtime_dir).read()
+    assert snapshot.engine.model_name == "static"
+    assert [role.name for role in snapshot.roles] == ["target"]
 
 
 def _is_zombie(pid: int) -> bool:
