@@ -22,7 +22,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sglang_weight_exporter.checkpoint import Checkpoint, CheckpointError
-from sglang_weight_exporter.checkpoint_layout import ServedTensor, expected_fingerprints
+from sglang_weight_exporter.checkpoint_layout import (
+    FUSED,
+    ServedTensor,
+    expected_fingerprints,
+)
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.manifest import Manifest, ManifestError, Shard, read_manifest
 from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
@@ -344,13 +348,19 @@ def _against_manifest(table: Table, manifest: Manifest) -> Comparison:
     for row in table.rows():
         tensor = manifest.tensors.get(row.name)
         if tensor is None:
-            unverifiable[row.name] = "the manifest has no tensor of this name"
+            unverifiable[row.name] = _not_there(row.name)
         elif (tensor.dtype, tensor.shape) != (row.dtype, row.shape_in_memory):
             unverifiable[row.name] = "it has another shape or dtype in the manifest: a rank's share"
         else:
             expected[row.name] = tensor.fingerprint
     fingerprints = table_fingerprints(table.columns)
     return compare(fingerprints, expected, unverifiable=unverifiable)
+
+
+def _not_there(name: str) -> str:
+    if any(f".{fused}." in name for fused in FUSED):
+        return "the manifest has it in parts: `manifest --fused` and fused=True write it whole"
+    return "the manifest has no tensor of this name"
 
 
 def _replicas(tables: Sequence[Table]) -> list[tuple[str, Comparison]]:
