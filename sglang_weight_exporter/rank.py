@@ -69,6 +69,7 @@ class Rank:
         self._publisher = publisher
         self._hooks = hooks
         self._errors = errors
+        self._clock = clock
         self._started_at = clock()
         self._lock = threading.RLock()
         self._pid = os.getpid()
@@ -159,13 +160,18 @@ class Rank:
                 if not self.ledger.updating:
                     self._look_for_strays(*self.roles, during="serving")
 
-    def look_before(self, role: RunnerRole) -> None:
-        """An update is about to begin; after it nobody could tell that something else wrote."""
-        if os.getpid() == self._pid:
-            with self._lock:
-                known = self.scan.of(role).left is not None and WEIGHTS not in self.ledger.released
-                if known and self.scan.memory_is_there and not self.ledger.is_updating(role.name):
-                    self._look_for_strays(role, during="serving")
+    def look_before(self, role: RunnerRole) -> float | None:
+        """An update is about to begin; after it nobody could tell that something else wrote. When
+        this look began; ``None`` where there was none."""
+        if os.getpid() != self._pid:
+            return None
+        with self._lock:
+            known = self.scan.of(role).left is not None and WEIGHTS not in self.ledger.released
+            if not known or not self.scan.memory_is_there or self.ledger.is_updating(role.name):
+                return None
+            began_at = self._clock()
+            self._look_for_strays(role, during="serving")
+            return began_at
 
     def _fingerprint_seconds(self, *, load: bool = False) -> float:
         """How long fingerprints may take now. A kernel that reads released memory ends the
@@ -177,7 +183,9 @@ class Rank:
     def keep_readers_out(self) -> None:
         """Weights are about to be written. Not inside a step: it may wait for readers."""
         if os.getpid() == self._pid:
+            began_at = self._clock()
             self._publisher.keep_readers_out()
+            self.ledger.spend("wait", began_at)
 
     def _trace_id(self, number: int) -> str:
         """The same on every rank of the engine, without a word between them."""

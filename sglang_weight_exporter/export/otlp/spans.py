@@ -241,6 +241,8 @@ def _summary(event: Event, *, names: bool) -> Attributes:
         "message": update.message or None,
         "model_path": update.model_path or None,
         "version": update.weight_version or None,
+        "bytes_brought": update.nbytes,
+        **{f"phase.{phase}_seconds": seconds for phase, seconds in update.phases.items()},
     }
     if event.weights is not None:
         parts = event.weights
