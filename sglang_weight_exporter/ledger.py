@@ -190,6 +190,10 @@ class _Request:
     weight_version: str
     began_at: float
 
+    def wrote(self, update: _Open) -> bool:
+        """Whether a call of the update is of this request."""
+        return update.calls > 0 and update.last_call_at >= self.began_at
+
 
 class Ledger:
     """The account of one process.
@@ -400,7 +404,6 @@ class Ledger:
                 message=error,
                 model_path=model_path,
                 weight_version=self._weight_version,
-                trace_id=self._trace_id(self._number),
             )
             if error:
                 self.tell_load(name)
@@ -433,6 +436,9 @@ class Ledger:
                 return
             load, role.untold_load = role.untold_load, None
             if load is not None:
+                # Ranks on several hosts know only now that they are one engine.
+                load = msgspec.structs.replace(load, trace_id=self._trace_id(load.sequence))
+                role.last_update = load
                 self._ended.append(Ended(name, load))
 
     # Calls that write weights.
@@ -732,9 +738,7 @@ class Ledger:
             only_flush_failed = not succeeded and not any(open_.failed for _, open_ in open_updates)
             now = self._clock()
             for name, open_ in open_updates:
-                # Not where all its calls came before this request.
-                mine = request is not None and open_.last_call_at >= request.began_at
-                at = now if mine else None
+                at = now if request is not None and request.wrote(open_) else None
                 if only_flush_failed and open_.calls:
                     open_.refused, open_.message = True, message
                 if raised and open_.calls:
@@ -795,11 +799,12 @@ class Ledger:
             self._cache = msgspec.structs.replace(self._cache, **changes)
 
     def begin_flush(self) -> None:
-        """The cache is about to be flushed: where a request asks for it, that is part of all
-        updates that it has to do with."""
+        """The cache is about to be flushed: where a request asks for it, that is part of the
+        updates that it has a call in."""
         with self._lock:
-            for role in self._roles.values() if self._thread() in self._requests else ():
-                if role.update is not None and role.update.calls and not role.update.running:
+            request = self._requests.get(self._thread())
+            for role in self._roles.values():
+                if request and role.update and request.wrote(role.update):
                     role.update.enter("flush", self._clock())
 
     def flush(self, *, succeeded: bool) -> None:

@@ -188,8 +188,10 @@ class Rank:
             self.ledger.spend("wait", began_at)
 
     def _trace_id(self, number: int) -> str:
-        """The same on every rank of the engine, without a word between them."""
-        facts = f"{self.roles.engine.instance}|{number}"
+        """The same on every rank of the engine, on all of its hosts, without a word between
+        them."""
+        engine = self.roles.engine
+        facts = f"{engine.group or engine.instance}|{number}"
         return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
     def _complete(self, ended: Ended) -> tuple[Event, WeightTable | None] | None:

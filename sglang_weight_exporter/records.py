@@ -381,6 +381,11 @@ class Engine(Record, frozen=True, kw_only=True):
     tp_size: int | None = None
     pp_size: int | None = None
     ep_size: int | None = None
+    #: The same for all ranks of the engine, on however many hosts; empty until they have agreed.
+    group: str = ""
+    #: Which of the engine's hosts this is, and of how many; ``None``: the settings do not say.
+    node_rank: int | None = None
+    nodes: int | None = None
 
 
 class Ranks(Record, frozen=True, kw_only=True):

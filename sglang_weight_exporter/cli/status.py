@@ -80,6 +80,9 @@ def _print_rank(snapshot: Snapshot, now: float, *, verbose: bool) -> list[str]:
         problems.append(
             f"{name}: {count} errors of ours in {hook_name}; the engine's log has the first."
         )
+    if engine.node_rank is not None and (engine.nodes or 1) > 1:
+        group = f"of engine group {engine.group}" if engine.group else "(the ranks have not met)"
+        print(f"  host      {engine.node_rank} of 0 to {(engine.nodes or 1) - 1} {group}")
     if snapshot.weight_version:
         print(f"  version   {snapshot.weight_version}")
     if not any(role.loaded_at is not None for role in snapshot.roles):

@@ -288,9 +288,18 @@ def _info(view: RoleView) -> Iterator[Sample]:
             _size(engine.tp_size),
             _size(engine.pp_size),
             _size(engine.ep_size),
+            engine.group,
+            _size(engine.node_rank),
+            _size(engine.nodes),
         ),
         1,
     )
+
+
+def _nodes(view: RoleView) -> Iterator[Sample]:
+    engine = view.snapshot.engine
+    if view.is_first and engine.group and (engine.nodes or 1) > 1:
+        yield Sample((engine.group, _size(engine.node_rank)), engine.nodes or 1)
 
 
 def _gpu(attribute: Literal["total_bytes", "used_bytes"]) -> HostReader:
@@ -559,8 +568,19 @@ INSTRUMENTS: tuple[Instrument, ...] = (
             "tp_size",
             "pp_size",
             "ep_size",
+            "engine_group",
+            "node_rank",
+            "nodes",
         ),
         _info,
+    ),
+    Instrument(
+        "sglang_weight_engine_nodes",
+        "gauge",
+        "{host}",
+        "On how many hosts the engine runs, as it was started. Absent for engines on one.",
+        ("engine_group", "node_rank"),
+        _nodes,
     ),
     Instrument(
         "sglang_kv_pool_bytes",

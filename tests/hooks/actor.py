@@ -3,11 +3,11 @@
 """A rank without a server: SGLang's Scheduler in a process that nobody told about plugins, as
 Ray's SchedulerActor has it, sent every request that touches weights.
 
-`actor.py OUT RANKS LORA TRAINER_PORT DELAYS FIRST SECOND BROKEN OTHER_SHAPE`: RANKS is how many of these
-processes run at once, LORA "lora" or nothing; then a free port, seconds by phase, the checkpoint to load, one of the
-same shape, one whose file is cut off, one of another shape. Writes to OUT, as JSON, what each
-request answered and the rank's snapshot and events after it. Requests that fail go last: some of
-them would end a server.
+`actor.py OUT RANKS LORA TRAINER_PORT DELAYS FIRST SECOND BROKEN OTHER_SHAPE`: RANKS is how many of
+these processes run at once, LORA "lora" or nothing; then a free port, seconds by phase as JSON, the
+checkpoint to load, one of the same shape, one whose file is cut off, one of another shape. Writes
+to OUT, as JSON, what each request answered and the rank's snapshot and events after it. Requests
+that fail go last: some of them would end a server.
 """
 
 from __future__ import annotations

@@ -301,7 +301,7 @@ def took(actor: Run, step: str) -> dict[str, float]:
     assert update.source is not None
     counts = actor[step].role.updates[update.source]
     assert sum(counts.phases.values()) == pytest.approx(counts.duration.sum, rel=0.01)
-    return {**update.phases}
+    return {str(phase): seconds for phase, seconds in update.phases.items()}
 
 
 def brought(actor: Run, step: str) -> int | None:
