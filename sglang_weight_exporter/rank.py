@@ -69,6 +69,7 @@ class Rank:
         self._publisher = publisher
         self._hooks = hooks
         self._errors = errors
+        self._clock = clock
         self._started_at = clock()
         self._lock = threading.RLock()
         self._pid = os.getpid()
@@ -170,16 +171,20 @@ class Rank:
                 if not self.ledger.updating:
                     self._look_for_strays(role, during="serving")
 
-    def look_before(self) -> None:
+    def look_before(self) -> float | None:
         """An update is about to begin; after it nobody could tell that something else wrote. Of
         all roles, and before the first of them is written: a draft holds tensors of the target's.
-        """
-        if os.getpid() == self._pid:
-            with self._lock:
-                there = self.scan.memory_is_there and WEIGHTS not in self.ledger.released
-                if there and not self.ledger.updating:
-                    known = [role for role in self.roles if self.scan.of(role).left is not None]
-                    self._look_for_strays(*known, during="serving")
+        When this look began; ``None`` where there was none."""
+        if os.getpid() != self._pid:
+            return None
+        with self._lock:
+            there = self.scan.memory_is_there and WEIGHTS not in self.ledger.released
+            known = [role for role in self.roles if self.scan.of(role).left is not None]
+            if not known or not there or self.ledger.updating:
+                return None
+            began_at = self._clock()
+            self._look_for_strays(*known, during="serving")
+            return began_at
 
     def _fingerprint_seconds(self, *, load: bool = False) -> float:
         """How long fingerprints may take now. A kernel that reads released memory ends the
@@ -191,11 +196,15 @@ class Rank:
     def keep_readers_out(self) -> None:
         """Weights are about to be written. Not inside a step: it may wait for readers."""
         if os.getpid() == self._pid:
+            began_at = self._clock()
             self._publisher.keep_readers_out()
+            self.ledger.spend("wait", began_at)
 
     def _trace_id(self, number: int) -> str:
-        """The same on every rank of the engine, without a word between them."""
-        facts = f"{self.roles.engine.instance}|{number}"
+        """The same on every rank of the engine, on all of its hosts, without a word between
+        them."""
+        engine = self.roles.engine
+        facts = f"{engine.group or engine.instance}|{number}"
         return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
     def _complete(self, ended: Ended, written: set[str]) -> tuple[Event, WeightTable | None] | None:

@@ -256,6 +256,8 @@ def _reload(
     for call in range(_CALLS[source]):
         tickets = [rank.ledger.begin("target", source, ends_with="request") for rank in ranks]
         for rank in ranks:
+            if source != "ipc":
+                rank.ledger.bring(sum(array("Q", _table(0).nbytes)) // _CALLS[source])
             rank.publish()
         yield chance.uniform(0.4, 1.6)
         failed = fails and call == _CALLS[source] - 1

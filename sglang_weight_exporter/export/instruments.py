@@ -22,6 +22,7 @@ from sglang_weight_exporter.records import (
     DURINGS,
     KINDS,
     PAUSES,
+    PHASES,
     SKIPS,
     SOURCES,
     CacheCounts,
@@ -114,6 +115,33 @@ def _by_source(
             )
 
     return samples
+
+
+def _histograms(view: RoleView) -> Iterator[Sample]:
+    """Of sources that were used: of a rank's series most would be of those that never are."""
+    durations = _by_source(lambda counts: counts.duration, exemplar=True)
+    for sample in durations(view):
+        if isinstance(sample.value, Histogram) and any(sample.value.counts):
+            yield sample
+
+
+def _phase_seconds(view: RoleView) -> Iterator[Sample]:
+    for source in SOURCES:
+        seconds = view.role.updates.get(source, UpdateCounts()).phases
+        for phase in PHASES if seconds else ():
+            yield Sample((source, phase), seconds.get(phase, 0.0))
+
+
+def _update_bytes(view: RoleView) -> Iterator[Sample]:
+    for source in SOURCES:
+        counts = view.role.updates.get(source, UpdateCounts())
+        if counts.phases and counts.nbytes is not None:
+            yield Sample((source,), counts.nbytes)
+
+
+def _phase_in_progress(view: RoleView) -> Iterator[Sample]:
+    if view.role.in_progress is not None:
+        yield Sample((view.role.in_progress.phase,), 1)
 
 
 def _changes(view: RoleView) -> Iterator[Sample]:
@@ -262,9 +290,18 @@ def _info(view: RoleView) -> Iterator[Sample]:
             _size(engine.tp_size),
             _size(engine.pp_size),
             _size(engine.ep_size),
+            engine.group,
+            _size(engine.node_rank),
+            _size(engine.nodes),
         ),
         1,
     )
+
+
+def _nodes(view: RoleView) -> Iterator[Sample]:
+    engine = view.snapshot.engine
+    if view.is_first and engine.group and (engine.nodes or 1) > 1:
+        yield Sample((engine.group, _size(engine.node_rank)), engine.nodes or 1)
 
 
 def _gpu(attribute: Literal["total_bytes", "used_bytes"]) -> HostReader:
@@ -379,9 +416,39 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "sglang_weight_update_duration_seconds",
         "histogram",
         "s",
-        "Time of one logical update, from its first call to its last.",
+        "Time of one logical update, from its first call to its last, with what follows that: the "
+        "flush of the cache and the look at what has changed. Of sources that were used.",
         ("source",),
-        _by_source(lambda counts: counts.duration, exemplar=True),
+        _histograms,
+    ),
+    Instrument(
+        "sglang_weight_update_phase_seconds",
+        "counter",
+        "s",
+        "Where the time of updates went, which sums to their duration: nothing of the rank's own, "
+        "because a call, a peer or a reader is awaited (wait); tensors that arrive (receive); "
+        "weights that are read and written (load), unpacked or packed, quantized ones first of all "
+        "(post_process); the cache (flush); this exporter's own look (capture). Of sources that "
+        "were used.",
+        ("source", "phase"),
+        _phase_seconds,
+    ),
+    Instrument(
+        "sglang_weight_update_phase_in_progress",
+        "gauge",
+        "",
+        "What an update is about now; 1, and absent while there is none.",
+        ("phase",),
+        _phase_in_progress,
+    ),
+    Instrument(
+        "sglang_weight_update_bytes",
+        "counter",
+        "By",
+        "Bytes that updates brought: of tensors that were handed over, or of the files of a "
+        "checkpoint. Of sources that were used and of whose bytes all are known.",
+        ("source",),
+        _update_bytes,
     ),
     Instrument(
         "sglang_weight_first_load_seconds",
@@ -503,8 +570,19 @@ INSTRUMENTS: tuple[Instrument, ...] = (
             "tp_size",
             "pp_size",
             "ep_size",
+            "engine_group",
+            "node_rank",
+            "nodes",
         ),
         _info,
+    ),
+    Instrument(
+        "sglang_weight_engine_nodes",
+        "gauge",
+        "{host}",
+        "On how many hosts the engine runs, as it was started. Absent for engines on one.",
+        ("engine_group", "node_rank"),
+        _nodes,
     ),
     Instrument(
         "sglang_kv_pool_bytes",

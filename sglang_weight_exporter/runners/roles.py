@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from sglang_weight_exporter.capture import devices
 from sglang_weight_exporter.records import Device, Engine, Ranks
 from sglang_weight_exporter.runners import identity
@@ -122,10 +124,14 @@ class Roles:
 
     def identify(self, owner: Any) -> None:
         """Find out which rank of which engine this process is, if it is not known yet: from the
-        first runner, or from a scheduler that has none that is known here."""
+        first runner, or from a scheduler that has none that is known here. With which ranks of
+        other hosts it is one engine only the scheduler knows."""
         if not self.engine.instance:
             self.ranks = identity.ranks_of(owner, self._dp_rank)
             self.engine = identity.engine_of(owner)
+        if not self.engine.group:
+            group = identity.group_of(owner, self.engine)
+            self.engine = msgspec.structs.replace(self.engine, group=group)
 
     def describe(self, device: str) -> Device:
         """Which piece of hardware a torch device is."""
