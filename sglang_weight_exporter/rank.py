@@ -38,7 +38,7 @@ from sglang_weight_exporter.weight_table import WeightTable, compare_tables
 Result = TypeVar("Result")
 
 #: Tags of SGLang's memory saver (`sglang.srt.constants`).
-WEIGHTS, KV_CACHE = "weights", "kv_cache"
+WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
 
 #: What fingerprints may take of a load, kernels compiled, and of an update. A GPU's take some 10
 #: milliseconds; a CPU reads about a gigabyte a second.
@@ -66,6 +66,7 @@ class Rank:
         self.roles = roles
         self.ledger = Ledger(clock=clock, trace_id=self._trace_id, cached_tokens=scan.cached_tokens)
         self.scan = scan
+        scan.memory.released = lambda: self.ledger.released
         self._publisher = publisher
         self._hooks = hooks
         self._errors = errors
@@ -127,6 +128,8 @@ class Rank:
         def tell(ledger: Ledger) -> None:
             ledger.release(tags)
             self.scan.memory_is_there = True
+            self.scan.look_at_memory()
+            self.scan.memory.end_release()
 
         self.step(tell)
 
@@ -141,6 +144,7 @@ class Rank:
                 else:
                     self._look(role, fingerprint_seconds=self._fingerprint_seconds())
                 self.scan.start_over(role, known=role.keeps_a_copy)
+            self.scan.look_at_memory()
 
         self.step(tell)
 
@@ -152,9 +156,12 @@ class Rank:
                     self._look_for_strays(*self.roles, during="serving")
 
     def look_before(self, role: RunnerRole) -> None:
-        """An update is about to begin; after it nobody could tell that something else wrote."""
+        """An update is about to begin; after it nobody could tell that something else wrote, nor
+        what it has added to torch's memory."""
         if os.getpid() == self._pid:
             with self._lock:
+                if not self.ledger.updating:
+                    self.scan.begin_update()
                 known = self.scan.of(role).left is not None and WEIGHTS not in self.ledger.released
                 if known and self.scan.memory_is_there and not self.ledger.is_updating(role.name):
                     self._look_for_strays(role, during="serving")
@@ -189,6 +196,7 @@ class Rank:
                 if other is not role and not self.ledger.is_updating(other.name)
             )
             self._look(role, *others, fingerprint_seconds=self._fingerprint_seconds())
+            self.scan.memory.end_update()
             after = self.scan.of(role).weights
             changes = compare_tables(
                 None if before is None else before.table, None if after is None else after.table
@@ -237,6 +245,9 @@ class Rank:
 
     def _snapshot(self) -> Snapshot:
         engine = self.roles.engine
+        memory = self.scan.memory.devices()
+        for each in memory:
+            self.roles.describe(each.device)
         return Snapshot(
             rank_id="",
             pid=self._pid,
@@ -244,6 +255,7 @@ class Rank:
             engine=engine,
             ranks=self.roles.ranks,
             devices=self.roles.devices,
+            memory=memory,
             roles=tuple(map(self._role, self.roles)),
             weight_version=self.ledger.weight_version,
             hooks=self._hooks(engine.sglang_version),

@@ -322,6 +322,54 @@ class Role(Record, frozen=True, kw_only=True):
         )
 
 
+#: What holds the memory that torch's allocator has of a device. Disjoint, and together all of it;
+#: ``docs/memory.md`` says what each is.
+MemoryPart = Literal[
+    "weights",
+    "derived_weights",
+    "lora",
+    "kv_pool",
+    "kv_tables",
+    "cuda_graphs",
+    "other_tensors",
+    "rounding",
+    "fragments",
+    "cached",
+]
+MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
+
+
+class DeviceMemory(Record, frozen=True, kw_only=True):
+    """What a process has of one device through torch's allocator, at its last look."""
+
+    device: str
+    at: float
+    #: torch's own counts: live blocks; segments, those included whose memory is given back for
+    #: now; and the most of each since the process started, or since somebody reset it.
+    allocated: int
+    reserved: int
+    allocated_peak: int
+    reserved_peak: int
+    #: Bytes of ``reserved`` that have no physical memory, because the memory saver released them.
+    released: int = 0
+    #: Bytes of KV pools in virtual memory that is not the allocator's.
+    mapped: int = 0
+    #: Bytes by what holds them; they sum to ``reserved - released + mapped``. ``None``: not known.
+    parts: dict[MemoryPart, int] | None = None
+    #: Why they are not, as a sentence.
+    reason: str = ""
+    #: ``reserved`` before and after the last update; ``None`` before the first.
+    before_update: int | None = None
+    after_update: int | None = None
+    #: What was left of ``reserved`` after the last release.
+    after_release: int | None = None
+
+    @property
+    def physical(self) -> int:
+        """Bytes that the parts sum to."""
+        return self.reserved - self.released + self.mapped
+
+
 class HookState(Record, frozen=True, kw_only=True):
     """One line of ``status``: a hook target and whether it is hooked."""
 
@@ -384,6 +432,10 @@ class Snapshot(Record, frozen=True, kw_only=True):
     engine: Engine
     ranks: Ranks = Ranks()
     devices: tuple[Device, ...] = ()
+    #: Each device that torch's allocator has memory of; empty where there is no GPU.
+    memory: tuple[DeviceMemory, ...] = ()
+    #: Inode of the namespace that ``pid`` is of; 0: not known.
+    pid_namespace: int = 0
     roles: tuple[Role, ...] = ()
     weight_version: str = ""
     hooks: tuple[HookState, ...] = ()

@@ -17,7 +17,7 @@ import torch
 from sglang_weight_exporter.capture.weights import storages_of
 from sglang_weight_exporter.hooks.calls import Around, Call, Outcome, effect_of, verdict_on
 from sglang_weight_exporter.ledger import EndsWith, Ticket, Verdict
-from sglang_weight_exporter.rank import KV_CACHE, WEIGHTS, Rank
+from sglang_weight_exporter.rank import CUDA_GRAPH, KV_CACHE, WEIGHTS, Rank
 from sglang_weight_exporter.records import PAUSES, Source
 from sglang_weight_exporter.runners import identity
 from sglang_weight_exporter.runners.roles import RunnerRole
@@ -277,7 +277,8 @@ class Observer:
         if role is None or not role.saves_memory:
             return set()  # Answered, and nothing done.
         tags = getattr(call.argument("recv_req"), "tags", None)
-        return {WEIGHTS, KV_CACHE} & set(tags or (WEIGHTS, KV_CACHE))
+        saved = {WEIGHTS, KV_CACHE} | ({CUDA_GRAPH} if role.saves_graphs else set())
+        return saved & set(tags or saved)
 
     # What surrounds an update.
 

@@ -7,6 +7,7 @@ Runners are held weakly: one that was collected is nobody's role any more, and l
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,6 +40,13 @@ class RunnerRole:
         if enabled is None:  # Until 0.4.3 only the class tells.
             enabled = adapter is not None and "Noop" not in type(adapter).__name__
         return bool(enabled)
+
+    @property
+    def saves_graphs(self) -> bool:
+        """Whether the memory saver has CUDA graphs too, which SGLang asks a variable."""
+        return self.saves_memory and os.environ.get(
+            "SGLANG_MEMORY_SAVER_CUDA_GRAPH", ""
+        ).lower() in {"1", "true"}
 
     @property
     def keeps_a_copy(self) -> bool:
