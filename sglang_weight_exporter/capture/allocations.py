@@ -169,10 +169,9 @@ class Segments:
                 )
             )
             counts.append(len(blocks))
-            for block in blocks:
-                sizes.append(block["size"])
-                requested.append(block.get("requested_size", block["size"]))
-                active.append(block["state"] != "inactive")
+            sizes += [block["size"] for block in blocks]
+            requested += [block.get("requested_size", block["size"]) for block in blocks]
+            active += [block["state"] != "inactive" for block in blocks]
         columns = list(zip(*segments, strict=True)) if segments else [()] * 5
         start = np.array(columns[0], dtype=np.uint64)
         block_nbytes = np.array(sizes, dtype=np.uint64)

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,3 +188,44 @@ def test_what_cannot_be_told_apart_is_absent_with_the_reason(
     found = taken(segments, owners, released={"weights"})
     assert found.parts is None
     assert reason in found.reason
+
+
+# Recorded from SGLang 0.5.17 on an H200, see docs/gpu-measurements.md.
+
+RECORDED = Path(__file__).parent / "recorded"
+
+#: 200,000 tokens and one page, 8 layers, keys and values, 4 heads of 128, bfloat16.
+POOL = 200_001 * 8 * 2 * 4 * 128 * 2
+
+
+@pytest.mark.parametrize("name", ["graphs", "memory_saver", "pool_released", "all_released"])
+def test_a_recorded_engine_is_accounted_for_to_the_byte(name: str) -> None:
+    recorded = json.loads((RECORDED / f"{name}.json").read_text())
+    segments = [
+        segment(address, tuple(pool), *((size, asked, bool(live)) for size, asked, live in blocks))
+        for address, _, pool, blocks in recorded["segments"]
+    ]
+    parts: tuple[MemoryPart, ...] = ("weights", "kv_pool", "kv_tables")
+    owners = [(part, start, nbytes) for part in parts for start, nbytes in recorded[part]]
+    graphs = tuple(recorded["graph_pool"])
+    for graph_pools in ({graphs}, None):  # With and without SGLang naming it.
+        found = taken(segments, owners, released=set(recorded["released"]), graph_pools=graph_pools)
+        assert found.parts is not None
+        assert sum(found.parts.values()) == recorded["reserved"] - found.released
+        in_graphs = sum(
+            each["total_size"] for each in segments if each["segment_pool_id"] == graphs
+        )
+        released = set(recorded["released"])
+        assert found.parts["kv_pool"] == (0 if "kv_cache" in released else POOL)
+        assert found.parts["cuda_graphs"] == (0 if "cuda_graph" in released else in_graphs)
+        # Rotary embeddings stay, of which SGLang makes a copy besides.
+        assert found.parts["weights"] == (393_216 if "weights" in released else 383_158_272)
+        if not released:
+            live: tuple[MemoryPart, ...] = (*parts, "other_tensors", "rounding")
+            of_graphs = sum(
+                block["size"]
+                for each in segments
+                for block in each["blocks"]
+                if each["segment_pool_id"] == graphs and block["state"] != "inactive"
+            )
+            assert sum(found.parts[part] for part in live) + of_graphs == recorded["allocated"]

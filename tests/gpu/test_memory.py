@@ -139,7 +139,7 @@ def test_the_account_closes_at_every_moment(
         return
     ready = parts_of(engine)
     for tags, gone in (
-        (["kv_cache"], {"kv_pool", "kv_tables"}),
+        (["kv_cache"], {"kv_pool"}),
         (["weights"], {"weights"}),
         (["cuda_graph"], {"cuda_graphs"}),
         (["kv_cache", "weights", "cuda_graph"], {"kv_pool", "weights", "cuda_graphs"}),
@@ -148,6 +148,7 @@ def test_the_account_closes_at_every_moment(
         assert engine.engine.post("/release_memory_occupation", {"tags": tags})[0] == 200
         assert abs(closes(engine, None, record_property, f"released {name}") - generated) == 0
         left = parts_of(engine)
+        # Rotary embeddings and the list of free slots are made outside of the saver's regions.
         assert all(left[part] < 0.05 * ready[part] for part in gone)
         assert one(engine, "after_release") == sum(left.values())
         assert engine.engine.post("/resume_memory_occupation", {"tags": tags})[0] == 200

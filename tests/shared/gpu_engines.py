@@ -65,7 +65,7 @@ KINDS = {
     ),
     "graph_engine": EngineKind("", graphs=True),
     "saver_graph_engine": EngineKind(
-        "--enable-memory-saver",
+        "--enable-memory-saver --disable-prefill-cuda-graph",
         variables=(("SGLANG_MEMORY_SAVER_CUDA_GRAPH", "true"),),
         graphs=True,
     ),
