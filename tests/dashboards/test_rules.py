@@ -79,6 +79,14 @@ def test_every_alert_is_tested_and_has_a_runbook() -> None:
         ("role, tp_rank, pp_rank, moe_ep_rank,\n", "role,\n"),
         ("quantization, sglang_version, gpu_name\n", "quantization\n"),
         ('{during="release"}', "{}"),
+        ("and sglang_rank_memory_reserved_bytes offset 15m > sglang", "and -1 < sglang"),
+        (
+            "and min_over_time(sglang_rank_memory_reserved_bytes[15m]) >= max_over_time("
+            "sglang_rank_memory_reserved_bytes[15m] offset 15m)",
+            "",
+        ),
+        ("and avg_over_time(sglang_rank_memory_update_growth_bytes[45m]) > 0", ""),
+        (") >= 6", ") >= 0"),
     ],
 )
 def test_the_rules_tests_notice_a_lost_condition(
