@@ -256,6 +256,7 @@ class Rank:
             ranks=self.roles.ranks,
             devices=self.roles.devices,
             memory=memory,
+            budget=self.roles.budget,
             roles=tuple(map(self._role, self.roles)),
             weight_version=self.ledger.weight_version,
             hooks=self._hooks(engine.sglang_version),

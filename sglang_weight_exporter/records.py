@@ -101,6 +101,8 @@ class LoraUsage(Record, frozen=True, kw_only=True):
     device: str
     nbytes: int
     adapters: int
+    #: How many can be on the device at a time; ``None``: not known.
+    slots: int | None = None
 
 
 class TableRef(Record, frozen=True, kw_only=True):
@@ -370,6 +372,17 @@ class DeviceMemory(Record, frozen=True, kw_only=True):
         return self.reserved - self.released + self.mapped
 
 
+class MemoryBudget(Record, frozen=True, kw_only=True):
+    """What SGLang made the size of the KV pool from; ``None``: this release does not say."""
+
+    #: ``--mem-fraction-static``, as given or as SGLang chose it.
+    fraction: float | None = None
+    #: Free bytes of the GPU before the weights were loaded; of a group, of the rank with the least.
+    before_load: int | None = None
+    #: ``--max-total-tokens``; ``None`` also where it was not given.
+    token_limit: int | None = None
+
+
 class HookState(Record, frozen=True, kw_only=True):
     """One line of ``status``: a hook target and whether it is hooked."""
 
@@ -434,6 +447,7 @@ class Snapshot(Record, frozen=True, kw_only=True):
     devices: tuple[Device, ...] = ()
     #: Each device that torch's allocator has memory of; empty where there is no GPU.
     memory: tuple[DeviceMemory, ...] = ()
+    budget: MemoryBudget = MemoryBudget()
     #: Inode of the namespace that ``pid`` is of; 0: not known.
     pid_namespace: int = 0
     roles: tuple[Role, ...] = ()

@@ -83,6 +83,7 @@ class Observer:
 
     def allocate_kv_pool(self, call: Call) -> Around:
         """Allocation of the KV pool, and its resize once CUDA graphs are captured."""
+        self._rank.roles.tell_free_memory(call.argument("total_gpu_memory"))  # Until 0.5.9.
         outcome = yield
         role = self._rank.role(call.owner)
         if role is not None and outcome.error is None:

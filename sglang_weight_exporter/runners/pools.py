@@ -141,12 +141,19 @@ def lora_storages(runner: Any) -> list[Storage]:
 
 def lora_usage(runner: Any, storages: Iterable[Storage]) -> tuple[LoraUsage, ...]:
     """Bytes of adapter slots by device, and adapters that are loaded."""
-    adapters = len(getattr(getattr(runner, "lora_manager", None), "loras", ()))
+    manager = getattr(runner, "lora_manager", None)
+    adapters = len(getattr(manager, "loras", ()))
+    slots = getattr(getattr(manager, "memory_pool", None), "max_loras_per_batch", None)
     devices: dict[str, int] = {}
     for storage in storages:
         devices[storage.device] = devices.get(storage.device, 0) + storage.nbytes
     return tuple(
-        LoraUsage(device=device, nbytes=nbytes, adapters=adapters)
+        LoraUsage(
+            device=device,
+            nbytes=nbytes,
+            adapters=adapters,
+            slots=slots if isinstance(slots, int) else None,
+        )
         for device, nbytes in devices.items()
     )
 

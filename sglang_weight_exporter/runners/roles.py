@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_weight_exporter.capture import devices
-from sglang_weight_exporter.records import Device, Engine, Ranks
+from sglang_weight_exporter.records import Device, Engine, MemoryBudget, Ranks
 from sglang_weight_exporter.runners import identity
 
 
@@ -79,6 +79,7 @@ class Roles:
         self.engine = Engine(name="", instance="")
         self.ranks = Ranks()
         self._dp_rank: int | None = None
+        self._free_before_load: float | None = None
 
     def __iter__(self) -> Iterator[RunnerRole]:
         """Those whose runner is still there."""
@@ -117,6 +118,19 @@ class Roles:
         """The data-parallel rank, as the scheduler is told it where its runner is not."""
         if dp_rank is not None:
             self._dp_rank = int(dp_rank)
+
+    def tell_free_memory(self, gibibytes: float | None) -> None:
+        """Free memory of the GPU before the load, as SGLang hands it to what makes the pools."""
+        if gibibytes is not None:
+            self._free_before_load = gibibytes
+
+    @property
+    def budget(self) -> MemoryBudget:
+        """What the target's KV pool was sized from."""
+        target = self.named("target")
+        if target is None or target.runner is None:
+            return MemoryBudget()
+        return identity.budget_of(target.runner, self._free_before_load)
 
     def identify(self, owner: Any) -> None:
         """Find out which rank of which engine this process is, if it is not known yet: from the
