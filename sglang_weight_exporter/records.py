@@ -108,6 +108,8 @@ class LoraUsage(Record, frozen=True, kw_only=True):
     device: str
     nbytes: int
     adapters: int
+    #: How many can be on the device at a time; ``None``: not known.
+    slots: int | None = None
 
 
 class TableRef(Record, frozen=True, kw_only=True):
@@ -357,6 +359,65 @@ class Role(Record, frozen=True, kw_only=True):
         )
 
 
+#: What holds the memory that torch's allocator has of a device. Disjoint, and together all of it;
+#: ``docs/memory.md`` says what each is.
+MemoryPart = Literal[
+    "weights",
+    "derived_weights",
+    "lora",
+    "kv_pool",
+    "kv_tables",
+    "cuda_graphs",
+    "other_tensors",
+    "rounding",
+    "fragments",
+    "cached",
+]
+MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
+
+
+class DeviceMemory(Record, frozen=True, kw_only=True):
+    """What a process has of one device through torch's allocator, at its last look."""
+
+    device: str
+    at: float
+    #: torch's own counts: live blocks; segments, those included whose memory is given back for
+    #: now; and the most of each since the process started, or since somebody reset it.
+    allocated: int
+    reserved: int
+    allocated_peak: int
+    reserved_peak: int
+    #: Bytes of ``reserved`` that have no physical memory, because the memory saver released them.
+    released: int = 0
+    #: Bytes of KV pools in virtual memory that is not the allocator's.
+    mapped: int = 0
+    #: Bytes by what holds them; they sum to ``reserved - released + mapped``. ``None``: not known.
+    parts: dict[MemoryPart, int] | None = None
+    #: Why they are not, as a sentence.
+    reason: str = ""
+    #: ``reserved`` before and after the last update; ``None`` before the first.
+    before_update: int | None = None
+    after_update: int | None = None
+    #: What was left of ``reserved`` after the last release.
+    after_release: int | None = None
+
+    @property
+    def physical(self) -> int:
+        """Bytes that the parts sum to."""
+        return self.reserved - self.released + self.mapped
+
+
+class MemoryBudget(Record, frozen=True, kw_only=True):
+    """What SGLang made the size of the KV pool from; ``None``: this release does not say."""
+
+    #: ``--mem-fraction-static``, as given or as SGLang chose it.
+    fraction: float | None = None
+    #: Free bytes of the GPU before the weights were loaded; of a group, of the rank with the least.
+    before_load: int | None = None
+    #: ``--max-total-tokens``; ``None`` also where it was not given.
+    token_limit: int | None = None
+
+
 class HookState(Record, frozen=True, kw_only=True):
     """One line of ``status``: a hook target and whether it is hooked."""
 
@@ -426,6 +487,11 @@ class Snapshot(Record, frozen=True, kw_only=True):
     engine: Engine
     ranks: Ranks = Ranks()
     devices: tuple[Device, ...] = ()
+    #: Each device that torch's allocator has memory of; empty where there is no GPU.
+    memory: tuple[DeviceMemory, ...] = ()
+    budget: MemoryBudget = MemoryBudget()
+    #: Inode of the namespace that ``pid`` is of; 0: not known.
+    pid_namespace: int = 0
     roles: tuple[Role, ...] = ()
     weight_version: str = ""
     hooks: tuple[HookState, ...] = ()

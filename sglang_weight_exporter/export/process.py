@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from prometheus_client import ProcessCollector
 
 from sglang_weight_exporter import __version__
+from sglang_weight_exporter.export.gpu_account import GpuAccount, GpuAccounts
 from sglang_weight_exporter.export.metadata import MetadataFollower
 from sglang_weight_exporter.export.nvml import GpuMemory, Nvml
 from sglang_weight_exporter.export.otlp.telemetry import Telemetry
@@ -31,6 +32,7 @@ from sglang_weight_exporter.export.server import (
 )
 from sglang_weight_exporter.export.views import HostView, SpanCounts
 from sglang_weight_exporter.records import Endpoint as EndpointRecord
+from sglang_weight_exporter.records import Snapshot
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.reader import (
@@ -75,6 +77,7 @@ class Exporter:
         self._snapshots = SnapshotReader(runtime_dir, on_unreadable=logger.warning)
         self._simulated = simulated_gpus is not None
         self._gpus = simulated_gpus or Nvml().read
+        self._accounts = GpuAccounts()
         self._reading = threading.Lock()
         self._spans = SpanCounts()
         self._telemetry = Telemetry(
@@ -112,15 +115,19 @@ class Exporter:
                 remove_endpoint(self._runtime_dir)
 
     def _read(self) -> HostView:
-        with self._reading:  # A scrape, and the thread that sends metrics.
+        with self._reading:  # A scrape, the thread that sends metrics, the look at GPUs.
+            snapshots = tuple(snapshot for _, snapshot in self._snapshots.read())
             return HostView(
-                snapshots=tuple(snapshot for _, snapshot in self._snapshots.read()),
-                gpus=tuple(self._gpus()),
+                snapshots=snapshots,
+                gpus=self._look_at_gpus(snapshots),
                 unreadable=self._snapshots.unreadable,
                 spans=self._spans,
                 started_at=self._started_at,
                 simulated=self._simulated,
             )
+
+    def _look_at_gpus(self, snapshots: tuple[Snapshot, ...]) -> tuple[GpuAccount, ...]:
+        return self._accounts.read(snapshots, self._gpus(), time.monotonic())
 
     async def _serve(self) -> None:
         application = Endpoint(self._exposition)
@@ -186,6 +193,8 @@ class Exporter:
             except OSError:
                 alive = True  # Not known to be none. SnapshotReader counts it and says it.
             await asyncio.to_thread(self._metadata.follow)
+            # The most in use is what the looks between two scrapes have seen.
+            await asyncio.to_thread(self._read)
             if not self._owns_the_directory():
                 logger.warning(
                     "%s was removed, so this process ends: whoever makes it anew serves it.",

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from sglang_weight_exporter.export.nvml import GpuMemory
+from sglang_weight_exporter.export.gpu_account import GpuAccount
 from sglang_weight_exporter.records import Ranks, Role, Snapshot
 
 #: Labels of every series of a rank; the rank labels are SGLang's own, so that series join.
@@ -62,7 +62,7 @@ class HostView:
     """All that the exporter process knows, as the instruments without identity read it."""
 
     snapshots: tuple[Snapshot, ...]
-    gpus: tuple[GpuMemory, ...] = ()
+    gpus: tuple[GpuAccount, ...] = ()
     unreadable: int = 0
     spans: SpanCounts = field(default_factory=SpanCounts)
     #: When this process began to count.

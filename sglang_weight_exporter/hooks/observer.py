@@ -16,7 +16,7 @@ from sglang_weight_exporter.capture import incoming
 from sglang_weight_exporter.hooks.calls import Around, Call, Outcome, effect_of, verdict_on
 from sglang_weight_exporter.hooks.phases import Phases
 from sglang_weight_exporter.ledger import EndsWith, Ledger, Ticket, Verdict
-from sglang_weight_exporter.rank import KV_CACHE, WEIGHTS
+from sglang_weight_exporter.rank import MEMORY_SAVER_TAGS
 from sglang_weight_exporter.records import PAUSES, Source
 from sglang_weight_exporter.runners.roles import RunnerRole
 
@@ -75,6 +75,7 @@ class Observer(Phases):
 
     def allocate_kv_pool(self, call: Call) -> Around:
         """Allocation of the KV pool, and its resize once CUDA graphs are captured."""
+        self._rank.roles.tell_free_memory(call.argument("total_gpu_memory"))  # Until 0.5.9.
         outcome = yield
         self._tell_load(self._rank.role(call.owner), outcome, complete=True)
 
@@ -295,4 +296,4 @@ def _error(outcome: Outcome) -> str:
 
 
 def _tags(call: Call) -> set[str]:
-    return {WEIGHTS, KV_CACHE} & set(call.requested("tags") or (WEIGHTS, KV_CACHE))
+    return set(call.requested("tags") or MEMORY_SAVER_TAGS)

@@ -21,6 +21,7 @@ from sglang_weight_exporter.publisher.supervisor import Supervisor
 from sglang_weight_exporter.records import Engine, Event, Snapshot
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.claims import claim_engine_name
+from sglang_weight_exporter.store.namespaces import pid_namespace
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.weight_table import WeightTable
@@ -203,6 +204,7 @@ class Publisher:
         return msgspec.structs.replace(
             snapshot,
             rank_id=self._rank_id,
+            pid_namespace=pid_namespace(),
             engine=self._engine(snapshot.engine),
             events_dropped=store.events_dropped + self._dropped,
             metadata_dir=str(self._settings.metadata_dir or ""),

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sglang_weight_exporter.records import Engine, Ranks
+from sglang_weight_exporter.records import Engine, MemoryBudget, Ranks
 from sglang_weight_exporter.runners.release import sglang_version
 
 _ENCODER, _WEIGHT_CACHE = "encoder", "weight_cache"
@@ -195,3 +195,18 @@ def _url(runner: Any) -> str:
 def _size(runner: Any, name: str) -> int | None:
     value = server_setting(runner, name)
     return value if isinstance(value, int) else None
+
+
+def budget_of(runner: Any, free_before_load: float | None) -> MemoryBudget:
+    """What SGLang made the size of its KV pool from.
+
+    ``free_before_load``: in GiB, as SGLang counts, where the runner does not keep it (until 0.5.9).
+    """
+    fraction = getattr(runner, "mem_fraction_static", None)
+    free = getattr(runner, "pre_model_load_memory", free_before_load)
+    limit = server_setting(runner, "max_total_tokens")
+    return MemoryBudget(
+        fraction=float(fraction) if isinstance(fraction, float | int) else None,
+        before_load=int(free * 2**30) if isinstance(free, float | int) else None,
+        token_limit=limit if isinstance(limit, int) else None,
+    )
