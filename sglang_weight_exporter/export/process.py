@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from prometheus_client import ProcessCollector
 
 from sglang_weight_exporter import __version__
+from sglang_weight_exporter.export.access import Access
 from sglang_weight_exporter.export.metadata import MetadataFollower
 from sglang_weight_exporter.export.nvml import GpuMemory, Nvml
 from sglang_weight_exporter.export.otlp.telemetry import Telemetry
@@ -30,6 +31,10 @@ from sglang_weight_exporter.export.server import (
     url,
 )
 from sglang_weight_exporter.export.views import HostView, SpanCounts
+from sglang_weight_exporter.export.web_configuration import (
+    WebConfigurationError,
+    WebConfigurationSource,
+)
 from sglang_weight_exporter.records import Endpoint as EndpointRecord
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.locks import FileLock
@@ -123,27 +128,53 @@ class Exporter:
             )
 
     async def _serve(self) -> None:
-        application = Endpoint(self._exposition)
+        access = Access()
+        application = Endpoint(self._exposition, access)
+        web = WebConfigurationSource(self._settings)
         predecessor_may_leave = True
         while True:
             try:
-                config = configure(application, self._settings)
+                configuration = web.read()
                 listener = bind(self._settings)
-            except EndpointError as error:
+            except (EndpointError, WebConfigurationError) as error:
                 if predecessor_may_leave:
                     # An exporter whose directory was removed finds out within a look.
                     predecessor_may_leave = False
                     await asyncio.sleep(2 * LOOK_SECONDS)
                     continue
-                self._announce(None, str(error))
+                without = " No metrics are served until that changes."
+                self._announce(None, f"{error}{without * isinstance(error, WebConfigurationError)}")
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            self._announce(url(self._settings), "")
-            server = Server(config, listener)
+            access.use(configuration)
+            self._announce(url(self._settings, tls=access.tls is not None), "")
+            server = asyncio.create_task(Server(configure(application, access), listener).run())
+            following = asyncio.create_task(self._follow(web, access))
             try:
-                await server.run()
+                done, _ = await asyncio.wait(
+                    [server, following], return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    task.result()
             finally:
+                following.cancel()
+                server.cancel()
+                await asyncio.gather(server, following, return_exceptions=True)
                 listener.close()
+
+    async def _follow(self, web: WebConfigurationSource, access: Access) -> None:
+        """Have each change of the web configuration and its certificates in force."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if not await asyncio.to_thread(web.has_changed):
+                continue
+            try:
+                access.use(await asyncio.to_thread(web.read))
+                logger.info("The web configuration has changed and was read again.")
+                problem = ""
+            except WebConfigurationError as error:
+                problem = f"{error} What was read before stays in force."
+            self._announce(url(self._settings, tls=access.tls is not None), problem)
 
     def _announce(self, address: str | None, problem: str) -> None:
         """Say where the metrics are, or why they are not: in the log once, and for ``status``."""
