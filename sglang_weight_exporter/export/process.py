@@ -41,6 +41,7 @@ from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.reader import (
     RankDirectory,
     SnapshotReader,
+    keep_from_cleaners,
     rank_directories,
     remove_endpoint,
     write_endpoint,
@@ -55,6 +56,9 @@ LINGER_SECONDS = 10.0
 
 #: Between two looks at which ranks are alive.
 LOOK_SECONDS = 1.0
+
+#: Between two times at which files are kept from cleaners, who count in days.
+TOUCH_SECONDS = 3600.0
 
 #: Between two tries to open the endpoint.
 RETRY_SECONDS = 5.0
@@ -209,11 +213,16 @@ class Exporter:
     async def _look_after_ranks(self) -> None:
         """Remove what dead ranks left, and end some time after the last one."""
         alone_since = time.monotonic()
+        touched_at = -TOUCH_SECONDS
         while True:
             alive = False
+            if time.monotonic() - touched_at >= TOUCH_SECONDS:
+                await asyncio.to_thread(keep_from_cleaners, self._runtime_dir)
+                touched_at = time.monotonic()
             try:
                 for directory in rank_directories(self._runtime_dir):
                     alive |= self._look_after(directory)
+                    await asyncio.sleep(0)  # Thousands that are dead keep no scrape waiting.
             except OSError:
                 alive = True  # Not known to be none. SnapshotReader counts it and says it.
             await asyncio.to_thread(self._metadata.follow)

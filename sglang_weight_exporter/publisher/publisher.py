@@ -85,11 +85,7 @@ class Publisher:
                 if len(self._events) > WAITING_EVENTS:
                     self._events.popleft()
                     self._dropped += 1
-            if not self._write() and not self._retrying:
-                self._retrying = True
-                threading.Thread(
-                    target=self._retry, name="sglang-weight-exporter-retry", daemon=True
-                ).start()
+            self._write_or_retry()
 
     def keep_readers_out(self) -> None:
         """Weights are about to be written, and the snapshot says so already.
@@ -116,6 +112,20 @@ class Publisher:
                     self._store.unlock_table()
                 except Exception as error:
                     self._report("table_lock", error)
+
+    def _look_after_cleaners(self) -> None:
+        """The exporter process has ended, perhaps because it found nobody alive: what a cleaner of
+        old files has removed is written again."""
+        with self._lock:
+            if self._store is not None and not self._store.is_published():
+                self._write_or_retry()
+
+    def _write_or_retry(self) -> None:
+        if not self._write() and not self._retrying:
+            self._retrying = True
+            threading.Thread(
+                target=self._retry, name="sglang-weight-exporter-retry", daemon=True
+            ).start()
 
     def _retry(self) -> None:
         pause = self._first_retry_seconds
@@ -154,7 +164,9 @@ class Publisher:
             runtime_dir = RuntimeDir.open(self._settings.runtime_dir, self._environ)
             self._store = RankStore(runtime_dir, self._rank_id)
             if self._settings.serve:
-                Supervisor(runtime_dir, self._environ).start()
+                Supervisor(
+                    runtime_dir, self._environ, on_exporter_end=self._look_after_cleaners
+                ).start()
         return self._store
 
     def _write_to(self, store: RankStore, snapshot: Snapshot) -> bool:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sglang_weight_exporter.process_log import Message, read_messages
@@ -32,9 +32,16 @@ _LONGEST_PAUSE_SECONDS = 60.0
 class Supervisor:
     """One rank's share in keeping the exporter process alive."""
 
-    def __init__(self, runtime_dir: RuntimeDir, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        runtime_dir: RuntimeDir,
+        environ: Mapping[str, str],
+        *,
+        on_exporter_end: Callable[[], None] = lambda: None,
+    ) -> None:
         self._runtime_dir = runtime_dir
         self._environ = environ
+        self._on_exporter_end = on_exporter_end
         #: What the last exporter process said, if it could not do its work.
         self._said: set[Message] = set()
 
@@ -49,6 +56,7 @@ class Supervisor:
             try:
                 lock = FileLock(self._runtime_dir.exporter_lock)
                 lock.acquire(block=True)
+                self._on_exporter_end()
                 if pause:
                     time.sleep(pause)
                 started = time.monotonic()

@@ -429,6 +429,39 @@ def test_a_rank_that_dies_is_gone_at_the_next_scrape_and_its_files_soon(
         time.sleep(0.1)
 
 
+def test_a_thousand_dead_ranks_keep_no_scrape_waiting(
+    serve: Callable[..., Exporter], rank: RankStore, runtime_dir: RuntimeDir
+) -> None:
+    for number in range(1000):
+        dead = runtime_dir.ranks / f"dead-{number}"
+        (dead / "events").mkdir(parents=True)
+        for name in ("lock", "table.lock", "snapshot", "target-0.table"):
+            (dead / name).touch()
+    exporter = serve()
+    exporter.line("metrics are at")
+    left = [1000]
+    while left[-1]:
+        assert b"sglang_weight_bytes{" in exporter.request("/metrics")[2]
+        left.append(len(list(runtime_dir.ranks.iterdir())) - 1)
+    assert len(set(left)) > 3, f"nothing was served in between: {left}"
+
+
+def test_files_of_a_rank_that_changes_nothing_look_used_to_cleaners(
+    serve: Callable[..., Exporter], rank: RankStore, runtime_dir: RuntimeDir
+) -> None:
+    long_ago = time.time() - 20 * 86400
+    files = [runtime_dir.path, *runtime_dir.path.rglob("*")]
+    for path in files:
+        os.utime(path, (long_ago, long_ago))
+    serve().line("metrics are at")
+    deadline = time.monotonic() + 30
+    while any(path.stat().st_atime < long_ago + 86400 for path in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    # Who follows files by the time of their last change has nothing to read again.
+    assert (rank.path / "snapshot").stat().st_mtime == pytest.approx(long_ago)
+
+
 @pytest.mark.parametrize(
     "variable", ["PORT=http", "PORT=0", "SERVE=maybe", "READER_WAIT_SECONDS=x"]
 )

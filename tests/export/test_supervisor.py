@@ -42,6 +42,19 @@ Supervisor(runtime_dir, os.environ).start()
 sys.stdin.read()
 """
 
+#: As it is in an engine: it has published once, and no update comes.
+STATIC_RANK = """
+import os, sys
+from pathlib import Path
+from sglang_weight_exporter.publisher.publisher import Publisher
+from sglang_weight_exporter.records import Engine, Snapshot
+from sglang_weight_exporter.settings import Settings
+publisher = Publisher(Settings(runtime_dir=Path(sys.argv[1])), os.environ, report=print)
+engine = Engine(name="30000", instance="one", model_name=sys.argv[2])
+publisher.publish(Snapshot(rank_id="", pid=os.getpid(), started_at=1.0, engine=engine), {})
+sys.stdin.read()
+"""
+
 Rank = subprocess.Popen[str]
 
 
@@ -55,9 +68,9 @@ def start_rank(runtime_dir: RuntimeDir) -> Iterator[Callable[..., Rank]]:
     port = free_port()
     ranks: list[Rank] = []
 
-    def start(name: str, **variables: str) -> Rank:
+    def start(name: str, program: str = RANK, **variables: str) -> Rank:
         process = subprocess.Popen(
-            [sys.executable, "-c", RANK, str(runtime_dir.path), name],
+            [sys.executable, "-c", program, str(runtime_dir.path), name],
             env={
                 **os.environ,
                 "SGLANG_WEIGHT_EXPORTER_PORT": str(port),
@@ -159,6 +172,26 @@ def test_a_directory_that_was_removed_and_made_again_has_one_owner(
     wait_for(lambda: not psutil.pid_exists(original.pid) or _is_zombie(original.pid), 20)
     assert other.url == original.url
     assert serving(runtime_dir).pid == other.pid
+
+
+@pytest.mark.parametrize("removed", ["*", "ranks/*/*", "ranks/*/lock"])
+def test_a_rank_whose_files_a_cleaner_removed_is_back_without_an_update(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank], removed: str
+) -> None:
+    start_rank("model", STATIC_RANK)
+    original = serving(runtime_dir)
+    for path in list(runtime_dir.path.glob(removed)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    replaced = serving(runtime_dir, unlike=original.pid, seconds=60)
+    assert replaced.url is not None
+
+    def is_served() -> bool:
+        assert replaced.url is not None
+        with urllib.request.urlopen(replaced.url, timeout=10) as answer:
+            return b"sglang_weight_exporter_ranks 1.0" in answer.read()
+
+    wait_for(is_served, 30)
+    assert serving(runtime_dir).pid == replaced.pid
 
 
 def _is_zombie(pid: int) -> bool:

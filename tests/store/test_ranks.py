@@ -327,6 +327,33 @@ def test_a_vanished_directory_is_made_again(runtime_dir: RuntimeDir) -> None:
     assert ids(runtime_dir) == ["a"]
 
 
+@pytest.mark.parametrize("removed", ["lock", "table.lock", "snapshot", "events", "*.table", "*"])
+def test_what_a_cleaner_took_out_is_there_again_with_the_next_update(
+    runtime_dir: RuntimeDir, removed: str
+) -> None:
+    rank = RankStore(runtime_dir, "a")
+    kept = table()
+    rank.write_snapshot(
+        snapshot(
+            "a", 1, roles=(Role(name="target", device="cpu", table=event(1, rank, kept).table),)
+        )
+    )
+    for path in list(rank.path.glob(removed)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    rank.append_event(event(2, rank, kept), kept)
+    rank.write_snapshot(
+        snapshot(
+            "a", 2, roles=(Role(name="target", device="cpu", table=event(2, rank, kept).table),)
+        )
+    )
+    ((directory, found),) = SnapshotReader(runtime_dir).read()
+    assert found.weight_version == "2"
+    assert found.roles[0].table is not None
+    assert directory.table(found.roles[0].table.file).sha256 == kept.sha256
+    (waiting,) = directory.events.waiting()
+    assert directory.events.table(directory.events.event(waiting)) is not None
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
