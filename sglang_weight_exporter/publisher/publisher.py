@@ -67,6 +67,8 @@ class Publisher:
         self._events: deque[_Waiting] = deque()
         self._dropped = 0
         self._retrying = False
+        #: Whether a thread looks after the exporter process, where it is this rank's to do so.
+        self._supervised = False
         #: What is left of the time that the update which is under way may wait for readers.
         self._reader_seconds = settings.reader_wait_seconds
 
@@ -122,10 +124,10 @@ class Publisher:
 
     def _write_or_retry(self) -> None:
         if not self._write() and not self._retrying:
-            self._retrying = True
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._retry, name="sglang-weight-exporter-retry", daemon=True
-            ).start()
+            )
+            self._retrying = self._has_started("retry", thread.start)
 
     def _retry(self) -> None:
         pause = self._first_retry_seconds
@@ -163,11 +165,26 @@ class Publisher:
         if self._store is None:
             runtime_dir = RuntimeDir.open(self._settings.runtime_dir, self._environ)
             self._store = RankStore(runtime_dir, self._rank_id)
-            if self._settings.serve:
+        if self._settings.serve and not self._supervised:
+            self._supervised = self._has_started(
+                "supervisor",
                 Supervisor(
-                    runtime_dir, self._environ, on_exporter_end=self._look_after_cleaners
-                ).start()
+                    self._store.runtime_dir,
+                    self._environ,
+                    on_exporter_end=self._look_after_cleaners,
+                ).start,
+            )
         return self._store
+
+    def _has_started(self, name: str, start: Callable[[], None]) -> bool:
+        """Whether a thread could be started: a container may be at its limit of processes. The
+        next update tries again."""
+        try:
+            start()
+        except RuntimeError as error:
+            self._report(name, error)
+            return False
+        return True
 
     def _write_to(self, store: RankStore, snapshot: Snapshot) -> bool:
         complete = True
