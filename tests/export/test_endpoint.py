@@ -332,6 +332,33 @@ def test_a_taken_port_is_named_once_and_taken_when_it_is_free(
     assert exporter.request("/metrics")[0] == 200
 
 
+def test_a_port_that_only_root_may_take_is_named(serve: Callable[..., Exporter]) -> None:
+    first_free = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
+    if first_free <= 80:
+        pytest.skip(
+            "needs a kernel that keeps ports below 80 for root (ip_unprivileged_port_start)"
+        )
+    # Also for root, who gives that right up.
+    exporter = serve(port=80, inside=("setpriv", "--bounding-set=-net_bind_service"))
+    line = exporter.line("may not listen on port 80")
+    assert "SGLANG_WEIGHT_EXPORTER_PORT" in line
+    assert exporter.process.poll() is None
+
+
+def test_an_address_of_ipv6_alone(serve: Callable[..., Exporter]) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("needs a host with IPv6")
+    exporter = serve("--address", "::1")
+    exporter.line(re.escape(f"metrics are at http://[::1]:{exporter.port}/metrics"))
+    with socket.create_connection(("::1", exporter.port), timeout=10) as client:
+        client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert client.recv(1024).startswith(b"HTTP/1.1 200")
+    with pytest.raises(ConnectionRefusedError):
+        exporter.request("/healthz")
+
+
 def test_the_line_about_the_default_port_names_dcgm_exporter(
     serve: Callable[..., Exporter],
 ) -> None:

@@ -81,12 +81,15 @@ def serve(runtime_dir: RuntimeDir) -> Iterator[Callable[..., Exporter]]:
     """Start ``serve`` on a free port of the loopback address, with further flags."""
     started: list[Exporter] = []
 
-    def start(*flags: str, port: int = 0, descriptors: int = 0) -> Exporter:
+    def start(
+        *flags: str, port: int = 0, descriptors: int = 0, inside: tuple[str, ...] = ()
+    ) -> Exporter:
         port = port or free_port()
-        limited = ("prlimit", f"--nofile={descriptors}:{descriptors}") if descriptors else ()
+        if descriptors:
+            inside = ("prlimit", f"--nofile={descriptors}:{descriptors}")
         process = subprocess.Popen(
             [
-                *limited,
+                *inside,
                 *(sys.executable, "-m", "sglang_weight_exporter", "serve"),
                 *("--address", "127.0.0.1", "--port", str(port)),
                 *("--runtime-dir", str(runtime_dir.path), *flags),

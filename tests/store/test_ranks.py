@@ -207,6 +207,32 @@ threading.Thread(target=rewrite).start()
     assert len(set(seen)) > 10
 
 
+def test_a_rank_that_is_killed_while_it_writes_leaves_nothing_half(
+    runtime_dir: RuntimeDir, start_rank: Callable[[str, str], subprocess.Popen[str]]
+) -> None:
+    code = """
+import itertools, threading
+def rewrite():
+    for version in itertools.count(2):
+        write(version)
+threading.Thread(target=rewrite, daemon=True).start()
+"""
+    complaints: list[str] = []
+    reader = SnapshotReader(runtime_dir, on_unreadable=complaints.append)
+    for number in range(20):
+        rank = start_rank(str(number), code)
+        reader.read()
+        rank.kill()
+        rank.wait()
+        # What it wrote last is whole, though nobody shows it any more.
+        (directory,) = rank_directories(runtime_dir)
+        assert int(directory.snapshot().weight_version) >= 1
+        assert reader.read() == []
+        directory.remove()
+    assert complaints == []
+    assert list(runtime_dir.ranks.iterdir()) == []
+
+
 @pytest.mark.parametrize("content", [b"", b"\x81\xa6schema", b"not msgpack", os.urandom(500)])
 def test_a_damaged_file_costs_its_rank_and_no_other(
     runtime_dir: RuntimeDir, content: bytes
