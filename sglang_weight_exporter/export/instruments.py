@@ -68,6 +68,8 @@ class Instrument:
     labels: tuple[str, ...] = ()
     read_role: RoleReader | None = None
     read_host: HostReader | None = None
+    #: It is the rank's and no role's: a rank of which no role is known yet has it too.
+    of_rank: bool = False
 
 
 def _one(value: float | None) -> Iterator[Sample]:
@@ -625,6 +627,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "{error}",
         "Exceptions of ours that were caught inside the engine.",
         read_role=_once_a_rank(lambda snapshot: sum(snapshot.hook_errors.values())),
+        of_rank=True,
     ),
     Instrument(
         "sglang_weight_exporter_snapshot_seconds",
@@ -632,6 +635,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "s",
         "Time that the engine last spent on reading its weights and pools.",
         read_role=_once_a_rank(lambda snapshot: snapshot.snapshot_seconds),
+        of_rank=True,
     ),
     Instrument(
         "sglang_weight_exporter_read_errors",

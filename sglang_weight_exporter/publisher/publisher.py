@@ -115,9 +115,9 @@ class Publisher:
                 except Exception as error:
                     self._report("table_lock", error)
 
-    def _look_after_cleaners(self) -> None:
-        """The exporter process has ended, perhaps because it found nobody alive: what a cleaner of
-        old files has removed is written again."""
+    def _come_back(self) -> None:
+        """What a cleaner of old files has removed, or whoever removed the directory, is written
+        again."""
         with self._lock:
             if self._store is not None and not self._store.is_published():
                 self._write_or_retry()
@@ -171,7 +171,7 @@ class Publisher:
                 Supervisor(
                     self._store.runtime_dir,
                     self._environ,
-                    on_exporter_end=self._look_after_cleaners,
+                    come_back=self._come_back,
                 ).start,
             )
         return self._store

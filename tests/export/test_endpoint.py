@@ -31,6 +31,7 @@ from serving import Exporter
 
 from sglang_weight_exporter.records import (
     Engine,
+    Ranks,
     Role,
     Snapshot,
     UpdateInProgress,
@@ -62,6 +63,37 @@ def test_metrics_in_both_formats_compressed_or_not(
     assert headers["content-encoding"] == "gzip"
     names = {family.name for family in parse_openmetrics(gzip.decompress(body).decode())}
     assert "sglang_weight_updates" in names
+
+
+def test_a_rank_of_which_no_role_is_known_can_raise_an_alert(
+    serve: Callable[..., Exporter], runtime_dir: RuntimeDir
+) -> None:
+    rank = RankStore(runtime_dir, "rank")
+    rank.write_snapshot(
+        Snapshot(
+            rank_id="rank",
+            pid=os.getpid(),
+            started_at=1.0,
+            engine=Engine(name="30000", instance="one", model_name="tiny"),
+            ranks=Ranks(tp=3),
+            hook_errors={"capture": 2},
+            snapshot_seconds=0.5,
+        )
+    )
+    exporter = serve()
+    exporter.line("metrics are at")
+    _, _, body = exporter.request("/metrics")
+    found = {
+        sample.name: sample.value
+        for family in parse_text(body.decode())
+        for sample in family.samples
+        if sample.labels.get("model_name") == "tiny" and sample.labels["tp_rank"] == "3"
+    }
+    assert found == {
+        "sglang_weight_exporter_hook_errors_total": 2.0,
+        "sglang_weight_exporter_snapshot_seconds": 0.5,
+    }
+    rank.close()
 
 
 # What `printf %s VERSION | sha256sum` begins with, in binary: its first 53 digits.

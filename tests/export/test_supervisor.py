@@ -38,20 +38,7 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 runtime_dir = RuntimeDir.open(Path(sys.argv[1]), {})
 rank = RankStore(runtime_dir, sys.argv[2])
-Supervisor(runtime_dir, os.environ).start()
-sys.stdin.read()
-"""
-
-#: As it is in an engine: it has published once, and no update comes.
-STATIC_RANK = """
-import os, sys
-from pathlib import Path
-from sglang_weight_exporter.publisher.publisher import Publisher
-from sglang_weight_exporter.records import Engine, Snapshot
-from sglang_weight_exporter.settings import Settings
-publisher = Publisher(Settings(runtime_dir=Path(sys.argv[1])), os.environ, report=print)
-engine = Engine(name="30000", instance="one", model_name=sys.argv[2])
-publisher.publish(Snapshot(rank_id="", pid=os.getpid(), started_at=1.0, engine=engine), {})
+Supervisor(runtime_dir, os.environ, come_back=lambda: None).start()
 sys.stdin.read()
 """
 
@@ -343,7 +330,7 @@ def test_a_directory_that_was_removed_and_made_again_has_one_owner(
 def test_a_rank_whose_files_a_cleaner_removed_is_back_without_an_update(
     runtime_dir: RuntimeDir, start_rank: Callable[..., Rank], removed: str
 ) -> None:
-    start_rank("model", STATIC_RANK)
+    start_rank("model", CHANGING_RANK)
     original = serving(runtime_dir)
     for path in list(runtime_dir.path.glob(removed)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -357,6 +344,18 @@ def test_a_rank_whose_files_a_cleaner_removed_is_back_without_an_update(
 
     wait_for(is_served, 30)
     assert serving(runtime_dir).pid == replaced.pid
+
+
+def test_a_static_rank_is_back_after_its_directory_was_removed(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    start_rank("static", CHANGING_RANK)
+    original = serving(runtime_dir)
+    shutil.rmtree(runtime_dir.path)
+    serving(runtime_dir, unlike=original.pid)
+    ((_, snapshot),) = SnapshotReader(runtime_dir).read()
+    assert snapshot.engine.model_name == "static"
+    assert [role.name for role in snapshot.roles] == ["target"]
 
 
 def _is_zombie(pid: int) -> bool:
