@@ -159,7 +159,7 @@ class Rank:
         self.step(tell)
 
     def _saved(self, tags: set[str]) -> set[str]:
-        """Those of the tags whose memory the saver has; of others SGLang answers, and does nothing."""
+        """Those whose memory the saver has; of others SGLang answers, and does nothing."""
         target = self.roles.named("target")
         if target is None or not target.saves_memory:
             return set()

@@ -542,5 +542,5 @@ class Endpoint(Record, frozen=True, kw_only=True):
     version: str
     #: ``None`` until the port could be bound.
     url: str | None = None
-    #: Why there is no URL, as one sentence.
+    #: Why there is no URL, or not as it was configured, as one sentence.
     problem: str = ""

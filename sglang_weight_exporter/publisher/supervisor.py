@@ -32,8 +32,9 @@ _LONGEST_PAUSE_SECONDS = 60.0
 class Supervisor:
     """One rank's share in keeping the exporter process alive.
 
-    ``come_back``: publish again, in a directory that is made anew. An exporter ends when its
-    directory was removed, which wakes the ranks: those of a static engine would write nothing.
+    ``come_back``: publish what readers cannot find any more. An exporter ends when its directory
+    was removed, or when it finds nobody alive, which wakes the ranks: those of a static engine
+    would write nothing.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Supervisor:
             try:
                 lock = FileLock(self._runtime_dir.exporter_lock)
                 self._acquire(lock)
+                self._come_back()
                 if pause:
                     time.sleep(pause)
                 started = time.monotonic()

@@ -103,6 +103,8 @@ class Monitoring:
     directory: Path
     targets: dict[str, str]
     """Job name to `host:port`."""
+    scrape: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Job name to what its scrape configuration has besides."""
     port: int = field(default_factory=free_port)
     webhook: Webhook = field(default_factory=Webhook)
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -122,7 +124,11 @@ class Monitoring:
             "rule_files": ["rules.yml"],
             "alerting": {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]},
             "scrape_configs": [
-                {"job_name": job, "static_configs": [{"targets": [target]}]}
+                {
+                    "job_name": job,
+                    "static_configs": [{"targets": [target]}],
+                    **self.scrape.get(job, {}),
+                }
                 for job, target in self.targets.items()
             ],
         }
