@@ -641,6 +641,14 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         read_host=lambda view: _one(view.unreadable),
     ),
     Instrument(
+        "sglang_weight_exporter_scrape_duration_seconds",
+        "gauge",
+        "s",
+        "What the scrape before this one took: reading what ranks have written, NVML, and making "
+        "the text. Absent in the first.",
+        read_host=lambda view: [] if view.scrape_seconds is None else _one(view.scrape_seconds),
+    ),
+    Instrument(
         "sglang_weight_exporter_spans_exported",
         "counter",
         "{span}",
