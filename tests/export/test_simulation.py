@@ -173,3 +173,20 @@ def test_real_ranks_get_no_simulated_neighbours(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "leave --runtime-dir away" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_shows_one_of_their_updates() -> None:
+    demo = Path(__file__).parents[2] / "demo" / "demo.py"
+    done = subprocess.run(
+        [sys.executable, str(demo), "--simulated", "--exit"],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = re.findall(r"^ *sglang_weight_updates_total.*$", done.stdout, re.MULTILINE)
+    assert line.split()[1:3] == ["0", "1"]
+    # The exporter has ended, and its port is free again.
+    (url,) = re.findall(r"Metrics +(\S+)", done.stdout)
+    with pytest.raises(OSError, match="refused"):
+        Scrape.of(url)
