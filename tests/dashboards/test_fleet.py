@@ -36,7 +36,7 @@ def test_the_first_screen(
     dashboard: dict[str, Any], fleet: Monitoring, panel_page: PanelPage, tmp_path: Path
 ) -> None:
     directory = Path(PICTURES) if PICTURES else tmp_path
-    query = f"board={dashboard['uid']}&scrape=3&from=now-5m"
+    query = f"board={dashboard['uid']}&scrape=5&from=now-5m"
     panel_page.look(fleet.url, tmp_path / "warm.png", query=query, size=SCREEN)
     picture = directory / f"{dashboard['uid']}.png"
     found = panel_page.look(fleet.url, picture, query=query, size=SCREEN)
