@@ -267,6 +267,13 @@ def test_other_pages_and_methods(serve: Callable[..., Exporter]) -> None:
     status, headers, body = exporter.request("/")
     assert status == 200
     assert headers["content-type"].startswith("text/html")
+    said = subprocess.run(
+        [sys.executable, "-m", "sglang_weight_exporter", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said == f"sglang-weight-exporter {__version__}\n"
     assert f"exporter {__version__}<" in body.decode()
     for link in (b'href="/metrics"', b'href="/healthz"'):
         assert link in body
