@@ -304,6 +304,10 @@ def _reload(
 ) -> Iterator[float]:
     """One version of the weights comes, or fails to; yields seconds."""
     message = "simulated: the peer went away" if fails else ""
+    pauses = source == "tensor"
+    if pauses:
+        _tell(ranks, lambda ledger: ledger.pause("retract"))
+        yield chance.uniform(1.0, 2.0)
     _tell(
         ranks,
         lambda ledger: ledger.begin_request(flush_cache=True, weight_version=str(version)),
@@ -328,6 +332,8 @@ def _reload(
         ranks,
         lambda ledger: ledger.end_request(succeeded=not fails, message=message, raised=False),
     )
+    if pauses:
+        _tell(ranks, lambda ledger: ledger.proceed())
 
 
 def _tell(ranks: list[_Rank], what: Callable[[Ledger], None]) -> None:

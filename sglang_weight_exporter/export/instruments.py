@@ -566,6 +566,13 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         _pauses,
     ),
     Instrument(
+        "sglang_kv_cache_paused",
+        "gauge",
+        "",
+        "1 while generation is paused and its requests wait (in_place, retract), else 0.",
+        read_role=_cache(lambda cache: float(cache.paused)),
+    ),
+    Instrument(
         "sglang_lora_pool_bytes",
         "gauge",
         "By",

@@ -116,6 +116,21 @@ def test_of_four_engines_one_has_a_draft_and_one_slots_for_adapters(tmp_path: Pa
     simulation.close()
 
 
+def test_the_third_engine_pauses_for_its_updates(tmp_path: Path) -> None:
+    directory = RuntimeDir.open(tmp_path / "runtime", {})
+    simulation = Simulation(directory, 4, 1, start=START)
+    seen = [set[tuple[bool, bool]]() for _ in range(4)]
+    now = START
+    while now < START + 30:
+        now = simulation.advance(now)
+        for states, each in zip(seen, snapshots(directory), strict=True):
+            assert each.cache is not None
+            states.add((each.cache.paused, each.roles[0].in_progress is not None))
+    assert seen[2] == {(False, False), (True, False), (True, True)}
+    assert not any(paused for number in (0, 1, 3) for paused, _ in seen[number])
+    simulation.close()
+
+
 def test_replicas_have_one_fingerprint_a_version(tmp_path: Path) -> None:
     found = simulated(tmp_path / "runtime", until=25)
     fingerprints = [each.roles[0].table.fingerprint for each in found if each.roles[0].table]
