@@ -29,7 +29,7 @@ LIGHT := tests/bootstrap tests/docs tests/store tests/export tests/test_ledger.p
 	tests/test_contracts.py \
 	$(addprefix tests/table/test_,command.py readers.py status.py weight_table_events.py weights_metadata.py)
 DEBIAN_PACKAGES := gcc binutils e2fsprogs libibverbs1 libnuma1 prometheus prometheus-alertmanager chromium \
-	fonts-dejavu-core
+	fonts-dejavu-core mmdebstrap buildah
 
 MAIN := .venv/sglang-$(NEWEST)
 ENVIRONMENTS := $(MAIN) .venv/sglang-$(OLDEST)
@@ -124,7 +124,7 @@ demo-simulated: wheel
 benchmark: wheel
 	@$(environment) sglang $(NEWEST) $(MAIN)
 	$(call install-wheel,$(MAIN),--group test)
-	for program in startup pointer_table update reader_interference otlp scrape throughput; do
+	for program in startup pointer_table event_queue update reader_interference otlp scrape throughput; do
 	  $(call say,$$program)
 	  $(MAIN)/bin/python benchmarks/$$program.py
 	done

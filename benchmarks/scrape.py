@@ -59,7 +59,7 @@ class Figures(NamedTuple):
     unchanged_processor: float
     #: Each rank has written a new snapshot before each scrape.
     changed_processor: float
-    #: Of :data:`CLIENTS` that ask without a pause.
+    #: What :data:`CLIENTS` wait that ask without a pause.
     p99: float
     compressed: int
     plain: int

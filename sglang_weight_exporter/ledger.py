@@ -189,8 +189,8 @@ class Ledger:
         self._ended: list[Ended] = []
         self._number = 0
         self._requests: dict[int, _Request] = {}
-        #: Threads on which experts are being moved right now.
-        self._moving: set[int] = set()
+        #: Thread → the call by which experts are being moved on it right now.
+        self._moving: dict[int, Ticket] = {}
         self._rebalancing = False
         #: Calls since the first runner's session began.
         self._session_calls = 0
@@ -420,6 +420,8 @@ class Ledger:
     def finish(self, ticket: Ticket, verdict: Verdict) -> None:
         """The call has returned or raised."""
         with self._lock:
+            if self._moving.get(self._thread()) is ticket:
+                del self._moving[self._thread()]
             role = self._roles[ticket.role]
             open_ = ticket.open
             open_.running -= 1
@@ -661,13 +663,9 @@ class Ledger:
         with self._lock:
             if self._thread() in self._moving:
                 return None
-            self._moving.add(self._thread())
-            return self._begin(name, "eplb", "later" if self._rebalancing else "call")
-
-    def finish_move(self, ticket: Ticket, verdict: Verdict) -> None:
-        with self._lock:
-            self._moving.discard(self._thread())
-            self.finish(ticket, verdict)
+            ticket = self._begin(name, "eplb", "later" if self._rebalancing else "call")
+            self._moving[self._thread()] = ticket
+            return ticket
 
     # The prefix cache, whose keys and values are those of the weights that computed them.
 

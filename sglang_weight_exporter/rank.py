@@ -96,7 +96,9 @@ class Rank:
             return None
         with self._lock:
             result = tell(self.ledger)
-            events = dict(enumerate(map(self._complete, self.ledger.take_ended())))
+            ended = self.ledger.take_ended()
+            written = {each.role for each in ended if _wrote(each)}
+            events = dict(enumerate(self._complete(each, written) for each in ended))
             if events or not quietly:
                 self._publish({index: event for index, event in events.items() if event})
             return result
@@ -115,17 +117,22 @@ class Rank:
             if skipped is not None:
                 self.ledger.count_skipped(role.name, skipped)
 
-    def _look_for_strays(self, *roles: RunnerRole, during: During) -> None:
-        """Whether anything but loads and updates has written weights."""
+    def _look_for_strays(
+        self, *roles: RunnerRole, during: During, garbage: frozenset[int] = frozenset()
+    ) -> None:
+        """Whether anything but loads and updates has written weights. ``garbage``: storages of
+        which that is known."""
         self._look(*roles, fingerprint_seconds=self._fingerprint_seconds(), written=False)
         for role in roles:
+            self.scan.overlook(role, garbage)
             self.ledger.count_altered(role.name, during, self.scan.of(role).altered.values())
 
     def release(self, tags: set[str]) -> None:
         """Memory is gone; of these tags and of no others."""
 
         def tell(ledger: Ledger) -> None:
-            ledger.release(tags)
+            if self._saves_memory():
+                ledger.release(tags)
             self.scan.memory_is_there = True
 
         self.step(tell)
@@ -134,30 +141,45 @@ class Rank:
         """Memory is back. What it holds is garbage until an update, unless SGLang kept a copy."""
 
         def tell(ledger: Ledger) -> None:
+            if not self._saves_memory():
+                return
             ledger.resume(tags)
             for role in self.roles if WEIGHTS in tags else ():
                 if role.keeps_a_copy:
-                    self._look_for_strays(role, during="release")
+                    self._look_for_strays(role, during="release", garbage=self._without_a_copy())
                 else:
                     self._look(role, fingerprint_seconds=self._fingerprint_seconds())
                 self.scan.start_over(role, known=role.keeps_a_copy)
 
         self.step(tell)
 
-    def read_again(self) -> None:
+    def _saves_memory(self) -> bool:
+        """Otherwise SGLang answers, and does nothing."""
+        target = self.roles.named("target")
+        return target is not None and target.saves_memory
+
+    def _without_a_copy(self) -> frozenset[int]:
+        """Storages of models that are not copied. A draft that is holds some of its target's."""
+        looks = (self.scan.of(role) for role in self.roles if not role.keeps_a_copy)
+        return frozenset[int]().union(*(look.weights.storages for look in looks if look.weights))
+
+    def read_again(self, role: RunnerRole) -> None:
         """Somebody asks whether the weights are what they were; not inside an update."""
         if os.getpid() == self._pid:
             with self._lock:
                 if not self.ledger.updating:
-                    self._look_for_strays(*self.roles, during="serving")
+                    self._look_for_strays(role, during="serving")
 
-    def look_before(self, role: RunnerRole) -> None:
-        """An update is about to begin; after it nobody could tell that something else wrote."""
+    def look_before(self) -> None:
+        """An update is about to begin; after it nobody could tell that something else wrote. Of
+        all roles, and before the first of them is written: a draft holds tensors of the target's.
+        """
         if os.getpid() == self._pid:
             with self._lock:
-                known = self.scan.of(role).left is not None and WEIGHTS not in self.ledger.released
-                if known and self.scan.memory_is_there and not self.ledger.is_updating(role.name):
-                    self._look_for_strays(role, during="serving")
+                there = self.scan.memory_is_there and WEIGHTS not in self.ledger.released
+                if there and not self.ledger.updating:
+                    known = [role for role in self.roles if self.scan.of(role).left is not None]
+                    self._look_for_strays(*known, during="serving")
 
     def _fingerprint_seconds(self, *, load: bool = False) -> float:
         """How long fingerprints may take now. A kernel that reads released memory ends the
@@ -176,17 +198,18 @@ class Rank:
         facts = f"{self.roles.engine.instance}|{number}"
         return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
-    def _complete(self, ended: Ended) -> tuple[Event, WeightTable | None] | None:
-        """Look at what an update has changed; the event that tells of it."""
+    def _complete(self, ended: Ended, written: set[str]) -> tuple[Event, WeightTable | None] | None:
+        """Look at what an update has changed; the event that tells of it. ``written``: roles whose
+        updates have ended together; each is looked at once, for its own."""
         role = self.roles.named(ended.role)
         if role is None:
             return None
-        if ended.update is None or ended.update.action == "update":
+        if _wrote(ended):
             before = self.scan.of(role).weights
             others = (
                 other
                 for other in self.roles
-                if other is not role and not self.ledger.is_updating(other.name)
+                if other.name not in written and not self.ledger.is_updating(other.name)
             )
             self._look(role, *others, fingerprint_seconds=self._fingerprint_seconds())
             after = self.scan.of(role).weights
@@ -286,6 +309,8 @@ class Rank:
             return None
         released = WEIGHTS in self.ledger.released
         known = look.left is not None and weights.table.fingerprint != ""
+        # Buffers are counted by their kind and are no weights here: a forward pass may write them.
+        altered = tuple(name for name, kind in look.altered.items() if kind != "buffer")
         return TableRef(
             file=table_file(weights.table),
             sha256=weights.table.sha256,
@@ -294,9 +319,14 @@ class Rank:
             captured_at=weights.table.captured_at,
             fingerprint="" if released else weights.table.fingerprint,
             fingerprint_seconds=None if released else weights.table.fingerprint_seconds,
-            altered=None if released or not known else len(look.altered),
-            altered_names=tuple(look.altered)[:NAMED_CHANGES],
+            altered=None if released or not known else len(altered),
+            altered_names=altered[:NAMED_CHANGES],
         )
+
+
+def _wrote(ended: Ended) -> bool:
+    """Whether an update or a session has ended, and no load."""
+    return ended.update is None or ended.update.action == "update"
 
 
 def _same_bytes(before: WeightCapture | None, after: WeightCapture | None) -> bool:

@@ -114,12 +114,12 @@ class TableRef(Record, frozen=True, kw_only=True):
     #: Device name to number of contiguous regions.
     regions: dict[str, int]
     captured_at: float
-    #: Of the bytes that the tensors hold (:func:`fingerprint.of_rank`), 32 hexadecimal digits, and
+    #: What the tensors hold, as :func:`fingerprint.of_rank` says, in 32 hexadecimal digits, and
     #: how long it took; empty and ``None`` where it was not taken, or the memory is released.
     fingerprint: str = ""
     fingerprint_seconds: float | None = None
-    #: Tensors that hold other bytes than the last load or update left in them: how many, and the
-    #: names of :data:`NAMED_CHANGES` of them.
+    #: Parameters and derived weights that hold other bytes than the last load or update left in
+    #: them: how many, and the names of :data:`NAMED_CHANGES` of them.
     #: ``None``: not known, because nobody has looked at them when it ended, or looks now.
     altered: int | None = None
     altered_names: tuple[str, ...] = ()
@@ -348,6 +348,8 @@ class Engine(Record, frozen=True, kw_only=True):
     tp_size: int | None = None
     pp_size: int | None = None
     ep_size: int | None = None
+    #: Where it serves HTTP, as its settings say; empty where it does not.
+    url: str = ""
 
 
 class Ranks(Record, frozen=True, kw_only=True):

@@ -66,7 +66,7 @@ WARM_UP_SECONDS = 60.0
 #: fleet follow, each a second after the one before it.
 ROUND_SECONDS, FIRST_SECONDS = 30.0, 5.0
 
-#: Of an engine's reloads every so many fails, and every so many moves its tensors; the engines
+#: Every so many of an engine's reloads fails, and every so many moves its tensors; the engines
 #: take turns, so one of them is behind the others.
 FAILS_EVERY, MOVES_EVERY = 5, 7
 

@@ -307,7 +307,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.moves.verdicts.append(verdict)
             self.calls["target", "eplb"] += 1
         whole = self.moving.ends_with == "call" and self.moving.opened
-        self.ledger.finish_move(self.moving, verdict)
+        self.ledger.finish(self.moving, verdict)
         self.moves.verdicts.append(verdict)
         self.calls["target", "eplb"] += 1
         self.on, self.moving = SCHEDULER, None

@@ -18,6 +18,7 @@ from sglang_weight_exporter.manifest import (
     manifest_of,
     write_manifest,
 )
+from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
 from sglang_weight_exporter.store.tables import TableError, open_tables
 from sglang_weight_exporter.weight_table import table_fingerprints
 
@@ -72,7 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             sys.stdout.buffer.flush()
         else:
             write_manifest(arguments.output, tensors, weight_version=version, shard=shard)
-    except (CheckpointError, TableError, _ProblemError) as error:
+    except (CheckpointError, RuntimeDirError, TableError, _ProblemError) as error:
         print(error, file=sys.stderr)
     except ModuleNotFoundError as error:
         print(f"{error.name} is needed to read tensors and not installed here.", file=sys.stderr)

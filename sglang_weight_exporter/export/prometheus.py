@@ -84,7 +84,7 @@ class _Format:
     def __init__(self, openmetrics: bool) -> None:
         self._encode, self.content_type = choose_encoder(_ACCEPT[openmetrics])
         self._eof = _EOF if openmetrics else b""
-        #: Of each rank, the samples of each instrument in their order. By the identity of its
+        #: Each rank's samples of each instrument, in their order, by the identity of its
         #: snapshot, which the key keeps alive: what a file says of itself need not be unique.
         self._texts: dict[int, tuple[_Key, list[bytes]]] = {}
         self._comments = [self._text(_Family(each, exemplars=False).metric) for each in _OF_ROLES]

@@ -114,7 +114,7 @@ def _placement_group() -> str:
         if ray is not None and ray.is_initialized():
             return str(ray.get_runtime_context().get_placement_group_id())
     except Exception:
-        return ""  # Of whatever type Ray's are. Engines then differ in their ports, as without Ray.
+        return ""  # Ray's errors are of many types. Engines then differ in their ports.
     return ""
 
 
@@ -143,7 +143,19 @@ def engine_of(runner: Any) -> Engine:
         tp_size=_size(runner, "tp_size"),
         pp_size=_size(runner, "pp_size"),
         ep_size=_size(runner, "ep_size"),
+        url=_url(runner),
     )
+
+
+def _url(runner: Any) -> str:
+    """As ``ServerArgs.url`` has it; of an address that stands for all of them, this host's own."""
+    port = server_setting(runner, "port")
+    if not port or role_of(runner) == _WEIGHT_CACHE:
+        return ""
+    host = str(server_setting(runner, "host") or "")
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    scheme = "https" if server_setting(runner, "ssl_certfile") else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _size(runner: Any, name: str) -> int | None:

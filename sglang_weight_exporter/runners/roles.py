@@ -56,6 +56,16 @@ class RunnerRole:
         runner = self.runner
         return str(getattr(getattr(runner, "model_config", runner), "model_path", "") or "")
 
+    @property
+    def weight_version(self) -> str:
+        """That the engine was started with."""
+        return str(identity.server_setting(self.runner, "weight_version") or "")
+
+    @property
+    def has_placeholders(self) -> bool:
+        """Whether a load with overlapping has made the tensors, and their values come later."""
+        return getattr(self.runner, "startup_weight_load", None) is not None
+
 
 class Roles:
     """The roles of one process, in the order of their appearance.

@@ -37,7 +37,7 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 LARGEST_TABLE = 512 * 2**20
 LARGEST_RECORD = 16 * 2**20
 
-#: Of what the exporter process keeps for itself.
+#: What the exporter process keeps for itself is smaller.
 LARGEST_NOTE = 2**20
 
 #: What Prometheus keeps as a float and OTLP as a signed integer of 64 bits.

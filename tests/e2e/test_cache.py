@@ -74,12 +74,12 @@ def test_a_reload_without_a_flush_leaves_a_stale_cache(
     flush(serving)
     assert cached_tokens(serving) == [0] * count
     told(serving, "stale", [0] * count)
-    assert all(tokens > 0 for tokens in cached_tokens(serving))  # Of the weights that are there.
+    assert all(tokens > 0 for tokens in cached_tokens(serving))  # By the weights that are there.
     told(serving, "stale", [0] * count)
 
     reload(serving, checkpoints[1], flush_cache=False)
     told(serving, "stale", [1] * count)
-    assert all(tokens > 0 for tokens in cached_tokens(serving))  # Of weights that are gone.
+    assert all(tokens > 0 for tokens in cached_tokens(serving))  # By weights that are gone.
     told(serving, "stale", [1] * count)
 
     before, flushed_at = values(serving, "flushes_total"), time.time()

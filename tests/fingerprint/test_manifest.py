@@ -9,12 +9,15 @@ import pytest
 pytest.importorskip("numpy", reason="needs NumPy, which comes with SGLang")
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 from sglang_weight_exporter import fingerprint
 from sglang_weight_exporter.manifest import (
     ManifestError,
     ManifestTensor,
+    encode,
     read_manifest,
     write_manifest,
 )
@@ -111,3 +114,26 @@ def test_replicas_must_have_the_same_names() -> None:
     assert compare_replicas({"a": A, "b": B}, {"b": B, "a": A}).exit_status == 0
     result = compare_replicas({"a": A, "b": B}, {"a": A, "c": B})
     assert (result.equal, result.differing, result.exit_status) == (("a",), ("b", "c"), 1)
+
+
+def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """As root, renaming a file to /dev/stdout or /dev/null would remove the device."""
+    pipe, link, target = (tmp_path / name for name in ("pipe", "link", "target"))
+    os.mkfifo(pipe)
+    reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
+    written = write_manifest(pipe, {"a": tensor(A)})
+    assert reader.communicate(timeout=30)[0] == encode(written)
+    assert pipe.is_fifo()
+    link.symlink_to(target)
+    write_manifest(link, {"a": tensor(A)})
+    assert link.is_symlink()
+    assert read_manifest(target) == written
+    assert {entry.name for entry in tmp_path.iterdir()} == {"pipe", "link", "target"}
+
+
+def test_what_a_writer_of_the_same_pid_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    """In a container a trainer that was killed has its pid again when it comes back."""
+    path = tmp_path / "manifest.json"
+    (tmp_path / f".manifest.json.{os.getpid()}").write_bytes(b"half")
+    written = write_manifest(path, {"a": tensor(A)})
+    assert read_manifest(path) == written

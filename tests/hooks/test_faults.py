@@ -11,6 +11,7 @@ One fault is also done to a real engine (``tests/e2e``).
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import resource
 import shutil
@@ -64,8 +65,10 @@ def full(disk: Path) -> Iterator[None]:
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))
-    yield
-    filler.unlink()
+    try:
+        yield
+    finally:
+        filler.unlink()
 
 
 @contextlib.contextmanager
@@ -74,8 +77,10 @@ def read_only(disk: Path) -> Iterator[None]:
     writes to cannot be remounted, so its directories are made immutable."""
     directories = [disk, *(path for path in disk.rglob("*") if path.is_dir())]
     subprocess.run(["chattr", "+i", *directories], check=True)
-    yield
-    subprocess.run(["chattr", "-i", *directories], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", *directories], check=True)
 
 
 @contextlib.contextmanager
@@ -83,23 +88,32 @@ def directory_gone(disk: Path) -> Iterator[None]:
     """Gone, and nobody can make it again."""
     shutil.rmtree(disk / "runtime")
     (disk / "runtime").write_text("")
-    yield
-    (disk / "runtime").unlink()
+    try:
+        yield
+    finally:
+        (disk / "runtime").unlink()
 
 
 @contextlib.contextmanager
 def no_descriptors(disk: Path) -> Iterator[None]:
+    """None is left, and none comes back: ranks of tests before this one hold some until they are
+    collected."""
+    gc.collect()
+    gc.disable()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(list(Path("/proc/self/fd").iterdir()))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(used - 1, soft), hard))
     held = []
-    with contextlib.suppress(OSError):
-        while True:
-            held.append(os.dup(0))
-    yield
-    for descriptor in held:
-        os.close(descriptor)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        used = len(list(Path("/proc/self/fd").iterdir()))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(used - 1, soft), hard))
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.dup(0))
+        yield
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        gc.enable()
 
 
 FAULTS: dict[str, Fault] = {
