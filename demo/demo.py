@@ -153,7 +153,7 @@ def show(directory: Path, *, stay: bool) -> None:
 def show_simulated(*, stay: bool) -> None:
     """The same of ranks that do not exist; stays up until Ctrl-C with `stay`."""
     port = port_or_free(EXPORTER_PORT)
-    url = f"http://localhost:{port}"
+    url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "sglang_weight_exporter", "serve", "--simulate", "4x8"]
     process = subprocess.Popen(
         [*command, "--address", "127.0.0.1", "--port", str(port)],
