@@ -177,6 +177,8 @@ def test_the_command_says_that_nothing_of_it_is_real(tmp_path: Path) -> None:
         "PATH": "/usr/bin:/bin",
         "TMPDIR": str(tmp_path),
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{backend.grpc_port}",
+        "OTEL_METRICS_EXPORTER": "otlp",
+        "OTEL_METRIC_EXPORT_INTERVAL": "500",
     }
     command = (sys.executable, "-m", "sglang_weight_exporter", "serve", "--simulate", "2x4")
     process = subprocess.Popen(
@@ -197,6 +199,11 @@ def test_the_command_says_that_nothing_of_it_is_real(tmp_path: Path) -> None:
         eventually(lambda: len(backend.spans("sglang.weights.load")) == 8, 30, what="the loads")
         span = backend.spans("sglang.weights.load")[0]
         assert "simulated/llama-70b" in map(str, attributes_of(span).values())
+        name = "sglang.weight_exporter_build_info"
+        metric = eventually(lambda: backend.metrics().get(name), 30, what="the metrics")
+        assert metric is not None
+        (point,) = metric.gauge.data_points
+        assert attributes_of(point)["simulated"] == "true"
     finally:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=20)
