@@ -23,7 +23,8 @@ PICTURES = os.environ.get("PANELS_PICTURES")
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Monitoring]:
     directory = Path(tempfile.mkdtemp(prefix="fleet-"))
-    replay_fleet(directory, time.time())
+    # It goes on while the tests look: an end that has passed would look like a fleet that is gone.
+    replay_fleet(directory, time.time() + 120)
     stack = Monitoring(directory, {}).start()
     try:
         assert stack.query('count(sglang_weight_info{role="target"})')[0]["value"][1] == "64"

@@ -26,7 +26,7 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 #: One engine a host.
 HOSTS, RANKS = 8, 8
-SECONDS, SCRAPE_SECONDS = 300, 5
+SECONDS, SCRAPE_SECONDS = 420, 5
 
 
 class Nothing(Collector):
@@ -92,7 +92,7 @@ async def series(directory: Path, end: float) -> dict[str, list[str]]:
 
 
 def replay_fleet(directory: Path, end: float) -> None:
-    """Write it into Prometheus's storage as if it had just ended."""
+    """Write it into Prometheus's storage as if it ended then."""
     with tempfile.TemporaryDirectory(prefix="fleet-") as simulated:
         found = asyncio.run(series(Path(simulated), end))
     text = directory / "fleet.om"
