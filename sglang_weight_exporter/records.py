@@ -215,6 +215,8 @@ class CacheCounts(Record, frozen=True, kw_only=True):
     #: Whether it holds tokens that weights have computed which are gone; ``None``: not known.
     stale: bool | None = False
     pauses: dict[Pause, int] = {}
+    #: Between an order to pause that keeps its requests and the one to continue.
+    paused: bool = False
 
 
 class TableChanges(Record, frozen=True, kw_only=True):

@@ -90,6 +90,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.written = 0
         self.flushes: Counter[bool] = Counter()
         self.pauses: Counter[str] = Counter()
+        self.paused = False
         self.ledger = Ledger(
             clock=lambda: self.now,
             thread=lambda: self.on,
@@ -297,6 +298,12 @@ class LedgerMachine(RuleBasedStateMachine):
     def pause(self, mode: Any) -> None:
         self.ledger.pause(mode)
         self.pauses[mode] += 1
+        self.paused |= mode != "abort"
+
+    @rule()
+    def proceed(self) -> None:
+        self.ledger.proceed()
+        self.paused = False
 
     # Experts, on the worker's thread, whatever the scheduler's does.
 
@@ -400,6 +407,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert (cache.flushes, cache.failures) == (self.flushes[True], self.flushes[False])
             assert (cache.flushed_at is not None) == bool(cache.flushes)
             assert Counter(cache.pauses) == self.pauses
+            assert cache.paused == self.paused
 
     @invariant()
     def what_has_ended_is_told_once(self) -> None:

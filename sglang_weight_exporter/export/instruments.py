@@ -691,6 +691,13 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         _pauses,
     ),
     Instrument(
+        "sglang_kv_cache_paused",
+        "gauge",
+        "",
+        "1 while generation is paused and its requests wait (in_place, retract), else 0.",
+        read_role=_cache(lambda cache: float(cache.paused)),
+    ),
+    Instrument(
         "sglang_lora_pool_bytes",
         "gauge",
         "By",
@@ -867,6 +874,14 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "{error}",
         "Files of ranks that this exporter could not read.",
         read_host=lambda view: _one(view.unreadable),
+    ),
+    Instrument(
+        "sglang_weight_exporter_scrape_duration_seconds",
+        "gauge",
+        "s",
+        "What the scrape before this one took: reading what ranks have written, NVML, and making "
+        "the text. Absent in the first.",
+        read_host=lambda view: [] if view.scrape_seconds is None else _one(view.scrape_seconds),
     ),
     Instrument(
         "sglang_weight_exporter_spans_exported",

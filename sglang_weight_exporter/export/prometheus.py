@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from prometheus_client import Metric
 from prometheus_client.core import (
@@ -54,19 +56,21 @@ class Exposition:
         self._others = others
         self._exemplars = exemplars
         self._formats = {openmetrics: _Format(openmetrics) for openmetrics in (True, False)}
+        self._scrape_seconds: float | None = None
 
     def content_type(self, *, openmetrics: bool) -> str:
         return self._formats[openmetrics].content_type
 
     async def scrape(self, *, openmetrics: bool, gzip: bool) -> bytes:
         """Text of now. Between ranks that have to be encoded, others get their turn."""
-        view = self._read()
+        began = time.perf_counter()
+        view = replace(self._read(), scrape_seconds=self._scrape_seconds)
         kept = self._formats[openmetrics]
         await kept.take(view, exemplars=openmetrics and self._exemplars())
         tail = kept.host(view, self._others)
-        if not gzip:
-            return b"".join((*kept.ranks(), tail))
-        return kept.compressed(tail)
+        content = kept.compressed(tail) if gzip else b"".join((*kept.ranks(), tail))
+        self._scrape_seconds = time.perf_counter() - began
+        return content
 
 
 #: What a rank's text depends on: its snapshot, and which of its roles have an idle update that

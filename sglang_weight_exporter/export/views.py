@@ -65,6 +65,8 @@ class HostView:
     gpus: tuple[GpuAccount, ...] = ()
     unreadable: int = 0
     spans: SpanCounts = field(default_factory=SpanCounts)
+    #: What the scrape before this one took; None before the first, and where nothing is scraped.
+    scrape_seconds: float | None = None
     #: When this process began to count.
     started_at: float = field(default_factory=time.time)
     now: float = field(default_factory=time.time)

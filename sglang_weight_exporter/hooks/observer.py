@@ -237,6 +237,12 @@ class Observer(Phases):
         if mode in PAUSES and outcome.error is None:
             self._rank.step(lambda ledger: ledger.pause(mode))
 
+    def proceed(self, call: Call) -> Around:
+        """Generation goes on; also where it was not paused."""
+        outcome = yield
+        if outcome.error is None:
+            self._rank.step(lambda ledger: ledger.proceed())
+
     def abort(self, call: Call) -> Around:
         """Requests are aborted: one that a client gave up, which is nothing to us, or all."""
         if call.requested("abort_all"):

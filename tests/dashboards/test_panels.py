@@ -127,6 +127,15 @@ def test_numbers_on_the_first_screen_are_those_of_the_host(
     assert parts == pytest.approx(totals)
 
 
+def test_the_readmes_queries_have_answers(monitoring: Monitoring, reloaded: float) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```promql\n(.*?)```", readme, re.DOTALL)
+    queries = block.splitlines()
+    assert len(queries) == 3
+    for query in queries:
+        assert monitoring.query(query.removesuffix(" > 1"), reloaded), query
+
+
 def test_panels_are_drawn_by_grafanas_libraries(
     dashboard: dict[str, Any],
     monitoring: Monitoring,

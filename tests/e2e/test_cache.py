@@ -111,7 +111,10 @@ def test_pauses_are_counted_as_what_they_are(engine: Engine) -> None:
     for mode in modes:
         status, answer = engine.post("/pause_generation", {"mode": mode})
         assert status == 200, answer
+        # Where all are aborted SGLang's scheduler has nothing to pause.
+        told(engine, "paused", [float(mode != "abort")] * len(ranks(engine.scrape())))
         status, answer = engine.post("/continue_generation", {})
         assert status == 200, answer
+        told(engine, "paused", [0.0] * len(ranks(engine.scrape())))
     for mode in modes:
         told(engine, "pauses_total", [count + 1 for count in before[mode]], mode=mode)

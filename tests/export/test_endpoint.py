@@ -29,6 +29,7 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 from serving import Exporter
 
+from sglang_weight_exporter import __version__
 from sglang_weight_exporter.records import (
     Engine,
     Ranks,
@@ -96,6 +97,32 @@ def test_a_rank_of_which_no_role_is_known_can_raise_an_alert(
     rank.close()
 
 
+def test_the_exporter_says_what_it_costs_itself(
+    serve: Callable[..., Exporter], rank: RankStore
+) -> None:
+    exporter = serve()
+    exporter.line("metrics are at")
+
+    def scrape() -> dict[str, float]:
+        _, _, body = exporter.request("/metrics")
+        families = parse_text(body.decode())
+        return {each.name: each.value for family in families for each in family.samples}
+
+    name = "sglang_weight_exporter_scrape_duration_seconds"
+    began = time.monotonic()
+    assert name not in scrape()
+    waited = time.monotonic() - began
+    found = scrape()
+    assert 0 < found[name] < waited
+    # Of the exporter's process, and of no rank.
+    status = Path(f"/proc/{exporter.process.pid}/stat").read_text()
+    since_boot = int(status.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    boot = float(re.findall(r"^btime (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)[0])
+    assert found["process_start_time_seconds"] == pytest.approx(boot + since_boot, abs=1)
+    assert found["process_resident_memory_bytes"] > 0
+    assert found["process_cpu_seconds_total"] > 0
+
+
 # What `printf %s VERSION | sha256sum` begins with, in binary: its first 53 digits.
 VERSION_IDS = {
     "step-42": 0b00011000111000010100111110101110001000101100000110010,
@@ -153,7 +180,16 @@ def test_other_pages_and_methods(serve: Callable[..., Exporter]) -> None:
     status, headers, body = exporter.request("/")
     assert status == 200
     assert headers["content-type"].startswith("text/html")
-    assert b'href="/metrics"' in body
+    said = subprocess.run(
+        [sys.executable, "-m", "sglang_weight_exporter", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said == f"sglang-weight-exporter {__version__}\n"
+    assert f"exporter {__version__}<" in body.decode()
+    for link in (b'href="/metrics"', b'href="/healthz"'):
+        assert link in body
     for path in ("/metrics/", "/metric", "/favicon.ico", "/ranks", "//metrics"):
         assert exporter.request(path)[0] == 404
     for method in ("POST", "PUT", "DELETE", "OPTIONS"):
