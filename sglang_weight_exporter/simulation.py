@@ -24,6 +24,7 @@ import resource
 import tempfile
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
