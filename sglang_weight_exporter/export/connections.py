@@ -23,7 +23,8 @@ from sglang_weight_exporter.export.access import Access
 #: disconnected. Prometheus gives a scrape 10 seconds by default.
 EXCHANGE_SECONDS = 15.0
 
-#: Beyond it the connection that is open for the longest is let go for each new one.
+#: Beyond it the connection that is open for the longest is let go for each new one; of those that
+#: are being answered only where there are no others.
 MOST_CONNECTIONS = 512
 
 #: Connections that asyncio accepts in one go. It takes up to four goes until the first of them is
@@ -56,7 +57,7 @@ class Connection(H11Protocol):
         if len(self.connections) > _most_connections():
             oldest = min(
                 (each for each in self.connections if isinstance(each, Connection)),
-                key=lambda each: each._made_at,
+                key=lambda each: (each._is_answered, each._made_at),
             )
             self.connections.discard(oldest)  # It is told that it is lost only later.
             oldest.transport.abort()
@@ -94,6 +95,10 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._forget()
         super().connection_lost(exc)
+
+    @property
+    def _is_answered(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _forget(self) -> None:
         self._next_look.cancel()

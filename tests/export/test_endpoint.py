@@ -364,6 +364,28 @@ def test_a_scrape_follows_every_change_of_a_rank(
     assert scrape()["sglang_weight_updates_total"] == 1
 
 
+def test_a_scrape_that_is_being_answered_is_not_let_go_for_connections_that_ask_nothing(
+    serve: Callable[..., Exporter], rank: RankStore
+) -> None:
+    exporter = serve(descriptors=256)
+    exporter.line("metrics are at")
+    with socket.socket() as scraper:
+        scraper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        scraper.connect(("127.0.0.1", exporter.port))
+        request = b"GET /metrics HTTP/1.1\r\nHost: x\r\n"
+        scraper.sendall((request + b"\r\n") * 20 + request + b"Connection: close\r\n\r\n")
+        assert scraper.recv(1)  # It takes the rest later.
+        idle = [socket.create_connection(("127.0.0.1", exporter.port)) for _ in range(300)]
+        for client in idle[:50]:
+            assert client.recv(1) == b""  # Let go.
+        answers = b"H"
+        while received := scraper.recv(65536):
+            answers += received
+        assert answers.count(b"HTTP/1.1 200 OK") == 21
+    for client in idle:
+        client.close()
+
+
 def test_more_scrapes_at_once_than_the_limit_are_refused_in_words(
     serve: Callable[..., Exporter], rank: RankStore, runtime_dir: RuntimeDir
 ) -> None:
