@@ -94,9 +94,8 @@ class Roles:
         self._free_before_load: float | None = None
 
     def __iter__(self) -> Iterator[RunnerRole]:
-        """Those whose runner is still there."""
-        self._roles = [role for role in self._roles if role.runner is not None]
-        return iter(self._roles)
+        """Those whose runner is still there; safe from any thread, as it changes nothing."""
+        return iter([role for role in self._roles if role.runner is not None])
 
     def find(self, owner: Any) -> RunnerRole | None:
         """The role of a runner, or of the runner that a component belongs to; ``None`` if it has
@@ -122,7 +121,7 @@ class Roles:
             name = f"{first}_{further}"
             further += 1
         role = RunnerRole(name, identity.device_of(runner), weakref.ref(runner))
-        self._roles.append(role)
+        self._roles = [*self, role]
         self.describe(role.device)
         return role
 
