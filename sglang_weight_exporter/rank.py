@@ -169,8 +169,8 @@ class Rank:
         if os.getpid() == self._pid:
             with self._lock:
                 there = self.scan.memory_is_there and WEIGHTS not in self.ledger.released
-                if there and not self.ledger.updating:
-                    known = [role for role in self.roles if self.scan.of(role).left is not None]
+                known = [role for role in self.roles if self.scan.of(role).left is not None]
+                if known and there and not self.ledger.updating:
                     self._look_for_strays(*known, during="serving")
 
     def _fingerprint_seconds(self, *, load: bool = False) -> float:
