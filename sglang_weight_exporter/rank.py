@@ -180,8 +180,8 @@ class Rank:
     def look_before(self) -> float | None:
         """An update is about to begin; after it nobody could tell that something else wrote, nor
         what it has added to torch's memory. Of all roles, and before the first of them is written:
-        a draft holds tensors of the target's.
-        When this look began; ``None`` where there was none."""
+        a draft holds tensors of the target's. When this look began; ``None`` where there was none.
+        """
         if os.getpid() != self._pid:
             return None
         with self._lock:

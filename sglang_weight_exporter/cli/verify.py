@@ -79,7 +79,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     look.add_argument(
         "--url", type=_url, help="the engine's (default: as its own settings have it)"
     )
-    look.add_argument("--api-key", default="", help="the engine's, where it has one")
+    look.add_argument(
+        "--api-key",
+        default="",
+        help="the engine's, where it has one; its admin key, if it has that",
+    )
     look.add_argument(
         "--wait",
         type=float,
@@ -364,12 +368,13 @@ def _not_there(name: str) -> str:
 
 
 def _replicas(tables: Sequence[Table]) -> list[tuple[str, Comparison]]:
-    """Ranks that should hold the same: of one model, at the same place in it."""
-
-    places: dict[Shard, list[Table]] = {}
+    """Ranks that should hold the same: of one model, at the same place in it, quantized and packed
+    in the same way."""
+    places: dict[tuple[Shard, str, str], list[Table]] = {}
     for table in tables:
         shard = Shard.of(table.engine, table.ranks, table.role.name)
-        places.setdefault(shard, []).append(table)
+        same = shard, table.role.quantization, table.engine.sglang_version
+        places.setdefault(same, []).append(table)
     results = []
     for first, *others in places.values():
         one = table_fingerprints(first.columns)

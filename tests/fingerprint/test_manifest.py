@@ -16,6 +16,7 @@ from pathlib import Path
 
 import tiny_model
 
+import sglang_weight_exporter
 from sglang_weight_exporter import fingerprint
 from sglang_weight_exporter.checkpoint import Checkpoint
 from sglang_weight_exporter.checkpoint_layout import ServedTensor, expected_fingerprints
@@ -195,3 +196,12 @@ def test_a_checkpoint_as_sglang_fuses_it(tmp_path: Path) -> None:
     )
     assert not unverifiable
     assert expected == {name: held.fingerprint for name, held in tensors.items()}
+
+
+def test_errors_can_be_caught_by_the_names_that_the_package_offers(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
+    with pytest.raises(sglang_weight_exporter.FingerprintError):
+        sglang_weight_exporter.fingerprint_tensors({"w": torch.empty(3, device="meta")})
+    (tmp_path / "no.json").write_bytes(b"{}")
+    with pytest.raises(sglang_weight_exporter.ManifestError):
+        sglang_weight_exporter.read_manifest(tmp_path / "no.json")
