@@ -24,7 +24,6 @@ import resource
 import tempfile
 import threading
 import time
-from array import array
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -32,13 +31,17 @@ from pathlib import Path
 from sglang_weight_exporter.export.nvml import GpuMemory
 from sglang_weight_exporter.ledger import Ledger, Verdict
 from sglang_weight_exporter.records import (
+    MEMORY_PARTS,
     Device,
+    DeviceMemory,
     Engine,
     Event,
     HookState,
     Kind,
     KvPoolUsage,
     LoraUsage,
+    MemoryBudget,
+    MemoryPart,
     Ranks,
     Role,
     Snapshot,
@@ -46,6 +49,7 @@ from sglang_weight_exporter.records import (
     TableRef,
     WeightUsage,
 )
+from sglang_weight_exporter.store.namespaces import pid_namespace
 from sglang_weight_exporter.store.rank import RankStore, table_file
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.weight_table import (
@@ -79,8 +83,19 @@ _CALLS: dict[Source, int] = {"disk": 1, "distributed": 4, "tensor": 4, "ipc": 2}
 
 _DEVICE, _GPU = "cuda:0", "NVIDIA H100 80GB HBM3"
 _GPU_BYTES = 85_520_809_984
-#: CUDA's context, kernels, activations and graphs.
-_OTHER_BYTES = 4_000_000_000
+#: What torch has beside weights, KV pool and slots, and what the process has beside torch.
+_TORCH_BYTES: dict[MemoryPart, int] = {
+    "kv_tables": 16_000_000,
+    "cuda_graphs": 850_000_000,
+    "other_tensors": 210_000_000,
+    "rounding": 2_000_000,
+    "fragments": 122_000_000,
+    "cached": 300_000_000,
+}
+_OUTSIDE_BYTES, _DRIVER_BYTES = 1_000_000_000, 640_000_000
+_NOTHING = DeviceMemory(
+    device=_DEVICE, at=0.0, allocated=0, reserved=0, allocated_peak=0, reserved_peak=0
+)
 #: Keys and values of one head of 128, in a layer of bfloat16.
 _KV_TOKENS, _KV_TOKEN_BYTES = 1_000_000, 2 * 128 * 2
 
@@ -321,7 +336,8 @@ def _reload(
         ]
         for rank in ranks:
             if source != "ipc":
-                rank.ledger.bring(sum(array("Q", _table(0).nbytes)) // _CALLS[source])
+                nbytes = sum(usage.nbytes for role in rank.roles for usage in _weights(role))
+                rank.ledger.bring(nbytes // _CALLS[source])
             rank.publish()
         yield chance.uniform(0.4, 1.6)
         failed = fails and call == _CALLS[source] - 1
@@ -377,7 +393,7 @@ class _Rank:
         self._events = 0
         self._tables: dict[str, WeightTable] = {}
         self._reported: dict[str, str] = {}
-        self._held: dict[str, int] = {}
+        self._memory = _NOTHING
         self.publish()
 
     def gpu(self) -> GpuMemory:
@@ -387,7 +403,35 @@ class _Rank:
             product=_GPU,
             pci_bus_id=self._device.pci_bus_id,
             total_bytes=_GPU_BYTES,
-            used_bytes=sum(self._held.values()) + self._lora + _OTHER_BYTES,
+            used_bytes=self._memory.physical + _OUTSIDE_BYTES,
+            reserved_bytes=_DRIVER_BYTES,
+            processes={os.getpid(): self._memory.physical + _OUTSIDE_BYTES},
+        )
+
+    def _account(self) -> DeviceMemory:
+        """What torch has of the GPU; memory that is released stays reserved."""
+        roles = [self._role(name) for name in self.roles]
+        weights = sum(role.resident.get(_DEVICE, 0) for role in roles if role.resident)
+        kv_pool = sum(role.kv_resident.get(_DEVICE, 0) for role in roles if role.kv_resident)
+        held = sum(usage.nbytes for role in roles for usage in role.weights or ())
+        held += sum(usage.nbytes for role in roles for usage in role.kv_pools or ())
+        released = held - weights - kv_pool
+        parts = dict.fromkeys(MEMORY_PARTS, 0) | _TORCH_BYTES
+        parts |= {"weights": weights, "kv_pool": kv_pool, "lora": self._lora}
+        reserved = sum(parts.values()) + released
+        updated = any(role in self._tables for role in self.roles) or None
+        return DeviceMemory(
+            device=_DEVICE,
+            at=self._clock(),
+            allocated=reserved - parts["cached"] - parts["fragments"] - parts["rounding"],
+            reserved=reserved,
+            allocated_peak=reserved - parts["cached"],
+            reserved_peak=reserved,
+            released=released,
+            parts=parts,
+            before_update=updated and reserved,
+            after_update=updated and reserved,
+            after_release=self._memory.after_release if not released else reserved - released,
         )
 
     def publish(self) -> None:
@@ -419,10 +463,12 @@ class _Rank:
                 table,
             )
             self._reported[role] = table.sha256
+        self._memory = self._account()
         self.store.write_snapshot(
             Snapshot(
                 rank_id=self.store.rank_id,
                 pid=os.getpid(),
+                pid_namespace=pid_namespace(),
                 started_at=self._started_at,
                 engine=self._engine,
                 ranks=self._ranks,
@@ -431,6 +477,8 @@ class _Rank:
                 weight_version=self.ledger.weight_version,
                 cache=self.ledger.cache,
                 hooks=_HOOKS,
+                memory=(self._memory,),
+                budget=MemoryBudget(fraction=0.85, before_load=_GPU_BYTES - _DRIVER_BYTES),
                 snapshot_seconds=_LOOK_SECONDS,
                 events_dropped=self.store.events_dropped,
             )
@@ -451,7 +499,6 @@ class _Rank:
         stay = ("buffer",) if "weights" in released else ("parameter", "buffer")
         resident = sum(usage.nbytes for usage in weights if usage.kind in stay)
         kv_resident = 0 if "kv_cache" in released else pool.nbytes
-        self._held[name] = resident + kv_resident
         return Role(
             name=name,
             device=_DEVICE,
