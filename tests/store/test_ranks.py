@@ -330,8 +330,8 @@ def test_a_vanished_directory_is_made_again(runtime_dir: RuntimeDir) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
-    if os.getuid() != 0:
-        pytest.skip("needs root, to mount a file system that can be filled")
+    if os.getuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("needs root and `mount`, for a file system that can be filled")
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "tmpfs", str(path)]

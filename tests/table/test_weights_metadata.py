@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import stat
 import subprocess
 import sys
@@ -141,6 +142,8 @@ def test_only_this_user_can_read_the_addresses(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if shutil.which("mount") is None:
+        pytest.skip("needs `mount`, for a file system that can be filled")
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", str(path)]
