@@ -284,7 +284,7 @@ class Remembered:
         return [tensor for tensor in found if tensor is not None and id(tensor) not in held]
 
     def _same_storages(self, tensors: list[torch.Tensor], ids: list[int]) -> bool:
-        """Of tensors that are new objects at an old address, the storage may be another."""
+        """Whether tensors that are new objects at an old address have the old storage."""
         for row, (old, new) in enumerate(zip(self.ids, ids, strict=True)):
             if old != new:
                 storage = tensors[row].untyped_storage()
