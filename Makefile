@@ -25,7 +25,8 @@ NEWEST := 0.5.23
 OLDEST := 0.5.9
 # Rooms that need no SGLang and no torch also run on the oldest and the newest Python.
 OTHER_PYTHONS := 3.10 3.13
-LIGHT := tests/bootstrap tests/docs tests/store tests/export tests/test_ledger.py tests/test_weight_table.py \
+LIGHT := tests/bootstrap tests/docs tests/store tests/export tests/fuzz tests/test_ledger.py \
+	tests/test_weight_table.py \
 	tests/test_contracts.py \
 	$(addprefix tests/table/test_,command.py readers.py status.py weight_table_events.py weights_metadata.py)
 DEBIAN_PACKAGES := gcc binutils e2fsprogs libibverbs1 libnuma1 prometheus prometheus-alertmanager chromium \

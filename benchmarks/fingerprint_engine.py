@@ -139,6 +139,7 @@ def main() -> None:
             )
             engines[kind].answer()
             memory.append(used())
+            print(f"engine {kind} fingerprints is ready", file=sys.stderr, flush=True)
         taken: dict[tuple[str, str], list[float]] = {}
         texts: dict[str, list[Any]] = {kind: [] for kind in engines}
         looks: list[float] = []

@@ -24,6 +24,7 @@ SECTIONS = {
     "Weights": ("sglang_weight_",),
     "KV pool and LoRA slots": ("sglang_kv_", "sglang_lora_"),
     "GPUs": ("sglang_gpu_",),
+    "Memory of a rank": ("sglang_rank_memory_",),
     "The exporter itself": ("sglang_weight_exporter_",),
 }
 
@@ -143,7 +144,9 @@ def metrics() -> str:
             if _section(instrument) != section:
                 continue
             labels = [f"`{label}`" for label in instrument.labels]
-            if instrument.read_role is not None:
+            if instrument.labels == IDENTITY:
+                labels = ["identity"]
+            elif instrument.read_role is not None:
                 labels.insert(0, "identity")
             page += (
                 f"| `{_family(instrument)}` | {instrument.kind} | {', '.join(labels)}"

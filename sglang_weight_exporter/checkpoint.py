@@ -14,7 +14,7 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,13 +170,15 @@ class Checkpoint:
         for file in self._files:
             file.check_unwritten()
 
-    def fingerprints(self, names: Iterable[str] | None = None) -> dict[str, str]:
-        """Name to fingerprint, of all tensors or of these; on all cores that there are. Raises
-        CheckpointError."""
+    def fingerprints(self, held: Mapping[str, fingerprint.Bytes] | None = None) -> dict[str, str]:
+        """Name to fingerprint, of all tensors or of what was put together of them; on all cores
+        that there are. Raises CheckpointError."""
         import numpy as np
 
-        batches = _batches(self.tensors, self.tensors if names is None else names)
-        arrays = [[self.bytes_of(name) for name in batch] for batch in batches]
+        if held is None:
+            held = {name: self.bytes_of(name) for name in self.tensors}
+        batches = _batches(held)
+        arrays = [[held[name] for name in batch] for batch in batches]
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
             taken = list(threads.map(fingerprint.of_arrays, arrays))
         self.check_unwritten()
@@ -184,16 +186,15 @@ class Checkpoint:
         return dict(zip((name for batch in batches for name in batch), texts, strict=True))
 
 
-def _batches(tensors: Mapping[str, StoredTensor], names: Iterable[str]) -> list[list[str]]:
+def _batches(held: Mapping[str, fingerprint.Bytes]) -> list[list[str]]:
     batches: list[list[str]] = []
     room = 0
-    for name in names:
-        nbytes = tensors[name].nbytes
-        if nbytes > room or not batches:
+    for name, each in held.items():
+        if each.nbytes > room or not batches:
             batches.append([])
             room = _TOGETHER_BYTES
         batches[-1].append(name)
-        room -= nbytes
+        room -= each.nbytes
     return batches
 
 

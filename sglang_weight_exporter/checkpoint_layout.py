@@ -127,6 +127,34 @@ def _why_not(name: str) -> str:
     return "the checkpoint has no tensor of this name, and no rule makes it"
 
 
+@dataclass(frozen=True)
+class FusedTensor:
+    """A tensor as an engine without tensor parallelism has it: rows of these, one after another."""
+
+    parts: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def fuse(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, FusedTensor]:
+    """SGLang's names and what they are made of, of dtypes and shapes by name. What lacks a part,
+    or has parts that do not fit one another, stays what it is."""
+    found: dict[str, FusedTensor] = {}
+    fused_of = {part: fused for fused, parts in FUSED.items() for part in parts}
+    for name, (dtype, shape) in tensors.items():
+        prefix, part, suffix = _split(name)
+        fused = fused_of.get(part)
+        parts = [f"{prefix}{each}{suffix}" for each in FUSED[fused]] if fused else []
+        held = [tensors[each] for each in parts if each in tensors]
+        fit = all(each[0] == dtype and each[1] and each[1][1:] == shape[1:] for each in held)
+        if not parts or len(held) < len(parts) or not fit:
+            found[name] = FusedTensor((name,), dtype, shape)
+        else:
+            rows = sum(each[1][0] for each in held)
+            found[f"{prefix}{fused}{suffix}"] = FusedTensor(tuple(parts), dtype, (rows, *shape[1:]))
+    return found
+
+
 def _direct(
     served: ServedTensor, stored: StoredTensor, name: str, tp_rank: int, tp_size: int
 ) -> tuple[tuple[Slice, ...], int]:
@@ -292,6 +320,10 @@ def bytes_of(derivation: Derivation, checkpoint: Checkpoint) -> fingerprint.Byte
     if derivation.padding_bytes:
         parts.append(_Zeros(derivation.padding_bytes))
     return _Joined(tuple(parts))
+
+
+def fused_bytes(tensor: FusedTensor, checkpoint: Checkpoint) -> fingerprint.Bytes:
+    return _Joined(tuple(map(checkpoint.bytes_of, tensor.parts)))
 
 
 def expected_fingerprints(

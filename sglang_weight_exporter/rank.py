@@ -38,7 +38,7 @@ from sglang_weight_exporter.weight_table import WeightTable, compare_tables
 Result = TypeVar("Result")
 
 #: Tags of SGLang's memory saver (`sglang.srt.constants`).
-WEIGHTS, KV_CACHE = "weights", "kv_cache"
+MEMORY_SAVER_TAGS = WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
 
 #: What fingerprints may take of a load, kernels compiled, and of an update. A GPU's take some 10
 #: milliseconds; a CPU reads about a gigabyte a second.
@@ -66,9 +66,11 @@ class Rank:
         self.roles = roles
         self.ledger = Ledger(clock=clock, trace_id=self._trace_id, cached_tokens=scan.cached_tokens)
         self.scan = scan
+        scan.memory.released = lambda: self.ledger.released
         self._publisher = publisher
         self._hooks = hooks
         self._errors = errors
+        self._clock = clock
         self._started_at = clock()
         self._lock = threading.RLock()
         self._pid = os.getpid()
@@ -131,9 +133,10 @@ class Rank:
         """Memory is gone; of these tags and of no others."""
 
         def tell(ledger: Ledger) -> None:
-            if self._saves_memory():
-                ledger.release(tags)
+            ledger.release(self._saved(tags))
             self.scan.memory_is_there = True
+            self.scan.look_at_memory()
+            self.scan.memory.end_release()
 
         self.step(tell)
 
@@ -141,22 +144,26 @@ class Rank:
         """Memory is back. What it holds is garbage until an update, unless SGLang kept a copy."""
 
         def tell(ledger: Ledger) -> None:
-            if not self._saves_memory():
+            resumed = self._saved(tags)
+            if not resumed:
                 return
-            ledger.resume(tags)
-            for role in self.roles if WEIGHTS in tags else ():
+            ledger.resume(resumed)
+            for role in self.roles if WEIGHTS in resumed else ():
                 if role.keeps_a_copy:
                     self._look_for_strays(role, during="release", garbage=self._without_a_copy())
                 else:
                     self._look(role, fingerprint_seconds=self._fingerprint_seconds())
                 self.scan.start_over(role, known=role.keeps_a_copy)
+            self.scan.look_at_memory()
 
         self.step(tell)
 
-    def _saves_memory(self) -> bool:
-        """Otherwise SGLang answers, and does nothing."""
+    def _saved(self, tags: set[str]) -> set[str]:
+        """Those whose memory the saver has; of others SGLang answers, and does nothing."""
         target = self.roles.named("target")
-        return target is not None and target.saves_memory
+        if target is None or not target.saves_memory:
+            return set()
+        return tags & ({WEIGHTS, KV_CACHE} | ({CUDA_GRAPH} if target.saves_graphs else set()))
 
     def _without_a_copy(self) -> frozenset[int]:
         """Storages of models that are not copied. A draft that is holds some of its target's."""
@@ -170,16 +177,24 @@ class Rank:
                 if not self.ledger.updating:
                     self._look_for_strays(role, during="serving")
 
-    def look_before(self) -> None:
-        """An update is about to begin; after it nobody could tell that something else wrote. Of
-        all roles, and before the first of them is written: a draft holds tensors of the target's.
+    def look_before(self) -> float | None:
+        """An update is about to begin; after it nobody could tell that something else wrote, nor
+        what it has added to torch's memory. Of all roles, and before the first of them is written:
+        a draft holds tensors of the target's. When this look began; ``None`` where there was none.
         """
-        if os.getpid() == self._pid:
-            with self._lock:
-                there = self.scan.memory_is_there and WEIGHTS not in self.ledger.released
-                if there and not self.ledger.updating:
-                    known = [role for role in self.roles if self.scan.of(role).left is not None]
-                    self._look_for_strays(*known, during="serving")
+        if os.getpid() != self._pid:
+            return None
+        with self._lock:
+            there = self.scan.memory_is_there and WEIGHTS not in self.ledger.released
+            known = [role for role in self.roles if self.scan.of(role).left is not None]
+            if self.ledger.updating:
+                return None
+            self.scan.begin_update()
+            if not known or not there:
+                return None
+            began_at = self._clock()
+            self._look_for_strays(*known, during="serving")
+            return began_at
 
     def _fingerprint_seconds(self, *, load: bool = False) -> float:
         """How long fingerprints may take now. A kernel that reads released memory ends the
@@ -191,11 +206,15 @@ class Rank:
     def keep_readers_out(self) -> None:
         """Weights are about to be written. Not inside a step: it may wait for readers."""
         if os.getpid() == self._pid:
+            began_at = self._clock()
             self._publisher.keep_readers_out()
+            self.ledger.spend("wait", began_at)
 
     def _trace_id(self, number: int) -> str:
-        """The same on every rank of the engine, without a word between them."""
-        facts = f"{self.roles.engine.instance}|{number}"
+        """The same on every rank of the engine, on all of its hosts, without a word between
+        them."""
+        engine = self.roles.engine
+        facts = f"{engine.group or engine.instance}|{number}"
         return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
     def _complete(self, ended: Ended, written: set[str]) -> tuple[Event, WeightTable | None] | None:
@@ -212,6 +231,7 @@ class Rank:
                 if other.name not in written and not self.ledger.is_updating(other.name)
             )
             self._look(role, *others, fingerprint_seconds=self._fingerprint_seconds())
+            self.scan.memory.end_update()
             after = self.scan.of(role).weights
             changes = compare_tables(
                 None if before is None else before.table, None if after is None else after.table
@@ -260,6 +280,9 @@ class Rank:
 
     def _snapshot(self) -> Snapshot:
         engine = self.roles.engine
+        memory = self.scan.memory.devices()
+        for each in memory:
+            self.roles.describe(each.device)
         return Snapshot(
             rank_id="",
             pid=self._pid,
@@ -267,6 +290,8 @@ class Rank:
             engine=engine,
             ranks=self.roles.ranks,
             devices=self.roles.devices,
+            memory=memory,
+            budget=self.roles.budget,
             roles=tuple(map(self._role, self.roles)),
             weight_version=self.ledger.weight_version,
             hooks=self._hooks(engine.sglang_version),

@@ -31,6 +31,13 @@ CHANGES: tuple[Change, ...] = get_args(Change)
 Skip = Literal["released", "time_limit", "unsupported", "error"]
 SKIPS: tuple[Skip, ...] = get_args(Skip)
 
+#: What an update spends its time on: nothing of its own, because the next call, a peer or a reader
+#: is awaited; tensors that arrive; weights that are written, and read where they come from disk;
+#: weights that are unpacked before and packed after that, quantized ones first of all; the prefix
+#: cache; this package's own look.
+Phase = Literal["wait", "receive", "load", "post_process", "flush", "capture"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
 #: When tensors changed that no update had written: between two updates; while memory was released
 #: that SGLang keeps a copy of.
 During = Literal["serving", "release"]
@@ -101,6 +108,8 @@ class LoraUsage(Record, frozen=True, kw_only=True):
     device: str
     nbytes: int
     adapters: int
+    #: How many can be on the device at a time; ``None``: not known.
+    slots: int | None = None
 
 
 class TableRef(Record, frozen=True, kw_only=True):
@@ -150,11 +159,29 @@ class UpdateCounts(Record, frozen=True, kw_only=True):
     #: Of ``updates``, those after which every tensor held the bytes that it had held before.
     without_change: int = 0
     duration: Histogram = Histogram()
+    #: Seconds of all updates by what they went to, and what they brought; ``None`` once an update
+    #: brought something of which nobody can tell how much it is.
+    phases: dict[Phase, float] = {}
+    nbytes: int | None = 0
     #: The last update that counted: the trace of its span (32 hexadecimal digits), when it ended,
     #: and how long it took.
     trace_id: str = ""
     updated_at: float | None = None
     seconds: float | None = None
+
+
+def add_phases(one: dict[Phase, float], other: dict[Phase, float]) -> dict[Phase, float]:
+    """Seconds by phase, summed."""
+    return {
+        phase: one.get(phase, 0.0) + other.get(phase, 0.0)
+        for phase in PHASES
+        if phase in one or phase in other
+    }
+
+
+def add_bytes(one: int | None, other: int | None) -> int | None:
+    """What is not known makes the sum unknown."""
+    return None if one is None or other is None else one + other
 
 
 class FingerprintCounts(Record, frozen=True, kw_only=True):
@@ -234,6 +261,10 @@ class Update(Record, frozen=True, kw_only=True):
     weight_version: str = ""
     trace_id: str = ""
     changes: TableChanges = TableChanges()
+    #: Seconds by what they went to, which sum to its duration, and the bytes that it brought;
+    #: ``None``: nobody can tell.
+    phases: dict[Phase, float] = {}
+    nbytes: int | None = None
 
 
 class UpdateInProgress(Record, frozen=True, kw_only=True):
@@ -245,6 +276,10 @@ class UpdateInProgress(Record, frozen=True, kw_only=True):
     calls: int = 0
     #: Whether one of the calls has failed already.
     failed: bool = False
+    #: What it is about now, and what it has been about until its last call ended.
+    phase: Phase = "wait"
+    phases: dict[Phase, float] = {}
+    nbytes: int | None = 0
     #: SGLang before 0.5.21 has no end of an update made of several calls: such an update counts
     #: as ended once no call came for this many seconds. ``None``: an end will be reported, of the
     #: update or of the call that is running.
@@ -315,6 +350,8 @@ class Role(Record, frozen=True, kw_only=True):
                 # The clock may have been set back.
                 max(0.0, progress.last_call_at - progress.started_at)
             ),
+            phases=add_phases(counts.phases, progress.phases),
+            nbytes=add_bytes(counts.nbytes, progress.nbytes),
         )
         return msgspec.structs.replace(
             self,
@@ -322,6 +359,65 @@ class Role(Record, frozen=True, kw_only=True):
             updated_at=self.updated_at if progress.failed else progress.last_call_at,
             updates={**self.updates, progress.source: ended},
         )
+
+
+#: What holds the memory that torch's allocator has of a device. Disjoint, and together all of it;
+#: ``docs/memory.md`` says what each is.
+MemoryPart = Literal[
+    "weights",
+    "derived_weights",
+    "lora",
+    "kv_pool",
+    "kv_tables",
+    "cuda_graphs",
+    "other_tensors",
+    "rounding",
+    "fragments",
+    "cached",
+]
+MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
+
+
+class DeviceMemory(Record, frozen=True, kw_only=True):
+    """What a process has of one device through torch's allocator, at its last look."""
+
+    device: str
+    at: float
+    #: torch's own counts: live blocks; segments, those included whose memory is given back for
+    #: now; and the most of each since the process started, or since somebody reset it.
+    allocated: int
+    reserved: int
+    allocated_peak: int
+    reserved_peak: int
+    #: Bytes of ``reserved`` that have no physical memory, because the memory saver released them.
+    released: int = 0
+    #: Bytes of KV pools in virtual memory that is not the allocator's.
+    mapped: int = 0
+    #: Bytes by what holds them; they sum to ``reserved - released + mapped``. ``None``: not known.
+    parts: dict[MemoryPart, int] | None = None
+    #: Why they are not, as a sentence.
+    reason: str = ""
+    #: ``reserved`` before and after the last update; ``None`` before the first.
+    before_update: int | None = None
+    after_update: int | None = None
+    #: What was left of ``reserved`` after the last release.
+    after_release: int | None = None
+
+    @property
+    def physical(self) -> int:
+        """Bytes that the parts sum to."""
+        return self.reserved - self.released + self.mapped
+
+
+class MemoryBudget(Record, frozen=True, kw_only=True):
+    """What SGLang made the size of the KV pool from; ``None``: this release does not say."""
+
+    #: ``--mem-fraction-static``, as given or as SGLang chose it.
+    fraction: float | None = None
+    #: Free bytes of the GPU before the weights were loaded; of a group, of the rank with the least.
+    before_load: int | None = None
+    #: ``--max-total-tokens``; ``None`` also where it was not given.
+    token_limit: int | None = None
 
 
 class HookState(Record, frozen=True, kw_only=True):
@@ -350,6 +446,11 @@ class Engine(Record, frozen=True, kw_only=True):
     ep_size: int | None = None
     #: Where it serves HTTP, as its settings say; empty where it does not.
     url: str = ""
+    #: The same for all ranks of the engine, on however many hosts; empty until they have agreed.
+    group: str = ""
+    #: Which of the engine's hosts this is, and of how many; ``None``: the settings do not say.
+    node_rank: int | None = None
+    nodes: int | None = None
 
 
 class Ranks(Record, frozen=True, kw_only=True):
@@ -388,6 +489,11 @@ class Snapshot(Record, frozen=True, kw_only=True):
     engine: Engine
     ranks: Ranks = Ranks()
     devices: tuple[Device, ...] = ()
+    #: Each device that torch's allocator has memory of; empty where there is no GPU.
+    memory: tuple[DeviceMemory, ...] = ()
+    budget: MemoryBudget = MemoryBudget()
+    #: Inode of the namespace that ``pid`` is of; 0: not known.
+    pid_namespace: int = 0
     roles: tuple[Role, ...] = ()
     weight_version: str = ""
     hooks: tuple[HookState, ...] = ()
@@ -438,5 +544,5 @@ class Endpoint(Record, frozen=True, kw_only=True):
     version: str
     #: ``None`` until the port could be bound.
     url: str | None = None
-    #: Why there is no URL, as one sentence.
+    #: Why there is no URL, or not as it was configured, as one sentence.
     problem: str = ""

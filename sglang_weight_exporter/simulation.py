@@ -24,6 +24,7 @@ import resource
 import tempfile
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -319,6 +320,8 @@ def _reload(
             for role in rank.roles
         ]
         for rank in ranks:
+            if source != "ipc":
+                rank.ledger.bring(sum(array("Q", _table(0).nbytes)) // _CALLS[source])
             rank.publish()
         yield chance.uniform(0.4, 1.6)
         failed = fails and call == _CALLS[source] - 1

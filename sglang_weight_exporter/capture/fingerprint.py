@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -70,16 +70,15 @@ class Fingerprinter:
         or made of other tensors).
         """
         deadline = self._clock() + limit_seconds
-        _check(tensors)
         result = np.empty((len(tensors), 2), dtype=np.uint64)
         by_table: dict[torch.device, list[int]] = defaultdict(list)
         by_torch: dict[torch.device, list[int]] = defaultdict(list)
         devices = list(map(attrgetter("device"), tensors))
+        lying = _lie_as_they_read(tensors)
         gpus = {device for device in set(devices) if device.type == "cuda"}
         with_kernels = gpus if gpus and _kernels() else frozenset()
-        for row, (tensor, device) in enumerate(zip(tensors, devices, strict=True)):
-            where_they_are = device in with_kernels and _lies_as_it_reads(tensor)
-            (by_table if where_they_are else by_torch)[device].append(row)
+        for row, (device, lies) in enumerate(zip(devices, lying, strict=True)):
+            (by_table if lies and device in with_kernels else by_torch)[device].append(row)
         for device in gpus:
             with torch.cuda.device(device):
                 self._wait_for_the_device(device, after, deadline)
@@ -195,26 +194,44 @@ def has_memory(tensor: torch.Tensor) -> bool:
     return tensor.untyped_storage().nbytes() > 0 or not tensor.numel()
 
 
-def _check(tensors: Sequence[torch.Tensor]) -> None:
+def _lie_as_they_read(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    """Of each, whether the bytes at its address are its elements in their order, all of them.
+
+    Raises FingerprintError for what has no bytes. A pass over all tensors for each question: the
+    engine waits, and there may be twenty thousand.
+    """
     for kind in set(map(type, tensors)):
         if hasattr(kind, "__tensor_flatten__"):
             raise FingerprintError(
                 f"A {kind.__name__} is made of other tensors. Take theirs, or make it whole first "
                 "(full_tensor() of a DTensor)."
             )
-    for tensor in tensors:
-        if tensor.layout is not torch.strided or not has_memory(tensor):
-            raise FingerprintError(
-                f"A tensor of layout {tensor.layout} on {tensor.device} has no bytes to read."
-            )
+    kinds = set(
+        zip(map(attrgetter("layout"), tensors), map(attrgetter("device"), tensors), strict=True)
+    )
+    if any(layout is not torch.strided or device.type == "meta" for layout, device in kinds):
+        _refuse(tensors)
+    nbytes = list(map(attrgetter("nbytes"), tensors))
+    stored = [tensor.untyped_storage().nbytes() for tensor in tensors]
+    if any(size and not there for size, there in zip(nbytes, stored, strict=True)):
+        _refuse(tensors)
+    return [
+        contiguous and size <= there and not (conjugate or negative)
+        for contiguous, size, there, conjugate, negative in zip(
+            map(torch.Tensor.is_contiguous, tensors),
+            nbytes,
+            stored,
+            map(torch.Tensor.is_conj, tensors),
+            map(torch.Tensor.is_neg, tensors),
+            strict=True,
+        )
+    ]
 
 
-def _lies_as_it_reads(tensor: torch.Tensor) -> bool:
-    """Whether the bytes at its address are its elements in their order, all of them."""
-    return (
-        tensor.is_contiguous()
-        and tensor.untyped_storage().nbytes() >= tensor.nbytes
-        and not (tensor.is_conj() or tensor.is_neg())
+def _refuse(tensors: Sequence[torch.Tensor]) -> NoReturn:
+    tensor = next(one for one in tensors if one.layout is not torch.strided or not has_memory(one))
+    raise FingerprintError(
+        f"A tensor of layout {tensor.layout} on {tensor.device} has no bytes to read."
     )
 
 

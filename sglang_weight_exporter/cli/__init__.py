@@ -15,6 +15,7 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     from sglang_weight_exporter.cli import (
+        advise,
         dashboard,
         install,
         manifest,
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, status, table, verify, manifest, dashboard, run, install):
+    for command in (serve, status, table, verify, manifest, advise, dashboard, run, install):
         command.add_parser(subparsers)
     arguments = parser.parse_args(argv)
     try:

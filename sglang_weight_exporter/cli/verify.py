@@ -22,7 +22,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sglang_weight_exporter.checkpoint import Checkpoint, CheckpointError
-from sglang_weight_exporter.checkpoint_layout import ServedTensor, expected_fingerprints
+from sglang_weight_exporter.checkpoint_layout import (
+    FUSED,
+    ServedTensor,
+    expected_fingerprints,
+)
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.manifest import Manifest, ManifestError, Shard, read_manifest
 from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
@@ -75,7 +79,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     look.add_argument(
         "--url", type=_url, help="the engine's (default: as its own settings have it)"
     )
-    look.add_argument("--api-key", default="", help="the engine's, where it has one")
+    look.add_argument(
+        "--api-key",
+        default="",
+        help="the engine's, where it has one; its admin key, if it has that",
+    )
     look.add_argument(
         "--wait",
         type=float,
@@ -344,7 +352,7 @@ def _against_manifest(table: Table, manifest: Manifest) -> Comparison:
     for row in table.rows():
         tensor = manifest.tensors.get(row.name)
         if tensor is None:
-            unverifiable[row.name] = "the manifest has no tensor of this name"
+            unverifiable[row.name] = _not_there(row.name)
         elif (tensor.dtype, tensor.shape) != (row.dtype, row.shape_in_memory):
             unverifiable[row.name] = "it has another shape or dtype in the manifest: a rank's share"
         else:
@@ -353,13 +361,20 @@ def _against_manifest(table: Table, manifest: Manifest) -> Comparison:
     return compare(fingerprints, expected, unverifiable=unverifiable)
 
 
-def _replicas(tables: Sequence[Table]) -> list[tuple[str, Comparison]]:
-    """Ranks that should hold the same: of one model, at the same place in it."""
+def _not_there(name: str) -> str:
+    if any(f".{fused}." in name for fused in FUSED):
+        return "the manifest has it in parts: `manifest --fused` and fused=True write it whole"
+    return "the manifest has no tensor of this name"
 
-    places: dict[Shard, list[Table]] = {}
+
+def _replicas(tables: Sequence[Table]) -> list[tuple[str, Comparison]]:
+    """Ranks that should hold the same: of one model, at the same place in it, quantized and packed
+    in the same way."""
+    places: dict[tuple[Shard, str, str], list[Table]] = {}
     for table in tables:
         shard = Shard.of(table.engine, table.ranks, table.role.name)
-        places.setdefault(shard, []).append(table)
+        same = shard, table.role.quantization, table.engine.sglang_version
+        places.setdefault(same, []).append(table)
     results = []
     for first, *others in places.values():
         one = table_fingerprints(first.columns)

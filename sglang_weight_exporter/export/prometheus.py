@@ -22,7 +22,7 @@ from prometheus_client.samples import Exemplar
 
 from sglang_weight_exporter.export.instruments import INSTRUMENTS, Instrument, Sample
 from sglang_weight_exporter.export.measurement import label_names, measure_host, measure_roles
-from sglang_weight_exporter.export.views import HostView, RoleView, role_views
+from sglang_weight_exporter.export.views import HostView, RoleView, role_views, roles_of
 from sglang_weight_exporter.records import DURATION_BUCKETS, Histogram, Snapshot
 
 #: zlib's name for gzip's container around the stream.
@@ -97,7 +97,7 @@ class _Format:
         for snapshot in view.snapshots:
             roles = list(role_views((snapshot,), view.now))
             settled = tuple(
-                each.role is not role for each, role in zip(roles, snapshot.roles, strict=True)
+                each.role is not role for each, role in zip(roles, roles_of(snapshot), strict=True)
             )
             kept = self._texts.get(id(snapshot))
             if kept is None or kept[0][1:] != (settled, exemplars):

@@ -12,18 +12,17 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from functools import partial
 
+from sglang_weight_exporter.capture import incoming
 from sglang_weight_exporter.hooks.calls import Around, Call, Outcome, effect_of, verdict_on
+from sglang_weight_exporter.hooks.phases import Phases
 from sglang_weight_exporter.ledger import EndsWith, Ledger, Ticket, Verdict
-from sglang_weight_exporter.rank import KV_CACHE, WEIGHTS, Rank
+from sglang_weight_exporter.rank import MEMORY_SAVER_TAGS
 from sglang_weight_exporter.records import PAUSES, Source
 from sglang_weight_exporter.runners.roles import RunnerRole
 
 
-class Observer:
+class Observer(Phases):
     """Translates calls of SGLang."""
-
-    def __init__(self, rank: Rank) -> None:
-        self._rank = rank
 
     # The life of a rank and of its model runners.
 
@@ -76,6 +75,7 @@ class Observer:
 
     def allocate_kv_pool(self, call: Call) -> Around:
         """Allocation of the KV pool, and its resize once CUDA graphs are captured."""
+        self._rank.roles.tell_free_memory(call.argument("total_gpu_memory"))  # Until 0.5.9.
         outcome = yield
         self._tell_load(self._rank.role(call.owner), outcome, complete=True)
 
@@ -146,17 +146,27 @@ class Observer:
         role = self._rank.role(call.owner)
         if role is None or source is None:
             return (yield)
-        self._rank.look_before()
-        begin = partial(Ledger.begin, name=role.name, source=source, ends_with=ends_with)
-        return (yield from self._account(source, begin, announced=announced))
+        since = self._rank.look_before()
+        begin = partial(
+            Ledger.begin, name=role.name, source=source, ends_with=ends_with, since=since
+        )
+        nbytes = incoming.of_call(call.argument)
+        return (yield from self._account(source, begin, announced=announced, nbytes=nbytes))
 
     def _account(
-        self, source: Source, begin: Callable[[Ledger], Ticket | None], *, announced: bool
+        self,
+        source: Source,
+        begin: Callable[[Ledger], Ticket | None],
+        *,
+        announced: bool,
+        nbytes: int | None = None,
     ) -> Generator[None, Outcome, Outcome]:
         """Around one call that writes weights; all of them come through here. ``announced``: not
         SGLang's, whose failures are known by what they say."""
         ticket = self._rank.step(begin)
         self._rank.keep_readers_out()
+        if ticket is not None and nbytes is not None:
+            self._rank.ledger.bring(nbytes)
         outcome = yield
         if ticket is not None:
             succeeded, message = verdict_on(outcome)
@@ -165,28 +175,24 @@ class Observer:
             self._rank.step(lambda ledger: ledger.finish(ticket, verdict))
         return outcome
 
-    def receive(self, call: Call) -> Around:
-        """Tensors arrive, to be loaded by further calls; seen for its failures."""
-        role, source = self._rank.role(call.owner), call.target.source
-        outcome = yield
-        if role is not None and source is not None and outcome.error is not None:
-            message = outcome.raised
-            self._rank.step(lambda ledger: ledger.fail_receiving(role.name, source, message))
-
     def begin_session(self, call: Call) -> Around:
         """An update with a beginning and an end, and any number of calls between."""
         role = self._rank.role(call.owner)
         if role is not None:
-            self._rank.look_before()
-            self._rank.step(lambda ledger: ledger.begin_session(role.name))
+            since = self._rank.look_before()
+            self._rank.step(lambda ledger: ledger.begin_session(role.name, since=since))
             self._rank.keep_readers_out()
             outcome = yield
             if outcome.error is not None:
                 self._rank.step(lambda ledger: ledger.abandon_session(role.name))
+            else:
+                self._rank.step(lambda ledger: ledger.enter("wait", role.name))
 
     def end_session(self, call: Call) -> Around:
         """The session is over, and weights that were unpacked for it are packed again."""
         role = self._rank.role(call.owner)
+        if role is not None:
+            self._rank.step(lambda ledger: ledger.enter("post_process", role.name))
         outcome = yield
         if role is not None:
             run_post_load = bool(call.argument("run_post_load"))
@@ -223,12 +229,6 @@ class Observer:
         self._rank.step(Ledger.end_rebalance, quietly=True)
 
     # The cache that weights leave behind.
-
-    def flush(self, call: Call) -> Around:
-        """``Scheduler.flush_cache``, which refuses while requests run or wait."""
-        outcome = yield
-        succeeded = outcome.error is None and bool(outcome.result)
-        self._rank.step(lambda ledger: ledger.flush(succeeded=succeeded))
 
     def pause(self, call: Call) -> Around:
         """Generation is interrupted; mode ``abort`` does not get here, see :meth:`abort`."""
@@ -302,4 +302,4 @@ def _error(outcome: Outcome) -> str:
 
 
 def _tags(call: Call) -> set[str]:
-    return {WEIGHTS, KV_CACHE} & set(call.requested("tags") or (WEIGHTS, KV_CACHE))
+    return set(call.requested("tags") or MEMORY_SAVER_TAGS)

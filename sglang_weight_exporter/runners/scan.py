@@ -9,12 +9,13 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 
-from sglang_weight_exporter.capture.allocations import AllocationMap
+from sglang_weight_exporter.capture.account import Known
+from sglang_weight_exporter.capture.allocations import AllocationMap, Segments
 from sglang_weight_exporter.capture.fingerprint import (
     Fingerprinter,
     FingerprintError,
@@ -26,6 +27,7 @@ from sglang_weight_exporter.capture.weights import WeightCapture, capture_weight
 from sglang_weight_exporter.records import Kind, KvPoolUsage, LoraUsage, Skip
 from sglang_weight_exporter.runners import pools as runner_pools
 from sglang_weight_exporter.runners.cache import cached_tokens
+from sglang_weight_exporter.runners.memory import Memory, of_storages, of_weights
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
 from sglang_weight_exporter.weight_table import (
     WeightTable,
@@ -43,10 +45,11 @@ class Look:
 
     weights: WeightCapture | None = None
     kv_pools: tuple[KvPoolUsage, ...] | None = None
-    kv_storages: frozenset[int] = frozenset()
+    kv_storages: tuple[Storage, ...] = ()
     #: Device name to bytes of KV pools that keep their memory while the pools are released.
     kv_stays: dict[str, int] | None = None
     lora: tuple[LoraUsage, ...] = ()
+    lora_storages: tuple[Storage, ...] = ()
     #: Why fingerprints were not taken; ``None`` where they were, or were not asked for.
     skipped: Skip | None = None
     #: The table as the last load or update left it, with fingerprints. ``None``: nobody knows.
@@ -59,7 +62,8 @@ class Scan:
     """The looks at all roles of a process.
 
     ``report`` is told of what could not be read; ``allocations`` is where one allocation ends and
-    the next begins, by device; ``fingerprinter``: takes fingerprints, if they are to be taken.
+    the next begins, by device, in place of torch's allocator; ``fingerprinter``: takes
+    fingerprints, if they are to be taken; ``memory``: keeps the account of the GPUs.
     """
 
     def __init__(
@@ -70,11 +74,14 @@ class Scan:
         clock: Callable[[], float] = time.time,
         allocations: Callable[[str], AllocationMap] | None = None,
         fingerprinter: Fingerprinter | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._roles = roles
         self._report = report
         self._clock = clock
-        self._allocations = allocations or _allocations_of
+        self._allocations = allocations
+        #: What torch's allocator has of the GPUs.
+        self.memory = memory or Memory(clock=clock)
         self._looks: dict[RunnerRole, Look] = {}
         #: Addresses of storages that a weight-cache daemon holds, which count there.
         self._mapped: frozenset[int] = frozenset()
@@ -154,9 +161,11 @@ class Scan:
         or an update; otherwise they should be as the last one left them.
         """
         started = time.perf_counter()
+        segments = _Once(Segments.of_cuda)
+        on_gpu = _Once(lambda: AllocationMap.of_segments(segments()))
         for role in roles:
             look = self._looks.setdefault(role, Look())
-            map_of_allocations = _Once(lambda: self._allocations(role.device))  # noqa: B023
+            map_of_allocations = self._map(role.device, on_gpu)
             try:
                 look.weights = self._weights(role, look, map_of_allocations, derived=derived)
             except Exception as error:
@@ -170,10 +179,51 @@ class Scan:
                     self._pools(role, look, map_of_allocations)
                 except Exception as error:
                     look.kv_pools, look.kv_stays, look.lora = None, None, ()
+                    look.kv_storages, look.lora_storages = (), ()
                     self._report("kv_pool", error)
         living = set(self._roles)
         self._looks = {role: look for role, look in self._looks.items() if role in living}
+        self.look_at_memory(segments, thorough=derived or pools)
         self.seconds = time.perf_counter() - started
+
+    def begin_update(self) -> None:
+        """Weights are about to be written."""
+        try:
+            self.memory.begin_update()
+        except Exception as error:
+            self._report("memory", error)
+
+    def look_at_memory(
+        self, segments: Callable[[], Segments] = Segments.of_cuda, *, thorough: bool = True
+    ) -> None:
+        """Read the account of the GPUs again. ``thorough``: its parts in any case."""
+        pools = [storage for look in self._looks.values() for storage in look.kv_storages]
+        try:
+            self.memory.look(segments, self._known, pools, thorough=thorough)
+        except Exception as error:
+            self._report("memory", error)
+
+    def _known(self) -> list[Known]:
+        """Storages by what they are part of."""
+        known: list[Known] = []
+        pools = frozenset(
+            storage.address for look in self._looks.values() for storage in look.kv_storages
+        )
+        for role, look in self._looks.items():
+            if look.weights is not None:
+                known += of_weights(look.weights.spans)
+            known.append(of_storages("kv_pool", look.kv_storages))
+            known.append(of_storages("lora", look.lora_storages))
+            if role.runner is not None:
+                tables = runner_pools.table_storages(role.runner, pools)
+                known.append(of_storages("kv_tables", tables))
+        return known
+
+    def _map(self, device: str, on_gpu: Callable[[], AllocationMap]) -> Callable[[], AllocationMap]:
+        if self._allocations is not None:
+            allocations = self._allocations
+            return _Once(lambda: allocations(device))
+        return on_gpu if device.startswith("cuda") else AllocationMap.of_storages
 
     def _earlier(self, role: RunnerRole) -> list[Look]:
         earlier = []
@@ -269,13 +319,14 @@ class Scan:
         self, role: RunnerRole, look: Look, allocations: Callable[[], AllocationMap]
     ) -> None:
         runner = role.runner
-        counted = frozenset[int]().union(*(other.kv_storages for other in self._earlier(role)))
+        counted = {each.address for other in self._earlier(role) for each in other.kv_storages}
         storages = runner_pools.kv_storages(runner, counted)
-        look.lora = runner_pools.lora_usage(runner)
+        look.lora_storages = tuple(runner_pools.lora_storages(runner))
+        look.lora = runner_pools.lora_usage(runner, look.lora_storages)
         if storages is None:
-            look.kv_pools, look.kv_stays, look.kv_storages = None, None, frozenset()
+            look.kv_pools, look.kv_stays, look.kv_storages = None, None, ()
             return
-        look.kv_storages = frozenset(storage.address for storage in storages)
+        look.kv_storages = tuple(storages)
         look.kv_pools = runner_pools.kv_usage(runner, storages)
         look.kv_stays = _stays(storages, allocations())
 
@@ -290,21 +341,20 @@ class UnreadableTensorsError(Exception):
         )
 
 
-class _Once:
+_Made = TypeVar("_Made")
+
+
+class _Once(Generic[_Made]):
     """Asked for when it is needed, and not again in the same look."""
 
-    def __init__(self, make: Callable[[], AllocationMap]) -> None:
+    def __init__(self, make: Callable[[], _Made]) -> None:
         self._make = make
-        self._made: AllocationMap | None = None
+        self._made: list[_Made] = []
 
-    def __call__(self) -> AllocationMap:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
-
-
-def _allocations_of(device: str) -> AllocationMap:
-    return AllocationMap.of_cuda() if device.startswith("cuda") else AllocationMap.of_storages()
+    def __call__(self) -> _Made:
+        if not self._made:
+            self._made.append(self._make())
+        return self._made[0]
 
 
 def _stays(storages: list[Storage], allocations: AllocationMap) -> dict[str, int]:

@@ -48,6 +48,7 @@ _LARGEST_SECONDS = 2**63 / 1e9
 _COUNTS = len(DURATION_BUCKETS) + 1
 _TRACE_ID = re.compile(r"([0-9a-f]{32})?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_FINGERPRINT = re.compile(r"([0-9a-f]{32})?")
 _FILE = re.compile(r"[\w.-]*")
 
 #: What msgspec raises besides its own errors: for text that is no UTF-8, and for nesting.
@@ -193,7 +194,8 @@ def _problem_of_record(record: Record) -> str:
             return f".file is {record.file!r}"
         if not _SHA256.fullmatch(record.sha256):
             return f".sha256 is {record.sha256!r}"
-    return ""
+    fingerprint = record.fingerprint if isinstance(record, TableRef | WeightTable) else ""
+    return "" if _FINGERPRINT.fullmatch(fingerprint) else f".fingerprint is {fingerprint!r}"
 
 
 def _check_table(table: WeightTable) -> None:
@@ -206,6 +208,8 @@ def _check_table(table: WeightTable) -> None:
     for column in CODED:
         values = getattr(table, f"{column}_values")
         _check_column(column, getattr(table, column), "I", table.rows, codes_of=values)
+    if len(table.fingerprints) not in {0, 16 * table.rows}:
+        raise ValueError(f"{len(table.fingerprints)} bytes of fingerprints for {table.rows} rows")
     regions = len(table.region_ptr) // 8
     _check_column("region_ptr", table.region_ptr, "Q", regions)
     _check_column("region_nbytes", table.region_nbytes, "Q", regions)

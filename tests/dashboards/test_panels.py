@@ -98,6 +98,7 @@ def test_a_cpu_engine_alone_lacks_only_what_a_cpu_lacks(
     values = {**ALL, "$instance": f"127.0.0.1:{engine.exporter_port}", "$engine": str(engine.port)}
     without = unanswered(dashboard, monitoring, reloaded, values)
     on_a_gpu_only = ["sglang_gpu_memory_", "DCGM_", "sglang_lora_pool_bytes{", 'role=~"draft']
+    on_a_gpu_only.append("sglang_rank_memory_")
     on_a_gpu_only.append("max by (alertname")  # or where a rule fires
     unexpected = {
         (title, query)

@@ -118,6 +118,21 @@ def test_an_engine_that_is_cut_otherwise_is_not_compared(tmp_path: Path) -> None
     assert "no two ranks here that should hold the same" in text
 
 
+@pytest.mark.parametrize("other", ["quantization", "sglang_version"])
+def test_what_holds_other_bytes_for_a_reason_is_no_replica(tmp_path: Path, other: str) -> None:
+    """As the alert has it: quantized otherwise, or packed by another release."""
+    both = rank(tmp_path), rank(tmp_path, engine="30001")
+    if other == "quantization":
+        both[1].role = msgspec.structs.replace(both[1].role, quantization="fp8")
+    else:
+        both[1].engine = msgspec.structs.replace(both[1].engine, sglang_version="0.5.9")
+    for number, each in enumerate(both):
+        each.publish(table=holding(str(number)))
+    status, text = run("verify", tmp_path, "--recorded")
+    assert status == 2, text
+    assert "no two ranks here that should hold the same" in text
+
+
 def test_a_manifest_is_of_one_rank_with_fingerprints(tmp_path: Path) -> None:
     ranks = rank(tmp_path), rank(tmp_path, tp=1)
     ranks[0].publish(table=holding("a"))

@@ -117,6 +117,8 @@ WAYS: dict[str, tuple[str, ...]] = {
         "scheduler.update_weights_from_distributed",
     ),
     "IPC": ("update_weights_from_ipc", "scheduler.update_weights_from_ipc"),
+    "bytes of a checkpoint": ("checkpoint_files",),
+    "post-processing apart": ("restore_weights", "postprocess_weights"),
     "session, P2P": ("begin_weight_update", "end_weight_update"),
     "experts move": ("rebalance", "update_expert_location", "expert_backup"),
     "reset_tensors": ("check_weights",),

@@ -24,8 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from standins import Rank, Request, rebalanced, session
+from standins import (
+    Rank,
+    Request,
+    rebalanced,
+    session,
+    update_expert_location_with_recovery,
+)
 
+from sglang_weight_exporter.hooks.targets import EPLB_MANAGER
 from sglang_weight_exporter.records import Role, Snapshot, Source
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -185,7 +192,7 @@ def test_an_update_during_a_fault_is_counted(
     assert role.updates[source].calls == 2 * calls
     assert role.in_progress is None
     assert role.last_update is not None
-    assert role.updated_at == role.last_update.ended_at
+    assert role.last_update.started_at < (role.updated_at or 0) <= role.last_update.ended_at
     assert role.table is not None
     way(rank, runner)
     assert back(rank, lambda role: role.updates[source].updates == 3).in_progress is None
@@ -211,23 +218,69 @@ def test_a_rank_that_loads_during_a_fault_appears_when_it_is_over(disk: Path, fa
     assert role.weights is not None
 
 
-@needs_mounts
-def test_an_update_whose_calls_meet_a_fault_half_way(disk: Path) -> None:
-    rank = Rank(disk / "runtime")
-    runner = rank.runner()
+def steps_of_buckets(rank: Rank, runner: Any) -> Iterator[None]:
+    scheduler = rank.scheduler(runner)
+    for flush_cache in (False, False, True):
+        scheduler.update_weights_from_tensor(Request(flush_cache=flush_cache))
+        yield
+
+
+def steps_of_a_session(rank: Rank, runner: Any) -> Iterator[None]:
     updater = runner.weight_updater
     updater.begin_weight_update()
-    updater.update_weights_from_tensor([])
-    with full(disk):
+    yield
+    for _ in range(2):
         updater.update_weights_from_tensor([])
-    updater.update_weights_from_tensor([])
+        yield
     updater.end_weight_update(run_post_load=False)
-    assert rank_totals(rank) == (1, 0, 3)
 
 
-def rank_totals(rank: Rank) -> tuple[int, int, int]:
-    counts = back(rank, lambda role: role.in_progress is None).updates["tensor"]
-    return counts.updates, counts.failures, counts.calls
+def steps_of_a_rebalance(rank: Rank, runner: Any) -> Iterator[None]:
+    move = rank.hook(EPLB_MANAGER, update_expert_location_with_recovery)
+    for _ in rank.balancers(lambda: move(move=lambda: None), 3).rebalance():
+        yield
+
+
+#: How many steps each has, and how many of them write weights.
+STEPS: dict[str, tuple[Callable[[Rank, Any], Iterator[None]], int, Source, int]] = {
+    "several calls": (steps_of_buckets, 3, "tensor", 3),
+    "session": (steps_of_a_session, 4, "tensor", 2),
+    "rebalance": (steps_of_a_rebalance, 4, "eplb", 3),
+}
+
+
+@needs_mounts
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize(
+    ("way", "step", "source", "calls"),
+    [
+        pytest.param(way, step, source, calls, id=f"{name}-{step}")
+        for name, (way, steps, source, calls) in STEPS.items()
+        for step in range(steps)
+    ],
+)
+def test_an_update_one_of_whose_steps_meets_a_fault(
+    disk: Path,
+    fault: Fault,
+    way: Callable[[Rank, Any], Iterator[None]],
+    step: int,
+    source: Source,
+    calls: int,
+) -> None:
+    rank = Rank(disk / "runtime")
+    steps = way(rank, rank.runner())
+    for _ in range(step):
+        next(steps, None)
+    with fault(disk):
+        next(steps, None)
+    for _ in steps:
+        pass
+    role = back(rank, lambda role: role.updates[source].updates == 1)
+    assert (role.updates[source].calls, role.updates[source].failures) == (calls, 0)
+    assert role.in_progress is None
+    assert role.last_update is not None
+    assert role.updated_at == role.last_update.ended_at
+    assert role.table is not None
 
 
 @needs_mounts
@@ -239,6 +292,24 @@ def test_the_event_of_an_update_during_a_fault_is_delivered_after_it(disk: Path)
         reload(rank, runner)
     back(rank, lambda role: role.updates["disk"].updates == 2)
     assert [event.update.source for event in rank.events()][-2:] == ["disk", "disk"]
+
+
+@needs_mounts
+def test_a_thread_that_cannot_be_had_is_started_with_the_next_fault(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = Rank(disk / "runtime")
+    runner = rank.runner()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with full(disk):
+        with monkeypatch.context() as exhausted:
+            exhausted.setattr(threading.Thread, "start", refuse)
+            reload(rank, runner)
+        reload(rank, runner)
+    back(rank, lambda role: role.updates["disk"].updates == 2)
 
 
 def test_while_all_is_well_no_thread_of_ours_waits_to_try_again(tmp_path: Path) -> None:

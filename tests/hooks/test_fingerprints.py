@@ -128,6 +128,15 @@ def test_without_the_setting_nothing_is_read(tmp_path: Path) -> None:
     assert rank.role().fingerprints is None
 
 
+def test_without_the_setting_an_update_begins_without_a_look(tmp_path: Path) -> None:
+    rank = Rank(tmp_path / "runtime")
+    runner = rank.runner()
+    before = rank.snapshot().snapshot_seconds
+    runner.weight_updater.begin_weight_update()
+    assert rank.in_progress().source is None
+    assert rank.snapshot().snapshot_seconds == before
+
+
 def test_nothing_is_read_inside_a_session(rank: Rank, counting: Counting) -> None:
     runner = rank.runner()
     runner.weight_updater.begin_weight_update()

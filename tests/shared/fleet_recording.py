@@ -18,6 +18,7 @@ from monitoring import run, shaped_like_others, with_labels
 from prometheus_client import Metric
 from prometheus_client.registry import Collector
 
+from sglang_weight_exporter.export.gpu_account import GpuAccounts
 from sglang_weight_exporter.export.prometheus import Exposition
 from sglang_weight_exporter.export.views import HostView
 from sglang_weight_exporter.simulation import Simulation
@@ -43,6 +44,7 @@ async def scrapes(directory: Path, end: float) -> AsyncIterator[tuple[float, int
     simulation = Simulation(runtime_dir, HOSTS, RANKS, start=start)
     reader = SnapshotReader(runtime_dir)
     views: dict[int, HostView] = {}
+    accounts = [GpuAccounts() for _ in range(HOSTS)]
     expositions = [
         Exposition(partial(views.__getitem__, host), Nothing(), exemplars=lambda: False)
         for host in range(HOSTS)
@@ -54,12 +56,13 @@ async def scrapes(directory: Path, end: float) -> AsyncIterator[tuple[float, int
             snapshots = [snapshot for _, snapshot in reader.read()]
             gpus = simulation.gpus()
             for host, exposition in enumerate(expositions):
+                here = tuple(each for each in snapshots if each.engine.name == str(30000 + host))
                 mine = gpus[host * RANKS : (host + 1) * RANKS]
                 views[host] = HostView(
-                    snapshots=tuple(
-                        each for each in snapshots if each.engine.name == str(30000 + host)
+                    snapshots=here,
+                    gpus=accounts[host].read(
+                        here, [replace(gpu, index=gpu.index % RANKS) for gpu in mine], at
                     ),
-                    gpus=tuple(replace(gpu, index=gpu.index % RANKS) for gpu in mine),
                     started_at=start,
                     now=at,
                     simulated=True,

@@ -102,6 +102,11 @@ def table_outside_the_directory(fields: Fields) -> None:
     fields["roles"][0]["table"] = {**table, "captured_at": 1.0}
 
 
+def fingerprint_that_is_no_number(fields: Fields) -> None:
+    table = {"file": "a", "sha256": "a" * 64, "rows": 0, "regions": {}, "captured_at": 1.0}
+    fields["roles"][0]["table"] = {**table, "fingerprint": "x" * 32}
+
+
 DAMAGED_ROLE: list[Callable[[Any], Any]] = [
     histogram_with_three_counts,
     nan,
@@ -113,6 +118,7 @@ DAMAGED_ROLE: list[Callable[[Any], Any]] = [
     wrong_type,
     exemplar_that_no_scrape_takes,
     table_outside_the_directory,
+    fingerprint_that_is_no_number,
 ]
 
 
