@@ -328,21 +328,17 @@ def _reload(
         ranks,
         lambda ledger: ledger.begin_request(flush_cache=True, weight_version=str(version)),
     )
-    for call in range(_CALLS[source]):
-        tickets = [
-            (rank, rank.ledger.begin(role, source, ends_with="request"))
-            for rank in ranks
-            for role in rank.roles
-        ]
+    for call, role in itertools.product(range(_CALLS[source]), ranks[0].roles):
+        tickets = [rank.ledger.begin(role, source, ends_with="request") for rank in ranks]
         for rank in ranks:
             if source != "ipc":
-                nbytes = sum(usage.nbytes for role in rank.roles for usage in _weights(role))
-                rank.ledger.bring(nbytes // _CALLS[source])
+                brought = sum(usage.nbytes for usage in _weights(role) if usage.kind == "parameter")
+                rank.ledger.bring(brought // _CALLS[source])
             rank.publish()
         yield chance.uniform(0.4, 1.6)
         failed = fails and call == _CALLS[source] - 1
         verdict = Verdict(False, "undefined", message) if failed else Verdict(True, "changed")
-        for rank, ticket in tickets:
+        for rank, ticket in zip(ranks, tickets, strict=True):
             rank.ledger.finish(ticket, verdict)
     for rank in ranks:
         rank.place += moves

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,31 @@ def test_settings_and_metrics_have_their_real_names(page: Path) -> None:
     metrics = r"\bsglang_(?:weight|kv|lora|gpu)_[a-z_]*(?:bytes|seconds|total|tensors)\b"
     for name in re.findall(metrics, text):
         assert name.removesuffix("_total") in families, f"{page.name} names {name}"
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(PROJECT)))
+def test_commands_and_flags_exist(page: Path) -> None:
+    """Of this program and of the Makefile, wherever a document writes them as code."""
+    text = page.read_text(encoding="utf-8")
+    code = re.findall(r"^ *```.*?\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+    code += re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.S | re.M))
+    makefile = (PROJECT / "Makefile").read_text()
+    for piece in code:
+        for line in piece.splitlines():
+            for target in re.findall(r"(?:^|\$ |&& )make ([a-z][\w-]*)(?![\w=])", line):
+                assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+            for command, rest in re.findall(r"\bsglang-weight-exporter ([a-z]+)\b([^|&#]*)", line):
+                said = help_of(command)
+                for flag in re.findall(r"(?<=\s)--[a-z][\w-]*", rest.partition(" -- ")[0]):
+                    assert flag in said, f"{command} {flag}"
+
+
+@cache
+def help_of(command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_weight_exporter", command, "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout
