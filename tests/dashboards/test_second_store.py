@@ -165,7 +165,7 @@ def rules() -> list[tuple[str, str]]:
     ]
 
 
-#: Raised a scrape later or ended a scrape earlier than in Prometheus: ``changes()`` also counts from
+#: Raised a scrape later or ended one earlier than in Prometheus: ``changes()`` also counts from
 #: the last sample before its window, and a subquery begins elsewhere in its first minute.
 A_SCRAPE_APART = {
     "SGLangWeightReloadStuck",
