@@ -152,6 +152,10 @@ def metrics() -> str:
                 f"| `{_family(instrument)}` | {instrument.kind} | {', '.join(labels)}"
                 f" | {instrument.description} |\n"
             )
+    page += (
+        "\nBeside them are prometheus_client's `process_*`: memory, processor time, descriptors and"
+        "\nstart of the exporter process, not of an engine.\n"
+    )
     page += "\n*identity*: " + ", ".join(f"`{label}`" for label in IDENTITY) + ".\n"
     return page + COUNTING.format(buckets=", ".join(f"{bound:g}" for bound in DURATION_BUCKETS))
 

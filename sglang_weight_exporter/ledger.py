@@ -6,7 +6,8 @@ Pure state. It knows nothing of SGLang, of tensors or of files, so nothing that 
 those can change what it says. Every method is safe from any thread, and none waits.
 
 A call that writes weights is begun and finished (:meth:`Ledger.begin`, :meth:`Ledger.finish`); one
-call or several are an update. An update of several ends in one of three ways, whichever SGLang's
+call or several are an update. All of its time goes to one phase or another, so that they sum to
+its duration. An update of several ends in one of three ways, whichever SGLang's
 release offers: the end of its session (0.5.21 and later), a request that asks for the cache to be
 flushed, or no call for :data:`IDLE_SECONDS` (a heuristic, for clients that never ask). What has
 ended is collected with :meth:`Ledger.take_ended`.
@@ -37,6 +38,7 @@ from sglang_weight_exporter.records import (
     Kind,
     OperationCounts,
     Pause,
+    Phase,
     Role,
     Skip,
     Source,
@@ -44,6 +46,8 @@ from sglang_weight_exporter.records import (
     Update,
     UpdateCounts,
     UpdateInProgress,
+    add_bytes,
+    add_phases,
 )
 
 #: An update whose release reports no end counts as ended after this long without a call.
@@ -73,6 +77,9 @@ class Ended:
 
     role: str
     update: Update | None
+    #: When that was noticed, where what follows belongs to it too; ``None`` where it has ended
+    #: with its last call, some time ago.
+    at: float | None = None
 
 
 @dataclass(eq=False)
@@ -97,6 +104,20 @@ class _Open:
     effect: Effect = "unchanged"
     message: str = ""
     weight_version: str = ""
+    #: What it is about now and since when; seconds of what it has been about before.
+    phase: Phase = "wait"
+    phase_since: float = 0.0
+    phases: dict[Phase, float] = field(default_factory=dict)
+    #: What its calls have brought, and what the one that is running has; ``None``: not known.
+    nbytes: int | None = 0
+    arriving: int | None = None
+
+    def enter(self, phase: Phase, at: float) -> None:
+        self.spend(self.phase, _elapsed(self.phase_since, at))
+        self.phase, self.phase_since = phase, at
+
+    def spend(self, phase: Phase, seconds: float) -> None:
+        self.phases[phase] = self.phases.get(phase, 0.0) + seconds
 
     @property
     def failed(self) -> bool:
@@ -105,6 +126,10 @@ class _Open:
     def record(self, verdict: Verdict, at: float) -> None:
         self.calls += 1
         self.last_call_at = at
+        self.enter("wait", at)
+        if verdict.effect != "unchanged":
+            self.nbytes = add_bytes(self.nbytes, self.arriving)
+        self.arriving = None
         if not verdict.succeeded:
             self.broken = True
             self.message = verdict.message
@@ -163,6 +188,11 @@ class _Request:
     number: int
     flush_cache: bool
     weight_version: str
+    began_at: float
+
+    def wrote(self, update: _Open) -> bool:
+        """Whether a call of the update is of this request."""
+        return update.calls > 0 and update.last_call_at >= self.began_at
 
 
 class Ledger:
@@ -189,8 +219,10 @@ class Ledger:
         self._ended: list[Ended] = []
         self._number = 0
         self._requests: dict[int, _Request] = {}
-        #: Threads on which experts are being moved right now.
-        self._moving: set[int] = set()
+        #: Thread → the call by which experts are being moved on it right now.
+        self._moving: dict[int, Ticket] = {}
+        #: Thread → updates of which a call is running on it, the innermost last.
+        self._running: dict[int, list[_Open]] = {}
         self._rebalancing = False
         #: Calls since the first runner's session began.
         self._session_calls = 0
@@ -372,7 +404,6 @@ class Ledger:
                 message=error,
                 model_path=model_path,
                 weight_version=self._weight_version,
-                trace_id=self._trace_id(self._number),
             )
             if error:
                 self.tell_load(name)
@@ -405,24 +436,35 @@ class Ledger:
                 return
             load, role.untold_load = role.untold_load, None
             if load is not None:
+                # Ranks on several hosts know only now that they are one engine.
+                load = msgspec.structs.replace(load, trace_id=self._trace_id(load.sequence))
+                role.last_update = load
                 self._ended.append(Ended(name, load))
 
     # Calls that write weights.
 
-    def begin(self, name: str, source: Source, *, ends_with: EndsWith) -> Ticket:
-        """A call is about to write weights: a whole update, or one part of it."""
+    def begin(
+        self, name: str, source: Source, *, ends_with: EndsWith, since: float | None = None
+    ) -> Ticket:
+        """A call is about to write weights: a whole update, or one part of it. ``since``: when the
+        look at what is there before it began."""
         with self._lock:
             moves = self._thread() in self._moving
             if moves:  # Missing experts that are read from disk again, and the like.
-                return self._begin(name, "eplb", "call")
-            return self._begin(name, source, ends_with)
+                return self._begin(name, "eplb", "call", since)
+            return self._begin(name, source, ends_with, since)
 
     def finish(self, ticket: Ticket, verdict: Verdict) -> None:
         """The call has returned or raised."""
         with self._lock:
+            if self._moving.get(self._thread()) is ticket:
+                del self._moving[self._thread()]
             role = self._roles[ticket.role]
             open_ = ticket.open
             open_.running -= 1
+            running = self._running.get(self._thread(), [])
+            if open_ in running:
+                running.remove(open_)
             counts = role.updates[ticket.source]
             role.updates[ticket.source] = msgspec.structs.replace(counts, calls=counts.calls + 1)
             if not ticket.moves:
@@ -434,7 +476,7 @@ class Ledger:
                 self._leave_cache(verdict)
             served = ticket.ends_with == "request" and self._thread() in self._requests
             if ticket.opened and ticket.ends_with != "later" and not served:
-                self._end(ticket.role, open_)
+                self._end(ticket.role, open_, at=open_.last_call_at)
 
     def fail_receiving(self, name: str, source: Source, message: str) -> None:
         """Tensors of an open update did not arrive."""
@@ -445,7 +487,40 @@ class Ledger:
                 open_.source = source
                 open_.record(Verdict(False, "unchanged", message), self._clock())
 
-    def _begin(self, name: str, source: Source, ends_with: EndsWith) -> Ticket:
+    @property
+    def writing(self) -> bool:
+        """Whether a call that writes weights is running on this thread."""
+        return bool(self._running.get(self._thread()))
+
+    def bring(self, nbytes: int) -> None:
+        """What the call that is running on this thread brings is so large."""
+        with self._lock:
+            for open_ in self._running.get(self._thread(), [])[-1:]:
+                open_.arriving = (open_.arriving or 0) + nbytes
+
+    # Where the time of updates goes.
+
+    def enter(self, phase: Phase, *roles: str) -> None:
+        """From now on the updates of these roles are about something else; without roles, the
+        update of which a call is running on this thread."""
+        with self._lock:
+            updates = [self._roles[name].update for name in roles]
+            for open_ in updates or self._running.get(self._thread(), [])[-1:]:
+                if open_ is not None:
+                    open_.enter(phase, self._clock())
+
+    def spend(self, phase: Phase, since: float) -> None:
+        """Since a moment of the running phase of the call on this thread, time went elsewhere."""
+        with self._lock:
+            for open_ in self._running.get(self._thread(), [])[-1:]:
+                now = self._clock()
+                open_.enter(open_.phase, since)
+                open_.spend(phase, _elapsed(since, now))
+                open_.phase_since = now
+
+    def _begin(
+        self, name: str, source: Source, ends_with: EndsWith, since: float | None = None
+    ) -> Ticket:
         role = self._roles[name]
         moves = source == "eplb"
         open_ = role.rebalance if moves else role.update
@@ -457,31 +532,45 @@ class Ledger:
                 open_ = None
         opened = open_ is None
         if open_ is None:
-            open_ = self._open(role, source, now, bounded=moves and self._rebalancing)
+            bounded = moves and self._rebalancing
+            open_ = self._open(role, source, now, bounded=bounded, since=since)
         open_.running += 1
+        open_.enter("load", now)
+        self._running.setdefault(self._thread(), []).append(open_)
         return Ticket(name, source, ends_with, opened, open_, moves)
 
-    def _open(self, role: _Role, source: Source | None, now: float, *, bounded: bool) -> _Open:
+    def _open(
+        self,
+        role: _Role,
+        source: Source | None,
+        now: float,
+        *,
+        bounded: bool,
+        since: float | None = None,
+    ) -> _Open:
         request = None if source == "eplb" else self._requests.get(self._thread())
         if request is None:
             self._number += 1
         open_ = _Open(
             source=source,
             number=self._number if request is None else request.number,
-            started_at=now,
+            started_at=now if since is None else since,
             last_call_at=now,
             session=source is None,
             bounded=bounded,
             weight_version="" if request is None else request.weight_version,
+            phase_since=now,
         )
+        if since is not None:
+            open_.spend("capture", _elapsed(since, now))
         if source == "eplb":
             role.rebalance = open_
         else:
             role.update = open_
         return open_
 
-    def _end(self, name: str, open_: _Open) -> None:
-        """Close an update and count it."""
+    def _end(self, name: str, open_: _Open, *, at: float | None = None) -> None:
+        """Close an update and count it. ``at``: it ends only now, and not with its last call."""
         role = self._roles[name]
         if role.update is open_:
             role.update = None
@@ -492,18 +581,17 @@ class Ledger:
         if open_.source is None:
             self._ended.append(Ended(name, None))
             return
+        if at is not None:
+            open_.enter("wait", at)
         trace_id = self._trace_id(open_.number)
-        seconds = _elapsed(open_.started_at, open_.last_call_at)
         counts = role.updates[open_.source]
         counted = open_.effect == "changed"
         role.updates[open_.source] = msgspec.structs.replace(
             counts,
             updates=counts.updates + counted,
             failures=counts.failures + open_.failed,
-            duration=counts.duration.observe(seconds),
             trace_id=trace_id if counted else counts.trace_id,
             updated_at=open_.last_call_at if counted else counts.updated_at,
-            seconds=seconds if counted else counts.seconds,
         )
         if open_.effect != "unchanged":
             role.updated_at = open_.last_call_at
@@ -512,27 +600,35 @@ class Ledger:
             source=open_.source,
             sequence=open_.number,
             started_at=open_.started_at,
-            ended_at=open_.last_call_at,
+            ended_at=open_.last_call_at if at is None else at,
             calls=open_.calls,
             succeeded=not open_.failed,
             effect=open_.effect,
             message=open_.message,
             weight_version=open_.weight_version or self._weight_version,
             trace_id=trace_id,
+            phases=open_.phases,
+            nbytes=open_.nbytes,
         )
-        self._ended.append(Ended(name, role.last_update))
+        self._ended.append(Ended(name, role.last_update, at))
 
     def compare(
         self, ended: Ended, *, model_path: str, changes: TableChanges, same_bytes: bool = False
     ) -> Update | None:
-        """Complete what has ended by what the look after it found. ``same_bytes``: every tensor
-        holds what it held before, as fingerprints say."""
+        """Complete what has ended by what the look after it found, which is part of it.
+        ``same_bytes``: every tensor holds what it held before, as fingerprints say."""
         with self._lock:
             update = ended.update
             role = self._roles[ended.role]
             if update is None or update.action == "load":
                 return update
             complete = msgspec.structs.replace(update, model_path=model_path, changes=changes)
+            if ended.at is not None:
+                now = self._clock()
+                look: dict[Phase, float] = {"capture": _elapsed(ended.at, now)}
+                phases = add_phases(update.phases, look)
+                complete = msgspec.structs.replace(complete, ended_at=now, phases=phases)
+            self._count_time(role, complete)
             if role.last_update is update:
                 role.last_update = complete
             if update.effect != "unchanged":
@@ -547,9 +643,24 @@ class Ledger:
                 role.changes[change] += getattr(changes, change)
             return complete
 
+    def _count_time(self, role: _Role, update: Update) -> None:
+        if update.source is None:
+            return
+        counts = role.updates[update.source]
+        seconds = _elapsed(update.started_at, update.ended_at)
+        counted = update.effect == "changed"
+        role.updates[update.source] = msgspec.structs.replace(
+            counts,
+            duration=counts.duration.observe(seconds),
+            seconds=seconds if counted else counts.seconds,
+            phases=add_phases(counts.phases, update.phases),
+            nbytes=add_bytes(counts.nbytes, update.nbytes),
+        )
+
     # Sessions: an update with a beginning and an end, and any number of calls between.
 
-    def begin_session(self, name: str) -> None:
+    def begin_session(self, name: str, *, since: float | None = None) -> None:
+        """It unpacks weights first. ``since``: as in :meth:`begin`."""
         with self._lock:
             role = self._roles[name]
             open_ = role.update
@@ -561,7 +672,8 @@ class Ledger:
                 self._end(name, open_)
             if not self.in_session():
                 self._session_calls = 0
-            self._open(role, None, self._clock(), bounded=True)
+            opened = self._open(role, None, self._clock(), bounded=True, since=since)
+            opened.phase = "post_process"
 
     def abandon_session(self, name: str) -> None:
         """It could not begin: quantized weights are unpacked in place, perhaps some of them."""
@@ -583,6 +695,7 @@ class Ledger:
             if error:
                 open_.source = open_.source or "p2p"
                 broken = Verdict(False, "undefined", error)
+                open_.arriving = 0
                 open_.record(broken, self._clock())
                 self._leave_cache(broken)
             elif self._session_calls == 0 and run_post_load:
@@ -591,7 +704,7 @@ class Ledger:
                 self.finish(ticket, Verdict(True, "changed"))
             if open_.calls:
                 open_.last_call_at = self._clock()
-            self._end(name, open_)
+            self._end(name, open_, at=self._clock())
             if error:
                 reopened = self._open(role, None, self._clock(), bounded=True)
                 reopened.source = open_.source
@@ -611,7 +724,9 @@ class Ledger:
                 ):
                     self._end(name, open_)
             self._number += 1
-            self._requests[self._thread()] = _Request(self._number, flush_cache, weight_version)
+            self._requests[self._thread()] = _Request(
+                self._number, flush_cache, weight_version, self._clock()
+            )
 
     def end_request(self, *, succeeded: bool, message: str, raised: bool) -> None:
         """It is answered, or has raised, which ends the engine."""
@@ -621,18 +736,20 @@ class Ledger:
                 (name, role.update) for name, role in self._roles.items() if role.update is not None
             ]
             only_flush_failed = not succeeded and not any(open_.failed for _, open_ in open_updates)
+            now = self._clock()
             for name, open_ in open_updates:
+                at = now if request is not None and request.wrote(open_) else None
                 if only_flush_failed and open_.calls:
                     open_.refused, open_.message = True, message
                 if raised and open_.calls:
-                    self._end(name, open_)
+                    self._end(name, open_, at=at)
                     continue
                 if open_.session or request is None:
                     continue
                 if request.weight_version and open_.effect == "changed":
                     open_.weight_version = self._weight_version = request.weight_version
                 if not succeeded or request.flush_cache or open_.source in {"disk", "ipc"}:
-                    self._end(name, open_)
+                    self._end(name, open_, at=at)
 
     def change_version(self, version: str) -> None:
         """SGLang took note of a new weight version."""
@@ -661,13 +778,9 @@ class Ledger:
         with self._lock:
             if self._thread() in self._moving:
                 return None
-            self._moving.add(self._thread())
-            return self._begin(name, "eplb", "later" if self._rebalancing else "call")
-
-    def finish_move(self, ticket: Ticket, verdict: Verdict) -> None:
-        with self._lock:
-            self._moving.discard(self._thread())
-            self.finish(ticket, verdict)
+            ticket = self._begin(name, "eplb", "later" if self._rebalancing else "call")
+            self._moving[self._thread()] = ticket
+            return ticket
 
     # The prefix cache, whose keys and values are those of the weights that computed them.
 
@@ -685,9 +798,21 @@ class Ledger:
         if self._cache is not None:
             self._cache = msgspec.structs.replace(self._cache, **changes)
 
+    def begin_flush(self) -> None:
+        """The cache is about to be flushed: where a request asks for it, that is part of the
+        updates that it has a call in."""
+        with self._lock:
+            request = self._requests.get(self._thread())
+            for role in self._roles.values():
+                if request and role.update and request.wrote(role.update):
+                    role.update.enter("flush", self._clock())
+
     def flush(self, *, succeeded: bool) -> None:
         """The cache was to be flushed, and is empty, or SGLang refused."""
         with self._lock:
+            for role in self._roles.values():
+                if role.update is not None and role.update.phase == "flush":
+                    role.update.enter("wait", self._clock())
             cache = self._cache
             if cache is None:
                 return
@@ -697,11 +822,18 @@ class Ledger:
                 self._change_cache(failures=cache.failures + 1)
 
     def pause(self, how: Pause) -> None:
-        """Generation was interrupted."""
+        """Generation was interrupted. One that aborts all holds the requests that come in front of
+        the scheduler, which has none and is not paused."""
         with self._lock:
-            if self._cache is not None:
-                pauses = self._cache.pauses
-                self._change_cache(pauses={**pauses, how: pauses.get(how, 0) + 1})
+            cache = self._cache
+            if cache is not None:
+                pauses = {**cache.pauses, how: cache.pauses.get(how, 0) + 1}
+                self._change_cache(pauses=pauses, paused=cache.paused or how != "abort")
+
+    def proceed(self) -> None:
+        """Generation goes on."""
+        with self._lock:
+            self._change_cache(paused=False)
 
     # Memory that is given back, and what surrounds an update.
 
@@ -740,5 +872,8 @@ def _in_progress(open_: _Open) -> UpdateInProgress:
         last_call_at=open_.last_call_at,
         calls=open_.calls,
         failed=open_.failed,
+        phase=open_.phase,
+        phases=dict(open_.phases),
+        nbytes=open_.nbytes,
         idle_seconds=None if open_.bounded or open_.running else IDLE_SECONDS,
     )

@@ -31,6 +31,13 @@ CHANGES: tuple[Change, ...] = get_args(Change)
 Skip = Literal["released", "time_limit", "unsupported", "error"]
 SKIPS: tuple[Skip, ...] = get_args(Skip)
 
+#: What an update spends its time on: nothing of its own, because the next call, a peer or a reader
+#: is awaited; tensors that arrive; weights that are written, and read where they come from disk;
+#: weights that are unpacked before and packed after that, quantized ones first of all; the prefix
+#: cache; this package's own look.
+Phase = Literal["wait", "receive", "load", "post_process", "flush", "capture"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+
 #: When tensors changed that no update had written: between two updates; while memory was released
 #: that SGLang keeps a copy of.
 During = Literal["serving", "release"]
@@ -116,12 +123,12 @@ class TableRef(Record, frozen=True, kw_only=True):
     #: Device name to number of contiguous regions.
     regions: dict[str, int]
     captured_at: float
-    #: Of the bytes that the tensors hold (:func:`fingerprint.of_rank`), 32 hexadecimal digits, and
+    #: What the tensors hold, as :func:`fingerprint.of_rank` says, in 32 hexadecimal digits, and
     #: how long it took; empty and ``None`` where it was not taken, or the memory is released.
     fingerprint: str = ""
     fingerprint_seconds: float | None = None
-    #: Tensors that hold other bytes than the last load or update left in them: how many, and the
-    #: names of :data:`NAMED_CHANGES` of them.
+    #: Parameters and derived weights that hold other bytes than the last load or update left in
+    #: them: how many, and the names of :data:`NAMED_CHANGES` of them.
     #: ``None``: not known, because nobody has looked at them when it ended, or looks now.
     altered: int | None = None
     altered_names: tuple[str, ...] = ()
@@ -152,11 +159,29 @@ class UpdateCounts(Record, frozen=True, kw_only=True):
     #: Of ``updates``, those after which every tensor held the bytes that it had held before.
     without_change: int = 0
     duration: Histogram = Histogram()
+    #: Seconds of all updates by what they went to, and what they brought; ``None`` once an update
+    #: brought something of which nobody can tell how much it is.
+    phases: dict[Phase, float] = {}
+    nbytes: int | None = 0
     #: The last update that counted: the trace of its span (32 hexadecimal digits), when it ended,
     #: and how long it took.
     trace_id: str = ""
     updated_at: float | None = None
     seconds: float | None = None
+
+
+def add_phases(one: dict[Phase, float], other: dict[Phase, float]) -> dict[Phase, float]:
+    """Seconds by phase, summed."""
+    return {
+        phase: one.get(phase, 0.0) + other.get(phase, 0.0)
+        for phase in PHASES
+        if phase in one or phase in other
+    }
+
+
+def add_bytes(one: int | None, other: int | None) -> int | None:
+    """What is not known makes the sum unknown."""
+    return None if one is None or other is None else one + other
 
 
 class FingerprintCounts(Record, frozen=True, kw_only=True):
@@ -190,6 +215,8 @@ class CacheCounts(Record, frozen=True, kw_only=True):
     #: Whether it holds tokens that weights have computed which are gone; ``None``: not known.
     stale: bool | None = False
     pauses: dict[Pause, int] = {}
+    #: Between an order to pause that keeps its requests and the one to continue.
+    paused: bool = False
 
 
 class TableChanges(Record, frozen=True, kw_only=True):
@@ -234,6 +261,10 @@ class Update(Record, frozen=True, kw_only=True):
     weight_version: str = ""
     trace_id: str = ""
     changes: TableChanges = TableChanges()
+    #: Seconds by what they went to, which sum to its duration, and the bytes that it brought;
+    #: ``None``: nobody can tell.
+    phases: dict[Phase, float] = {}
+    nbytes: int | None = None
 
 
 class UpdateInProgress(Record, frozen=True, kw_only=True):
@@ -245,6 +276,10 @@ class UpdateInProgress(Record, frozen=True, kw_only=True):
     calls: int = 0
     #: Whether one of the calls has failed already.
     failed: bool = False
+    #: What it is about now, and what it has been about until its last call ended.
+    phase: Phase = "wait"
+    phases: dict[Phase, float] = {}
+    nbytes: int | None = 0
     #: SGLang before 0.5.21 has no end of an update made of several calls: such an update counts
     #: as ended once no call came for this many seconds. ``None``: an end will be reported, of the
     #: update or of the call that is running.
@@ -315,6 +350,8 @@ class Role(Record, frozen=True, kw_only=True):
                 # The clock may have been set back.
                 max(0.0, progress.last_call_at - progress.started_at)
             ),
+            phases=add_phases(counts.phases, progress.phases),
+            nbytes=add_bytes(counts.nbytes, progress.nbytes),
         )
         return msgspec.structs.replace(
             self,
@@ -429,6 +466,13 @@ class Engine(Record, frozen=True, kw_only=True):
     tp_size: int | None = None
     pp_size: int | None = None
     ep_size: int | None = None
+    #: Where it serves HTTP, as its settings say; empty where it does not.
+    url: str = ""
+    #: The same for all ranks of the engine, on however many hosts; empty until they have agreed.
+    group: str = ""
+    #: Which of the engine's hosts this is, and of how many; ``None``: the settings do not say.
+    node_rank: int | None = None
+    nodes: int | None = None
 
 
 class Ranks(Record, frozen=True, kw_only=True):
@@ -522,5 +566,5 @@ class Endpoint(Record, frozen=True, kw_only=True):
     version: str
     #: ``None`` until the port could be bound.
     url: str | None = None
-    #: Why there is no URL, as one sentence.
+    #: Why there is no URL, or not as it was configured, as one sentence.
     problem: str = ""

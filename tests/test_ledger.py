@@ -9,10 +9,11 @@ the rule that ends it applies, from a list of what has happened.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -25,7 +26,7 @@ from hypothesis.stateful import (
 )
 
 from sglang_weight_exporter.ledger import IDLE_SECONDS, Ledger, Ticket, Verdict
-from sglang_weight_exporter.records import Role
+from sglang_weight_exporter.records import Role, TableChanges, Update
 
 ROLES = ("target", "draft")
 BUCKETS = ("tensor", "distributed")
@@ -38,6 +39,16 @@ BROKEN = Verdict(False, "undefined", "broken")
 verdicts = st.sampled_from([CHANGED, CHANGED, REFUSED, BROKEN])
 
 
+#: What one call brings, where it tells.
+BYTES = 100
+TELLS = {"disk", *BUCKETS}
+
+
+def sum_of_known(parts: list[int | None]) -> int | None:
+    known = [part for part in parts if part is not None]
+    return sum(known) if len(known) == len(parts) else None
+
+
 @dataclass
 class Modelled:
     """An update that has begun: what its calls said, and by whose end it ends."""
@@ -48,6 +59,12 @@ class Modelled:
     refused_later: bool = False
     last_call: float = 0.0
     version: str = ""
+    #: Bytes of each call that wrote something; ``None``: it does not tell.
+    brought: list[int | None] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int | None:
+        return sum_of_known(self.brought)
 
     @property
     def failed(self) -> bool:
@@ -73,6 +90,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.written = 0
         self.flushes: Counter[bool] = Counter()
         self.pauses: Counter[str] = Counter()
+        self.paused = False
         self.ledger = Ledger(
             clock=lambda: self.now,
             thread=lambda: self.on,
@@ -86,8 +104,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self.updates: Counter[tuple[str, str]] = Counter()
         self.failures: Counter[tuple[str, str]] = Counter()
         self.calls: Counter[tuple[str, str]] = Counter()
+        self.brought: dict[tuple[str, str], list[int | None]] = defaultdict(list)
+        #: Seconds of each update that was told of.
+        self.seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
         self.loads = 0
-        self.ended = 0
+        self.ended = self.told = 0
         self.released: set[str] = set()
 
     # The model.
@@ -102,6 +123,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ended += 1
         self.updates[role, update.source] += update.changed
         self.failures[role, update.source] += update.failed
+        self.brought[role, update.source].append(update.nbytes)
 
     def began(self, role: str, source: str) -> Modelled:
         update = self.open[role]
@@ -146,8 +168,12 @@ class LedgerMachine(RuleBasedStateMachine):
     def write(self, role: str, source: Any, verdict: Verdict, ends_with: Any) -> None:
         update = self.began(role, source)
         ticket = self.ledger.begin(role, source, ends_with=ends_with)
+        if source in TELLS:
+            self.ledger.bring(BYTES)
         self.now += 0.5
         self.ledger.finish(ticket, verdict)
+        if verdict.effect != "unchanged":
+            update.brought.append(BYTES if source in TELLS else None)
         update.source, update.last_call = source, self.now
         update.verdicts.append(verdict)
         self.written += verdict.effect != "unchanged"
@@ -241,6 +267,7 @@ class LedgerMachine(RuleBasedStateMachine):
         elif run_post_load:
             update.source = "p2p"
             update.verdicts.append(CHANGED)
+            update.brought.append(None)
             self.written += 1
             self.calls[role, "p2p"] += 1
             self.session_calls += 1
@@ -258,6 +285,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def flush(self, works: bool) -> None:
         if works:
             self.cached.clear()
+        self.ledger.begin_flush()
+        self.now += 0.125
         self.ledger.flush(succeeded=works)
         self.flushes[works] += 1
 
@@ -269,6 +298,12 @@ class LedgerMachine(RuleBasedStateMachine):
     def pause(self, mode: Any) -> None:
         self.ledger.pause(mode)
         self.pauses[mode] += 1
+        self.paused |= mode != "abort"
+
+    @rule()
+    def proceed(self) -> None:
+        self.ledger.proceed()
+        self.paused = False
 
     # Experts, on the worker's thread, whatever the scheduler's does.
 
@@ -298,10 +333,12 @@ class LedgerMachine(RuleBasedStateMachine):
             ticket = self.ledger.begin("target", "disk", ends_with="request")
             self.ledger.finish(ticket, verdict)
             self.moves.verdicts.append(verdict)
+            self.moves.brought.append(None)
             self.calls["target", "eplb"] += 1
         whole = self.moving.ends_with == "call" and self.moving.opened
-        self.ledger.finish_move(self.moving, verdict)
+        self.ledger.finish(self.moving, verdict)
         self.moves.verdicts.append(verdict)
+        self.moves.brought.append(None)
         self.calls["target", "eplb"] += 1
         self.on, self.moving = SCHEDULER, None
         if whole:
@@ -328,8 +365,21 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # What must always hold.
 
+    def look(self) -> None:
+        """What follows the end of an update, as a rank does it."""
+        for ended in self.ledger.take_ended():
+            self.now += 0.25
+            update = self.ledger.compare(ended, model_path="b", changes=TableChanges())
+            if update is None or update.source is None:
+                continue
+            self.told += 1
+            seconds = update.ended_at - update.started_at
+            assert sum(update.phases.values()) == pytest.approx(seconds)
+            self.seconds[ended.role, update.source].append(seconds)
+
     @invariant()
     def counts_are_the_models(self) -> None:
+        self.look()
         for name in ROLES:
             if name not in self.ledger._roles:
                 return
@@ -339,7 +389,11 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert counts.updates == self.updates[key], key
                 assert counts.failures == self.failures[key], key
                 assert counts.calls == self.calls[key], key
-                assert sum(counts.duration.counts) >= counts.updates
+                seconds = self.seconds[key]
+                assert sum(counts.duration.counts) == len(seconds)
+                assert counts.duration.sum == pytest.approx(sum(seconds))
+                assert sum(counts.phases.values()) == pytest.approx(sum(seconds))
+                assert counts.nbytes == sum_of_known(self.brought[key]), key
             expected = self.open[name] is not None or (name == "target" and bool(self.moves))
             assert (role.in_progress is not None) == expected, name
             assert role.last_update is not None
@@ -353,13 +407,11 @@ class LedgerMachine(RuleBasedStateMachine):
             assert (cache.flushes, cache.failures) == (self.flushes[True], self.flushes[False])
             assert (cache.flushed_at is not None) == bool(cache.flushes)
             assert Counter(cache.pauses) == self.pauses
+            assert cache.paused == self.paused
 
     @invariant()
     def what_has_ended_is_told_once(self) -> None:
-        told = [ended for ended in self.ledger.take_ended() if ended.update is not None]
-        self.told = getattr(self, "told", 0) + len(
-            [ended for ended in told if ended.update and ended.update.action == "update"]
-        )
+        self.look()
         assert self.told == self.ended
 
 
@@ -382,6 +434,106 @@ def test_a_refused_flush_in_a_session_does_not_make_later_buckets_a_mixture() ->
     assert machine.updates["target", "tensor"] == machine.failures["target", "tensor"] == 1
 
 
+class Clock:
+    """Time that passes when a test says so, in seconds that sum exactly."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.ledger = Ledger(clock=lambda: self.now)
+        self.ledger.add_role("target")
+
+    def pass_(self, seconds: float) -> None:
+        self.now += seconds
+
+    def last(self) -> Update:
+        (ended,) = self.ledger.take_ended()
+        self.pass_(32.0)  # The look at what has changed.
+        update = self.ledger.compare(ended, model_path="b", changes=TableChanges())
+        assert update is not None
+        return update
+
+
+def test_a_session_spends_its_time_on_what_its_calls_are_about() -> None:
+    """Distributed, as SGLang 0.5.21 and later have it."""
+    clock = Clock()
+    ledger = clock.ledger
+    before = clock.now
+    clock.pass_(64.0)  # The look at what is there.
+    ledger.begin_session("target", since=before)
+    clock.pass_(1.0)  # Unpacks.
+    ledger.enter("wait", "target")
+    clock.pass_(2.0)
+    ledger.begin_request(flush_cache=True, weight_version="2")
+    ledger.enter("receive", "target")
+    clock.pass_(4.0)
+    ticket = ledger.begin("target", "distributed", ends_with="later")
+    assert ledger.writing
+    ledger.bring(4096)
+    clock.pass_(8.0)
+    ledger.finish(ticket, CHANGED)
+    assert not ledger.writing
+    ledger.begin_flush()
+    clock.pass_(16.0)
+    ledger.flush(succeeded=True)
+    ledger.end_request(succeeded=True, message="", raised=False)
+    ledger.enter("post_process", "target")
+    clock.pass_(128.0)
+    progress = ledger.describe("target", Role(name="target", device="cpu")).in_progress
+    assert progress is not None
+    assert progress.phase == "post_process"
+    ledger.end_session("target")
+    update = clock.last()
+    assert update.phases == {
+        "capture": 64.0 + 32.0,
+        "post_process": 1.0 + 128.0,
+        "wait": 2.0,
+        "receive": 4.0,
+        "load": 8.0,
+        "flush": 16.0,
+    }
+    assert update.nbytes == 4096
+    assert update.ended_at - update.started_at == 255.0
+
+
+def test_post_processing_and_readers_are_told_apart_from_the_load_around_them() -> None:
+    clock = Clock()
+    ledger = clock.ledger
+    ledger.begin_request(flush_cache=True, weight_version="")
+    ticket = ledger.begin("target", "disk", ends_with="request")
+    before = clock.now
+    clock.pass_(1.0)
+    ledger.spend("wait", before)  # Readers of the table were let go on.
+    clock.pass_(2.0)
+    ledger.enter("post_process")
+    clock.pass_(4.0)
+    ledger.enter("load")
+    ledger.finish(ticket, CHANGED)
+    ledger.end_request(succeeded=True, message="", raised=False)
+    update = clock.last()
+    assert update.phases == {"load": 2.0, "wait": 1.0, "post_process": 4.0, "capture": 32.0}
+    assert update.nbytes is None  # Nobody has said what came.
+
+
+def test_an_update_that_nobody_ends_has_ended_with_its_last_call() -> None:
+    clock = Clock()
+    ledger = clock.ledger
+    for _ in range(2):
+        clock.pass_(1.0)
+        ticket = ledger.begin("target", "tensor", ends_with="later")
+        ledger.bring(10)
+        clock.pass_(2.0)
+        ledger.finish(ticket, CHANGED)
+    clock.pass_(IDLE_SECONDS + 1)
+    role = ledger.describe("target", Role(name="target", device="cpu")).settled(clock.now)
+    assert role.updates["tensor"].phases == {"load": 4.0, "wait": 1.0}
+    assert role.updates["tensor"].duration.sum == 5.0
+    ledger.begin("target", "tensor", ends_with="later")
+    update = clock.last()
+    assert update.phases == {"load": 4.0, "wait": 1.0}
+    assert update.nbytes == 20
+    assert ledger.describe("target", role).updates["tensor"].duration.sum == 5.0
+
+
 def test_the_ledger_counts_what_a_plain_model_counts() -> None:
     run_state_machine_as_test(
         LedgerMachine,
@@ -392,3 +544,26 @@ def test_the_ledger_counts_what_a_plain_model_counts() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_a_clock_that_was_set_back_makes_no_negative_duration() -> None:
+    now = 1000.0
+    ledger = Ledger(clock=lambda: now)
+    ledger.begin_start()
+    ledger.add_role("target")
+    began = ledger.begin_load()
+    now -= 500.0
+    ledger.end_load("target", began, model_path="a", weight_version="default")
+    ledger.end_start()
+    ticket = ledger.begin("target", "disk", ends_with="request")
+    now -= 500.0  # As NTP does it to a host that booted with a wrong clock.
+    ledger.finish(ticket, CHANGED)
+    ledger.begin_session("target")
+    ticket = ledger.begin("target", "tensor", ends_with="later")
+    now -= 500.0
+    ledger.finish(ticket, CHANGED)
+    ledger.end_session("target")
+    role = ledger.describe("target", Role(name="target", device="cpu"))
+    assert role.load_seconds == 0.0
+    counted = [counts.duration for counts in role.updates.values() if counts.updates]
+    assert [duration.sum for duration in counted] == [0.0, 0.0]

@@ -95,7 +95,7 @@ def capture_weights(
     kind_values: tuple[Kind, ...] = tuple(values["kind"])
     fields: dict[str, Any] = {
         "rows": len(columns["kind"]),
-        "names": _names(values["names"]),
+        "names": joined(values["names"]),
         **{name: column.tobytes() for name, column in columns.items()},
         "dtype_values": dtype_values,
         "shape_values": tuple(map(tuple, values["shape"])),
@@ -165,7 +165,7 @@ def storages_of(model: torch.nn.Module) -> frozenset[int]:
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in found.tensors) - {0}
 
 
-def _names(names: list[str]) -> bytes:
+def joined(names: list[str]) -> bytes:
     """One name a line, as UTF-8; torch lets a module be called by what fits into neither."""
     lines = "\n".join(names)
     if lines.count("\n") >= len(names):

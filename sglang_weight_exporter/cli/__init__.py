@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="sglang-weight-exporter",
         description="Weights and KV pool of every SGLang rank of this user on this host.",
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in (
         serve,

@@ -35,8 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     endpoint = read_endpoint(runtime_dir)
     if endpoint is not None and endpoint.url is not None:
         print(f"endpoint  {endpoint.url}  (process {endpoint.pid}, version {endpoint.version})")
-    elif endpoint is not None and endpoint.problem:
-        problems.append(endpoint.problem)
+    if endpoint is not None and (endpoint.url is not None or endpoint.problem):
+        if endpoint.problem:
+            problems.append(endpoint.problem)
     elif is_held(runtime_dir.exporter_lock):
         problems.append("The exporter process is starting.")
     else:
@@ -80,6 +81,9 @@ def _print_rank(snapshot: Snapshot, now: float, *, verbose: bool) -> list[str]:
         problems.append(
             f"{name}: {count} errors of ours in {hook_name}; the engine's log has the first."
         )
+    if engine.node_rank is not None and (engine.nodes or 1) > 1:
+        group = f"of engine group {engine.group}" if engine.group else "(the ranks have not met)"
+        print(f"  host      {engine.node_rank} of 0 to {(engine.nodes or 1) - 1} {group}")
     if snapshot.weight_version:
         print(f"  version   {snapshot.weight_version}")
     if not any(role.loaded_at is not None for role in snapshot.roles):
@@ -115,9 +119,21 @@ def _print_role(role: Role, now: float) -> None:
         tokens = "" if pool.tokens is None else f" for {pool.tokens:,} tokens"
         print(f"    kv pool {pool.nbytes:,} bytes{tokens} ({pool.pool})")
     if role.in_progress is not None:
-        print(f"    update  in progress for {now - role.in_progress.started_at:.1f} s")
+        progress = role.in_progress
+        print(f"    update  in progress for {now - progress.started_at:.1f} s ({progress.phase})")
     if role.last_update is not None:
         print(f"    last    {_update_line(role.last_update, now)}")
+        if role.last_update.phases:
+            print(f"    took    {_time_line(role.last_update)}")
+
+
+def _time_line(update: Update) -> str:
+    """Where its time went, the most first."""
+    parts = sorted(update.phases.items(), key=lambda part: -part[1])
+    line = f"{sum(update.phases.values()):.3f} s: " + ", ".join(
+        f"{phase} {seconds:.3f}" for phase, seconds in parts
+    )
+    return line if update.nbytes is None else f"{line}; {update.nbytes:,} bytes came"
 
 
 def _update_line(update: Update, now: float) -> str:

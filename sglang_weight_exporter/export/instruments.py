@@ -23,6 +23,7 @@ from sglang_weight_exporter.records import (
     DURINGS,
     KINDS,
     PAUSES,
+    PHASES,
     SKIPS,
     SOURCES,
     CacheCounts,
@@ -70,6 +71,8 @@ class Instrument:
     labels: tuple[str, ...] = ()
     read_role: RoleReader | None = None
     read_host: HostReader | None = None
+    #: It is the rank's and no role's: a rank of which no role is known yet has it too.
+    of_rank: bool = False
 
 
 def _one(value: float | None) -> Iterator[Sample]:
@@ -114,6 +117,33 @@ def _by_source(
             )
 
     return samples
+
+
+def _histograms(view: RoleView) -> Iterator[Sample]:
+    """Of sources that were used: of a rank's series most would be of those that never are."""
+    durations = _by_source(lambda counts: counts.duration, exemplar=True)
+    for sample in durations(view):
+        if isinstance(sample.value, Histogram) and any(sample.value.counts):
+            yield sample
+
+
+def _phase_seconds(view: RoleView) -> Iterator[Sample]:
+    for source in SOURCES:
+        seconds = view.role.updates.get(source, UpdateCounts()).phases
+        for phase in PHASES if seconds else ():
+            yield Sample((source, phase), seconds.get(phase, 0.0))
+
+
+def _update_bytes(view: RoleView) -> Iterator[Sample]:
+    for source in SOURCES:
+        counts = view.role.updates.get(source, UpdateCounts())
+        if counts.phases and counts.nbytes is not None:
+            yield Sample((source,), counts.nbytes)
+
+
+def _phase_in_progress(view: RoleView) -> Iterator[Sample]:
+    if view.role.in_progress is not None:
+        yield Sample((view.role.in_progress.phase,), 1)
 
 
 def _changes(view: RoleView) -> Iterator[Sample]:
@@ -262,9 +292,18 @@ def _info(view: RoleView) -> Iterator[Sample]:
             _size(engine.tp_size),
             _size(engine.pp_size),
             _size(engine.ep_size),
+            engine.group,
+            _size(engine.node_rank),
+            _size(engine.nodes),
         ),
         1,
     )
+
+
+def _nodes(view: RoleView) -> Iterator[Sample]:
+    engine = view.snapshot.engine
+    if view.is_first and engine.group and (engine.nodes or 1) > 1:
+        yield Sample((engine.group, _size(engine.node_rank)), engine.nodes or 1)
 
 
 def _gpu(read: Callable[[GpuAccount], int]) -> HostReader:
@@ -422,9 +461,39 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "sglang_weight_update_duration_seconds",
         "histogram",
         "s",
-        "Time of one logical update, from its first call to its last.",
+        "Time of one logical update, from its first call to its last, with what follows that: the "
+        "flush of the cache and the look at what has changed. Of sources that were used.",
         ("source",),
-        _by_source(lambda counts: counts.duration, exemplar=True),
+        _histograms,
+    ),
+    Instrument(
+        "sglang_weight_update_phase_seconds",
+        "counter",
+        "s",
+        "Where the time of updates went, which sums to their duration: nothing of the rank's own, "
+        "because a call, a peer or a reader is awaited (wait); tensors that arrive (receive); "
+        "weights that are read and written (load), unpacked or packed, quantized ones first of all "
+        "(post_process); the cache (flush); this exporter's own look (capture). Of sources that "
+        "were used.",
+        ("source", "phase"),
+        _phase_seconds,
+    ),
+    Instrument(
+        "sglang_weight_update_phase_in_progress",
+        "gauge",
+        "",
+        "What an update is about now; 1, and absent while there is none.",
+        ("phase",),
+        _phase_in_progress,
+    ),
+    Instrument(
+        "sglang_weight_update_bytes",
+        "counter",
+        "By",
+        "Bytes that updates brought: of tensors that were handed over, or of the files of a "
+        "checkpoint. Of sources that were used and of whose bytes all are known.",
+        ("source",),
+        _update_bytes,
     ),
     Instrument(
         "sglang_weight_first_load_seconds",
@@ -546,8 +615,19 @@ INSTRUMENTS: tuple[Instrument, ...] = (
             "tp_size",
             "pp_size",
             "ep_size",
+            "engine_group",
+            "node_rank",
+            "nodes",
         ),
         _info,
+    ),
+    Instrument(
+        "sglang_weight_engine_nodes",
+        "gauge",
+        "{host}",
+        "On how many hosts the engine runs, as it was started. Absent for engines on one.",
+        ("engine_group", "node_rank"),
+        _nodes,
     ),
     Instrument(
         "sglang_kv_pool_bytes",
@@ -609,6 +689,13 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "(in_place), are computed again (retract), or are all aborted (abort).",
         ("mode",),
         _pauses,
+    ),
+    Instrument(
+        "sglang_kv_cache_paused",
+        "gauge",
+        "",
+        "1 while generation is paused and its requests wait (in_place, retract), else 0.",
+        read_role=_cache(lambda cache: float(cache.paused)),
     ),
     Instrument(
         "sglang_lora_pool_bytes",
@@ -771,6 +858,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "{error}",
         "Exceptions of ours that were caught inside the engine.",
         read_role=_once_a_rank(lambda snapshot: sum(snapshot.hook_errors.values())),
+        of_rank=True,
     ),
     Instrument(
         "sglang_weight_exporter_snapshot_seconds",
@@ -778,6 +866,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "s",
         "Time that the engine last spent on reading its weights and pools.",
         read_role=_once_a_rank(lambda snapshot: snapshot.snapshot_seconds),
+        of_rank=True,
     ),
     Instrument(
         "sglang_weight_exporter_read_errors",
@@ -785,6 +874,14 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "{error}",
         "Files of ranks that this exporter could not read.",
         read_host=lambda view: _one(view.unreadable),
+    ),
+    Instrument(
+        "sglang_weight_exporter_scrape_duration_seconds",
+        "gauge",
+        "s",
+        "What the scrape before this one took: reading what ranks have written, NVML, and making "
+        "the text. Absent in the first.",
+        read_host=lambda view: [] if view.scrape_seconds is None else _one(view.scrape_seconds),
     ),
     Instrument(
         "sglang_weight_exporter_spans_exported",

@@ -22,6 +22,11 @@ class Outcome:
     result: Any = None
     error: BaseException | None = None
 
+    @property
+    def raised(self) -> str:
+        """What SGLang's code raised, in its words; empty if it returned."""
+        return "" if self.error is None else str(self.error) or repr(self.error)
+
 
 #: What an observer's method returns for a call: it runs to its ``yield`` before SGLang's code
 #: and goes on with the outcome after it.
@@ -43,6 +48,10 @@ class Call:
     def owner(self) -> Any:
         """``self`` of a method."""
         return self._args[0]
+
+    def requested(self, name: str) -> Any:
+        """A field of the request that the scheduler serves; ``None`` where it has none."""
+        return getattr(self.argument("recv_req"), name, None)
 
     def argument(self, name: str) -> Any:
         """An argument, however it was passed; ``None`` where the signature lacks it."""
@@ -66,7 +75,7 @@ def verdict_on(outcome: Outcome) -> tuple[bool, str]:
     ``success``; other answers mean success.
     """
     if outcome.error is not None:
-        return False, str(outcome.error) or repr(outcome.error)
+        return False, outcome.raised
     result = outcome.result
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], bool):
         return result[0], str(result[1])
@@ -75,10 +84,15 @@ def verdict_on(outcome: Outcome) -> tuple[bool, str]:
     return bool(success), str(message or "")
 
 
-def effect_of(source: Source, outcome: Outcome, succeeded: bool, message: str) -> Effect:
-    """What a call did to the weights, by what SGLang's code does before each of its messages."""
+def effect_of(source: Source | None, outcome: Outcome, succeeded: bool, message: str) -> Effect:
+    """What a call did to the weights, by what SGLang's code does before each of its messages.
+
+    ``source``: ``None`` of code that is not SGLang's, whose messages say nothing.
+    """
     if succeeded:
         return "changed"
+    if source is None:
+        return "undefined"
     error = outcome.error
     if error is not None:
         return "unchanged" if _refused(error, message) else "undefined"

@@ -110,7 +110,9 @@ class Installation:
         if renamed:
             self._failures[target] = f"{place} has no argument {', '.join(renamed)} any more"
         if not ours:
-            setattr(owner, name, self._wrap(target, original))
+            wrapper: Any = self._wrap(target, original)
+            static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+            setattr(owner, name, staticmethod(wrapper) if static else wrapper)
         self._installed.add(target)
 
     def _wrap(self, target: Target, original: Callable[..., Any]) -> Callable[..., Any]:

@@ -220,6 +220,28 @@ TARGETS: tuple[Target, ...] = (
         source="distributed",
         until="0.5.20",
     ),
+    # Parts of an update, which older releases have inside of one function.
+    Target(
+        "checkpoint_files",
+        LOADER,
+        "DefaultModelLoader._prepare_weights",
+        "read_files",
+        "0.4.1",
+    ),
+    Target(
+        "restore_weights",
+        LOADER,
+        "DefaultModelLoader.restore_weights_before_loading",
+        "post_process",
+        "0.5.21",
+    ),
+    Target(
+        "postprocess_weights",
+        LOADER,
+        "DefaultModelLoader.postprocess_weights",
+        "post_process",
+        "0.5.20",
+    ),
     Target(
         "receive_weights_from_distributed",
         UPDATER,
@@ -275,6 +297,13 @@ TARGETS: tuple[Target, ...] = (
         "pause",
         "0.5.6.post2",
         reads=("recv_req",),
+    ),
+    Target(
+        "scheduler.continue_generation",
+        SCHEDULER,
+        "Scheduler.continue_generation",
+        "proceed",
+        "0.5.6.post2",
     ),
     Target(
         "scheduler.abort_request",

@@ -91,19 +91,51 @@ def instance_of(runner: Any) -> str:
 
     Ranks are children of one process (the engine's, or its data-parallel controller), which may
     have several engines; those differ in the port that their ranks meet at. In Ray all are children
-    of the host's raylet, and each engine has a placement group.
+    of the host's raylet; an engine has a placement group, and where several share one, a random
+    seed, which they draw before their actors start.
     """
     parent = os.getppid()
     role = role_of(runner)
     if role == _ENCODER and multiprocessing.parent_process() is None:
         parent = os.getpid()  # Rank 0 is the server itself, and the other ranks' parent.
     facts = [str(parent), _start_time(parent), str(server_setting(runner, "port"))]
-    facts.append(_placement_group())
+    if placement_group := _placement_group():
+        facts += [placement_group, str(_decided(runner, "get_device", "random_seed"))]
     if role in _WITHOUT_RUNNER.values():
         facts.append(role)
     elif (server_setting(runner, "dp_size") or 1) == 1:
         facts.append(str(getattr(runner, "dist_port", None)))
     return hashlib.sha256("|".join(facts).encode()).hexdigest()[:16]
+
+
+def group_of(owner: Any, engine: Engine) -> str:
+    """The same for all ranks of one engine, on however many hosts, and for no other engine; empty
+    until they have agreed.
+
+    On one host that is the instance. On several, ranks have in common where they meet
+    (``--dist-init-addr``, to be spelled the same on all hosts; Ray's placement group) and the
+    random seed, which SGLang broadcasts among them before it makes their scheduler, the ``owner``.
+    """
+    placement_group = _placement_group()
+    if (engine.nodes or 1) == 1 and not placement_group:
+        return engine.instance
+    seed = getattr(owner, "random_seed", None)
+    meet_at = _decided(owner, "get_parallel", "dist_init_addr")
+    if placement_group:
+        meet_at = f"{placement_group}|{server_setting(owner, 'port')}"
+    if seed is None or not meet_at:
+        return ""
+    return hashlib.sha256(f"{meet_at}|{seed}".encode()).hexdigest()[:16]
+
+
+def _decided(owner: Any, bag: str, name: str) -> Any:
+    """A setting as SGLang has completed it: from 0.5.17 on in the process's context, from 0.5.19 on
+    only there."""
+    context = sys.modules.get("sglang.srt.runtime_context")
+    try:
+        return getattr(getattr(context, bag)(), name)
+    except Exception:  # Of several types, as with ranks.
+        return server_setting(owner, name)
 
 
 def _placement_group() -> str:
@@ -114,7 +146,7 @@ def _placement_group() -> str:
         if ray is not None and ray.is_initialized():
             return str(ray.get_runtime_context().get_placement_group_id())
     except Exception:
-        return ""  # Of whatever type Ray's are. Engines then differ in their ports, as without Ray.
+        return ""  # Ray's errors are of many types. Engines then differ in their ports.
     return ""
 
 
@@ -143,7 +175,21 @@ def engine_of(runner: Any) -> Engine:
         tp_size=_size(runner, "tp_size"),
         pp_size=_size(runner, "pp_size"),
         ep_size=_size(runner, "ep_size"),
+        url=_url(runner),
+        node_rank=_size(runner, "node_rank"),
+        nodes=_size(runner, "nnodes"),
     )
+
+
+def _url(runner: Any) -> str:
+    """As ``ServerArgs.url`` has it; of an address that stands for all of them, this host's own."""
+    port = server_setting(runner, "port")
+    if not port or role_of(runner) == _WEIGHT_CACHE:
+        return ""
+    host = str(server_setting(runner, "host") or "")
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    scheme = "https" if server_setting(runner, "ssl_certfile") else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _size(runner: Any, name: str) -> int | None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from sglang_weight_exporter.capture import devices
 from sglang_weight_exporter.records import Device, Engine, MemoryBudget, Ranks
 from sglang_weight_exporter.runners import identity
@@ -64,6 +66,16 @@ class RunnerRole:
         runner = self.runner
         return str(getattr(getattr(runner, "model_config", runner), "model_path", "") or "")
 
+    @property
+    def weight_version(self) -> str:
+        """That the engine was started with."""
+        return str(identity.server_setting(self.runner, "weight_version") or "")
+
+    @property
+    def has_placeholders(self) -> bool:
+        """Whether a load with overlapping has made the tensors, and their values come later."""
+        return getattr(self.runner, "startup_weight_load", None) is not None
+
 
 class Roles:
     """The roles of one process, in the order of their appearance.
@@ -82,9 +94,8 @@ class Roles:
         self._free_before_load: float | None = None
 
     def __iter__(self) -> Iterator[RunnerRole]:
-        """Those whose runner is still there."""
-        self._roles = [role for role in self._roles if role.runner is not None]
-        return iter(self._roles)
+        """Those whose runner is still there; safe from any thread, as it changes nothing."""
+        return iter([role for role in self._roles if role.runner is not None])
 
     def find(self, owner: Any) -> RunnerRole | None:
         """The role of a runner, or of the runner that a component belongs to; ``None`` if it has
@@ -110,7 +121,7 @@ class Roles:
             name = f"{first}_{further}"
             further += 1
         role = RunnerRole(name, identity.device_of(runner), weakref.ref(runner))
-        self._roles.append(role)
+        self._roles = [*self, role]
         self.describe(role.device)
         return role
 
@@ -134,10 +145,14 @@ class Roles:
 
     def identify(self, owner: Any) -> None:
         """Find out which rank of which engine this process is, if it is not known yet: from the
-        first runner, or from a scheduler that has none that is known here."""
+        first runner, or from a scheduler that has none that is known here. With which ranks of
+        other hosts it is one engine only the scheduler knows."""
         if not self.engine.instance:
             self.ranks = identity.ranks_of(owner, self._dp_rank)
             self.engine = identity.engine_of(owner)
+        if not self.engine.group:
+            group = identity.group_of(owner, self.engine)
+            self.engine = msgspec.structs.replace(self.engine, group=group)
 
     def describe(self, device: str) -> Device:
         """Which piece of hardware a torch device is."""

@@ -28,7 +28,7 @@ from sglang_weight_exporter.capture.fingerprint import (
 )
 from sglang_weight_exporter.capture.pools import Storage
 from sglang_weight_exporter.capture.table_fingerprints import with_fingerprints
-from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
+from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights, storages_of
 from sglang_weight_exporter.records import (
     Kind,
     KvPoolUsage,
@@ -122,13 +122,29 @@ class Scan:
             table = None if look.weights is None else look.weights.table
             look.left = table if known and table and table.fingerprint else None
 
-    def map(self, storages: frozenset[int]) -> None:
-        """Storages of tensors that were mapped from a weight-cache daemon."""
-        self._mapped |= storages
+    def overlook(self, role: RunnerRole, storages: frozenset[int]) -> None:
+        """That tensors in these storages hold other bytes is no news."""
+        look = self._looks.get(role)
+        if storages and look is not None and look.altered and look.weights is not None:
+            there = {
+                row.name for row in table_rows(look.weights.table) if row.storage_ptr in storages
+            }
+            look.altered = {name: kind for name, kind in look.altered.items() if name not in there}
+
+    def map(self, model: object) -> None:
+        """A model's tensors were mapped from a weight-cache daemon, where they count."""
+        if isinstance(model, torch.nn.Module):
+            self._mapped |= storages_of(model)
 
     def watch(self, scheduler: Any) -> None:
         """Whose prefix cache it is."""
         self._scheduler = weakref.ref(scheduler)
+
+    def _forward_passes(self) -> torch.cuda.Stream | None:
+        """The stream that they are in, where they are in one of their own. With overlapped
+        scheduling a request is served while the last batch still runs there."""
+        stream = getattr(self._scheduler(), "forward_stream", None)
+        return stream if isinstance(stream, torch.cuda.Stream) else None
 
     def cached_tokens(self) -> int | None:
         """Tokens in the prefix cache now; ``None`` where there is none, or it cannot be read."""
@@ -311,14 +327,17 @@ class Scan:
         if look.weights is None:
             return
         table = without_fingerprints(look.weights.table)
-        # With overlapped loading the values come later than the tensors.
-        loading = getattr(role.runner, "startup_weight_load", None) is not None
         if not (limit_seconds and self.memory_is_there):
             look.skipped = "released"
-        elif not loading:
+        elif not role.has_placeholders:
             try:
                 table = with_fingerprints(
-                    table, role.runner.model, look.weights.slots, fingerprinter, limit_seconds
+                    table,
+                    role.runner.model,
+                    look.weights.slots,
+                    fingerprinter,
+                    limit_seconds,
+                    after=self._forward_passes(),
                 )
             except FingerprintError as error:
                 timed_out = isinstance(error, FingerprintTimeoutError)

@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,6 +100,20 @@ def rank_directories(runtime_dir: RuntimeDir) -> Iterator[RankDirectory]:
     for path in paths:
         if not path.name.startswith("."):
             yield RankDirectory(path)
+
+
+def keep_from_cleaners(runtime_dir: RuntimeDir) -> None:
+    """Have every file look used, and no file look changed.
+
+    Cleaners of temporary directories remove what nobody has used for days, and an engine may not
+    change its weights for weeks: tmpreaper looks at the time of the last access, systemd-tmpfiles
+    at the latest of all times. Raises nothing: what cannot be touched may be gone just now.
+    """
+    for directory, _, files in os.walk(runtime_dir.path):
+        for path in (Path(directory), *(Path(directory, file) for file in files)):
+            with contextlib.suppress(OSError):
+                changed = path.lstat().st_mtime_ns
+                os.utime(path, ns=(time.time_ns(), changed), follow_symlinks=False)
 
 
 def read_endpoint(runtime_dir: RuntimeDir) -> Endpoint | None:

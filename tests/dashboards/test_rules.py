@@ -79,6 +79,29 @@ def test_every_alert_is_tested_and_has_a_runbook() -> None:
         ("role, tp_rank, pp_rank, moe_ep_rank,\n", "role,\n"),
         ("quantization, sglang_version, gpu_name\n", "quantization\n"),
         ('{during="release"}', "{}"),
+        ('min_over_time(sglang_weight_update_in_progress{role="target"}[5m]) > 0', "vector(1)"),
+        (
+            "max without (tp_rank, dp_rank, moe_ep_rank, device, gpu_uuid) (\n            min",
+            "(min",
+        ),
+        ("unless sum without (source) (changes(sglang_weight_updates_total[5m])) > 0", ""),
+        ("sglang_weight_update_bytes_total == 0\n              or", ""),
+        (
+            "sglang_weight_update_bytes_total == sglang_weight_update_bytes_total offset 10m",
+            "vector(1)",
+        ),
+        ("sglang_kv_cache_stale > 0", "sglang_kv_cache_stale"),
+        ('{role="target",source!="eplb"})\n          )\n          and', '{role="target"}))\n and'),
+        ('{role=~"draft.*"} + 60', '{role=~"draft.*"}'),
+        ("and on (model_name) sglang_weights:rhythm_watched", ""),
+        ("4 * 21600", "400 * 21600"),
+        (
+            "sglang_weight_version_id unless sglang_weight_update_in_progress > 0",
+            "sglang_weight_version_id",
+        ),
+        ("engine_group, role) (", "role) ("),
+        ('nodes!="",nodes!="1",', ""),
+        ("engine_group, node_rank) (", "engine_group, node_rank, tp_rank, instance) ("),
         ("and sglang_rank_memory_reserved_bytes offset 15m > sglang", "and -1 < sglang"),
         (
             "and min_over_time(sglang_rank_memory_reserved_bytes[15m]) >= max_over_time("

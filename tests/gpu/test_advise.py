@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""An engine that is started again as `advise` says has what was promised, and stands its load."""
+"""An engine started again as `advise` says has what it was promised, and stands its load."""
 
 from __future__ import annotations
 

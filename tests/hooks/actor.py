@@ -3,11 +3,11 @@
 """A rank without a server: SGLang's Scheduler in a process that nobody told about plugins, as
 Ray's SchedulerActor has it, sent every request that touches weights.
 
-`actor.py OUT RANKS LORA TRAINER_PORT FIRST SECOND BROKEN OTHER_SHAPE`: RANKS is how many of these
-processes run at once, LORA "lora" or nothing; then a free port, the checkpoint to load, one of the
-same shape, one whose file is cut off, one of another shape. Writes to OUT, as JSON, what each
-request answered and the rank's snapshot and events after it. Requests that fail go last: some of
-them would end a server.
+`actor.py OUT RANKS LORA TRAINER_PORT DELAYS FIRST SECOND BROKEN OTHER_SHAPE`: RANKS is how many of
+these processes run at once, LORA "lora" or nothing; then a free port, seconds by phase as JSON, the
+checkpoint to load, one of the same shape, one whose file is cut off, one of another shape. Writes
+to OUT, as JSON, what each request answered and the rank's snapshot and events after it. Requests
+that fail go last: some of them would end a server.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import torch
@@ -31,18 +32,20 @@ from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
 from sglang_weight_exporter import TableReader, open_tables, record_update, updating
+from sglang_weight_exporter.runners.scan import Scan
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader, rank_directories
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 NORM = "model.norm.weight"
 TRAINER = """
-import sys, torch
+import sys, time, torch
 from sglang.srt.utils import init_custom_process_group
 group = init_custom_process_group(
     backend="gloo", init_method=f"tcp://127.0.0.1:{sys.argv[1]}", world_size=2, rank=0,
     group_name="trainer",
 )
+time.sleep(2)
 torch.distributed.broadcast(torch.full((128,), 2.0, dtype=torch.bfloat16), src=0, group=group)
 """
 
@@ -121,6 +124,34 @@ class Script:
         self.out.write_text(json.dumps(self.steps))
 
 
+@contextlib.contextmanager
+def delays(scheduler: Any, seconds: dict[str, float]) -> Iterator[None]:
+    """SGLang's own code, and this package's look, take so much longer, by phase."""
+    model = scheduler.tp_worker.model_runner.model
+    quantization = next(
+        module.quant_method for module in model.modules() if hasattr(module, "quant_method")
+    )
+    places = {
+        "load": (model, "load_weights"),
+        "post_process": (quantization, "process_weights_after_loading"),
+        "flush": (scheduler.tree_cache, "reset"),
+        "capture": (Scan, "look"),
+    }
+
+    def late(original: Any, delay: float) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(delay)
+            return original(*args, **kwargs)
+
+        return wrapper
+
+    with contextlib.ExitStack() as patches:
+        for phase, (owner, name) in places.items():
+            slow = late(getattr(owner, name), seconds[phase])
+            patches.enter_context(mock.patch.object(owner, name, slow))
+        yield
+
+
 def change_by_own_means(script: Script, runner: Any) -> None:
     """Write into a real parameter behind SGLang's back, and announce it."""
     weight = runner.model.get_parameter(NORM)
@@ -149,7 +180,8 @@ def change_by_own_means(script: Script, runner: Any) -> None:
 
 def main() -> None:
     out = Path(sys.argv[1])
-    ranks, lora, port, first, second, broken, other_shape = sys.argv[2:]
+    ranks, lora, port, late, first, second, broken, other_shape = sys.argv[2:]
+    seconds = json.loads(late)
     script = Script(out)
     scheduler = make_scheduler(first, flags=LORA if lora else "")
     script.step("start", lambda: script.wait_for(int(ranks)))
@@ -182,6 +214,7 @@ def main() -> None:
     last_bucket = tensors([(NORM, norm)], weight_version="7")
     flattened_bucket = tensors(flattened, load_format="flattened_bucket")
     no_session = tensors([(NORM, norm)])
+    late_bucket = tensors([(NORM, norm)])
     unknown_format = tensors([(NORM, norm)], load_format="no_such_format")
     wrong_shape = tensors([(NORM, norm), (NORM, norm[:64])])
 
@@ -191,6 +224,12 @@ def main() -> None:
         script.step("last bucket", last_bucket)
     with session("flattened"):
         script.step("flattened bucket", flattened_bucket)
+    with delays(scheduler, seconds):
+        script.step("late disk", ask(disk, model_path=second, load_format="auto"))
+        if has_sessions:
+            with session("late tensor"):
+                time.sleep(seconds["wait"])
+                script.step("late bucket", late_bucket)
     if has_sessions:
         script.step("no session", no_session)
         with session("peer to peer"):

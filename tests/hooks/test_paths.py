@@ -34,6 +34,9 @@ LORA_RANK = 8
 LORA_ON_CPU = "0.5.9"  # Later ones pin memory, which needs a GPU.
 BFLOAT16 = 2
 
+#: Seconds that each phase is made to take longer.
+DELAYS = {"wait": 0.4, "load": 0.5, "post_process": 0.6, "flush": 0.7, "capture": 0.8}
+
 
 def safetensors(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     """Write zeros in bfloat16."""
@@ -115,9 +118,14 @@ class Step:
 class Run:
     """All requests to one rank, in order."""
 
-    def __init__(self, steps: dict[str, Any], output: str, version: str) -> None:
+    def __init__(
+        self, steps: dict[str, Any], output: str, version: str, checkpoints: list[Path]
+    ) -> None:
         self.output = output
         self.version = version
+        self.checkpoint_bytes = {
+            str(path): (path / "model.safetensors").stat().st_size for path in checkpoints
+        }
         self.steps = {name: msgspec.convert(step, Step) for name, step in steps.items()}
 
     @property
@@ -151,6 +159,7 @@ class Running:
         self.version = version
         self.directory = shared / release
         self.directory.mkdir()
+        self.checkpoints = write_checkpoints(self.directory)
         self.out = self.directory / "steps.json"
         self.log = self.directory / "log"
         lora = "lora" if version_key(version) <= version_key(LORA_ON_CPU) else ""
@@ -163,7 +172,8 @@ class Running:
                     str(ranks),
                     lora,
                     str(free_port()),
-                    *write_checkpoints(self.directory),
+                    json.dumps(DELAYS),
+                    *self.checkpoints,
                 ],
                 env=installation.environment(
                     **{PREFIX + "RUNTIME_DIR": str(shared / "runtime"), PREFIX + "SERVE": "off"}
@@ -181,7 +191,7 @@ class Running:
 
     def run(self) -> Run:
         output = self.log.read_text(errors="replace")
-        return Run(json.loads(self.out.read_text()), output, self.version)
+        return Run(json.loads(self.out.read_text()), output, self.version, self.checkpoints)
 
 
 RELEASES = ["newest", "oldest", *(["extra"] if os.environ.get(EXTRA) else [])]
@@ -260,7 +270,7 @@ def test_disk(actor: Run) -> None:
     assert update is not None
     assert (update.source, update.effect, update.succeeded) == ("disk", "changed", True)
     assert update.model_path.endswith("/b")
-    assert actor["disk"].role.updated_at == update.ended_at
+    assert update.started_at < (actor["disk"].role.updated_at or 0) <= update.ended_at
 
 
 def test_two_buckets_of_tensors_are_one_update(actor: Run) -> None:
@@ -280,6 +290,74 @@ def test_a_flattened_bucket(actor: Run) -> None:
         assert actor.grown("flattened begins", "flattened ends") == {"tensor": (1, 0, 1)}
     else:
         assert actor.grown("flattened bucket") == {"tensor": (1, 0, 1)}
+
+
+def took(actor: Run, step: str) -> dict[str, float]:
+    """Seconds of the last update by phase; their sum is its duration."""
+    update = actor[step].role.last_update
+    assert update is not None
+    seconds = update.ended_at - update.started_at
+    assert sum(update.phases.values()) == pytest.approx(seconds, rel=0.01)
+    assert update.source is not None
+    counts = actor[step].role.updates[update.source]
+    assert sum(counts.phases.values()) == pytest.approx(counts.duration.sum, rel=0.01)
+    return {str(phase): seconds for phase, seconds in update.phases.items()}
+
+
+def brought(actor: Run, step: str) -> int | None:
+    update = actor[step].role.last_update
+    assert update is not None
+    return update.nbytes
+
+
+def lateness(phases: dict[str, float]) -> dict[str, float]:
+    """The delays of which no whole one is in its phase."""
+    return {
+        phase: phases.get(phase, 0.0)
+        for phase, seconds in DELAYS.items()
+        if phases.get(phase, 0.0) < seconds
+    }
+
+
+def test_a_delay_in_a_reload_comes_back_in_its_phase(actor: Run) -> None:
+    phases = took(actor, "late disk")
+    if actor.has_sessions:
+        assert lateness(phases).keys() <= {"wait"}
+    else:  # Loading and packing are one function.
+        assert lateness(phases).keys() <= {"wait", "post_process"}
+        assert phases["load"] >= DELAYS["load"] + DELAYS["post_process"]
+
+
+def test_a_delay_in_a_session_comes_back_in_its_phase(actor: Run) -> None:
+    if actor.has_sessions:
+        assert lateness(took(actor, "late tensor ends")) == {}
+    else:
+        assert "late bucket" not in actor.steps
+
+
+def test_the_time_of_tensors_that_are_broadcast(actor: Run) -> None:
+    """The trainer takes its time."""
+    if actor.has_sessions:
+        assert took(actor, "distributed ends")["receive"] > 0.5
+    else:  # Receiving and loading are one function.
+        assert took(actor, "distributed batch")["load"] > 0.5
+
+
+def test_what_updates_bring_is_measured(actor: Run) -> None:
+    def end(step: str, session: str) -> str:
+        return f"{session} ends" if actor.has_sessions else step
+
+    checkpoint = actor["disk"].role.model_path
+    assert brought(actor, "disk") == actor.checkpoint_bytes[checkpoint]
+    norm = tiny_model.HIDDEN * BFLOAT16
+    assert brought(actor, end("last bucket", "tensor")) == 2 * norm
+    assert brought(actor, end("flattened bucket", "flattened")) == norm
+    assert brought(actor, end("distributed batch", "distributed")) == norm
+    assert brought(actor, "announced in place") is None
+    assert actor["announced in place"].role.updates["external"].nbytes is None
+    assert (
+        actor["missing path"].role.updates["disk"].nbytes == 2 * actor.checkpoint_bytes[checkpoint]
+    )
 
 
 def test_sessions(actor: Run) -> None:
@@ -338,7 +416,7 @@ def test_a_write_in_place_that_is_announced(actor: Run) -> None:
     assert update is not None
     assert (update.source, update.effect, update.succeeded) == ("external", "changed", True)
     assert not update.changes
-    assert actor["announced in place"].role.updated_at == update.ended_at
+    assert (actor["announced in place"].role.updated_at or 0) > update.started_at
 
 
 def test_a_block_of_announced_writes_is_in_progress_until_its_end(actor: Run) -> None:
@@ -422,7 +500,7 @@ def test_a_checkpoint_that_cannot_be_loaded_leaves_weights_undefined(actor: Run,
     assert update is not None
     assert (update.succeeded, update.effect) == (False, "undefined")
     assert update.message
-    assert actor[step].role.updated_at == update.ended_at
+    assert (actor[step].role.updated_at or 0) > update.started_at
     now, before = actor[step].role.table, actor["back"].role.table
     assert now is not None
     assert before is not None

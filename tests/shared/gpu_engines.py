@@ -52,7 +52,7 @@ FINGERPRINTS = (("SGLANG_WEIGHT_EXPORTER_FINGERPRINT", "on"),)
 
 
 KINDS = {
-    "gpu_engine": EngineKind("--enable-memory-saver"),
+    "gpu_engine": EngineKind("--enable-memory-saver --enable-metrics"),
     "two_gpu_engine": EngineKind("--enable-memory-saver --tp-size 2", gpus=(0, 1)),
     "fingerprint_engine": EngineKind("--enable-memory-saver", variables=FINGERPRINTS),
     "two_gpu_fingerprint_engine": EngineKind(
@@ -73,7 +73,8 @@ KINDS = {
         "--speculative-algorithm EAGLE --speculative-draft-model-path {eagle} " + SPECULATIVE
     ),
     "standalone_engine": EngineKind(
-        "--speculative-algorithm STANDALONE --speculative-draft-model-path {draft} " + SPECULATIVE
+        "--speculative-algorithm STANDALONE --speculative-draft-model-path {draft} "
+        "--enable-metrics " + SPECULATIVE
     ),
 }
 

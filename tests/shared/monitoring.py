@@ -103,6 +103,8 @@ class Monitoring:
     directory: Path
     targets: dict[str, str]
     """Job name to `host:port`."""
+    scrape: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Job name to what its scrape configuration has besides."""
     port: int = field(default_factory=free_port)
     webhook: Webhook = field(default_factory=Webhook)
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -122,7 +124,11 @@ class Monitoring:
             "rule_files": ["rules.yml"],
             "alerting": {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]},
             "scrape_configs": [
-                {"job_name": job, "static_configs": [{"targets": [target]}]}
+                {
+                    "job_name": job,
+                    "static_configs": [{"targets": [target]}],
+                    **self.scrape.get(job, {}),
+                }
                 for job, target in self.targets.items()
             ],
         }
@@ -261,14 +267,17 @@ def with_labels(name: str, **labels: str) -> str:
 
 
 def shaped_like_others(name: str, value: float) -> Sequence[tuple[str, float]]:
+    used, pool = "sglang_gpu_memory_used_bytes{", "sglang_kv_pool_resident_bytes{"
+    if not name.startswith((used, pool)):
+        return []
     labels = dict(re.findall(r'(\w+)="([^"]*)"', name))
-    if name.startswith("sglang_gpu_memory_used_bytes{"):
+    if name.startswith(used):
         gpu = f'gpu="{labels["gpu"]}",UUID="{labels["gpu_uuid"]}",device="nvidia{labels["gpu"]}"'
         dcgm = (
             f'DCGM_FI_DEV_FB_USED{{{gpu},hostname="gpu-host",instance="gpu-host:9401",job="dcgm"}}'
         )
         return [(dcgm, value / 2**20)]
-    if name.startswith("sglang_kv_pool_resident_bytes{") and labels["role"] == "target":
+    if name.startswith(pool) and labels["role"] == "target":
         rank = ",".join(f'{key}="{labels[key]}"' for key in ("model_name", "tp_rank", "pp_rank"))
         where = f'instance="gpu-host:{labels["engine"]}",job="sglang"'
         busy = float(value > 0)

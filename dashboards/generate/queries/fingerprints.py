@@ -15,7 +15,7 @@ SHARD = (
 #: Labels of sglang_weight_info that no other series has.
 FACTS = (
     "model_path, quantization, architecture, sglang_version, torch_version, gpu_name, pci_bus_id, "
-    "tp_size, pp_size, ep_size"
+    "tp_size, pp_size, ep_size, engine_group, node_rank, nodes"
 )
 
 

@@ -25,6 +25,26 @@ from ..queries import ENGINES, Selection, engines, exporter, memory, updates
 
 DASHED = {"fill": "dash", "dash": [8, 6]}
 
+#: By what `queries.engines.state` adds up.
+STATES = {
+    0: ("resident", "green"),
+    1: ("weights released", "blue"),
+    2: ("KV pool released", "orange"),
+    3: ("both released", "purple"),
+    4: ("updating", "yellow"),
+    5: ("updating, weights released", "semi-dark-yellow"),
+    6: ("updating, KV pool released", "semi-dark-orange"),
+    7: ("updating, both released", "dark-yellow"),
+    8: ("paused", "#8e929b"),
+    9: ("paused, weights released", "super-light-blue"),
+    10: ("paused, KV pool released", "super-light-orange"),
+    11: ("paused, both released", "super-light-purple"),
+    12: ("paused, updating", "light-yellow"),
+    13: ("paused, updating, weights released", "super-light-yellow"),
+    14: ("paused, updating, KV pool released", "super-light-yellow"),
+    15: ("paused, updating, both released", "super-light-yellow"),
+}
+
 
 def gpu_bars(selection: Selection, *, width: int, height: int) -> Json:
     parts = queries(memory.fullest(selection), instant=True, format="table")
@@ -213,18 +233,10 @@ def now() -> list[Json]:
             state_timeline(
                 "State of weights and KV pool",
                 "By engine, as soon as one of its ranks is in that state: weights and KV pool are "
-                "there, were released (release_memory_occupation), or an update is in progress.",
+                "there, were released (release_memory_occupation), an update is in progress, or "
+                "generation is paused (pause_generation).",
                 [query(engines.state(ENGINES), "{{where}}")],
-                {
-                    0: ("resident", "green"),
-                    1: ("weights released", "blue"),
-                    2: ("KV pool released", "orange"),
-                    3: ("both released", "purple"),
-                    4: ("updating", "yellow"),
-                    5: ("updating, weights released", "semi-dark-yellow"),
-                    6: ("updating, KV pool released", "semi-dark-orange"),
-                    7: ("updating, both released", "dark-yellow"),
-                },
+                STATES,
                 NOT_LOADED,
                 width=24,
                 height=6,

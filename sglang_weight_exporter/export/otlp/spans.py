@@ -201,6 +201,7 @@ def _resource(event: Event) -> Resource:
         "process.pid": event.pid,
         "sglang.engine.name": engine.name,
         "sglang.engine.instance": engine.instance,
+        "sglang.engine.group": engine.group,
         "sglang.engine.model_name": engine.model_name,
         "sglang.engine.model_path": engine.model_path,
         "sglang.engine.version": engine.sglang_version,
@@ -227,6 +228,9 @@ def _summary(event: Event, *, names: bool) -> Attributes:
         "rank_id": event.rank_id,
         "pid": event.pid,
         "engine": event.engine.name,
+        "engine_group": event.engine.group or None,
+        "node_rank": event.engine.node_rank,
+        "nodes": event.engine.nodes,
         "model_name": event.engine.model_name,
         "role": event.role,
         **event.ranks.labels,
@@ -241,6 +245,8 @@ def _summary(event: Event, *, names: bool) -> Attributes:
         "message": update.message or None,
         "model_path": update.model_path or None,
         "version": update.weight_version or None,
+        "bytes_brought": update.nbytes,
+        **{f"phase.{phase}_seconds": seconds for phase, seconds in update.phases.items()},
     }
     if event.weights is not None:
         parts = event.weights

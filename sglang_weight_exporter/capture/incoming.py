@@ -1,0 +1,47 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""How many bytes an update brings: of tensors that are handed over, or of files that are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def of_call(argument: Callable[[str], Any]) -> int | None:
+    """By the arguments of a call that writes weights, as SGLang names them; ``None`` where they do
+    not tell: names and tensors, one flat tensor, or types and shapes of what is broadcast."""
+    named = argument("named_tensors")
+    if isinstance(named, dict):
+        return _of_tensors([named.get("flattened_tensor")])
+    if isinstance(named, list | tuple):
+        return _of_tensors([tensor for _, tensor in named])
+    dtypes, shapes = argument("dtypes"), argument("shapes")
+    if dtypes is None or shapes is None:
+        return None
+    sizes: list[int] = [
+        math.prod(shape) * _dtype(dtype).itemsize
+        for dtype, shape in zip(dtypes, shapes, strict=False)
+    ]
+    return sum(sizes)
+
+
+def _dtype(dtype: Any) -> torch.dtype:
+    """SGLang takes either."""
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _of_tensors(tensors: list[Any]) -> int | None:
+    # Of one that is still a pickled handle for each rank nobody knows how large it is.
+    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+        return None
+    return sum(int(tensor.nbytes) for tensor in tensors)
+
+
+def of_files(paths: Iterable[str]) -> int:
+    """Raises ``OSError``."""
+    return sum(Path(path).stat().st_size for path in paths)
