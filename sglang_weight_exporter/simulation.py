@@ -32,12 +32,14 @@ from sglang_weight_exporter.export.nvml import GpuMemory
 from sglang_weight_exporter.ledger import Ledger, Verdict
 from sglang_weight_exporter.records import (
     Device,
+    DeviceMemory,
     Engine,
     Event,
     HookState,
     Kind,
     KvPoolUsage,
     LoraUsage,
+    MemoryPart,
     Ranks,
     Role,
     Snapshot,
@@ -45,6 +47,7 @@ from sglang_weight_exporter.records import (
     TableRef,
     WeightUsage,
 )
+from sglang_weight_exporter.store.namespaces import pid_namespace
 from sglang_weight_exporter.store.rank import RankStore, table_file
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.weight_table import (
@@ -78,8 +81,16 @@ _CALLS: dict[Source, int] = {"disk": 1, "distributed": 4, "tensor": 4, "ipc": 2}
 
 _DEVICE, _GPU = "cuda:0", "NVIDIA H100 80GB HBM3"
 _GPU_BYTES = 85_520_809_984
-#: CUDA's context, kernels, activations and graphs.
-_OTHER_BYTES = 4_000_000_000
+_DRIVER_BYTES = 645_000_000
+#: What torch has beside weights and pools, and with that CUDA's context, modules and communicators.
+_TORCH_BYTES: dict[MemoryPart, int] = {
+    "kv_tables": 4_000_000,
+    "cuda_graphs": 1_000_000_000,
+    "other_tensors": 300_000_000,
+    "fragments": 100_000_000,
+    "cached": 500_000_000,
+}
+_OTHER_BYTES = sum(_TORCH_BYTES.values()) + 2_100_000_000
 #: Keys and values of one head of 128, in a layer of bfloat16.
 _KV_TOKENS, _KV_TOKEN_BYTES = 1_000_000, 2 * 128 * 2
 
@@ -373,17 +384,22 @@ class _Rank:
         self._events = 0
         self._tables: dict[str, WeightTable] = {}
         self._reported: dict[str, str] = {}
-        self._held: dict[str, int] = {}
+        #: Of each role, bytes of weights and of its pool that are there.
+        self._held: dict[str, tuple[int, int]] = {}
+        self._after_release: int | None = None
         self.publish()
 
     def gpu(self) -> GpuMemory:
+        used = sum(map(sum, self._held.values())) + self._lora + _OTHER_BYTES
         return GpuMemory(
             uuid=self._device.uuid,
             index=self._index,
             product=_GPU,
             pci_bus_id=self._device.pci_bus_id,
             total_bytes=_GPU_BYTES,
-            used_bytes=sum(self._held.values()) + self._lora + _OTHER_BYTES,
+            used_bytes=used,
+            reserved_bytes=_DRIVER_BYTES,
+            processes={os.getpid(): used},
         )
 
     def publish(self) -> None:
@@ -415,6 +431,7 @@ class _Rank:
                 table,
             )
             self._reported[role] = table.sha256
+        roles = tuple(self.ledger.describe(role, self._role(role)) for role in self.roles)
         self.store.write_snapshot(
             Snapshot(
                 rank_id=self.store.rank_id,
@@ -423,7 +440,9 @@ class _Rank:
                 engine=self._engine,
                 ranks=self._ranks,
                 devices=(self._device,),
-                roles=tuple(self.ledger.describe(role, self._role(role)) for role in self.roles),
+                roles=roles,
+                memory=tuple(self._memory(roles)),
+                pid_namespace=pid_namespace(),
                 weight_version=self.ledger.weight_version,
                 cache=self.ledger.cache,
                 hooks=_HOOKS,
@@ -447,7 +466,7 @@ class _Rank:
         stay = ("buffer",) if "weights" in released else ("parameter", "buffer")
         resident = sum(usage.nbytes for usage in weights if usage.kind in stay)
         kv_resident = 0 if "kv_cache" in released else pool.nbytes
-        self._held[name] = resident + kv_resident
+        self._held[name] = resident, kv_resident
         return Role(
             name=name,
             device=_DEVICE,
@@ -459,6 +478,35 @@ class _Rank:
             kv_resident={_DEVICE: kv_resident},
             lora=(LoraUsage(device=_DEVICE, nbytes=self._lora, adapters=2),) if self._lora else (),
             fingerprints=self.ledger.fingerprint_counts(name),
+        )
+
+    def _memory(self, roles: tuple[Role, ...]) -> Iterator[DeviceMemory]:
+        """torch's account of its GPU; an update takes no more than there was."""
+        if not self._tables:
+            return
+        weights, pools = (sum(each) for each in zip(*self._held.values(), strict=True))
+        parts: dict[MemoryPart, int] = {"weights": weights, "kv_pool": pools, "lora": self._lora}
+        whole = sum(usage.nbytes for role in roles for usage in role.weights or ())
+        whole += sum(pool.nbytes for role in roles for pool in role.kv_pools or ())
+        reserved = whole + self._lora + sum(_TORCH_BYTES.values())
+        released = whole - weights - pools
+        if released:
+            self._after_release = reserved - released
+        allocated = reserved - _TORCH_BYTES["fragments"] - _TORCH_BYTES["cached"]
+        updated = any(counts.calls for counts in roles[0].updates.values())
+        before = reserved if updated else None
+        yield DeviceMemory(
+            device=_DEVICE,
+            at=self._clock(),
+            allocated=allocated,
+            reserved=reserved,
+            allocated_peak=allocated,
+            reserved_peak=reserved,
+            released=released,
+            parts=parts | _TORCH_BYTES,
+            before_update=before,
+            after_update=before,
+            after_release=self._after_release,
         )
 
     def _table_ref(self, role: str) -> TableRef:
