@@ -6,7 +6,7 @@ Two offline engines of one Llama (8B's shape; random weights) run on one GPU wit
 both with the exporter, one with fingerprints. In turn each takes an update of one small tensor, so
 that next to nothing is SGLang's own work, and then generates. Reported are the time that an update
 takes longer, what the engine itself measured of it, the memory of each, the ratio of the times of
-generation, and whether texts are the same before and after updates and in both. Needs SGLang;
+generation, and whether the same tokens come after every update and from both. Needs SGLang;
 without a GPU it runs on the CPU with a tiny model and no graphs.
 """
 
@@ -61,7 +61,7 @@ def main():
     engine.generate(PROMPTS, SAMPLING)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        texts = None
+        tokens = None
         started = time.perf_counter()
         if line == "update\\n":
             if sessions:
@@ -71,8 +71,8 @@ def main():
             if sessions:
                 engine.end_weight_update()
         else:
-            texts = [one["text"] for one in engine.generate(PROMPTS, SAMPLING)]
-        print(json.dumps([time.perf_counter() - started, texts]), file=answers, flush=True)
+            tokens = [one["output_ids"] for one in engine.generate(PROMPTS, SAMPLING)]
+        print(json.dumps([time.perf_counter() - started, tokens]), file=answers, flush=True)
     engine.shutdown()
 
 if __name__ == "__main__":
@@ -141,7 +141,7 @@ def main() -> None:
             memory.append(used())
             print(f"engine {kind} fingerprints is ready", file=sys.stderr, flush=True)
         taken: dict[tuple[str, str], list[float]] = {}
-        texts: dict[str, list[Any]] = {kind: [] for kind in engines}
+        tokens: dict[str, list[Any]] = {kind: [] for kind in engines}
         looks: list[float] = []
         rounds = ROUNDS if gpu else CPU_ROUNDS
         for number in range(rounds):
@@ -149,7 +149,7 @@ def main() -> None:
                 for kind in ("with", "without") if number % 2 else ("without", "with"):
                     seconds, said = engines[kind].ask(what)
                     taken.setdefault((what, kind), []).append(seconds)
-                    texts[kind] += [said] if said else []
+                    tokens[kind] += [said] if said else []
             rows, nbytes, look = fingerprinted(engines["with"])
             looks += [look] if look is not None else []
         memory.append(used())
@@ -173,9 +173,9 @@ def main() -> None:
         f"generation, time with over without: {statistics.median(ratios):.3f} "
         f"(from {min(ratios):.3f} to {max(ratios):.3f})"
     )
-    first = texts["without"][0]
-    same = {kind: sum(said == first for said in texts[kind]) for kind in texts}
-    print(f"texts like the first: {same} of {rounds} each")
+    first = tokens["without"][0]
+    same = {kind: sum(said == first for said in found) for kind, found in tokens.items()}
+    print(f"tokens like the first: {same} of {rounds} each")
     print(
         f"MiB in use: {memory[1] - memory[0]} without, {memory[2] - memory[1]} with, "
         f"{memory[3] - memory[2]} more after the rounds"

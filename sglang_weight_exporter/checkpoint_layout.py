@@ -330,9 +330,10 @@ def expected_fingerprints(
     served: Sequence[ServedTensor], checkpoint: Checkpoint, *, tp_rank: int, tp_size: int
 ) -> tuple[dict[str, str], dict[str, str], frozenset[str]]:
     """What a rank's tensors should hold: name to fingerprint, name to why there is none, and names
-    whose difference is no proof. Reads the bytes that are compared. Raises CheckpointError."""
+    whose difference is no proof. Reads the bytes that are compared, on all cores. Raises
+    CheckpointError."""
     config = checkpoint.config()
-    expected: dict[str, str] = {}
+    held: dict[str, fingerprint.Bytes] = {}
     unverifiable: dict[str, str] = {}
     inexact = set()
     for tensor in served:
@@ -345,7 +346,5 @@ def expected_fingerprints(
             continue
         if not derivation.exact:
             inexact.add(tensor.name)
-        taken = fingerprint.of_arrays([bytes_of(derivation, checkpoint)])
-        expected[tensor.name] = fingerprint.texts(taken)[0]
-    checkpoint.check_unwritten()
-    return expected, unverifiable, frozenset(inexact)
+        held[tensor.name] = bytes_of(derivation, checkpoint)
+    return checkpoint.fingerprints(held), unverifiable, frozenset(inexact)

@@ -14,7 +14,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from sglang_weight_exporter.capture.weights import WeightCapture
@@ -38,7 +38,7 @@ from sglang_weight_exporter.weight_table import WeightTable, compare_tables
 Result = TypeVar("Result")
 
 #: Tags of SGLang's memory saver (`sglang.srt.constants`).
-MEMORY_SAVER_TAGS = WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
+WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
 
 #: What fingerprints may take of a load, kernels compiled, and of an update. A GPU's take some 10
 #: milliseconds; a CPU reads about a gigabyte a second.
@@ -129,8 +129,8 @@ class Rank:
             self.scan.overlook(role, garbage)
             self.ledger.count_altered(role.name, during, self.scan.of(role).altered.values())
 
-    def release(self, tags: set[str]) -> None:
-        """Memory is gone; of these tags and of no others."""
+    def release(self, tags: Collection[str] | None) -> None:
+        """Memory is gone; of these tags and of no others. ``None`` or empty: of all."""
 
         def tell(ledger: Ledger) -> None:
             ledger.release(self._saved(tags))
@@ -140,7 +140,7 @@ class Rank:
 
         self.step(tell)
 
-    def resume(self, tags: set[str]) -> None:
+    def resume(self, tags: Collection[str] | None) -> None:
         """Memory is back. What it holds is garbage until an update, unless SGLang kept a copy."""
 
         def tell(ledger: Ledger) -> None:
@@ -158,12 +158,13 @@ class Rank:
 
         self.step(tell)
 
-    def _saved(self, tags: set[str]) -> set[str]:
+    def _saved(self, tags: Collection[str] | None) -> set[str]:
         """Those whose memory the saver has; of others SGLang answers, and does nothing."""
         target = self.roles.named("target")
         if target is None or not target.saves_memory:
             return set()
-        return tags & ({WEIGHTS, KV_CACHE} | ({CUDA_GRAPH} if target.saves_graphs else set()))
+        saved = {WEIGHTS, KV_CACHE} | ({CUDA_GRAPH} if target.saves_graphs else set())
+        return saved & set(tags or saved)
 
     def _without_a_copy(self) -> frozenset[int]:
         """Storages of models that are not copied. A draft that is holds some of its target's."""

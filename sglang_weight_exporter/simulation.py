@@ -31,6 +31,7 @@ from pathlib import Path
 from sglang_weight_exporter.export.nvml import GpuMemory
 from sglang_weight_exporter.ledger import Ledger, Verdict
 from sglang_weight_exporter.records import (
+    MEMORY_PARTS,
     Device,
     DeviceMemory,
     Engine,
@@ -39,6 +40,7 @@ from sglang_weight_exporter.records import (
     Kind,
     KvPoolUsage,
     LoraUsage,
+    MemoryBudget,
     MemoryPart,
     Ranks,
     Role,
@@ -81,16 +83,19 @@ _CALLS: dict[Source, int] = {"disk": 1, "distributed": 4, "tensor": 4, "ipc": 2}
 
 _DEVICE, _GPU = "cuda:0", "NVIDIA H100 80GB HBM3"
 _GPU_BYTES = 85_520_809_984
-_DRIVER_BYTES = 645_000_000
-#: What torch has beside weights and pools, and with that CUDA's context, modules and communicators.
+#: What torch has beside weights, KV pool and slots, and what the process has beside torch.
 _TORCH_BYTES: dict[MemoryPart, int] = {
-    "kv_tables": 4_000_000,
-    "cuda_graphs": 1_000_000_000,
-    "other_tensors": 300_000_000,
-    "fragments": 100_000_000,
-    "cached": 500_000_000,
+    "kv_tables": 16_000_000,
+    "cuda_graphs": 850_000_000,
+    "other_tensors": 210_000_000,
+    "rounding": 2_000_000,
+    "fragments": 122_000_000,
+    "cached": 300_000_000,
 }
-_OTHER_BYTES = sum(_TORCH_BYTES.values()) + 2_100_000_000
+_OUTSIDE_BYTES, _DRIVER_BYTES = 1_000_000_000, 640_000_000
+_NOTHING = DeviceMemory(
+    device=_DEVICE, at=0.0, allocated=0, reserved=0, allocated_peak=0, reserved_peak=0
+)
 #: Keys and values of one head of 128, in a layer of bfloat16.
 _KV_TOKENS, _KV_TOKEN_BYTES = 1_000_000, 2 * 128 * 2
 
@@ -384,22 +389,45 @@ class _Rank:
         self._events = 0
         self._tables: dict[str, WeightTable] = {}
         self._reported: dict[str, str] = {}
-        #: Of each role, bytes of weights and of its pool that are there.
-        self._held: dict[str, tuple[int, int]] = {}
-        self._after_release: int | None = None
+        self._memory = _NOTHING
         self.publish()
 
     def gpu(self) -> GpuMemory:
-        used = sum(map(sum, self._held.values())) + self._lora + _OTHER_BYTES
         return GpuMemory(
             uuid=self._device.uuid,
             index=self._index,
             product=_GPU,
             pci_bus_id=self._device.pci_bus_id,
             total_bytes=_GPU_BYTES,
-            used_bytes=used,
+            used_bytes=self._memory.physical + _OUTSIDE_BYTES,
             reserved_bytes=_DRIVER_BYTES,
-            processes={os.getpid(): used},
+            processes={os.getpid(): self._memory.physical + _OUTSIDE_BYTES},
+        )
+
+    def _account(self) -> DeviceMemory:
+        """What torch has of the GPU; memory that is released stays reserved."""
+        roles = [self._role(name) for name in self.roles]
+        weights = sum(role.resident.get(_DEVICE, 0) for role in roles if role.resident)
+        kv_pool = sum(role.kv_resident.get(_DEVICE, 0) for role in roles if role.kv_resident)
+        held = sum(usage.nbytes for role in roles for usage in role.weights or ())
+        held += sum(usage.nbytes for role in roles for usage in role.kv_pools or ())
+        released = held - weights - kv_pool
+        parts = dict.fromkeys(MEMORY_PARTS, 0) | _TORCH_BYTES
+        parts |= {"weights": weights, "kv_pool": kv_pool, "lora": self._lora}
+        reserved = sum(parts.values()) + released
+        updated = any(role in self._tables for role in self.roles) or None
+        return DeviceMemory(
+            device=_DEVICE,
+            at=self._clock(),
+            allocated=reserved - parts["cached"] - parts["fragments"] - parts["rounding"],
+            reserved=reserved,
+            allocated_peak=reserved - parts["cached"],
+            reserved_peak=reserved,
+            released=released,
+            parts=parts,
+            before_update=updated and reserved,
+            after_update=updated and reserved,
+            after_release=self._memory.after_release if not released else reserved - released,
         )
 
     def publish(self) -> None:
@@ -431,21 +459,22 @@ class _Rank:
                 table,
             )
             self._reported[role] = table.sha256
-        roles = tuple(self.ledger.describe(role, self._role(role)) for role in self.roles)
+        self._memory = self._account()
         self.store.write_snapshot(
             Snapshot(
                 rank_id=self.store.rank_id,
                 pid=os.getpid(),
+                pid_namespace=pid_namespace(),
                 started_at=self._started_at,
                 engine=self._engine,
                 ranks=self._ranks,
                 devices=(self._device,),
-                roles=roles,
-                memory=tuple(self._memory(roles)),
-                pid_namespace=pid_namespace(),
+                roles=tuple(self.ledger.describe(role, self._role(role)) for role in self.roles),
                 weight_version=self.ledger.weight_version,
                 cache=self.ledger.cache,
                 hooks=_HOOKS,
+                memory=(self._memory,),
+                budget=MemoryBudget(fraction=0.85, before_load=_GPU_BYTES - _DRIVER_BYTES),
                 snapshot_seconds=_LOOK_SECONDS,
                 events_dropped=self.store.events_dropped,
             )
@@ -466,7 +495,6 @@ class _Rank:
         stay = ("buffer",) if "weights" in released else ("parameter", "buffer")
         resident = sum(usage.nbytes for usage in weights if usage.kind in stay)
         kv_resident = 0 if "kv_cache" in released else pool.nbytes
-        self._held[name] = resident, kv_resident
         return Role(
             name=name,
             device=_DEVICE,
@@ -478,35 +506,6 @@ class _Rank:
             kv_resident={_DEVICE: kv_resident},
             lora=(LoraUsage(device=_DEVICE, nbytes=self._lora, adapters=2),) if self._lora else (),
             fingerprints=self.ledger.fingerprint_counts(name),
-        )
-
-    def _memory(self, roles: tuple[Role, ...]) -> Iterator[DeviceMemory]:
-        """torch's account of its GPU; an update takes no more than there was."""
-        if not self._tables:
-            return
-        weights, pools = (sum(each) for each in zip(*self._held.values(), strict=True))
-        parts: dict[MemoryPart, int] = {"weights": weights, "kv_pool": pools, "lora": self._lora}
-        whole = sum(usage.nbytes for role in roles for usage in role.weights or ())
-        whole += sum(pool.nbytes for role in roles for pool in role.kv_pools or ())
-        reserved = whole + self._lora + sum(_TORCH_BYTES.values())
-        released = whole - weights - pools
-        if released:
-            self._after_release = reserved - released
-        allocated = reserved - _TORCH_BYTES["fragments"] - _TORCH_BYTES["cached"]
-        updated = any(counts.calls for counts in roles[0].updates.values())
-        before = reserved if updated else None
-        yield DeviceMemory(
-            device=_DEVICE,
-            at=self._clock(),
-            allocated=allocated,
-            reserved=reserved,
-            allocated_peak=allocated,
-            reserved_peak=reserved,
-            released=released,
-            parts=parts | _TORCH_BYTES,
-            before_update=before,
-            after_update=before,
-            after_release=self._after_release,
         )
 
     def _table_ref(self, role: str) -> TableRef:

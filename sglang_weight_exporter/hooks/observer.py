@@ -16,7 +16,6 @@ from sglang_weight_exporter.capture import incoming
 from sglang_weight_exporter.hooks.calls import Around, Call, Outcome, effect_of, verdict_on
 from sglang_weight_exporter.hooks.phases import Phases
 from sglang_weight_exporter.ledger import EndsWith, Ledger, Ticket, Verdict
-from sglang_weight_exporter.rank import MEMORY_SAVER_TAGS
 from sglang_weight_exporter.records import PAUSES, Source
 from sglang_weight_exporter.runners.roles import RunnerRole
 
@@ -128,8 +127,7 @@ class Observer(Phases):
             outcome = yield from self._write(call, "external", "call", announced=True)
         else:
             outcome = yield
-            role = self._rank.role(call.owner)
-            if role is not None:
+            if (role := self._rank.role(call.owner)) is not None:
                 self._rank.read_again(role)
         self._count(call, outcome)
 
@@ -256,13 +254,13 @@ class Observer(Phases):
         self._rank.scan.memory_is_there = False
         outcome = yield
         if outcome.error is None:
-            self._rank.release(_tags(call))
+            self._rank.release(call.requested("tags"))
 
     def resume(self, call: Call) -> Around:
         """Physical memory is back."""
         outcome = yield
         if outcome.error is None:
-            self._rank.resume(_tags(call))
+            self._rank.resume(call.requested("tags"))
 
     # What surrounds an update.
 
@@ -299,7 +297,3 @@ class Observer(Phases):
 
 def _error(outcome: Outcome) -> str:
     return "" if outcome.error is None else repr(outcome.error)
-
-
-def _tags(call: Call) -> set[str]:
-    return set(call.requested("tags") or MEMORY_SAVER_TAGS)

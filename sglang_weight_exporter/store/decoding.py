@@ -10,6 +10,7 @@ checked here, so that whoever reads a record need not.
 from __future__ import annotations
 
 import re
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -53,6 +54,24 @@ _FILE = re.compile(r"[\w.-]*")
 
 #: What msgspec raises besides its own errors: for text that is no UTF-8, and for nesting.
 _INVALID = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError, OverflowError)
+
+
+#: msgspec prepares a type when it first meets it, and two threads that have it do so at once end
+#: the process. Here each is prepared by one, and then used by all.
+_preparing = threading.Lock()
+_decoders: dict[Any, Any] = {}
+
+
+def _decoder(of: Callable[[Any], Any], kind: Any) -> Any:
+    found = _decoders.get((of, kind))
+    if found is None:
+        with _preparing:
+            found = _decoders.setdefault((of, kind), of(kind))
+    return found
+
+
+def _decode(content: bytes | msgspec.Raw, kind: Any) -> Any:
+    return _decoder(msgspec.msgpack.Decoder, kind).decode(content)
 
 
 class UnreadableError(Exception):
@@ -109,9 +128,9 @@ def decode_snapshot(
 
 def _without_damaged_roles(content: bytes, path: Path) -> tuple[bytes, list[str]]:
     """The content again with its valid roles alone, and a sentence for each other one."""
-    fields = msgspec.msgpack.decode(content, type=dict[str, msgspec.Raw])
+    fields = _decode(content, dict[str, msgspec.Raw])
     roles, complaints = [], []
-    for index, raw in enumerate(msgspec.msgpack.decode(fields["roles"], type=list[msgspec.Raw])):
+    for index, raw in enumerate(_decode(fields["roles"], list[msgspec.Raw])):
         try:
             _valid(raw, Role)
         except _INVALID as error:
@@ -129,7 +148,7 @@ def read_json(path: Path, kind: type[AnyRecord]) -> AnyRecord:
     :class:`UnreadableError`."""
     content = read_file(path, LARGEST_NOTE)
     try:
-        record = msgspec.json.decode(content, type=kind)
+        record: AnyRecord = _decoder(msgspec.json.Decoder, kind).decode(content)
         if problem := _problem(record):
             raise ValueError(f"{kind.__name__}{problem}")
         return record
@@ -138,7 +157,7 @@ def read_json(path: Path, kind: type[AnyRecord]) -> AnyRecord:
 
 
 def _check_version(content: bytes, path: Path) -> None:
-    version = msgspec.msgpack.decode(content, type=_Version).schema
+    version = _decode(content, _Version).schema
     if version != SCHEMA_VERSION:
         raise UnreadableError(
             f"{path} was written by another version of sglang-weight-exporter (schema "
@@ -148,7 +167,7 @@ def _check_version(content: bytes, path: Path) -> None:
 
 
 def _valid(content: bytes | msgspec.Raw, kind: type[AnyRecord]) -> AnyRecord:
-    record = msgspec.msgpack.decode(content, type=kind)
+    record: AnyRecord = _decode(content, kind)
     problem = _problem(record)
     if problem:
         raise ValueError(f"{kind.__name__}{problem}")

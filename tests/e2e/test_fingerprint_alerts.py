@@ -55,8 +55,9 @@ def monitoring(pair: Pair) -> Iterator[Monitoring]:
         stack.stop()
 
 
-def reload(engine: Engine, checkpoint: Path) -> None:
-    _, answer = engine.update_weights_from_disk(checkpoint)
+def reload(engine: Engine, checkpoint: Path, **more: Any) -> None:
+    body = {"model_path": str(checkpoint), **more}
+    _, answer = engine.post("/update_weights_from_disk", body)
     assert answer["success"], answer
 
 
@@ -171,3 +172,74 @@ def test_what_was_never_wrong_was_never_told(pair: Pair, monitoring: Monitoring)
     assert skipped == 0
     altered = pair[0].scrape().sum("sglang_weight_tensors_altered_total", engine=str(pair[0].port))
     assert altered == 0
+
+
+def versions(pair: Pair) -> list[float]:
+    scrape = pair[0].scrape()
+    return [scrape.one("sglang_weight_version_id", engine=str(each.port)) for each in pair]
+
+
+def test_a_replica_that_missed_a_version_is_named_until_it_has_it(
+    pair: Pair, monitoring: Monitoring, checkpoints: tuple[Path, Path]
+) -> None:
+    """Of versions that are no numbers."""
+    name = "SGLangWeightReplicasDifferInVersion"
+    for engine in pair:
+        reload(engine, checkpoints[0], weight_version="step-41")
+    assert len(set(versions(pair))) == 1
+    assert monitoring.active_alerts(name) == []
+    reload(pair[0], checkpoints[1], weight_version="step-42")
+    assert len(set(versions(pair))) == 2
+    (alert,) = eventually(fires(monitoring, name), 60, what=name)
+    for engine in pair:
+        assert f"such as engine {engine.port} on" in alert["annotations"]["description"]
+    reload(pair[1], checkpoints[1], weight_version="step-42")
+    assert len(set(versions(pair))) == 1
+    resolves(monitoring, name)
+
+
+def test_answers_from_the_cache_of_weights_that_are_gone(
+    pair: Pair, monitoring: Monitoring, checkpoints: tuple[Path, Path]
+) -> None:
+    name, engine = "SGLangKVCacheStale", pair[0]
+
+    def cached_tokens() -> int:
+        prompt = {"input_ids": list(range(3, 67)), "sampling_params": {"max_new_tokens": 2}}
+        status, answer = engine.post("/generate", prompt)
+        assert status == 200, answer
+        return int(answer["meta_info"]["cached_tokens"])
+
+    cached_tokens()
+    reload(engine, checkpoints[0], weight_version="step-42", flush_cache=False)
+    assert cached_tokens() > 0
+    (alert,) = eventually(fires(monitoring, name), 60, what=name)
+    assert alert["labels"]["engine"] == str(engine.port)
+    eventually(lambda: engine.flush_cache()[0] == 200, 30, what="the cache is flushed")
+    assert cached_tokens() == 0
+    resolves(monitoring, name)
+    reload(engine, checkpoints[1], weight_version="step-42")
+
+
+def test_where_the_time_of_a_reload_went(pair: Pair) -> None:
+    scrape, engine = pair[0].scrape(), str(pair[0].port)
+    labels = {"engine": engine, "source": "disk"}
+    seconds = scrape.sum("sglang_weight_update_phase_seconds_total", **labels)
+    assert seconds == pytest.approx(
+        scrape.one("sglang_weight_update_duration_seconds_sum", **labels), rel=0.01
+    )
+    assert scrape.one("sglang_weight_update_bytes_total", **labels) > 0
+    assert "took" in pair[0].exporter_cli("status").stdout
+
+
+def test_a_replica_that_was_restarted_serves_the_checkpoint_of_its_launch(
+    pair: Pair, monitoring: Monitoring
+) -> None:
+    name = "SGLangWeightReplicasDifferInVersion"
+    assert monitoring.active_alerts(name) == []
+    pair[1].terminate(15)
+    pair[1].main.wait()
+    pair[1].start()
+    pair[1].wait_until_ready()
+    assert len(set(versions(pair))) == 2
+    (alert,) = eventually(fires(monitoring, name), 60, what=name)
+    assert f"such as engine {pair[1].port} on" in alert["annotations"]["description"]

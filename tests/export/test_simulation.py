@@ -15,6 +15,7 @@ from collectors import Backend, attributes_of
 from engines import Scrape, eventually
 from ports import free_port
 
+from sglang_weight_exporter.export.gpu_account import GpuAccounts
 from sglang_weight_exporter.hooks.targets import TARGETS
 from sglang_weight_exporter.records import Snapshot
 from sglang_weight_exporter.simulation import Simulation
@@ -88,6 +89,22 @@ def test_memory_is_released_and_comes_back(tmp_path: Path) -> None:
     whole = ONE_OF_EIGHT + ROTARY
     assert resident == {"30000": {whole}, "30001": {ROTARY, whole}}
     assert max(used) - min(used) > ONE_OF_EIGHT  # The KV pool goes too.
+    simulation.close()
+
+
+def test_the_account_of_every_gpu_closes_at_every_moment(tmp_path: Path) -> None:
+    directory = RuntimeDir.open(tmp_path / "runtime", {})
+    simulation = Simulation(directory, 4, 1, start=START)
+    accounts = GpuAccounts()
+    weights = set[int]()
+    for second in range(60):
+        simulation.advance(START + second)
+        gpus = accounts.read(snapshots(directory), simulation.gpus(), START + second)
+        for each in gpus:
+            assert each.parts is not None
+            assert sum(each.parts.values()) == each.gpu.total_bytes
+        weights.add((gpus[1].parts or {})["weights"])
+    assert weights == {ROTARY, ONE_OF_EIGHT + ROTARY}
     simulation.close()
 
 

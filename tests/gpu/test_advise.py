@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ def engine(checkpoint: Path, fraction: float) -> Iterator[Engine]:
         variables={
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
             "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
         },
     )
     try:

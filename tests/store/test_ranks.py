@@ -383,8 +383,8 @@ def test_what_a_cleaner_took_out_is_there_again_with_the_next_update(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
-    if os.getuid() != 0:
-        pytest.skip("needs root, to mount a file system that can be filled")
+    if os.getuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("needs root and `mount`, for a file system that can be filled")
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "tmpfs", str(path)]
