@@ -8,6 +8,7 @@ Grafana's own front-end libraries draw the panels; there is no Grafana server in
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
