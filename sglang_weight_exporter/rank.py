@@ -276,6 +276,7 @@ class Rank:
             if weights is not None:
                 tables[role.name] = weights.table
         self._publisher.publish(self._snapshot(), tables, events)
+        self._publisher.leave_memory(self.scan.dump_memory)
         if not self.ledger.in_session():
             self._publisher.let_readers_in(update_is_over=not self.ledger.updating)
 

@@ -409,6 +409,28 @@ class DeviceMemory(Record, frozen=True, kw_only=True):
         return self.reserved - self.released + self.mapped
 
 
+class MemoryOwner(Record, frozen=True, kw_only=True):
+    """A piece of a GPU's memory, and what it is."""
+
+    address: int
+    nbytes: int
+    part: MemoryPart
+    #: ``model.norm.weight (target)``; of a tied tensor its first name.
+    name: str
+
+
+class MemoryDump(Record, frozen=True, kw_only=True):
+    """What a look has left of torch's memory, because somebody had asked for it."""
+
+    schema: int = SCHEMA_VERSION
+    at: float
+    #: What ``torch.cuda.memory_snapshot()`` answered, as JSON.
+    segments: bytes
+    owners: tuple[MemoryOwner, ...]
+    #: torch's names of the pools of CUDA graphs, where SGLang says them.
+    graph_pools: tuple[tuple[int, int], ...] = ()
+
+
 class MemoryBudget(Record, frozen=True, kw_only=True):
     """What SGLang made the size of the KV pool from; ``None``: this release does not say."""
 

@@ -142,7 +142,7 @@ class Segments:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            return cls.of_snapshot(_memory_segments())
+            return cls.of_snapshot(memory_segments())
         finally:
             if collecting:
                 gc.enable()
@@ -199,10 +199,10 @@ class Segments:
 DEFAULT_POOL = (0, 0)
 
 
-def _memory_segments() -> list[dict[str, Any]]:
+def memory_segments(*, traces: bool = False) -> list[dict[str, Any]]:
     memory_snapshot: Callable[..., list[dict[str, Any]]] = torch.cuda.memory.memory_snapshot
     try:
         # Without the history of allocations: a fraction of the time (torch 2.11 and later).
-        return memory_snapshot(include_traces=False)
+        return memory_snapshot(include_traces=traces)
     except TypeError:
         return memory_snapshot()

@@ -21,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         manifest,
         run,
         serve,
+        snapshot,
         status,
         table,
         verify,
@@ -32,7 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, status, table, verify, manifest, advise, dashboard, run, install):
+    for command in (
+        serve,
+        status,
+        table,
+        verify,
+        manifest,
+        advise,
+        snapshot,
+        dashboard,
+        run,
+        install,
+    ):
         command.add_parser(subparsers)
     arguments = parser.parse_args(argv)
     try:

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``advise``: how much memory was really free, and what it could be.
 
-SGLang sizes its KV pool, in every release from 0.4.1 to 0.5.23, as what is free after the weights
-were loaded, less (1 - ``--mem-fraction-static``) of what was free before. So one more byte of pool
-is one byte in the second term, whatever else the pool has to share with.
+SGLang sizes its KV pool as what is free after the weights were loaded, less
+(1 - ``--mem-fraction-static``) of what was free before (read in 0.5.9, 0.5.17 and 0.5.23). So one
+more byte of pool is one byte in the second term, whatever else the pool has to share with.
 """
 
 from __future__ import annotations

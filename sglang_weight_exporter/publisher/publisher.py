@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import msgspec
 
 from sglang_weight_exporter.publisher.supervisor import Supervisor
-from sglang_weight_exporter.records import Engine, Event, Snapshot
+from sglang_weight_exporter.records import Engine, Event, MemoryDump, Snapshot
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.claims import claim_engine_name
 from sglang_weight_exporter.store.namespaces import pid_namespace
@@ -89,6 +89,16 @@ class Publisher:
                     self._events.popleft()
                     self._dropped += 1
             self._write_or_retry()
+
+    def leave_memory(self, read: Callable[[], MemoryDump | None]) -> None:
+        """Leave the memory of the GPUs, if somebody has asked for it."""
+        with self._lock:
+            store = self._store
+            try:
+                if store is not None and store.memory_is_wanted:
+                    store.leave_memory(read())
+            except Exception as error:
+                self._report("memory", error)
 
     def keep_readers_out(self) -> None:
         """Weights are about to be written, and the snapshot says so already.

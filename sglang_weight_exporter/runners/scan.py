@@ -7,15 +7,20 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
+import msgspec
 import numpy as np
 import torch
 
 from sglang_weight_exporter.capture.account import Known
-from sglang_weight_exporter.capture.allocations import AllocationMap, Segments
+from sglang_weight_exporter.capture.allocations import (
+    AllocationMap,
+    Segments,
+    memory_segments,
+)
 from sglang_weight_exporter.capture.fingerprint import (
     Fingerprinter,
     FingerprintError,
@@ -24,7 +29,15 @@ from sglang_weight_exporter.capture.fingerprint import (
 from sglang_weight_exporter.capture.pools import Storage
 from sglang_weight_exporter.capture.table_fingerprints import with_fingerprints
 from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights, storages_of
-from sglang_weight_exporter.records import Kind, KvPoolUsage, LoraUsage, Skip
+from sglang_weight_exporter.records import (
+    Kind,
+    KvPoolUsage,
+    LoraUsage,
+    MemoryDump,
+    MemoryOwner,
+    MemoryPart,
+    Skip,
+)
 from sglang_weight_exporter.runners import pools as runner_pools
 from sglang_weight_exporter.runners.cache import cached_tokens
 from sglang_weight_exporter.runners.memory import Memory, of_storages, of_weights
@@ -202,6 +215,48 @@ class Scan:
             self.memory.look(segments, self._known, pools, thorough=thorough)
         except Exception as error:
             self._report("memory", error)
+
+    def dump_memory(self) -> MemoryDump | None:
+        """torch's memory as it is now, with the names of what is known; ``None``: no GPU."""
+        if not torch.cuda.is_initialized():
+            return None
+        return MemoryDump(
+            at=self._clock(),
+            segments=msgspec.json.encode(memory_segments(traces=True)),
+            owners=tuple(self._owners()),
+            graph_pools=tuple(runner_pools.graph_pools() or ()),
+        )
+
+    def _owners(self) -> Iterator[MemoryOwner]:
+        pools = frozenset(
+            storage.address for look in self._looks.values() for storage in look.kv_storages
+        )
+        for role, look in self._looks.items():
+            if look.weights is not None:
+                names: dict[int, tuple[str, MemoryPart]] = {}
+                for row in table_rows(look.weights.table):
+                    part: MemoryPart = "derived_weights" if row.kind == "derived" else "weights"
+                    names.setdefault(row.storage_ptr, (row.name, part))
+                start, nbytes, _ = look.weights.spans
+                for address, size in zip(start.tolist(), nbytes.tolist(), strict=True):
+                    name, part = names[address]
+                    yield MemoryOwner(
+                        address=address, nbytes=size, part=part, name=f"{name} ({role.name})"
+                    )
+            groups: list[tuple[MemoryPart, Iterable[Storage]]] = [
+                ("kv_pool", look.kv_storages),
+                ("lora", look.lora_storages),
+            ]
+            if role.runner is not None:
+                groups.append(("kv_tables", runner_pools.table_storages(role.runner, pools)))
+            for part, storages in groups:
+                for number, each in enumerate(storages):
+                    yield MemoryOwner(
+                        address=each.address,
+                        nbytes=each.nbytes,
+                        part=part,
+                        name=f"{each.label} {number} ({role.name})",
+                    )
 
     def _known(self) -> list[Known]:
         """Storages by what they are part of."""

@@ -22,6 +22,7 @@ from sglang_weight_exporter.records import (
     DURATION_BUCKETS,
     SCHEMA_VERSION,
     Histogram,
+    MemoryDump,
     Record,
     Role,
     Snapshot,
@@ -85,7 +86,7 @@ class _Version(msgspec.Struct):
 
 def read(path: Path, kind: type[AnyRecord]) -> AnyRecord:
     """The record in a file. Raises ``OSError`` and :class:`UnreadableError`."""
-    limit = LARGEST_TABLE if issubclass(kind, WeightTable) else LARGEST_RECORD
+    limit = LARGEST_TABLE if issubclass(kind, WeightTable | MemoryDump) else LARGEST_RECORD
     return decode(read_file(path, limit), kind, path)
 
 

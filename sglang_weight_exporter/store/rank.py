@@ -8,13 +8,16 @@ import contextlib
 import os
 import time
 
-from sglang_weight_exporter.records import Event, Snapshot
+from sglang_weight_exporter.records import Event, MemoryDump, Snapshot
 from sglang_weight_exporter.store.encoding import encode
 from sglang_weight_exporter.store.events import EVENT_BYTES, EVENT_COUNT, EventQueue
 from sglang_weight_exporter.store.files import Directory
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
 from sglang_weight_exporter.weight_table import WeightTable
+
+#: What a look leaves of torch's memory, and who asks for it.
+MEMORY, MEMORY_WANTED = "memory", "memory.wanted"
 
 
 def table_file(table: WeightTable) -> str:
@@ -101,6 +104,17 @@ class RankStore:
         if table is not None and (file := table_file(table)) in self._tables:
             beside = (self._directory, file)
         self._events.append(event, table, beside=beside)
+
+    @property
+    def memory_is_wanted(self) -> bool:
+        """Whether somebody has asked for the memory as the next look finds it."""
+        return self._directory.has(MEMORY_WANTED)
+
+    def leave_memory(self, dump: MemoryDump | None) -> None:
+        """Answer; with nothing, where it could not be read."""
+        if dump is not None:
+            self._directory.write(MEMORY, encode(dump))
+        self._directory.remove(MEMORY_WANTED)
 
     def is_published(self) -> bool:
         """Whether what was written last is still there for readers."""

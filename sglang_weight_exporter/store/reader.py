@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from sglang_weight_exporter.records import Endpoint, Snapshot
+from sglang_weight_exporter.records import Endpoint, MemoryDump, Snapshot
 from sglang_weight_exporter.store.decoding import (
     AnyRecord,
     UnreadableError,
@@ -24,6 +24,7 @@ from sglang_weight_exporter.store.decoding import (
 from sglang_weight_exporter.store.events import WaitingEvents
 from sglang_weight_exporter.store.files import Directory, write_atomically
 from sglang_weight_exporter.store.locks import FileLock, is_held
+from sglang_weight_exporter.store.rank import MEMORY, MEMORY_WANTED
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.weight_table import WeightTable
 
@@ -48,6 +49,20 @@ class RankDirectory:
 
     def table(self, file: str) -> WeightTable:
         return read(self.path / file, WeightTable)
+
+    def ask_for_memory(self) -> None:
+        """Have the rank leave its memory with the next thing that it publishes. Raises
+        ``OSError``."""
+        (self.path / MEMORY).unlink(missing_ok=True)
+        write_atomically(self.path / MEMORY_WANTED, b"")
+
+    @property
+    def memory_is_wanted(self) -> bool:
+        return (self.path / MEMORY_WANTED).exists()
+
+    def memory(self) -> MemoryDump:
+        """What it has left. Raises ``OSError`` and ``UnreadableError``."""
+        return read(self.path / MEMORY, MemoryDump)
 
     @property
     def events(self) -> WaitingEvents:

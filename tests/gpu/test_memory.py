@@ -7,8 +7,10 @@ Two engines share the GPU, one of them with the memory saver for weights, KV poo
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +30,7 @@ from gpu_engines import (
     Rank,
     Record,
     nvidia_smi,
+    rows,
     storages,
 )
 
@@ -183,6 +186,41 @@ def test_what_an_account_costs(graph_engine: GpuEngine, record_property: Record)
     (rank,) = graph_engine.ranks()
     for name, value in rank.ask("costs").items():
         record_property(name, value)
+
+
+def test_every_weight_block_of_a_snapshot_has_its_name(
+    graph_engine: GpuEngine, tmp_path: Path, record_property: Record
+) -> None:
+    (rank,) = graph_engine.ranks()
+    cli = graph_engine.engine.exporter_cli
+    assert cli("snapshot", "--ask").returncode == 0
+    assert graph_engine.engine.flush_cache()[0] == 200
+    taken = eventually(
+        lambda: cli("snapshot", "--output", str(tmp_path)).returncode == 0, 20, every=1.0
+    )
+    assert taken
+    (viewer,) = tmp_path.glob("*.pickle")
+    content = pickle.loads(viewer.read_bytes())
+    named: dict[int, dict[str, Any]] = {}
+    for segment in content["segments"]:
+        for block in segment["blocks"]:
+            named[block["address"]] = block
+    held = storages(rank.table())
+    expected: dict[int, str] = {}
+    for name, (address, _) in rows(rank.table()).items():
+        expected.setdefault(address, f"{name} (target)")
+    assert {address: named[address]["name"] for address in held} == {
+        address: expected[address] for address in held
+    }
+    by_part: dict[str, int] = {}
+    for block in named.values():
+        part = block.get("part", "free")
+        by_part[part] = by_part.get(part, 0) + block["size"]
+    record_property("bytes of named blocks", json.dumps(by_part))
+    record_property("size of the viewer's file", viewer.stat().st_size)
+    assert by_part["cuda_graphs"] == parts_of(graph_engine)["cuda_graphs"]
+    segsum: Any = importlib.import_module("torch.cuda._memory_viz").segsum
+    assert "segments" in segsum(content)
 
 
 STEPS = """
