@@ -13,9 +13,10 @@ import pytest
 
 pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 
-from standins import Rank, Request
+from standins import ModelRunner, Rank, Request
 
 from sglang_weight_exporter.capture.allocations import Segments
+from sglang_weight_exporter.hooks.targets import RUNNER
 from sglang_weight_exporter.records import Device, DeviceMemory, MemoryDump, MemoryOwner
 from sglang_weight_exporter.runners.scan import Scan
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
@@ -174,3 +175,25 @@ def test_names_of_weights_are_those_of_the_table(rank: Rank) -> None:
         ("embed_tokens.weight (draft)", "weights", 8 * 4 * 4),
         ("proj.weight (draft)", "weights", 4 * 4 * 4),
     }
+
+
+def init_memory_pool(runner: Any, total_gpu_memory: float) -> None:
+    """Is told what was free before the load, and does not keep it."""
+    runner.token_to_kv_pool = SimpleNamespace()
+
+
+@pytest.mark.parametrize("release", ["0.5.10 and later", "until 0.5.9"])
+def test_what_the_pool_was_sized_from(rank: Rank, release: str) -> None:
+    attributes: dict[str, Any] = {"mem_fraction_static": 0.75}
+    if release == "until 0.5.9":
+        methods = {name: each for name, each in vars(ModelRunner).items() if callable(each)}
+        methods["init_memory_pool"] = init_memory_pool
+        old: Any = type("ModelRunner", (ModelRunner,), methods)
+        runner = rank.hook(RUNNER, old)(**attributes)
+        runner.init_memory_pool(79.5)
+        rank.workers.append(runner)
+    else:
+        rank.runner(pre_model_load_memory=79.5, **attributes).alloc_memory_pool()
+    budget = rank.snapshot().budget
+    assert (budget.fraction, budget.before_load) == (0.75, int(79.5 * 2**30))
+    assert budget.token_limit is None
