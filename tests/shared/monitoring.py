@@ -102,7 +102,7 @@ class Monitoring:
 
     directory: Path
     targets: dict[str, str]
-    """Job name to `host:port`."""
+    """Job name to `host:port`, or several with spaces between."""
     port: int = field(default_factory=free_port)
     webhook: Webhook = field(default_factory=Webhook)
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -122,7 +122,7 @@ class Monitoring:
             "rule_files": ["rules.yml"],
             "alerting": {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]},
             "scrape_configs": [
-                {"job_name": job, "static_configs": [{"targets": [target]}]}
+                {"job_name": job, "static_configs": [{"targets": target.split()}]}
                 for job, target in self.targets.items()
             ],
         }
