@@ -5,6 +5,7 @@
 # make test                      everything that CI runs
 # make test TESTS=tests/store    one suite, with no more installed than it needs
 # make demo                      a real SGLang with the exporter beside it
+# make demo-simulated            ranks that do not exist, on a real endpoint, in seconds
 # make benchmark                 what things cost, as ratios to a baseline of the same run
 # make dist                      sdist, wheel, SBOM and checksums of a release, in dist/
 # make debian-packages           what `make test` needs of Debian; as root
@@ -18,17 +19,18 @@ SHELL := /bin/bash
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help check test lint demo benchmark dist debian-packages all-tests light-tests wheel clean
+.PHONY: help check test lint demo demo-simulated benchmark dist debian-packages all-tests light-tests wheel clean
 
 NEWEST := 0.5.23
 OLDEST := 0.5.9
 # Rooms that need no SGLang and no torch also run on the oldest and the newest Python.
 OTHER_PYTHONS := 3.10 3.13
-LIGHT := tests/bootstrap tests/store tests/export tests/test_ledger.py tests/test_weight_table.py \
+LIGHT := tests/bootstrap tests/docs tests/store tests/export tests/fuzz tests/test_ledger.py \
+	tests/test_weight_table.py \
 	tests/test_contracts.py \
 	$(addprefix tests/table/test_,command.py readers.py status.py weight_table_events.py weights_metadata.py)
 DEBIAN_PACKAGES := gcc binutils e2fsprogs libibverbs1 libnuma1 prometheus prometheus-alertmanager chromium \
-	fonts-dejavu-core victoria-metrics
+	fonts-dejavu-core mmdebstrap buildah victoria-metrics
 
 MAIN := .venv/sglang-$(NEWEST)
 ENVIRONMENTS := $(MAIN) .venv/sglang-$(OLDEST)
@@ -115,10 +117,15 @@ demo: wheel
 	$(call install-wheel,.venv/demo-$(NEWEST),)
 	exec .venv/demo-$(NEWEST)/bin/python demo/demo.py $(if $(DEMO_EXIT),--exit)
 
+demo-simulated: wheel
+	@$(environment) python 3 .venv/demo-simulated
+	$(call install-wheel,.venv/demo-simulated,psutil)
+	exec .venv/demo-simulated/bin/python demo/demo.py --simulated $(if $(DEMO_EXIT),--exit)
+
 benchmark: wheel
 	@$(environment) sglang $(NEWEST) $(MAIN)
 	$(call install-wheel,$(MAIN),--group test)
-	for program in startup pointer_table update reader_interference otlp scrape throughput; do
+	for program in startup pointer_table event_queue update reader_interference otlp scrape throughput; do
 	  $(call say,$$program)
 	  $(MAIN)/bin/python benchmarks/$$program.py
 	done

@@ -14,8 +14,14 @@ import sys
 import torch
 from pointer_table import ROUNDS, bare_loop, measure, model_of
 
-from sglang_weight_exporter.capture.allocations import AllocationMap
-from sglang_weight_exporter.capture.weights import capture_weights
+from sglang_weight_exporter.capture.account import account
+from sglang_weight_exporter.capture.allocations import AllocationMap, Segments
+from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
+from sglang_weight_exporter.runners.memory import of_weights
+
+
+def account_of(known: WeightCapture) -> None:
+    account(Segments.of_cuda(), of_weights(known.spans), device=0)
 
 
 def main() -> None:
@@ -36,6 +42,10 @@ def main() -> None:
                     capture, allocations=AllocationMap.of_cuda
                 ),
                 "allocation map alone": AllocationMap.of_cuda,
+                "account alone": functools.partial(account_of, known),
+                "torch's counters alone": functools.partial(
+                    torch.cuda.memory_stats_as_nested_dict, 0
+                ),
             },
             ROUNDS,
         )

@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A scrape of 64 ranks against a scrape of one, and the exporter's memory: scrape.py [RANKS]
 
-The ranks hold their locks and have snapshots of a mixture-of-experts model with a draft; the
-exporter is the real process, asked over HTTP as Prometheus asks (OpenMetrics, gzip), while nothing
-changes, while every rank has changed, and by many clients at once.
+The ranks are those of `serve --simulate`, eight an engine, and live in this process. The exporter
+is the real one, asked over HTTP as Prometheus asks (OpenMetrics, gzip), while nothing changes,
+while every rank has changed, and by many clients at once.
 """
 
 from __future__ import annotations
@@ -23,72 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from sglang_weight_exporter.hooks.targets import TARGETS
-from sglang_weight_exporter.records import (
-    Device,
-    Engine,
-    HookState,
-    Kind,
-    KvPoolUsage,
-    Ranks,
-    Role,
-    Snapshot,
-    TableRef,
-    WeightUsage,
-)
-from sglang_weight_exporter.store.rank import RankStore
+from sglang_weight_exporter.simulation import ROUND_SECONDS, Simulation
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 ROUNDS = 30
 CLIENTS = 20
-
-
-def write(store: RankStore, number: int) -> None:
-    """One rank of an engine of 8 GPUs a node; every eighth starts another engine."""
-    device = Device(name="cuda:0", uuid=f"GPU-{number:032x}", product="NVIDIA H100 80GB HBM3")
-    names = dict.fromkeys(target.name for target in TARGETS)
-    kinds: tuple[tuple[Kind, str], ...] = (
-        ("parameter", "bfloat16"),
-        ("parameter", "float8_e4m3fn"),
-        ("parameter", "float32"),
-        ("buffer", "float32"),
-    )
-    usage = tuple(
-        WeightUsage(device="cuda:0", kind=kind, dtype=dtype, nbytes=10**9, tensors=300)
-        for kind, dtype in kinds
-    )
-    store.write_snapshot(
-        Snapshot(
-            rank_id=store.rank_id,
-            pid=os.getpid(),
-            started_at=time.time(),
-            engine=Engine(
-                name=str(30000 + number // 8), instance="i", model_name="deepseek-ai/DeepSeek-V3"
-            ),
-            ranks=Ranks(tp=number % 8, moe_ep=number % 8),
-            devices=(device,),
-            roles=tuple(
-                Role(
-                    name=name,
-                    device="cuda:0",
-                    weights=usage,
-                    resident={"cuda:0": 4 * 10**9},
-                    table=TableRef(
-                        file="t", sha256="0" * 64, rows=1200, regions={"cuda:0": 70}, captured_at=1
-                    ),
-                    kv_pools=(
-                        KvPoolUsage(device="cuda:0", pool="full", nbytes=10**10, tokens=10**6),
-                    ),
-                    kv_resident={"cuda:0": 10**10},
-                    loaded_at=1.0,
-                    load_seconds=1.0,
-                    updated_at=1.0,
-                )
-                for name in ("target", "draft")
-            ),
-            hooks=tuple(HookState(target=name, status="installed") for name in names),
-        )
-    )
 
 
 def scrape(port: int) -> tuple[float, bytes]:
@@ -120,7 +59,7 @@ class Figures(NamedTuple):
     unchanged_processor: float
     #: Each rank has written a new snapshot before each scrape.
     changed_processor: float
-    #: Of :data:`CLIENTS` that ask without a pause.
+    #: What :data:`CLIENTS` wait that ask without a pause.
     p99: float
     compressed: int
     plain: int
@@ -135,13 +74,8 @@ def measure(ranks: int) -> Figures:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as directory:
         runtime_dir = RuntimeDir.open(Path(directory) / "runtime", os.environ)
-        alive = [RankStore(runtime_dir, f"{number:016x}") for number in range(ranks)]
-
-        def write_all() -> None:
-            for number, store in enumerate(alive):
-                write(store, number)
-
-        write_all()
+        moment = time.time()
+        simulation = Simulation(runtime_dir, max(ranks // 8, 1), min(ranks, 8), start=moment)
         exporter = subprocess.Popen(
             [
                 *(sys.executable, "-m", "sglang_weight_exporter", "serve"),
@@ -162,7 +96,8 @@ def measure(ranks: int) -> Figures:
 
             before = processor_seconds(exporter.pid)
             for _ in range(ROUNDS):
-                write_all()
+                moment += ROUND_SECONDS  # Each engine gets a version of the weights.
+                simulation.advance(moment)
                 scrape(port)
             changed = (processor_seconds(exporter.pid) - before) / ROUNDS
 
@@ -174,8 +109,7 @@ def measure(ranks: int) -> Figures:
         finally:
             exporter.kill()
             exporter.wait()
-        for store in alive:
-            store.close()
+        simulation.close()
     return Figures(
         unchanged=statistics.median(taken for taken, _ in found),
         unchanged_processor=unchanged,
@@ -191,7 +125,7 @@ def measure(ranks: int) -> Figures:
 def main() -> None:
     many = int(sys.argv[1]) if len(sys.argv) > 1 else 64
     one, all_of_them = measure(1), measure(many)
-    print(f"A scrape (OpenMetrics, gzip) of ranks with two roles, {ROUNDS} times")
+    print(f"A scrape (OpenMetrics, gzip) of simulated ranks, {ROUNDS} times")
     print(
         f"  {'ranks':>5} {'ms':>6} {'cpu ms':>7} {'changed':>8} {'p99 of ' + str(CLIENTS):>10}"
         f" {'series':>7} {'bytes':>10} {'gzip':>8} {'peak memory':>12}"

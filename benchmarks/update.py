@@ -62,17 +62,25 @@ if __name__ == "__main__":
 
 
 class Engine:
-    """An offline engine in a process of its own that updates when it is told to."""
+    """An offline engine in a process of its own that does what it is told to."""
 
-    def __init__(self, installation: Installation, directory: Path, model: Path, **environ: str):
+    def __init__(
+        self,
+        installation: Installation,
+        directory: Path,
+        model: Path,
+        *arguments: str,
+        program: str = ENGINE,
+        **environ: str,
+    ):
         script = directory / "engine.py"
-        script.write_text(ENGINE)
+        script.write_text(program)
         self._log = directory / "log"
-        runtime_dir = directory / f"runtime-{len(environ)}"
+        self.runtime_dir = directory / f"runtime-{len(environ)}"
         self._process = subprocess.Popen(
-            [installation.python, script, model],
+            [installation.python, script, model, *arguments],
             env=installation.environment(
-                SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR=str(runtime_dir),
+                SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR=str(self.runtime_dir),
                 SGLANG_WEIGHT_EXPORTER_SERVE="off",
                 **{name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},
                 **environ,
@@ -94,11 +102,14 @@ class Engine:
                 continue  # SGLang prints too.
         raise RuntimeError(f"The engine has ended: {self._log.read_text()[-3000:]}")
 
-    def update(self) -> float:
+    def ask(self, what: str) -> Any:
         assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
+        self._process.stdin.write(f"{what}\n")
         self._process.stdin.flush()
-        return float(self.answer())
+        return self.answer()
+
+    def update(self) -> float:
+        return float(self.ask("update"))
 
     def stop(self) -> None:
         assert self._process.stdin is not None

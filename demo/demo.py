@@ -3,13 +3,15 @@
 """A real SGLang engine with the exporter beside it: run by `make demo`.
 
 Writes two tiny checkpoints, starts SGLang on a GPU where there is one and on the CPU otherwise,
-reloads its weights once, and shows what a scrape says before and after.
+reloads its weights once, and shows what a scrape says before and after. With `--simulated`, run by
+`make demo-simulated`, the ranks do not exist and nothing of SGLang is needed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -23,7 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "shared"))
 
 import tiny_model
-from engines import Engine, Installation, Scrape, eventually, http_get
+from engines import Engine, Installation, Scrape, clean_environment, eventually, http_get
 from ports import free_port
 
 TERMINAL = sys.stdout.isatty()
@@ -84,8 +86,8 @@ def port_or_free(port: int) -> int:
     return port
 
 
-def table(before: Scrape, after: Scrape) -> str:
-    """The metrics of SHOWN, before and after."""
+def table(before: Scrape, after: Scrape, **of: str) -> str:
+    """The metrics of SHOWN, before and after, of the ranks with these labels."""
 
     def shown(value: float, name: str) -> str:
         if name.endswith("_timestamp_seconds"):
@@ -95,11 +97,11 @@ def table(before: Scrape, after: Scrape) -> str:
     rows = [("", "before", "after", "")]
     for name, labels, meaning in SHOWN:
         series = name + "".join(f'{{{key}="{value}"}}' for key, value in labels.items())
-        old, new = (shown(scrape.sum(name, **labels), name) for scrape in (before, after))
+        old, new = (shown(scrape.sum(name, **labels, **of), name) for scrape in (before, after))
         rows.append((series, old, new, meaning))
     lines = []
     for series, old, new, meaning in rows:
-        line = f"  {series:<54} {old:>11} {new:>11}  {meaning}"
+        line = f"  {series:<54} {old:>14} {new:>14}  {meaning}"
         lines.append(styled("1", line) if old != new and series else line)
     return "\n".join(lines)
 
@@ -148,6 +150,48 @@ def show(directory: Path, *, stay: bool) -> None:
             engine.stop()
 
 
+def show_simulated(*, stay: bool) -> None:
+    """The same of ranks that do not exist; stays up until Ctrl-C with `stay`."""
+    port = port_or_free(EXPORTER_PORT)
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "sglang_weight_exporter", "serve", "--simulate", "4x8"]
+    process = subprocess.Popen(
+        [*command, "--address", "127.0.0.1", "--port", str(port)],
+        # Where to send traces and metrics stays as the user has it.
+        env=clean_environment() | {k: v for k, v in os.environ.items() if k.startswith("OTEL_")},
+        stdout=subprocess.DEVNULL,
+        preexec_fn=os.setpgrp,  # Ctrl-C is for this process to pass on.
+    )
+    first = {"engine": "30000", "tp_rank": "0"}
+
+    def loaded() -> Scrape:
+        scrape = Scrape.of(f"{url}/metrics")
+        assert scrape.one("sglang_weight_exporter_build_info", simulated="true") == 1
+        assert scrape.one("sglang_weight_exporter_ranks") == 32
+        return scrape
+
+    def updated() -> Scrape:
+        scrape = Scrape.of(f"{url}/metrics")
+        assert scrape.sum("sglang_weight_updates_total", source="disk", **first) == 1
+        return scrape
+
+    try:
+        with step("Starting 4 engines of 8 ranks that do not exist"):
+            before = eventually(loaded)
+        with step("Waiting for the first version of the weights"):
+            after = eventually(updated)
+        print(f"\n{table(before, after, **first)}\n")
+        print("  Of the first rank; nothing of it is measured. A new version comes every 30 s.")
+        print(f"  Metrics   {styled('36', url + '/metrics')}")
+        if stay:
+            print(f"\n  {styled('1', 'Ctrl-C')} stops it.", flush=True)
+            with contextlib.suppress(KeyboardInterrupt):
+                raise AssertionError(f"The exporter ended by itself with {process.wait()}")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+
+
 def sglang_name() -> str:
     """The release of SGLang in this environment."""
     from importlib.metadata import version
@@ -178,16 +222,22 @@ def main() -> int:
         action="store_true",
         help="end after showing; the default without a terminal to type Ctrl-C in",
     )
-    stay = not arguments.parse_args().exit and sys.stdin.isatty()
+    arguments.add_argument("--simulated", action="store_true", help="without SGLang")
+    asked = arguments.parse_args()
+    stay = not asked.exit and sys.stdin.isatty()
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
-    print(styled("1", "\nsglang_weight_exporter beside a real SGLang\n"))
+    beside = "32 simulated ranks" if asked.simulated else "a real SGLang"
+    print(styled("1", f"\nsglang_weight_exporter beside {beside}\n"))
     with tempfile.TemporaryDirectory(prefix="sglang-weight-exporter-demo-") as directory:
         try:
-            show(Path(directory), stay=stay)
+            if asked.simulated:
+                show_simulated(stay=stay)
+            else:
+                show(Path(directory), stay=stay)
         except KeyboardInterrupt:
             print("\n  Interrupted.")
             return 130

@@ -24,6 +24,7 @@ SECTIONS = {
     "Weights": ("sglang_weight_",),
     "KV pool and LoRA slots": ("sglang_kv_", "sglang_lora_"),
     "GPUs": ("sglang_gpu_",),
+    "Memory of a rank": ("sglang_rank_memory_",),
     "The exporter itself": ("sglang_weight_exporter_",),
 }
 
@@ -143,12 +144,18 @@ def metrics() -> str:
             if _section(instrument) != section:
                 continue
             labels = [f"`{label}`" for label in instrument.labels]
-            if instrument.read_role is not None:
+            if instrument.labels == IDENTITY:
+                labels = ["identity"]
+            elif instrument.read_role is not None:
                 labels.insert(0, "identity")
             page += (
                 f"| `{_family(instrument)}` | {instrument.kind} | {', '.join(labels)}"
                 f" | {instrument.description} |\n"
             )
+    page += (
+        "\nBeside them are prometheus_client's `process_*`: memory, processor time, descriptors and"
+        "\nstart of the exporter process, not of an engine.\n"
+    )
     page += "\n*identity*: " + ", ".join(f"`{label}`" for label in IDENTITY) + ".\n"
     return page + COUNTING.format(buckets=", ".join(f"{bound:g}" for bound in DURATION_BUCKETS))
 

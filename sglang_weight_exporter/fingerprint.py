@@ -17,7 +17,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -162,7 +162,7 @@ class Chunks:
     nbytes: NDArray[np.int64]
     first: NDArray[np.int64]
     after: NDArray[np.int64]
-    #: Of each chunk in its tensor, from 1; one more at the end.
+    #: Each chunk's number in its tensor, from 1; one more at the end.
     number: NDArray[np.int64]
 
     @classmethod
@@ -182,11 +182,18 @@ class Chunks:
 _BLOCK_CHUNKS = 32
 
 
-def of_arrays(arrays: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint64]:
-    """Fingerprints of one-dimensional ``uint8`` arrays: uint64 ``[arrays, 2]``.
+class Bytes(Protocol):
+    """A one-dimensional ``uint8`` array of any alignment, or what gives slices of one."""
 
-    An array may be of any size and alignment, and may be a memory-mapped file.
-    """
+    @property
+    def nbytes(self) -> int: ...
+
+    def __getitem__(self, piece: slice, /) -> NDArray[np.uint8]: ...
+
+
+def of_arrays(arrays: Sequence[Bytes]) -> NDArray[np.uint64]:
+    """Fingerprints of the bytes of each: uint64 ``[arrays, 2]``. At most 2 MiB are asked for at a
+    time."""
     import numpy as np
 
     chunks = Chunks.of([array.nbytes for array in arrays])

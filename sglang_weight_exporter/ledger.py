@@ -822,11 +822,18 @@ class Ledger:
                 self._change_cache(failures=cache.failures + 1)
 
     def pause(self, how: Pause) -> None:
-        """Generation was interrupted."""
+        """Generation was interrupted. One that aborts all holds the requests that come in front of
+        the scheduler, which has none and is not paused."""
         with self._lock:
-            if self._cache is not None:
-                pauses = self._cache.pauses
-                self._change_cache(pauses={**pauses, how: pauses.get(how, 0) + 1})
+            cache = self._cache
+            if cache is not None:
+                pauses = {**cache.pauses, how: cache.pauses.get(how, 0) + 1}
+                self._change_cache(pauses=pauses, paused=cache.paused or how != "abort")
+
+    def proceed(self) -> None:
+        """Generation goes on."""
+        with self._lock:
+            self._change_cache(paused=False)
 
     # Memory that is given back, and what surrounds an update.
 

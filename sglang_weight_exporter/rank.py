@@ -14,7 +14,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from sglang_weight_exporter.capture.weights import WeightCapture
@@ -38,7 +38,7 @@ from sglang_weight_exporter.weight_table import WeightTable, compare_tables
 Result = TypeVar("Result")
 
 #: Tags of SGLang's memory saver (`sglang.srt.constants`).
-WEIGHTS, KV_CACHE = "weights", "kv_cache"
+WEIGHTS, KV_CACHE, CUDA_GRAPH = "weights", "kv_cache", "cuda_graph"
 
 #: What fingerprints may take of a load, kernels compiled, and of an update. A GPU's take some 10
 #: milliseconds; a CPU reads about a gigabyte a second.
@@ -66,6 +66,7 @@ class Rank:
         self.roles = roles
         self.ledger = Ledger(clock=clock, trace_id=self._trace_id, cached_tokens=scan.cached_tokens)
         self.scan = scan
+        scan.memory.released = lambda: self.ledger.released
         self._publisher = publisher
         self._hooks = hooks
         self._errors = errors
@@ -97,7 +98,9 @@ class Rank:
             return None
         with self._lock:
             result = tell(self.ledger)
-            events = dict(enumerate(map(self._complete, self.ledger.take_ended())))
+            ended = self.ledger.take_ended()
+            written = {each.role for each in ended if _wrote(each)}
+            events = dict(enumerate(self._complete(each, written) for each in ended))
             if events or not quietly:
                 self._publish({index: event for index, event in events.items() if event})
             return result
@@ -116,61 +119,82 @@ class Rank:
             if skipped is not None:
                 self.ledger.count_skipped(role.name, skipped)
 
-    def _look_for_strays(self, *roles: RunnerRole, during: During) -> None:
-        """Whether anything but loads and updates has written weights."""
+    def _look_for_strays(
+        self, *roles: RunnerRole, during: During, garbage: frozenset[int] = frozenset()
+    ) -> None:
+        """Whether anything but loads and updates has written weights. ``garbage``: storages of
+        which that is known."""
         self._look(*roles, fingerprint_seconds=self._fingerprint_seconds(), written=False)
         for role in roles:
+            self.scan.overlook(role, garbage)
             self.ledger.count_altered(role.name, during, self.scan.of(role).altered.values())
 
-    def release(self, tags: set[str]) -> None:
-        """Memory is gone; of these tags and of no others."""
+    def release(self, tags: Collection[str] | None) -> None:
+        """Memory is gone; of these tags and of no others. ``None`` or empty: of all."""
 
         def tell(ledger: Ledger) -> None:
-            if self._saves_memory():
-                ledger.release(tags)
+            ledger.release(self._saved(tags))
             self.scan.memory_is_there = True
+            self.scan.look_at_memory()
+            self.scan.memory.end_release()
 
         self.step(tell)
 
-    def resume(self, tags: set[str]) -> None:
+    def resume(self, tags: Collection[str] | None) -> None:
         """Memory is back. What it holds is garbage until an update, unless SGLang kept a copy."""
 
         def tell(ledger: Ledger) -> None:
-            if not self._saves_memory():
+            resumed = self._saved(tags)
+            if not resumed:
                 return
-            ledger.resume(tags)
-            for role in self.roles if WEIGHTS in tags else ():
+            ledger.resume(resumed)
+            for role in self.roles if WEIGHTS in resumed else ():
                 if role.keeps_a_copy:
-                    self._look_for_strays(role, during="release")
+                    self._look_for_strays(role, during="release", garbage=self._without_a_copy())
                 else:
                     self._look(role, fingerprint_seconds=self._fingerprint_seconds())
                 self.scan.start_over(role, known=role.keeps_a_copy)
+            self.scan.look_at_memory()
 
         self.step(tell)
 
-    def _saves_memory(self) -> bool:
-        """Otherwise SGLang answers, and does nothing."""
+    def _saved(self, tags: Collection[str] | None) -> set[str]:
+        """Those whose memory the saver has; of others SGLang answers, and does nothing."""
         target = self.roles.named("target")
-        return target is not None and target.saves_memory
+        if target is None or not target.saves_memory:
+            return set()
+        saved = {WEIGHTS, KV_CACHE} | ({CUDA_GRAPH} if target.saves_graphs else set())
+        return saved & set(tags or saved)
 
-    def read_again(self) -> None:
+    def _without_a_copy(self) -> frozenset[int]:
+        """Storages of models that are not copied. A draft that is holds some of its target's."""
+        looks = (self.scan.of(role) for role in self.roles if not role.keeps_a_copy)
+        return frozenset[int]().union(*(look.weights.storages for look in looks if look.weights))
+
+    def read_again(self, role: RunnerRole) -> None:
         """Somebody asks whether the weights are what they were; not inside an update."""
         if os.getpid() == self._pid:
             with self._lock:
                 if not self.ledger.updating:
-                    self._look_for_strays(*self.roles, during="serving")
+                    self._look_for_strays(role, during="serving")
 
-    def look_before(self, role: RunnerRole) -> float | None:
-        """An update is about to begin; after it nobody could tell that something else wrote. When
-        this look began; ``None`` where there was none."""
+    def look_before(self) -> float | None:
+        """An update is about to begin; after it nobody could tell that something else wrote, nor
+        what it has added to torch's memory. Of all roles, and before the first of them is written:
+        a draft holds tensors of the target's. When this look began; ``None`` where there was none.
+        """
         if os.getpid() != self._pid:
             return None
         with self._lock:
-            known = self.scan.of(role).left is not None and WEIGHTS not in self.ledger.released
-            if not known or not self.scan.memory_is_there or self.ledger.is_updating(role.name):
+            there = self.scan.memory_is_there and WEIGHTS not in self.ledger.released
+            known = [role for role in self.roles if self.scan.of(role).left is not None]
+            if self.ledger.updating:
+                return None
+            self.scan.begin_update()
+            if not known or not there:
                 return None
             began_at = self._clock()
-            self._look_for_strays(role, during="serving")
+            self._look_for_strays(*known, during="serving")
             return began_at
 
     def _fingerprint_seconds(self, *, load: bool = False) -> float:
@@ -194,19 +218,21 @@ class Rank:
         facts = f"{engine.group or engine.instance}|{number}"
         return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
-    def _complete(self, ended: Ended) -> tuple[Event, WeightTable | None] | None:
-        """Look at what an update has changed; the event that tells of it."""
+    def _complete(self, ended: Ended, written: set[str]) -> tuple[Event, WeightTable | None] | None:
+        """Look at what an update has changed; the event that tells of it. ``written``: roles whose
+        updates have ended together; each is looked at once, for its own."""
         role = self.roles.named(ended.role)
         if role is None:
             return None
-        if ended.update is None or ended.update.action == "update":
+        if _wrote(ended):
             before = self.scan.of(role).weights
             others = (
                 other
                 for other in self.roles
-                if other is not role and not self.ledger.is_updating(other.name)
+                if other.name not in written and not self.ledger.is_updating(other.name)
             )
             self._look(role, *others, fingerprint_seconds=self._fingerprint_seconds())
+            self.scan.memory.end_update()
             after = self.scan.of(role).weights
             changes = compare_tables(
                 None if before is None else before.table, None if after is None else after.table
@@ -250,11 +276,15 @@ class Rank:
             if weights is not None:
                 tables[role.name] = weights.table
         self._publisher.publish(self._snapshot(), tables, events)
+        self._publisher.leave_memory(self.scan.dump_memory)
         if not self.ledger.in_session():
             self._publisher.let_readers_in(update_is_over=not self.ledger.updating)
 
     def _snapshot(self) -> Snapshot:
         engine = self.roles.engine
+        memory = self.scan.memory.devices()
+        for each in memory:
+            self.roles.describe(each.device)
         return Snapshot(
             rank_id="",
             pid=self._pid,
@@ -262,6 +292,8 @@ class Rank:
             engine=engine,
             ranks=self.roles.ranks,
             devices=self.roles.devices,
+            memory=memory,
+            budget=self.roles.budget,
             roles=tuple(map(self._role, self.roles)),
             weight_version=self.ledger.weight_version,
             hooks=self._hooks(engine.sglang_version),
@@ -304,6 +336,8 @@ class Rank:
             return None
         released = WEIGHTS in self.ledger.released
         known = look.left is not None and weights.table.fingerprint != ""
+        # Buffers are counted by their kind and are no weights here: a forward pass may write them.
+        altered = tuple(name for name, kind in look.altered.items() if kind != "buffer")
         return TableRef(
             file=table_file(weights.table),
             sha256=weights.table.sha256,
@@ -312,9 +346,14 @@ class Rank:
             captured_at=weights.table.captured_at,
             fingerprint="" if released else weights.table.fingerprint,
             fingerprint_seconds=None if released else weights.table.fingerprint_seconds,
-            altered=None if released or not known else len(look.altered),
-            altered_names=tuple(look.altered)[:NAMED_CHANGES],
+            altered=None if released or not known else len(altered),
+            altered_names=altered[:NAMED_CHANGES],
         )
+
+
+def _wrote(ended: Ended) -> bool:
+    """Whether an update or a session has ended, and no load."""
+    return ended.update is None or ended.update.action == "update"
 
 
 def _same_bytes(before: WeightCapture | None, after: WeightCapture | None) -> bool:

@@ -108,6 +108,8 @@ class LoraUsage(Record, frozen=True, kw_only=True):
     device: str
     nbytes: int
     adapters: int
+    #: How many can be on the device at a time; ``None``: not known.
+    slots: int | None = None
 
 
 class TableRef(Record, frozen=True, kw_only=True):
@@ -121,12 +123,12 @@ class TableRef(Record, frozen=True, kw_only=True):
     #: Device name to number of contiguous regions.
     regions: dict[str, int]
     captured_at: float
-    #: Of the bytes that the tensors hold (:func:`fingerprint.of_rank`), 32 hexadecimal digits, and
+    #: What the tensors hold, as :func:`fingerprint.of_rank` says, in 32 hexadecimal digits, and
     #: how long it took; empty and ``None`` where it was not taken, or the memory is released.
     fingerprint: str = ""
     fingerprint_seconds: float | None = None
-    #: Tensors that hold other bytes than the last load or update left in them: how many, and the
-    #: names of :data:`NAMED_CHANGES` of them.
+    #: Parameters and derived weights that hold other bytes than the last load or update left in
+    #: them: how many, and the names of :data:`NAMED_CHANGES` of them.
     #: ``None``: not known, because nobody has looked at them when it ended, or looks now.
     altered: int | None = None
     altered_names: tuple[str, ...] = ()
@@ -213,6 +215,8 @@ class CacheCounts(Record, frozen=True, kw_only=True):
     #: Whether it holds tokens that weights have computed which are gone; ``None``: not known.
     stale: bool | None = False
     pauses: dict[Pause, int] = {}
+    #: Between an order to pause that keeps its requests and the one to continue.
+    paused: bool = False
 
 
 class TableChanges(Record, frozen=True, kw_only=True):
@@ -357,6 +361,87 @@ class Role(Record, frozen=True, kw_only=True):
         )
 
 
+#: What holds the memory that torch's allocator has of a device. Disjoint, and together all of it;
+#: ``docs/memory.md`` says what each is.
+MemoryPart = Literal[
+    "weights",
+    "derived_weights",
+    "lora",
+    "kv_pool",
+    "kv_tables",
+    "cuda_graphs",
+    "other_tensors",
+    "rounding",
+    "fragments",
+    "cached",
+]
+MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
+
+
+class DeviceMemory(Record, frozen=True, kw_only=True):
+    """What a process has of one device through torch's allocator, at its last look."""
+
+    device: str
+    at: float
+    #: torch's own counts: live blocks; segments, those included whose memory is given back for
+    #: now; and the most of each since the process started, or since somebody reset it.
+    allocated: int
+    reserved: int
+    allocated_peak: int
+    reserved_peak: int
+    #: Bytes of ``reserved`` that have no physical memory, because the memory saver released them.
+    released: int = 0
+    #: Bytes of KV pools in virtual memory that is not the allocator's.
+    mapped: int = 0
+    #: Bytes by what holds them; they sum to ``reserved - released + mapped``. ``None``: not known.
+    parts: dict[MemoryPart, int] | None = None
+    #: Why they are not, as a sentence.
+    reason: str = ""
+    #: ``reserved`` before and after the last update; ``None`` before the first.
+    before_update: int | None = None
+    after_update: int | None = None
+    #: What was left of ``reserved`` after the last release.
+    after_release: int | None = None
+
+    @property
+    def physical(self) -> int:
+        """Bytes that the parts sum to."""
+        return self.reserved - self.released + self.mapped
+
+
+class MemoryOwner(Record, frozen=True, kw_only=True):
+    """A piece of a GPU's memory, and what it is."""
+
+    address: int
+    nbytes: int
+    part: MemoryPart
+    #: ``model.norm.weight (target)``; of a tied tensor its first name.
+    name: str
+
+
+class MemoryDump(Record, frozen=True, kw_only=True):
+    """What a look has left of torch's memory, because somebody had asked for it."""
+
+    schema: int = SCHEMA_VERSION
+    at: float
+    #: What ``torch.cuda.memory_snapshot()`` answered, as JSON.
+    segments: bytes
+    owners: tuple[MemoryOwner, ...]
+    #: torch's names of the pools of CUDA graphs, where SGLang says them.
+    graph_pools: tuple[tuple[int, int], ...] = ()
+
+
+class MemoryBudget(Record, frozen=True, kw_only=True):
+    """What SGLang made the size of the KV pool from; ``None``: this release does not say."""
+
+    #: ``--mem-fraction-static``, as given or as SGLang chose it.
+    fraction: float | None = None
+    #: Free bytes of the GPU before the weights were loaded; of a group, of the rank with the least.
+    before_load: int | None = None
+    #: ``--max-total-tokens``; ``None`` also where it was not given.
+    token_limit: int | None = None
+
+
 class HookState(Record, frozen=True, kw_only=True):
     """One line of ``status``: a hook target and whether it is hooked."""
 
@@ -381,6 +466,8 @@ class Engine(Record, frozen=True, kw_only=True):
     tp_size: int | None = None
     pp_size: int | None = None
     ep_size: int | None = None
+    #: Where it serves HTTP, as its settings say; empty where it does not.
+    url: str = ""
     #: The same for all ranks of the engine, on however many hosts; empty until they have agreed.
     group: str = ""
     #: Which of the engine's hosts this is, and of how many; ``None``: the settings do not say.
@@ -424,6 +511,11 @@ class Snapshot(Record, frozen=True, kw_only=True):
     engine: Engine
     ranks: Ranks = Ranks()
     devices: tuple[Device, ...] = ()
+    #: Each device that torch's allocator has memory of; empty where there is no GPU.
+    memory: tuple[DeviceMemory, ...] = ()
+    budget: MemoryBudget = MemoryBudget()
+    #: Inode of the namespace that ``pid`` is of; 0: not known.
+    pid_namespace: int = 0
     roles: tuple[Role, ...] = ()
     weight_version: str = ""
     hooks: tuple[HookState, ...] = ()
@@ -474,5 +566,5 @@ class Endpoint(Record, frozen=True, kw_only=True):
     version: str
     #: ``None`` until the port could be bound.
     url: str | None = None
-    #: Why there is no URL, as one sentence.
+    #: Why there is no URL, or not as it was configured, as one sentence.
     problem: str = ""

@@ -62,6 +62,9 @@ class Settings:
     )
     port: int = _setting(DEFAULT_PORT, _port, "port of the metrics endpoint")
     address: str = _setting("::", str, "address of the metrics endpoint; :: is all of them")
+    web_config_file: Path | None = _setting(
+        None, _path, "TLS, users, headers and a rate limit, in the format of Prometheus' exporters"
+    )
     tls_cert_file: Path | None = _setting(None, _path, "serve HTTPS with this certificate (PEM)")
     tls_key_file: Path | None = _setting(None, _path, "the private key of the certificate (PEM)")
     tls_client_ca_file: Path | None = _setting(

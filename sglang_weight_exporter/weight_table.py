@@ -99,7 +99,7 @@ class WeightTable(Record, frozen=True, kw_only=True):
     fingerprint_seconds: float | None = None
 
 
-#: Of a tensor without bytes that could be read.
+#: Stands for a tensor without bytes that could be read.
 NO_FINGERPRINT = "0" * 32
 
 #: What the SHA-256 of a table covers, in this order.

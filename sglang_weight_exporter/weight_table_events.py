@@ -155,7 +155,7 @@ class _Chunk:
 
 #: Upper bound of an event's keys, counts and fingerprint.
 _CHUNK_BYTES = 1_000
-#: Of a row's fingerprint as protobuf.
+#: What a row's fingerprint takes as protobuf.
 _FINGERPRINT_BYTES = 36
 
 

@@ -36,6 +36,12 @@ PLANTED = [
     ("The data model imports no room", "records.py", f"{PACKAGE}.store.files"),
 ]
 
+#: Imports that do not run when the module is imported.
+LATE = {
+    "for type checking": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import {}\n",
+    "in a function": "def late() -> None:\n    import {}\n",
+}
+
 
 def lint(checkout: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -71,3 +77,18 @@ def test_a_planted_import_is_found(
     assert ran.returncode == 1, ran.stdout
     lines = [line for line in ran.stdout.splitlines() if line.startswith(contract)]
     assert "BROKEN" in lines[0]
+
+
+@pytest.mark.parametrize("late", LATE.values(), ids=LATE)
+def test_an_import_that_runs_late_or_never_is_found(checkout: Path, late: str) -> None:
+    path = checkout / PACKAGE / "capture" / "pools.py"
+    path.write_text(f"{path.read_text()}\n{late.format(f'{PACKAGE}.hooks.observer')}")
+    ran = lint(checkout)
+    assert ran.returncode == 1, ran.stdout
+
+
+def test_a_new_room_is_in_no_order_until_somebody_puts_it_there(checkout: Path) -> None:
+    (checkout / PACKAGE / "attic.py").write_text("")
+    ran = lint(checkout)
+    assert ran.returncode == 1, ran.stdout
+    assert "attic" in ran.stdout

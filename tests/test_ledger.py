@@ -90,6 +90,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.written = 0
         self.flushes: Counter[bool] = Counter()
         self.pauses: Counter[str] = Counter()
+        self.paused = False
         self.ledger = Ledger(
             clock=lambda: self.now,
             thread=lambda: self.on,
@@ -297,6 +298,12 @@ class LedgerMachine(RuleBasedStateMachine):
     def pause(self, mode: Any) -> None:
         self.ledger.pause(mode)
         self.pauses[mode] += 1
+        self.paused |= mode != "abort"
+
+    @rule()
+    def proceed(self) -> None:
+        self.ledger.proceed()
+        self.paused = False
 
     # Experts, on the worker's thread, whatever the scheduler's does.
 
@@ -400,6 +407,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert (cache.flushes, cache.failures) == (self.flushes[True], self.flushes[False])
             assert (cache.flushed_at is not None) == bool(cache.flushes)
             assert Counter(cache.pauses) == self.pauses
+            assert cache.paused == self.paused
 
     @invariant()
     def what_has_ended_is_told_once(self) -> None:
@@ -536,3 +544,26 @@ def test_the_ledger_counts_what_a_plain_model_counts() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_a_clock_that_was_set_back_makes_no_negative_duration() -> None:
+    now = 1000.0
+    ledger = Ledger(clock=lambda: now)
+    ledger.begin_start()
+    ledger.add_role("target")
+    began = ledger.begin_load()
+    now -= 500.0
+    ledger.end_load("target", began, model_path="a", weight_version="default")
+    ledger.end_start()
+    ticket = ledger.begin("target", "disk", ends_with="request")
+    now -= 500.0  # As NTP does it to a host that booted with a wrong clock.
+    ledger.finish(ticket, CHANGED)
+    ledger.begin_session("target")
+    ticket = ledger.begin("target", "tensor", ends_with="later")
+    now -= 500.0
+    ledger.finish(ticket, CHANGED)
+    ledger.end_session("target")
+    role = ledger.describe("target", Role(name="target", device="cpu"))
+    assert role.load_seconds == 0.0
+    counted = [counts.duration for counts in role.updates.values() if counts.updates]
+    assert [duration.sum for duration in counted] == [0.0, 0.0]

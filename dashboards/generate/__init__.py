@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Write the Grafana dashboards and the Kubernetes form of the rules.
+"""Write the Grafana dashboards, and the address of the runbooks into the rules.
 
 What is asked of Prometheus is in `queries`, how a panel looks in `grafana`, and each row of
 panels is a module in `rows`. `fleet` and `engine` are the two boards that are made of them.

@@ -15,28 +15,9 @@ import re
 import sys
 from pathlib import Path
 
-import yaml
-
 from . import DOCUMENTS, engine, fleet
 
 HERE = Path(__file__).parents[1]
-
-
-def prometheus_rule(rules: str) -> str:
-    """The same rules as the Prometheus operator's object."""
-    groups = yaml.safe_load(rules)["groups"]
-    manifest = {
-        "apiVersion": "monitoring.coreos.com/v1",
-        "kind": "PrometheusRule",
-        "metadata": {
-            "name": "sglang-weights",
-            "labels": {"app.kubernetes.io/name": "sglang-weight-exporter"},
-        },
-        "spec": {"groups": groups},
-    }
-    return "# Generated from ../sglang-weights.rules.yml by ../generate.\n" + yaml.safe_dump(
-        manifest, sort_keys=False, width=100
-    )
 
 
 def with_runbooks(rules: str) -> str:
@@ -52,7 +33,6 @@ def files() -> dict[Path, str]:
         HERE / "sglang-weights.rules.test.yml": tests,
         HERE / "sglang-fleet.json": json.dumps(fleet.board(), indent=2) + "\n",
         HERE / "sglang-engine.json": json.dumps(engine.board(), indent=2) + "\n",
-        HERE / "kubernetes" / "prometheusrule.yaml": prometheus_rule(rules),
     }
 
 

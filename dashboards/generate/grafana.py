@@ -18,12 +18,18 @@ COLOURS = {
     "Draft weights": "light-blue",
     "LoRA": "purple",
     "KV pool": "orange",
+    "KV tables": "light-orange",
+    "CUDA graphs": "green",
+    "Other tensors": "light-green",
+    "Unused in torch": "#c9b18b",
+    "Outside torch": "#5b6b86",
     "Everything else in use": "#8e929b",
     "Free": "rgba(140, 146, 160, 0.22)",
 }
 
 NOT_LOADED = "No rank is scraped: is SGLang running, and is :9400 a target?"
 NO_NVML = "No NVML: CPU engine, or the exporter cannot see the driver"
+NO_ACCOUNT = "No account: CPU engine, an older exporter, or nothing has happened yet"
 NO_SGLANG = "SGLang's own metrics are not here: start it with --enable-metrics and scrape it"
 NO_DCGM = "dcgm-exporter is not here: see the text on the right"
 

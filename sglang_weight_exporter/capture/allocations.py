@@ -42,32 +42,27 @@ class AllocationMap:
         )
 
     @classmethod
-    def of_cuda(cls) -> AllocationMap:
+    def of_segments(cls, segments: Segments) -> AllocationMap:
         """From the caching allocator: one ``cudaMalloc`` a segment.
 
         An expandable segment is mapped piece by piece, so there each block stands alone. Memory
         that came from elsewhere (CUDA IPC) is in no segment.
         """
-        spans: list[tuple[int, int, bool]] = []
-        # The snapshot is thousands of dictionaries that are gone in a moment; counted as new ones
-        # they would have Python collect garbage, which takes an engine up to a second.
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
-            for segment in _memory_segments():
-                private = tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
-                address = segment["address"]
-                if segment.get("is_expandable"):
-                    for block in segment["blocks"]:
-                        spans.append((address, address + block["size"], private))
-                        address += block["size"]
-                else:
-                    spans.append((address, address + segment["total_size"], private))
-            return cls.of_spans(spans)
-        finally:
-            spans.clear()
-            if collecting:
-                gc.enable()
+        apart = segments.expandable[segments.block_segment]
+        start = np.concatenate((segments.start[~segments.expandable], segments.block_start[apart]))
+        nbytes = np.concatenate(
+            (segments.nbytes[~segments.expandable], segments.block_nbytes[apart])
+        )
+        private = segments.private
+        in_pool = np.concatenate(
+            (private[~segments.expandable], private[segments.block_segment[apart]])
+        )
+        order = np.argsort(start)
+        return cls(start[order], (start + nbytes)[order], in_pool[order])
+
+    @classmethod
+    def of_cuda(cls) -> AllocationMap:
+        return cls.of_segments(Segments.of_cuda())
 
     def lookup(self, storage_ptr: Addresses) -> Addresses:
         """Start of the allocation that each storage lies in."""
@@ -110,10 +105,104 @@ class AllocationMap:
         return index, (index >= 0) & (addresses < self.end[index])
 
 
-def _memory_segments() -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Segments:
+    """What torch's caching allocator has, as columns: its segments, and the blocks in them."""
+
+    start: Addresses
+    nbytes: Addresses
+    #: Index of the GPU in this process.
+    device: npt.NDArray[np.int64]
+    #: Code into ``pools``.
+    pool: npt.NDArray[np.int64]
+    #: Mapped piece by piece, and not one allocation.
+    expandable: npt.NDArray[np.bool_]
+    #: torch's names of memory pools; (0, 0) is the default one.
+    pools: tuple[tuple[int, int], ...]
+    #: By address inside each segment, and segment after segment.
+    block_start: Addresses
+    block_nbytes: Addresses
+    #: What was asked for, which the allocator has rounded up.
+    block_requested: Addresses
+    block_active: npt.NDArray[np.bool_]
+    #: Index of the segment that the block lies in.
+    block_segment: npt.NDArray[np.int64]
+
+    @property
+    def private(self) -> npt.NDArray[np.bool_]:
+        """Whether a segment is in another pool than torch's default one."""
+        default = np.array([pool == DEFAULT_POOL for pool in self.pools], dtype=bool)
+        return ~default[self.pool] if len(self.pool) else np.zeros(0, dtype=bool)
+
+    @classmethod
+    def of_cuda(cls) -> Segments:
+        """Those of all GPUs that this process uses."""
+        # The snapshot is thousands of dictionaries that are gone in a moment; counted as new ones
+        # they would have Python collect garbage, which takes an engine up to a second.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            return cls.of_snapshot(memory_segments())
+        finally:
+            if collecting:
+                gc.enable()
+
+    @classmethod
+    def of_snapshot(cls, snapshot: Iterable[dict[str, Any]]) -> Segments:
+        """From what ``torch.cuda.memory_snapshot()`` answers."""
+        codes: dict[tuple[int, int], int] = {}
+        segments: list[tuple[int, int, int, int, bool]] = []
+        sizes: list[int] = []
+        requested: list[int] = []
+        active: list[bool] = []
+        counts: list[int] = []
+        for segment in snapshot:
+            pool = tuple(segment.get("segment_pool_id", DEFAULT_POOL))
+            blocks = segment["blocks"]
+            segments.append(
+                (
+                    segment["address"],
+                    segment["total_size"],
+                    segment.get("device", 0),
+                    codes.setdefault((int(pool[0]), int(pool[1])), len(codes)),
+                    bool(segment.get("is_expandable")),
+                )
+            )
+            counts.append(len(blocks))
+            sizes += [block["size"] for block in blocks]
+            requested += [block.get("requested_size", block["size"]) for block in blocks]
+            active += [block["state"] != "inactive" for block in blocks]
+        columns = list(zip(*segments, strict=True)) if segments else [()] * 5
+        start = np.array(columns[0], dtype=np.uint64)
+        block_nbytes = np.array(sizes, dtype=np.uint64)
+        block_segment = np.repeat(np.arange(len(counts)), counts)
+        # From the beginning of the first segment, less what the segments before have.
+        before = np.zeros(len(sizes) + 1, dtype=np.uint64)
+        np.cumsum(block_nbytes, out=before[1:])
+        first = np.concatenate(([0], np.cumsum(counts)))[:-1].astype(np.int64)
+        return cls(
+            start=start,
+            nbytes=np.array(columns[1], dtype=np.uint64),
+            device=np.array(columns[2], dtype=np.int64),
+            pool=np.array(columns[3], dtype=np.int64),
+            expandable=np.array(columns[4], dtype=bool),
+            pools=tuple(codes),
+            block_start=start[block_segment] + before[:-1] - before[first[block_segment]],
+            block_nbytes=block_nbytes,
+            block_requested=np.array(requested, dtype=np.uint64),
+            block_active=np.array(active, dtype=bool),
+            block_segment=block_segment,
+        )
+
+
+#: torch's name of the pool that tensors come from unless somebody says otherwise.
+DEFAULT_POOL = (0, 0)
+
+
+def memory_segments(*, traces: bool = False) -> list[dict[str, Any]]:
     memory_snapshot: Callable[..., list[dict[str, Any]]] = torch.cuda.memory.memory_snapshot
     try:
         # Without the history of allocations: a fraction of the time (torch 2.11 and later).
-        return memory_snapshot(include_traces=False)
+        return memory_snapshot(include_traces=traces)
     except TypeError:
         return memory_snapshot()

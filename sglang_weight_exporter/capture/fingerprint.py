@@ -9,11 +9,13 @@ arithmetic in blocks. Only the 16 bytes of each tensor come to the host.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -25,6 +27,8 @@ from sglang_weight_exporter.fingerprint import CHUNK_BYTES, LANES, STEPS, Chunks
 #: Chunks that torch's operations take together: 2 MiB in a core's cache, 64 MiB on a device.
 _CPU_BLOCK = 32
 _DEVICE_BLOCK = 1024
+#: Elements of a tensor with gaps that are gathered at a time, with indices of eight bytes.
+_GATHERED = 1 << 20
 #: How often the host looks whether the device is ready. A sleep lets other threads run.
 _POLL_SECONDS = 5e-5
 
@@ -38,66 +42,88 @@ class FingerprintTimeoutError(FingerprintError):
 
 
 class Fingerprinter:
-    """Takes fingerprints of tensors, and keeps each device's table of addresses.
+    """Takes fingerprints of tensors, and keeps tables of their addresses on each device.
 
     To be called from one thread at a time, in the stream that the tensors were written in, when
-    no memory among them is released: reading an unmapped page ends the process.
+    no memory among them is released: reading an unmapped page ends the process. Nothing is left
+    on a device that still reads when a call has ended, however it ended.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._tables: dict[torch.device, _AddressTable] = {}
+        self._tables: dict[tuple[torch.device, str], _AddressTable] = {}
 
     def __call__(
-        self, tensors: Sequence[torch.Tensor], *, limit_seconds: float = float("inf")
+        self,
+        tensors: Sequence[torch.Tensor],
+        *,
+        limit_seconds: float = float("inf"),
+        owner: str = "",
+        after: torch.cuda.Stream | None = None,
     ) -> NDArray[np.uint64]:
         """Fingerprints as uint64 ``[tensors, 2]``, over the bytes of ``tensor.contiguous()``.
 
-        Raises FingerprintTimeoutError after ``limit_seconds``, and FingerprintError where a
-        CUDA graph is being captured or a tensor has no bytes that could be read (on ``meta``,
-        sparse, or made of other tensors).
+        ``owner``: whose tensors they are; each owner's table is kept until its next call.
+        ``after``: another stream, whose work has to end before anything is read. Raises
+        FingerprintTimeoutError after ``limit_seconds``, and FingerprintError where a CUDA graph is
+        being captured or a tensor has no bytes that could be read (on ``meta``, sparse, emptied,
+        or made of other tensors).
         """
         deadline = self._clock() + limit_seconds
         result = np.empty((len(tensors), 2), dtype=np.uint64)
         by_table: dict[torch.device, list[int]] = defaultdict(list)
         by_torch: dict[torch.device, list[int]] = defaultdict(list)
-        for row, tensor in enumerate(tensors):
-            _check(tensor)
-            device = tensor.device
-            with_table = device.type == "cuda" and tensor.is_contiguous() and _kernels()
-            (by_table if with_table else by_torch)[device].append(row)
+        devices = list(map(attrgetter("device"), tensors))
+        lying = _lie_as_they_read(tensors)
+        gpus = {device for device in set(devices) if device.type == "cuda"}
+        with_kernels = gpus if gpus and _kernels() else frozenset()
+        for row, (device, lies) in enumerate(zip(devices, lying, strict=True)):
+            (by_table if lies and device in with_kernels else by_torch)[device].append(row)
+        for device in gpus:
+            with torch.cuda.device(device):
+                self._wait_for_the_device(device, after, deadline)
         for device, rows in by_table.items():
             with torch.cuda.device(device):
-                _refuse_capture()
-                result[rows] = self._with_table(device, [tensors[row] for row in rows], deadline)
+                result[rows] = self._with_table(device, owner, [tensors[row] for row in rows])
         for device, rows in by_torch.items():
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    _refuse_capture()
-            result[rows] = self._with_torch(device, [tensors[row] for row in rows], deadline)
+            with torch.cuda.device(device) if device in gpus else contextlib.nullcontext():
+                result[rows] = self._with_torch(device, [tensors[row] for row in rows], deadline)
         return result
 
+    def _wait_for_the_device(
+        self, device: torch.device, after: torch.cuda.Stream | None, deadline: float
+    ) -> None:
+        """Until what was asked of it before has ended: then reading takes as long as it takes, and
+        nothing of ours waits there for a time when the memory is gone."""
+        if torch.cuda.is_current_stream_capturing():
+            raise FingerprintError(
+                "A CUDA graph is being captured: the kernel would become part of it."
+            )
+        if after is not None and after.device == device:
+            torch.cuda.current_stream().wait_stream(after)
+        before = torch.cuda.Event()
+        before.record()
+        while not before.query():
+            if self._clock() > deadline:
+                raise FingerprintTimeoutError(
+                    f"{device} was busy with other work for longer than the fingerprint of its "
+                    "tensors may take."
+                )
+            time.sleep(_POLL_SECONDS)
+
     def _with_table(
-        self, device: torch.device, tensors: list[torch.Tensor], deadline: float
+        self, device: torch.device, owner: str, tensors: list[torch.Tensor]
     ) -> NDArray[np.uint64]:
         data_ptr = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
         nbytes = np.array([tensor.nbytes for tensor in tensors], dtype=np.int64)
-        table = self._tables.get(device)
+        table = self._tables.get((device, owner))
         if table is None or not table.holds(data_ptr, nbytes):
             # Let go of the old one first: both together would be twice the memory.
-            self._tables.pop(device, None)
+            self._tables.pop((device, owner), None)
             del table
-            table = self._tables[device] = _AddressTable(device, data_ptr, nbytes)
+            table = self._tables[device, owner] = _AddressTable(device, data_ptr, nbytes)
         table.launch()
-        done = torch.cuda.Event()
-        done.record()
-        while not done.query():
-            if self._clock() > deadline:
-                raise FingerprintTimeoutError(
-                    f"The fingerprint of {len(tensors)} tensors on {device} took longer than "
-                    "it may."
-                )
-            time.sleep(_POLL_SECONDS)
+        _wait_for_ours()
         halves: NDArray[np.uint64] = table.fingerprints.cpu().numpy().view(np.uint64)
         return halves
 
@@ -125,6 +151,8 @@ class Fingerprinter:
             place = torch.tensor(where, device=device)
             for half in range(2):
                 sums[half, place] = definition.chunk_sums(words, rows, starts[half], half)
+            if device.type == "cuda":
+                _wait_for_ours()
 
         def on_device(array: NDArray[Any]) -> torch.Tensor:
             return torch.from_numpy(array).to(device, copy=True)
@@ -159,23 +187,59 @@ def in_memory_order(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.permute(sorted(range(tensor.dim()), key=lambda dim: -stride[dim]))
 
 
-def _check(tensor: torch.Tensor) -> None:
-    if tensor.layout is not torch.strided or tensor.device.type == "meta":
-        raise FingerprintError(
-            f"A tensor of layout {tensor.layout} on {tensor.device} has no bytes to read."
-        )
-    if hasattr(type(tensor), "__tensor_flatten__"):
-        raise FingerprintError(
-            f"A {type(tensor).__name__} is made of other tensors. Take theirs, or make it whole "
-            "first (full_tensor() of a DTensor)."
-        )
+def has_memory(tensor: torch.Tensor) -> bool:
+    """Whether its bytes are anywhere: not on ``meta``, nor where its storage was emptied."""
+    if tensor.device.type == "meta":
+        return False
+    return tensor.untyped_storage().nbytes() > 0 or not tensor.numel()
 
 
-def _refuse_capture() -> None:
-    if torch.cuda.is_current_stream_capturing():
-        raise FingerprintError(
-            "A CUDA graph is being captured: the kernel would become part of it."
+def _lie_as_they_read(tensors: Sequence[torch.Tensor]) -> list[bool]:
+    """Of each, whether the bytes at its address are its elements in their order, all of them.
+
+    Raises FingerprintError for what has no bytes. A pass over all tensors for each question: the
+    engine waits, and there may be twenty thousand.
+    """
+    for kind in set(map(type, tensors)):
+        if hasattr(kind, "__tensor_flatten__"):
+            raise FingerprintError(
+                f"A {kind.__name__} is made of other tensors. Take theirs, or make it whole first "
+                "(full_tensor() of a DTensor)."
+            )
+    kinds = set(
+        zip(map(attrgetter("layout"), tensors), map(attrgetter("device"), tensors), strict=True)
+    )
+    if any(layout is not torch.strided or device.type == "meta" for layout, device in kinds):
+        _refuse(tensors)
+    nbytes = list(map(attrgetter("nbytes"), tensors))
+    stored = [tensor.untyped_storage().nbytes() for tensor in tensors]
+    if any(size and not there for size, there in zip(nbytes, stored, strict=True)):
+        _refuse(tensors)
+    return [
+        contiguous and size <= there and not (conjugate or negative)
+        for contiguous, size, there, conjugate, negative in zip(
+            map(torch.Tensor.is_contiguous, tensors),
+            nbytes,
+            stored,
+            map(torch.Tensor.is_conj, tensors),
+            map(torch.Tensor.is_neg, tensors),
+            strict=True,
         )
+    ]
+
+
+def _refuse(tensors: Sequence[torch.Tensor]) -> NoReturn:
+    tensor = next(one for one in tensors if one.layout is not torch.strided or not has_memory(one))
+    raise FingerprintError(
+        f"A tensor of layout {tensor.layout} on {tensor.device} has no bytes to read."
+    )
+
+
+def _wait_for_ours() -> None:
+    """For what was just put into the current stream; other threads run meanwhile."""
+    done = torch.cuda.Event(blocking=True)
+    done.record()
+    done.synchronize()
 
 
 def _kernels() -> Any:
@@ -202,15 +266,25 @@ class _Bytes:
             # A single element may have any stride and is contiguous all the same.
             return _as_bytes(tensor.as_strided((tensor.numel(),), (1,)))[piece]
         item = tensor.element_size()  # Divides what a chunk has.
-        element = torch.arange(piece.start // item, -(-piece.stop // item), device=tensor.device)
-        offset = torch.zeros_like(element)
-        for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-            offset += element % size * stride
-            element //= size
-        span = 1 + sum(
-            (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
-        )
-        return _as_bytes(tensor.as_strided((span,), (1,))[offset])
+        first, after = piece.start // item, -(-piece.stop // item)
+        parts = [
+            _as_bytes(_gathered(tensor, at, min(at + _GATHERED, after)))
+            for at in range(first, after, _GATHERED)
+        ]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _gathered(tensor: torch.Tensor, first: int, after: int) -> torch.Tensor:
+    """Elements by their number in the order of the tensor, one-dimensional."""
+    element = torch.arange(first, after, device=tensor.device)
+    offset = torch.zeros_like(element)
+    for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        offset += element % size * stride
+        element //= size
+    span = 1 + sum(
+        (size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return tensor.as_strided((span,), (1,))[offset]
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

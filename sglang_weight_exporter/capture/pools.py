@@ -53,8 +53,8 @@ def owned_tensors(
 
 
 def _backed_storages(owner: object) -> Iterator[tuple[int, int]]:
-    """Of an owner of virtual memory (SGLang's ``KvVmmBufferOwner``): it knows the sum only, which
-    stands for its first tensor."""
+    """Addresses and physical bytes of an owner of virtual memory (``KvVmmBufferOwner``): it knows
+    the sum only, which stands for its first tensor."""
     physical = getattr(owner, "backed_bytes", None)
     tensors = getattr(owner, "tensors", None)
     if isinstance(physical, int) and isinstance(tensors, list):
@@ -77,7 +77,7 @@ class Storage(NamedTuple):
 
     address: int
     device: str
-    #: Of the first tensor in it.
+    #: The label of the first tensor in it.
     label: str
     nbytes: int
 

@@ -15,10 +15,11 @@ from sglang_weight_exporter import fingerprint
 from sglang_weight_exporter.capture.fingerprint import (
     Fingerprinter,
     FingerprintError,
+    has_memory,
     in_memory_order,
 )
 from sglang_weight_exporter.capture.tensors import Slot, named_tensors
-from sglang_weight_exporter.capture.weights import obstacle
+from sglang_weight_exporter.capture.weights import joined, obstacle
 from sglang_weight_exporter.weight_table import WeightTable
 
 
@@ -28,10 +29,12 @@ def with_fingerprints(
     slots: Iterable[Slot],
     fingerprinter: Fingerprinter,
     limit_seconds: float,
+    after: torch.cuda.Stream | None = None,
 ) -> WeightTable:
     """The table with its tensors' fingerprints, in the order in which they lie in memory.
 
-    ``slots``: where the derived weights of the table hang. Raises FingerprintError.
+    ``slots``: where the derived weights of the table hang; ``after``: the stream of forward passes.
+    Raises FingerprintError.
     """
     started = time.perf_counter()
     found = named_tensors(model, slots)
@@ -39,12 +42,16 @@ def with_fingerprints(
     if len(names) != table.rows:  # Some have no row, because they have no storage.
         there = [row for row, tensor in enumerate(tensors) if not obstacle(tensor)]
         names, tensors = [names[row] for row in there], [tensors[row] for row in there]
-    if "\n".join(names).encode(errors="backslashreplace") != table.names:
+    if joined(names) != table.names:
         raise FingerprintError("The model's tensors are not those of its table.")
-    rows = [row for row, tensor in enumerate(tensors) if tensor.device.type != "meta"]
+    names = table.names.decode().split("\n")
+    rows = [row for row, tensor in enumerate(tensors) if has_memory(tensor)]
     values = np.zeros((len(tensors), 2), dtype=np.uint64)
     values[rows] = fingerprinter(
-        [in_memory_order(tensors[row]) for row in rows], limit_seconds=limit_seconds
+        [in_memory_order(tensors[row]) for row in rows],
+        limit_seconds=limit_seconds,
+        owner=table.role,
+        after=after,
     )
     content = values.astype(">u8").tobytes()
     return msgspec.structs.replace(

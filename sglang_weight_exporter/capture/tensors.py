@@ -61,12 +61,16 @@ def named_tensors(model: torch.nn.Module, slots: Iterable[Slot] = ()) -> NamedTe
     """
     prefixes, modules = _walk(model)
     own: list[tuple[list[str], list[torch.Tensor]]] = [([], []), ([], [])]
+    keys: list[list[str]] = [[], []]
     for prefix, module in zip(prefixes, modules, strict=True):
-        for (names, tensors), held in zip(own, (module._parameters, module._buffers), strict=True):
-            for name, tensor in held.items():
-                if tensor is not None:
-                    names.append(prefix + name)
-                    tensors.append(tensor)
+        for number, held in enumerate((module._parameters, module._buffers)):
+            if held:
+                keys[number].extend(held)
+                names, tensors = own[number]
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        names.append(prefix + name)
+                        tensors.append(tensor)
     known = set(map(id, chain(own[0][1], own[1][1]))) if slots else set()
     derived: tuple[list[str], list[torch.Tensor]] = ([], [])
     for number, prefix, path in slots:
@@ -83,7 +87,7 @@ def named_tensors(model: torch.nn.Module, slots: Iterable[Slot] = ()) -> NamedTe
         tensors=found[0][1] + found[1][1] + found[2][1],
         parameters=len(found[0][0]),
         buffers=len(found[1][0]),
-        keys=_keys(modules),
+        keys=keys[0] + keys[1],
         modules=len(modules),
         plain=plain,
     )
@@ -181,13 +185,6 @@ def _at(module: torch.nn.Module, path: tuple[Any, ...]) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _keys(modules: list[torch.nn.Module]) -> list[str]:
-    return [
-        *chain.from_iterable(map(attrgetter("_parameters"), modules)),
-        *chain.from_iterable(map(attrgetter("_buffers"), modules)),
-    ]
-
-
 @dataclass(frozen=True)
 class Remembered:
     """Enough of one look to tell whether another would find the same, a fraction of its price."""
@@ -239,13 +236,10 @@ class Remembered:
 
     def is_current(self, model: torch.nn.Module) -> bool:
         """Whether every tensor of the model is where it was, as it was."""
-        modules = self._modules(model)
-        if modules is None or _keys(modules) != self.keys:
+        modules, keys, held = self._held(model)
+        if len(modules) != self.modules or keys != self.keys:
             return False
-        tensors: list[torch.Tensor] = [
-            *filter(_present, self._own(modules, "_parameters")),
-            *filter(_present, self._own(modules, "_buffers")),
-        ]
+        tensors: list[torch.Tensor] = list(filter(_present, held))
         if self.slots:
             tensors += self._derived(modules, tensors)
         ids = list(map(id, tensors))
@@ -259,22 +253,30 @@ class Remembered:
             and (ids == self.ids or self._same_storages(tensors, ids))
         )
 
-    def _modules(self, model: torch.nn.Module) -> list[torch.nn.Module] | None:
-        """The modules in the order of the walk; ``None`` if there are more or fewer."""
+    def _held(self, model: torch.nn.Module) -> tuple[list[torch.nn.Module], list[str], list[Any]]:
+        """The modules in the order of the walk, what each names, and what is under the names.
+        One pass: modules and their dictionaries are not in the processor's caches. It ends once
+        there are more modules than there were, as one that contains itself has no end."""
         found: list[torch.nn.Module] = []
-        stack = [model]
-        while stack:
+        keys: list[str] = []
+        tensors: list[Any] = []
+        names_of_buffers: list[str] = []
+        buffers: list[Any] = []
+        stack: list[torch.nn.Module | None] = [model]
+        while stack and len(found) <= self.modules:
             module = stack.pop()
+            if module is None:
+                continue
             found.append(module)
-            if len(found) > self.modules:
-                return None
-            children = module._modules
-            if children:
-                stack.extend(child for child in reversed(children.values()) if child is not None)
-        return found if len(found) == self.modules else None
-
-    def _own(self, modules: list[torch.nn.Module], which: str) -> Iterator[Any]:
-        return chain.from_iterable(map(dict.values, map(attrgetter(which), modules)))
+            if held := module._parameters:
+                keys.extend(held)
+                tensors.extend(held.values())
+            if held := module._buffers:
+                names_of_buffers.extend(held)
+                buffers.extend(held.values())
+            if children := module._modules:
+                stack.extend(reversed(children.values()))
+        return found, keys + names_of_buffers, tensors + buffers
 
     def _derived(
         self, modules: list[torch.nn.Module], tensors: list[torch.Tensor]
@@ -284,7 +286,7 @@ class Remembered:
         return [tensor for tensor in found if tensor is not None and id(tensor) not in held]
 
     def _same_storages(self, tensors: list[torch.Tensor], ids: list[int]) -> bool:
-        """Of tensors that are new objects at an old address, the storage may be another."""
+        """Whether tensors that are new objects at an old address have the old storage."""
         for row, (old, new) in enumerate(zip(self.ids, ids, strict=True)):
             if old != new:
                 storage = tensors[row].untyped_storage()

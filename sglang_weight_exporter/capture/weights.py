@@ -13,7 +13,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -31,6 +31,12 @@ from sglang_weight_exporter.capture.tensors import (
 )
 from sglang_weight_exporter.records import Kind, WeightUsage
 from sglang_weight_exporter.weight_table import WeightTable, table_sha256
+
+Spans: TypeAlias = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.bool_]]
+
+
+def _no_spans() -> Spans:
+    return np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, bool)
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ class WeightCapture:
     stays: dict[str, int]
     #: Why tensors have no row, a sentence each: they have no storage (uninitialized, sparse).
     unreadable: tuple[str, ...] = ()
+    #: Address and bytes of each storage that was counted here, and whether it is derived.
+    spans: Spans = field(default_factory=_no_spans, repr=False, compare=False)
     #: Where derived weights hang.
     slots: tuple[Slot, ...] = ()
     remembered: Remembered | None = field(default=None, repr=False, compare=False)
@@ -87,7 +95,7 @@ def capture_weights(
     kind_values: tuple[Kind, ...] = tuple(values["kind"])
     fields: dict[str, Any] = {
         "rows": len(columns["kind"]),
-        "names": _names(values["names"]),
+        "names": joined(values["names"]),
         **{name: column.tobytes() for name, column in columns.items()},
         "dtype_values": dtype_values,
         "shape_values": tuple(map(tuple, values["shape"])),
@@ -115,7 +123,7 @@ def capture_weights(
         return replace(_again(previous, captured_at), slots=slots, remembered=remembered)
     map_of_allocations = allocations()
     regions = _regions(columns, fields["stride_values"], fields["shape_values"], map_of_allocations)
-    usage, counted, stays = _usage(
+    usage, spans, stays = _usage(
         columns, dtype_values, device_values, kind_values, counted_elsewhere, map_of_allocations
     )
     return WeightCapture(
@@ -129,7 +137,7 @@ def capture_weights(
             **fields,
         ),
         usage=usage,
-        storages=counted,
+        storages=frozenset(spans[0].tolist()),
         counted_elsewhere=counted_elsewhere,
         regions=dict(
             zip(
@@ -140,6 +148,7 @@ def capture_weights(
         ),
         stays=stays,
         unreadable=unreadable,
+        spans=spans,
         slots=slots,
         remembered=remembered,
     )
@@ -156,7 +165,7 @@ def storages_of(model: torch.nn.Module) -> frozenset[int]:
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in found.tensors) - {0}
 
 
-def _names(names: list[str]) -> bytes:
+def joined(names: list[str]) -> bytes:
     """One name a line, as UTF-8; torch lets a module be called by what fits into neither."""
     lines = "\n".join(names)
     if lines.count("\n") >= len(names):
@@ -287,8 +296,8 @@ def _usage(
     kind_values: tuple[Kind, ...],
     counted_elsewhere: frozenset[int],
     allocations: AllocationMap,
-) -> tuple[tuple[WeightUsage, ...], frozenset[int], dict[str, int]]:
-    """Bytes of unique storages, their addresses, and the bytes that stay when others go."""
+) -> tuple[tuple[WeightUsage, ...], Spans, dict[str, int]]:
+    """Bytes of unique storages, where they lie, and the bytes that stay when others go."""
     group = (columns["device"].astype(np.int64) * len(kind_values) + columns["kind"]) * len(
         dtype_values
     ) + columns["dtype"]
@@ -323,4 +332,6 @@ def _usage(
     stays = allocations.stays(
         unique[counted], size[counted], columns["device"][first[counted]], device_values
     )
-    return usage, frozenset(unique[counted].tolist()), stays
+    derived = np.array([kind == "derived" for kind in kind_values], dtype=bool)
+    is_derived = derived[columns["kind"][first[counted]]]
+    return usage, (unique[counted], size[counted], is_derived), stays

@@ -15,11 +15,13 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status."""
     from sglang_weight_exporter.cli import (
+        advise,
         dashboard,
         install,
         manifest,
         run,
         serve,
+        snapshot,
         status,
         table,
         verify,
@@ -29,9 +31,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="sglang-weight-exporter",
         description="Weights and KV pool of every SGLang rank of this user on this host.",
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (serve, status, table, verify, manifest, dashboard, run, install):
+    for command in (
+        serve,
+        status,
+        table,
+        verify,
+        manifest,
+        advise,
+        snapshot,
+        dashboard,
+        run,
+        install,
+    ):
         command.add_parser(subparsers)
     arguments = parser.parse_args(argv)
     try:

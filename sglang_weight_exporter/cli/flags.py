@@ -17,8 +17,11 @@ def add_flags(parser: argparse.ArgumentParser, *names: str) -> None:
     """Give a command the flags of these settings."""
     for setting in fields(Settings):
         if setting.name in names:
+            flags = [f"--{setting.name.replace('_', '-')}"]
+            if setting.name.startswith("web_"):  # As Prometheus' exporters have it.
+                flags.append(f"--{setting.name.replace('_', '.')}")
             parser.add_argument(
-                f"--{setting.name.replace('_', '-')}",
+                *flags,
                 type=_parser(setting.metadata["parse"]),
                 metavar=setting.name.rpartition("_")[2].upper(),
                 help=f"{setting.metadata['description']} ({PREFIX}{setting.name.upper()})",

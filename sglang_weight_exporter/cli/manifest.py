@@ -9,16 +9,18 @@ import os
 import sys
 from pathlib import Path
 
-from sglang_weight_exporter.checkpoint import Checkpoint, CheckpointError
 from sglang_weight_exporter.cli.flags import add_flags, ranks, settings_from
-from sglang_weight_exporter.manifest import (
+from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
+from sglang_weight_exporter.store.tables import TableError, open_tables
+from sglang_weight_exporter.verification.checkpoint import Checkpoint, CheckpointError
+from sglang_weight_exporter.verification.checkpoint_layout import fuse, fused_bytes
+from sglang_weight_exporter.verification.manifest import (
     ManifestTensor,
     Shard,
     encode,
     manifest_of,
     write_manifest,
 )
-from sglang_weight_exporter.store.tables import TableError, open_tables
 from sglang_weight_exporter.weight_table import table_fingerprints
 
 
@@ -39,6 +41,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         nargs="?",
         help="a directory of safetensors files, or one such file",
+    )
+    parser.add_argument(
+        "--fused",
+        action="store_true",
+        help="with a checkpoint: q_proj, k_proj and v_proj as qkv_proj, gate_proj and up_proj as "
+        "gate_up_proj, as an engine without tensor parallelism has them",
     )
     parser.add_argument(
         "--rank",
@@ -72,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
             sys.stdout.buffer.flush()
         else:
             write_manifest(arguments.output, tensors, weight_version=version, shard=shard)
-    except (CheckpointError, TableError, _ProblemError) as error:
+    except (CheckpointError, RuntimeDirError, TableError, _ProblemError) as error:
         print(error, file=sys.stderr)
     except ModuleNotFoundError as error:
         print(f"{error.name} is needed to read tensors and not installed here.", file=sys.stderr)
@@ -93,13 +101,17 @@ def _held(
     if arguments.rank is not None:
         return _of_rank(arguments)
     checkpoint = Checkpoint(arguments.checkpoint)
+    stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    if arguments.fused:
+        layout = fuse(stored)
+        held = {name: fused_bytes(tensor, checkpoint) for name, tensor in layout.items()}
+        stored = {name: (tensor.dtype, tensor.shape) for name, tensor in layout.items()}
+        taken = checkpoint.fingerprints(held)
+    else:
+        taken = checkpoint.fingerprints()
     tensors = {
-        name: ManifestTensor(
-            fingerprint=text,
-            dtype=checkpoint.tensors[name].dtype,
-            shape=checkpoint.tensors[name].shape,
-        )
-        for name, text in checkpoint.fingerprints().items()
+        name: ManifestTensor(fingerprint=taken[name], dtype=dtype, shape=shape)
+        for name, (dtype, shape) in stored.items()
     }
     return tensors, "", None
 

@@ -28,6 +28,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "address",
         "port",
         "runtime_dir",
+        "web_config_file",
         "tls_cert_file",
         "tls_key_file",
         "tls_client_ca_file",

@@ -35,8 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     endpoint = read_endpoint(runtime_dir)
     if endpoint is not None and endpoint.url is not None:
         print(f"endpoint  {endpoint.url}  (process {endpoint.pid}, version {endpoint.version})")
-    elif endpoint is not None and endpoint.problem:
-        problems.append(endpoint.problem)
+    if endpoint is not None and (endpoint.url is not None or endpoint.problem):
+        if endpoint.problem:
+            problems.append(endpoint.problem)
     elif is_held(runtime_dir.exporter_lock):
         problems.append("The exporter process is starting.")
     else:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import io
 import json
 import os
@@ -13,17 +14,29 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sglang_weight_exporter.checkpoint import Checkpoint, CheckpointError
-from sglang_weight_exporter.checkpoint_layout import ServedTensor, expected_fingerprints
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
-from sglang_weight_exporter.manifest import Manifest, ManifestError, Shard, read_manifest
+from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
 from sglang_weight_exporter.store.tables import Table, TableError, open_tables
-from sglang_weight_exporter.verification import Comparison, compare, compare_replicas
+from sglang_weight_exporter.verification.checkpoint import Checkpoint, CheckpointError
+from sglang_weight_exporter.verification.checkpoint_layout import (
+    FUSED,
+    ServedTensor,
+    expected_fingerprints,
+)
+from sglang_weight_exporter.verification.comparison import Comparison, compare, compare_replicas
+from sglang_weight_exporter.verification.manifest import (
+    Manifest,
+    ManifestError,
+    Shard,
+    read_manifest,
+)
 from sglang_weight_exporter.weight_table import table_fingerprints
 
 #: Names that a text lists of each kind.
@@ -60,7 +73,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--tp-size",
         type=int,
         metavar="N",
-        help="tensor-parallel size (default: from the ranks of the engine on this host)",
+        help="tensor-parallel size (default: the engine's)",
     )
     look = parser.add_argument_group("when the engine looks")
     look.add_argument(
@@ -68,8 +81,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="compare what the last load or update left, and ask the engine for nothing",
     )
-    look.add_argument("--url", help="the engine's (default: http://127.0.0.1:PORT)")
-    look.add_argument("--api-key", default="", help="the engine's, where it has one")
+    look.add_argument(
+        "--url", type=_url, help="the engine's (default: as its own settings have it)"
+    )
+    look.add_argument(
+        "--api-key",
+        default="",
+        help="the engine's, where it has one; its admin key, if it has that",
+    )
     look.add_argument(
         "--wait",
         type=float,
@@ -93,6 +112,17 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _url(text: str) -> str:
+    try:
+        parts = urllib.parse.urlsplit(text)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise argparse.ArgumentTypeError(f"{text!r} is no address such as http://127.0.0.1:30000")
+    return text.rstrip("/")
+
+
 def run(arguments: argparse.Namespace) -> int:
     return _caught(_run, arguments)
 
@@ -100,7 +130,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _caught(do: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     try:
         return do(arguments)
-    except (_ProblemError, TableError, CheckpointError, ManifestError) as error:
+    except (
+        _ProblemError,
+        RuntimeDirError,
+        TableError,
+        CheckpointError,
+        ManifestError,
+    ) as error:
         print(error, file=sys.stderr)
     except ModuleNotFoundError as error:
         print(f"{error.name} is needed to read tensors and not installed here.", file=sys.stderr)
@@ -108,6 +144,8 @@ def _caught(do: Callable[[argparse.Namespace], int], arguments: argparse.Namespa
         raise
     except OSError as error:
         print(f"{error.filename or 'Output'} cannot be used: {error.strerror}.", file=sys.stderr)
+    except Exception:  # Python's own status for it would say that something differs.
+        traceback.print_exc()
     return 2
 
 
@@ -226,11 +264,10 @@ def _title(table: Table) -> str:
 
 def _urls(arguments: argparse.Namespace) -> list[str]:
     if arguments.url:
-        return [arguments.url.rstrip("/")]
+        return [arguments.url]
     settings = settings_from(arguments, os.environ)
     readers = open_tables(settings.runtime_dir, engine=arguments.engine, role=arguments.role)
-    ports = dict.fromkeys(reader.engine.name.partition("-")[0] for reader in readers)
-    return [f"http://127.0.0.1:{port}" for port in ports if port.isdigit()]
+    return list(dict.fromkeys(reader.engine.url for reader in readers if reader.engine.url))
 
 
 def _ask_to_look(url: str, api_key: str) -> None:
@@ -242,13 +279,17 @@ def _ask_to_look(url: str, api_key: str) -> None:
         headers={"Content-Type": "application/json"}
         | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
     )
+    # A proxy neither reaches an engine on this host nor is to know its key.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
-        with urllib.request.urlopen(request, timeout=60):  # noqa: S310
+        with opener.open(request, timeout=60):
             return
     except urllib.error.HTTPError as error:
         if error.code == 400:  # The action is newer than this release; it was called all the same.
             return
         reason = f"it answers with status {error.code}"
+    except http.client.HTTPException as error:
+        reason = f"it speaks no HTTP: {error!r}"
     except OSError as error:
         reason = str(error)
     print(
@@ -262,7 +303,8 @@ def _ask_to_look(url: str, api_key: str) -> None:
 
 
 def _tp_size(table: Table, tables: Sequence[Table]) -> int:
-    return 1 + max(
+    """As the engine's settings have it: some of its ranks may be on other hosts."""
+    return table.engine.tp_size or 1 + max(
         other.ranks.tp for other in tables if other.engine.instance == table.engine.instance
     )
 
@@ -310,12 +352,12 @@ def _place(shard: Shard) -> str:
 
 
 def _against_manifest(table: Table, manifest: Manifest) -> Comparison:
-    """Of the same dtype and shape: a rank's share of a tensor has another fingerprint."""
+    """Compares what has the same dtype and shape: a rank's share has another fingerprint."""
     expected, unverifiable = {}, {}
     for row in table.rows():
         tensor = manifest.tensors.get(row.name)
         if tensor is None:
-            unverifiable[row.name] = "the manifest has no tensor of this name"
+            unverifiable[row.name] = _not_there(row.name)
         elif (tensor.dtype, tensor.shape) != (row.dtype, row.shape_in_memory):
             unverifiable[row.name] = "it has another shape or dtype in the manifest: a rank's share"
         else:
@@ -324,13 +366,20 @@ def _against_manifest(table: Table, manifest: Manifest) -> Comparison:
     return compare(fingerprints, expected, unverifiable=unverifiable)
 
 
-def _replicas(tables: Sequence[Table]) -> list[tuple[str, Comparison]]:
-    """Ranks that should hold the same: of one model, at the same place in it."""
+def _not_there(name: str) -> str:
+    if any(f".{fused}." in name for fused in FUSED):
+        return "the manifest has it in parts: `manifest --fused` and fused=True write it whole"
+    return "the manifest has no tensor of this name"
 
-    places: dict[Shard, list[Table]] = {}
+
+def _replicas(tables: Sequence[Table]) -> list[tuple[str, Comparison]]:
+    """Ranks that should hold the same: of one model, at the same place in it, quantized and packed
+    in the same way."""
+    places: dict[tuple[Shard, str, str], list[Table]] = {}
     for table in tables:
         shard = Shard.of(table.engine, table.ranks, table.role.name)
-        places.setdefault(shard, []).append(table)
+        same = shard, table.role.quantization, table.engine.sglang_version
+        places.setdefault(same, []).append(table)
     results = []
     for first, *others in places.values():
         one = table_fingerprints(first.columns)

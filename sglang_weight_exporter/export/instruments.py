@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.export.views import HostView, RoleView
+from sglang_weight_exporter.export.gpu_account import GpuAccount, RankOnGpu, ranks_on_gpus
+from sglang_weight_exporter.export.views import IDENTITY, HostView, RoleView, identity
 from sglang_weight_exporter.fingerprint import as_number
 from sglang_weight_exporter.records import (
     CHANGES,
@@ -26,6 +27,7 @@ from sglang_weight_exporter.records import (
     SKIPS,
     SOURCES,
     CacheCounts,
+    DeviceMemory,
     Histogram,
     Snapshot,
     UpdateCounts,
@@ -69,6 +71,8 @@ class Instrument:
     labels: tuple[str, ...] = ()
     read_role: RoleReader | None = None
     read_host: HostReader | None = None
+    #: It is the rank's and no role's: a rank of which no role is known yet has it too.
+    of_rank: bool = False
 
 
 def _one(value: float | None) -> Iterator[Sample]:
@@ -302,10 +306,53 @@ def _nodes(view: RoleView) -> Iterator[Sample]:
         yield Sample((engine.group, _size(engine.node_rank)), engine.nodes or 1)
 
 
-def _gpu(attribute: Literal["total_bytes", "used_bytes"]) -> HostReader:
+def _gpu(read: Callable[[GpuAccount], int]) -> HostReader:
     def samples(view: HostView) -> Iterator[Sample]:
-        for gpu in view.gpus:
-            yield Sample((gpu.uuid, str(gpu.index)), getattr(gpu, attribute))
+        for account in view.gpus:
+            yield Sample((account.gpu.uuid, str(account.gpu.index)), read(account))
+
+    return samples
+
+
+def _gpu_parts(view: HostView) -> Iterator[Sample]:
+    for account in view.gpus:
+        for part, nbytes in (account.parts or {}).items():
+            yield Sample((account.gpu.uuid, str(account.gpu.index), part), nbytes)
+
+
+def _memory(read: Callable[[DeviceMemory], int | None]) -> RoleReader:
+    """Once a rank and device."""
+
+    def samples(view: RoleView) -> Iterator[Sample]:
+        for memory in view.snapshot.memory if view.is_first else ():
+            value = read(memory)
+            if value is not None:
+                yield Sample((), value, memory.device)
+
+    return samples
+
+
+def _memory_parts(view: RoleView) -> Iterator[Sample]:
+    for memory in view.snapshot.memory if view.is_first else ():
+        for part, nbytes in (memory.parts or {}).items():
+            yield Sample((part,), nbytes, memory.device)
+
+
+def _growth(memory: DeviceMemory) -> int | None:
+    if memory.before_update is None or memory.after_update is None:
+        return None
+    return memory.after_update - memory.before_update
+
+
+def _process(read: Callable[[RankOnGpu], int | None]) -> HostReader:
+    """Of a rank's process, from NVML."""
+
+    def samples(view: HostView) -> Iterator[Sample]:
+        for rank in ranks_on_gpus(view.gpus):
+            value = read(rank)
+            if value is not None and rank.snapshot.roles:
+                role = RoleView(rank.snapshot, rank.snapshot.roles[0])
+                yield Sample(identity(role, rank.memory.device), value)
 
     return samples
 
@@ -644,6 +691,13 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         _pauses,
     ),
     Instrument(
+        "sglang_kv_cache_paused",
+        "gauge",
+        "",
+        "1 while generation is paused and its requests wait (in_place, retract), else 0.",
+        read_role=_cache(lambda cache: float(cache.paused)),
+    ),
+    Instrument(
         "sglang_lora_pool_bytes",
         "gauge",
         "By",
@@ -663,7 +717,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "By",
         "Memory of the GPU, from NVML.",
         ("gpu_uuid", "gpu"),
-        read_host=_gpu("total_bytes"),
+        read_host=_gpu(lambda account: account.gpu.total_bytes),
     ),
     Instrument(
         "sglang_gpu_memory_used_bytes",
@@ -671,7 +725,108 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "By",
         "Memory of the GPU that is in use by anyone, from NVML.",
         ("gpu_uuid", "gpu"),
-        read_host=_gpu("used_bytes"),
+        read_host=_gpu(lambda account: account.gpu.used_bytes),
+    ),
+    Instrument(
+        "sglang_gpu_memory_used_max_bytes",
+        "gauge",
+        "By",
+        "The most of it that was in use within the last minute, looked at once a second.",
+        ("gpu_uuid", "gpu"),
+        read_host=_gpu(lambda account: account.most_used),
+    ),
+    Instrument(
+        "sglang_gpu_memory_bytes",
+        "gauge",
+        "By",
+        "The GPU's account: bytes by what holds them, which sum to its total. Absent while they "
+        "do not, as in the middle of a release.",
+        ("gpu_uuid", "gpu", "part"),
+        read_host=_gpu_parts,
+    ),
+    Instrument(
+        "sglang_rank_memory_bytes",
+        "gauge",
+        "By",
+        "The rank's account of what torch's allocator has of the GPU, as of its last look: bytes "
+        "with physical memory by what holds them, which sum to what is reserved and not released.",
+        ("part",),
+        _memory_parts,
+    ),
+    Instrument(
+        "sglang_rank_memory_allocated_bytes",
+        "gauge",
+        "By",
+        "Live blocks of torch's allocator at the last look.",
+        read_role=_memory(lambda memory: memory.allocated),
+    ),
+    Instrument(
+        "sglang_rank_memory_allocated_peak_bytes",
+        "gauge",
+        "By",
+        "The most of them since the process started, or since somebody reset torch's peak.",
+        read_role=_memory(lambda memory: memory.allocated_peak),
+    ),
+    Instrument(
+        "sglang_rank_memory_reserved_bytes",
+        "gauge",
+        "By",
+        "Segments of torch's allocator at the last look, released ones included.",
+        read_role=_memory(lambda memory: memory.reserved),
+    ),
+    Instrument(
+        "sglang_rank_memory_reserved_peak_bytes",
+        "gauge",
+        "By",
+        "The most of them since the process started, or since somebody reset torch's peak.",
+        read_role=_memory(lambda memory: memory.reserved_peak),
+    ),
+    Instrument(
+        "sglang_rank_memory_released_bytes",
+        "gauge",
+        "By",
+        "Segments whose physical memory the memory saver has given back for now.",
+        read_role=_memory(lambda memory: None if memory.parts is None else memory.released),
+    ),
+    Instrument(
+        "sglang_rank_memory_after_release_bytes",
+        "gauge",
+        "By",
+        "What torch's allocator kept of the GPU in the last release. Absent before the first.",
+        read_role=_memory(lambda memory: memory.after_release),
+    ),
+    Instrument(
+        "sglang_rank_memory_update_growth_bytes",
+        "gauge",
+        "By",
+        "By how much the last update has changed what torch's allocator has reserved. Absent "
+        "before the first.",
+        read_role=_memory(_growth),
+    ),
+    Instrument(
+        "sglang_rank_memory_process_bytes",
+        "gauge",
+        "By",
+        "Memory of the GPU that the rank's process has now, from NVML. Absent where it cannot be "
+        "told which of NVML's processes it is.",
+        IDENTITY,
+        read_host=_process(lambda rank: rank.used),
+    ),
+    Instrument(
+        "sglang_rank_memory_process_max_bytes",
+        "gauge",
+        "By",
+        "The most of it within the last minute, looked at once a second.",
+        IDENTITY,
+        read_host=_process(lambda rank: rank.most_used),
+    ),
+    Instrument(
+        "sglang_rank_memory_outside_torch_bytes",
+        "gauge",
+        "By",
+        "What it has of it beside torch's allocator: CUDA context, kernels, graphs, communicators.",
+        IDENTITY,
+        read_host=_process(lambda rank: rank.outside_torch),
     ),
     Instrument(
         "sglang_weight_exporter_build_info",
@@ -703,6 +858,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "{error}",
         "Exceptions of ours that were caught inside the engine.",
         read_role=_once_a_rank(lambda snapshot: sum(snapshot.hook_errors.values())),
+        of_rank=True,
     ),
     Instrument(
         "sglang_weight_exporter_snapshot_seconds",
@@ -710,6 +866,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "s",
         "Time that the engine last spent on reading its weights and pools.",
         read_role=_once_a_rank(lambda snapshot: snapshot.snapshot_seconds),
+        of_rank=True,
     ),
     Instrument(
         "sglang_weight_exporter_read_errors",
@@ -717,6 +874,14 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "{error}",
         "Files of ranks that this exporter could not read.",
         read_host=lambda view: _one(view.unreadable),
+    ),
+    Instrument(
+        "sglang_weight_exporter_scrape_duration_seconds",
+        "gauge",
+        "s",
+        "What the scrape before this one took: reading what ranks have written, NVML, and making "
+        "the text. Absent in the first.",
+        read_host=lambda view: [] if view.scrape_seconds is None else _one(view.scrape_seconds),
     ),
     Instrument(
         "sglang_weight_exporter_spans_exported",

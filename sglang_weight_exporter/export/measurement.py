@@ -45,5 +45,6 @@ def measure_roles(instrument: Instrument, roles: Iterable[RoleView]) -> list[Mea
             (*identity(role, sample.device), *sample.labels), sample, role.snapshot.started_at
         )
         for role in roles
+        if role.role.name or instrument.of_rank
         for sample in instrument.read_role(role)
     ]

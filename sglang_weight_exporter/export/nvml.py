@@ -21,6 +21,11 @@ class GpuMemory:
     total_bytes: int
     #: Without what the driver reserves for itself, as nvidia-smi shows it.
     used_bytes: int
+    #: What the driver reserves for itself; ``None`` where it is part of ``used_bytes``.
+    reserved_bytes: int | None = None
+    #: Process id, as the host counts, → bytes, of every process that has memory here. ``None``
+    #: where the driver does not tell.
+    processes: dict[int, int] | None = None
 
 
 class Nvml:
@@ -56,6 +61,8 @@ class Nvml:
                             pci_bus_id=bus,
                             total_bytes=int(memory.total),
                             used_bytes=int(memory.used),
+                            reserved_bytes=getattr(memory, "reserved", None),
+                            processes=self._processes(handle),
                         )
                     )
             except nvml.NVMLError:
@@ -68,6 +75,18 @@ class Nvml:
             return nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
         except (AttributeError, nvml.NVMLError):
             return nvml.nvmlDeviceGetMemoryInfo(handle)
+
+    def _processes(self, handle: Any) -> dict[int, int] | None:
+        nvml = self._nvml
+        found: dict[int, int] = {}
+        try:
+            for each in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
+                if each.usedGpuMemory is None:
+                    return None  # As under Windows' driver model, or without permission.
+                found[int(each.pid)] = int(each.usedGpuMemory)
+        except nvml.NVMLError:
+            return None
+        return found
 
     def _mig_instances(self, gpu: Any) -> Iterator[Any]:
         nvml = self._nvml

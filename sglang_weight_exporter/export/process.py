@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from prometheus_client import ProcessCollector
 
 from sglang_weight_exporter import __version__
+from sglang_weight_exporter.export.access import Access
+from sglang_weight_exporter.export.gpu_account import GpuAccount, GpuAccounts
 from sglang_weight_exporter.export.metadata import MetadataFollower
 from sglang_weight_exporter.export.nvml import GpuMemory, Nvml
 from sglang_weight_exporter.export.otlp.telemetry import Telemetry
@@ -30,12 +32,18 @@ from sglang_weight_exporter.export.server import (
     url,
 )
 from sglang_weight_exporter.export.views import HostView, SpanCounts
+from sglang_weight_exporter.export.web_configuration import (
+    WebConfigurationError,
+    WebConfigurationSource,
+)
 from sglang_weight_exporter.records import Endpoint as EndpointRecord
+from sglang_weight_exporter.records import Snapshot
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.reader import (
     RankDirectory,
     SnapshotReader,
+    keep_from_cleaners,
     rank_directories,
     remove_endpoint,
     write_endpoint,
@@ -50,6 +58,9 @@ LINGER_SECONDS = 10.0
 
 #: Between two looks at which ranks are alive.
 LOOK_SECONDS = 1.0
+
+#: Between two times at which files are kept from cleaners, who count in days.
+TOUCH_SECONDS = 3600.0
 
 #: Between two tries to open the endpoint.
 RETRY_SECONDS = 5.0
@@ -75,6 +86,7 @@ class Exporter:
         self._snapshots = SnapshotReader(runtime_dir, on_unreadable=logger.warning)
         self._simulated = simulated_gpus is not None
         self._gpus = simulated_gpus or Nvml().read
+        self._accounts = GpuAccounts()
         self._reading = threading.Lock()
         self._spans = SpanCounts()
         self._telemetry = Telemetry(
@@ -112,38 +124,68 @@ class Exporter:
                 remove_endpoint(self._runtime_dir)
 
     def _read(self) -> HostView:
-        with self._reading:  # A scrape, and the thread that sends metrics.
+        with self._reading:  # A scrape, the thread that sends metrics, the look at GPUs.
+            snapshots = tuple(snapshot for _, snapshot in self._snapshots.read())
             return HostView(
-                snapshots=tuple(snapshot for _, snapshot in self._snapshots.read()),
-                gpus=tuple(self._gpus()),
+                snapshots=snapshots,
+                gpus=self._look_at_gpus(snapshots),
                 unreadable=self._snapshots.unreadable,
                 spans=self._spans,
                 started_at=self._started_at,
                 simulated=self._simulated,
             )
 
+    def _look_at_gpus(self, snapshots: tuple[Snapshot, ...]) -> tuple[GpuAccount, ...]:
+        return self._accounts.read(snapshots, self._gpus(), time.monotonic())
+
     async def _serve(self) -> None:
-        application = Endpoint(self._exposition)
+        access = Access()
+        application = Endpoint(self._exposition, access)
+        web = WebConfigurationSource(self._settings)
         predecessor_may_leave = True
         while True:
             try:
-                config = configure(application, self._settings)
+                configuration = web.read()
                 listener = bind(self._settings)
-            except EndpointError as error:
+            except (EndpointError, WebConfigurationError) as error:
                 if predecessor_may_leave:
                     # An exporter whose directory was removed finds out within a look.
                     predecessor_may_leave = False
                     await asyncio.sleep(2 * LOOK_SECONDS)
                     continue
-                self._announce(None, str(error))
+                without = " No metrics are served until that changes."
+                self._announce(None, f"{error}{without * isinstance(error, WebConfigurationError)}")
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            self._announce(url(self._settings), "")
-            server = Server(config, listener)
+            access.use(configuration)
+            self._announce(url(self._settings, tls=access.tls is not None), "")
+            server = asyncio.create_task(Server(configure(application, access), listener).run())
+            following = asyncio.create_task(self._follow(web, access))
             try:
-                await server.run()
+                done, _ = await asyncio.wait(
+                    [server, following], return_when=asyncio.FIRST_COMPLETED
+                )
+                for task in done:
+                    task.result()
             finally:
+                following.cancel()
+                server.cancel()
+                await asyncio.gather(server, following, return_exceptions=True)
                 listener.close()
+
+    async def _follow(self, web: WebConfigurationSource, access: Access) -> None:
+        """Have each change of the web configuration and its certificates in force."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if not await asyncio.to_thread(web.has_changed):
+                continue
+            try:
+                access.use(await asyncio.to_thread(web.read))
+                logger.info("The web configuration has changed and was read again.")
+                problem = ""
+            except WebConfigurationError as error:
+                problem = f"{error} What was read before stays in force."
+            self._announce(url(self._settings, tls=access.tls is not None), problem)
 
     def _announce(self, address: str | None, problem: str) -> None:
         """Say where the metrics are, or why they are not: in the log once, and for ``status``."""
@@ -178,14 +220,21 @@ class Exporter:
     async def _look_after_ranks(self) -> None:
         """Remove what dead ranks left, and end some time after the last one."""
         alone_since = time.monotonic()
+        touched_at = -TOUCH_SECONDS
         while True:
             alive = False
+            if time.monotonic() - touched_at >= TOUCH_SECONDS:
+                await asyncio.to_thread(keep_from_cleaners, self._runtime_dir)
+                touched_at = time.monotonic()
             try:
                 for directory in rank_directories(self._runtime_dir):
                     alive |= self._look_after(directory)
+                    await asyncio.sleep(0)  # Thousands that are dead keep no scrape waiting.
             except OSError:
                 alive = True  # Not known to be none. SnapshotReader counts it and says it.
             await asyncio.to_thread(self._metadata.follow)
+            # The most in use is what the looks between two scrapes have seen.
+            await asyncio.to_thread(self._read)
             if not self._owns_the_directory():
                 logger.warning(
                     "%s was removed, so this process ends: whoever makes it anew serves it.",

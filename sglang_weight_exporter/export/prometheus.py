@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 from prometheus_client import Metric
 from prometheus_client.core import (
@@ -20,7 +22,7 @@ from prometheus_client.samples import Exemplar
 
 from sglang_weight_exporter.export.instruments import INSTRUMENTS, Instrument, Sample
 from sglang_weight_exporter.export.measurement import label_names, measure_host, measure_roles
-from sglang_weight_exporter.export.views import HostView, RoleView, role_views
+from sglang_weight_exporter.export.views import HostView, RoleView, role_views, roles_of
 from sglang_weight_exporter.records import DURATION_BUCKETS, Histogram, Snapshot
 
 #: zlib's name for gzip's container around the stream.
@@ -54,19 +56,21 @@ class Exposition:
         self._others = others
         self._exemplars = exemplars
         self._formats = {openmetrics: _Format(openmetrics) for openmetrics in (True, False)}
+        self._scrape_seconds: float | None = None
 
     def content_type(self, *, openmetrics: bool) -> str:
         return self._formats[openmetrics].content_type
 
     async def scrape(self, *, openmetrics: bool, gzip: bool) -> bytes:
         """Text of now. Between ranks that have to be encoded, others get their turn."""
-        view = self._read()
+        began = time.perf_counter()
+        view = replace(self._read(), scrape_seconds=self._scrape_seconds)
         kept = self._formats[openmetrics]
         await kept.take(view, exemplars=openmetrics and self._exemplars())
         tail = kept.host(view, self._others)
-        if not gzip:
-            return b"".join((*kept.ranks(), tail))
-        return kept.compressed(tail)
+        content = kept.compressed(tail) if gzip else b"".join((*kept.ranks(), tail))
+        self._scrape_seconds = time.perf_counter() - began
+        return content
 
 
 #: What a rank's text depends on: its snapshot, and which of its roles have an idle update that
@@ -80,7 +84,7 @@ class _Format:
     def __init__(self, openmetrics: bool) -> None:
         self._encode, self.content_type = choose_encoder(_ACCEPT[openmetrics])
         self._eof = _EOF if openmetrics else b""
-        #: Of each rank, the samples of each instrument in their order. By the identity of its
+        #: Each rank's samples of each instrument, in their order, by the identity of its
         #: snapshot, which the key keeps alive: what a file says of itself need not be unique.
         self._texts: dict[int, tuple[_Key, list[bytes]]] = {}
         self._comments = [self._text(_Family(each, exemplars=False).metric) for each in _OF_ROLES]
@@ -93,7 +97,7 @@ class _Format:
         for snapshot in view.snapshots:
             roles = list(role_views((snapshot,), view.now))
             settled = tuple(
-                each.role is not role for each, role in zip(roles, snapshot.roles, strict=True)
+                each.role is not role for each, role in zip(roles, roles_of(snapshot), strict=True)
             )
             kept = self._texts.get(id(snapshot))
             if kept is None or kept[0][1:] != (settled, exemplars):

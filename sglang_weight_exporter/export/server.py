@@ -7,18 +7,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import html
-import resource
 import socket
-import ssl
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sglang_weight_exporter import __version__
+from sglang_weight_exporter.export.access import Access
+from sglang_weight_exporter.export.connections import ACCEPTED_AT_ONCE, Connection
 from sglang_weight_exporter.export.prometheus import Exposition
 from sglang_weight_exporter.settings import DEFAULT_PORT, PREFIX, Settings
 
@@ -26,27 +26,11 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-#: A client that has sent no whole request, or not taken its whole answer, in this time is
-#: disconnected. Prometheus gives a scrape 10 seconds by default.
-EXCHANGE_SECONDS = 15.0
-
 #: All interfaces, IPv4 too, as Prometheus exporters do it. 0.0.0.0 is IPv4's alone.
 _ALL = {"", "::", "*"}
 
-
 #: As node_exporter has it; a scrape counts until its client has taken the answer.
 SCRAPES_AT_ONCE = 40
-
-#: Beyond it the connection that is open for the longest is let go for each new one.
-MOST_CONNECTIONS = 512
-
-#: Descriptors that connections never take: they are for the store, the collector and what waits
-#: in the listening socket's queue.
-_KEPT_DESCRIPTORS = 128
-
-#: Connections that asyncio accepts in one go. It takes up to four goes until the first of them is
-#: counted, or one that was let go is closed.
-_ACCEPTED_AT_ONCE = 16
 
 #: Connections that wait to be accepted (listen(2)).
 _BACKLOG = 128
@@ -59,13 +43,21 @@ class EndpointError(Exception):
 class Endpoint:
     """The ASGI application."""
 
-    def __init__(self, exposition: Exposition) -> None:
+    def __init__(self, exposition: Exposition, access: Access) -> None:
         self._exposition = exposition
+        self._access = access
         self._encoding = asyncio.Lock()
         self._scrapes = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
+            return
+        if not self._access.is_within_rate():
+            await _answer(send, 429, "More requests than the configuration admits.\n")
+            return
+        send = functools.partial(_send_with, send, self._access.headers)
+        if not await self._access.admits(_header(scope, b"authorization")):
+            await _answer(send, 401, "Unauthorized.\n", www_authenticate='Basic realm="metrics"')
             return
         pages = {"/": self._landing, "/metrics": self._metrics, "/healthz": self._healthz}
         page = pages.get(scope["path"])
@@ -154,6 +146,12 @@ def _header(scope: Message, name: bytes) -> str:
     return ",".join(value.decode("latin-1") for key, value in scope["headers"] if key == name)
 
 
+async def _send_with(send: Send, headers: list[tuple[bytes, bytes]], message: Message) -> None:
+    if message["type"] == "http.response.start":
+        message["headers"] += headers
+    await send(message)
+
+
 async def _answer(
     send: Send,
     status: int,
@@ -170,47 +168,6 @@ async def _answer(
     headers += [(name.replace("_", "-").encode(), value.encode()) for name, value in more.items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
-
-
-class _PatientProtocol(H11Protocol):
-    """HTTP/1.1 with a limit on how long one exchange may take, and on how many there are.
-
-    uvicorn closes a connection that idles *after* an answer; one that never asks, never ends its
-    question or never reads would stay for good.
-    """
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._made_at = self.loop.time()
-        self._next_look = self.loop.call_later(EXCHANGE_SECONDS, self._look, None)
-        if len(self.connections) > _most_connections():
-            oldest = min(
-                (each for each in self.connections if isinstance(each, _PatientProtocol)),
-                key=lambda each: each._made_at,
-            )
-            self.connections.discard(oldest)  # It is told that it is lost only later.
-            oldest.transport.abort()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._next_look.cancel()
-        super().connection_lost(exc)
-
-    def _look(self, before: object) -> None:
-        cycle = self.cycle
-        # Closing means waiting for the client to take what it was sent, which it may never do.
-        # A finished exchange that no other has followed: uvicorn closes what idles, so bytes come,
-        # which make no request.
-        if cycle is before or self.transport.is_closing():
-            self.transport.abort()
-        else:
-            self._next_look = self.loop.call_later(EXCHANGE_SECONDS, self._look, cycle)
-
-
-def _most_connections() -> int:
-    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if descriptors == resource.RLIM_INFINITY:
-        return MOST_CONNECTIONS
-    return max(min(MOST_CONNECTIONS, descriptors - _KEPT_DESCRIPTORS), 1)
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -244,19 +201,11 @@ def bind(settings: Settings) -> socket.socket:
         ) from error
 
 
-def configure(application: Endpoint, settings: Settings) -> uvicorn.Config:
-    """uvicorn's configuration, certificates loaded. Raises :class:`EndpointError`."""
-    if (settings.tls_cert_file is None) != (settings.tls_key_file is None) or (
-        settings.tls_client_ca_file is not None and settings.tls_cert_file is None
-    ):
-        raise EndpointError(
-            f"HTTPS needs a certificate and its key: set {PREFIX}TLS_CERT_FILE and "
-            f"{PREFIX}TLS_KEY_FILE both (and {PREFIX}TLS_CLIENT_CA_FILE only with them). "
-            "No metrics are served until that changes."
-        )
-    config = uvicorn.Config(
+def configure(application: Endpoint, access: Access) -> uvicorn.Config:
+    """uvicorn's configuration; TLS is the connections' own."""
+    return uvicorn.Config(
         application,
-        http=_PatientProtocol,
+        http=cast(Any, functools.partial(Connection, access=access)),
         ws="none",
         lifespan="off",
         interface="asgi3",
@@ -264,31 +213,17 @@ def configure(application: Endpoint, settings: Settings) -> uvicorn.Config:
         log_config=None,
         log_level="warning",
         access_log=False,
-        backlog=_ACCEPTED_AT_ONCE,
+        backlog=ACCEPTED_AT_ONCE,
+        proxy_headers=False,
         server_header=False,
-        ssl_certfile=settings.tls_cert_file,
-        ssl_keyfile=settings.tls_key_file,
-        ssl_ca_certs=None
-        if settings.tls_client_ca_file is None
-        else str(settings.tls_client_ca_file),
-        ssl_cert_reqs=ssl.CERT_NONE if settings.tls_client_ca_file is None else ssl.CERT_REQUIRED,
     )
-    try:
-        config.load()
-    except (OSError, ssl.SSLError) as error:
-        raise EndpointError(
-            f"The certificate, its key or the client CA cannot be used ({error}). No metrics are "
-            f"served until that changes. Look at {PREFIX}TLS_CERT_FILE, {PREFIX}TLS_KEY_FILE and "
-            f"{PREFIX}TLS_CLIENT_CA_FILE."
-        ) from error
-    return config
 
 
-def url(settings: Settings) -> str:
+def url(settings: Settings, *, tls: bool) -> str:
     """Where the metrics are, for people."""
-    scheme = "http" if settings.tls_cert_file is None else "https"
     host = "localhost" if settings.address in {*_ALL, "0.0.0.0"} else settings.address  # noqa: S104
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{settings.port}/metrics"
+    host = f"[{host}]" if ":" in host else host
+    return f"{'https' if tls else 'http'}://{host}:{settings.port}/metrics"
 
 
 class Server:

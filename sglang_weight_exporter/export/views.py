@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from sglang_weight_exporter.export.nvml import GpuMemory
+from sglang_weight_exporter.export.gpu_account import GpuAccount
 from sglang_weight_exporter.records import Ranks, Role, Snapshot
 
 #: Labels of every series of a rank; the rank labels are SGLang's own, so that series join.
@@ -20,6 +20,11 @@ IDENTITY = (
     "device",
     "gpu_uuid",
 )
+
+
+#: Stands for the roles of a rank of which none is known: it loads, or this SGLang's model runners
+#: are not.
+NO_ROLE = Role(name="", device="")
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class RoleView:
     def is_first(self) -> bool:
         """Whether this role stands for what is the rank's and no role's: an encoder server and a
         weight-cache daemon have no target."""
-        return self.role.name == self.snapshot.roles[0].name
+        return self.role.name == roles_of(self.snapshot)[0].name
 
 
 @dataclass
@@ -57,9 +62,11 @@ class HostView:
     """All that the exporter process knows, as the instruments without identity read it."""
 
     snapshots: tuple[Snapshot, ...]
-    gpus: tuple[GpuMemory, ...] = ()
+    gpus: tuple[GpuAccount, ...] = ()
     unreadable: int = 0
     spans: SpanCounts = field(default_factory=SpanCounts)
+    #: What the scrape before this one took; None before the first, and where nothing is scraped.
+    scrape_seconds: float | None = None
     #: When this process began to count.
     started_at: float = field(default_factory=time.time)
     now: float = field(default_factory=time.time)
@@ -82,8 +89,13 @@ def identity(view: RoleView, device: str) -> tuple[str, ...]:
     )
 
 
+def roles_of(snapshot: Snapshot) -> tuple[Role, ...]:
+    """The roles of a rank, or :data:`NO_ROLE` alone where none is known."""
+    return snapshot.roles or (NO_ROLE,)
+
+
 def role_views(snapshots: Iterable[Snapshot], now: float) -> Iterator[RoleView]:
     """Every role of every rank, with idle updates settled."""
     for snapshot in snapshots:
-        for role in snapshot.roles:
+        for role in roles_of(snapshot):
             yield RoleView(snapshot, role.settled(now))

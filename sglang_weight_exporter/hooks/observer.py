@@ -16,7 +16,6 @@ from sglang_weight_exporter.capture import incoming
 from sglang_weight_exporter.hooks.calls import Around, Call, Outcome, effect_of, verdict_on
 from sglang_weight_exporter.hooks.phases import Phases
 from sglang_weight_exporter.ledger import EndsWith, Ledger, Ticket, Verdict
-from sglang_weight_exporter.rank import KV_CACHE, WEIGHTS
 from sglang_weight_exporter.records import PAUSES, Source
 from sglang_weight_exporter.runners.roles import RunnerRole
 
@@ -75,6 +74,7 @@ class Observer(Phases):
 
     def allocate_kv_pool(self, call: Call) -> Around:
         """Allocation of the KV pool, and its resize once CUDA graphs are captured."""
+        self._rank.roles.tell_free_memory(call.argument("total_gpu_memory"))  # Until 0.5.9.
         outcome = yield
         self._tell_load(self._rank.role(call.owner), outcome, complete=True)
 
@@ -127,7 +127,8 @@ class Observer(Phases):
             outcome = yield from self._write(call, "external", "call", announced=True)
         else:
             outcome = yield
-            self._rank.read_again()
+            if (role := self._rank.role(call.owner)) is not None:
+                self._rank.read_again(role)
         self._count(call, outcome)
 
     def move_experts(self, call: Call) -> Around:
@@ -143,7 +144,7 @@ class Observer(Phases):
         role = self._rank.role(call.owner)
         if role is None or source is None:
             return (yield)
-        since = self._rank.look_before(role)
+        since = self._rank.look_before()
         begin = partial(
             Ledger.begin, name=role.name, source=source, ends_with=ends_with, since=since
         )
@@ -176,7 +177,7 @@ class Observer(Phases):
         """An update with a beginning and an end, and any number of calls between."""
         role = self._rank.role(call.owner)
         if role is not None:
-            since = self._rank.look_before(role)
+            since = self._rank.look_before()
             self._rank.step(lambda ledger: ledger.begin_session(role.name, since=since))
             self._rank.keep_readers_out()
             outcome = yield
@@ -234,6 +235,12 @@ class Observer(Phases):
         if mode in PAUSES and outcome.error is None:
             self._rank.step(lambda ledger: ledger.pause(mode))
 
+    def proceed(self, call: Call) -> Around:
+        """Generation goes on; also where it was not paused."""
+        outcome = yield
+        if outcome.error is None:
+            self._rank.step(lambda ledger: ledger.proceed())
+
     def abort(self, call: Call) -> Around:
         """Requests are aborted: one that a client gave up, which is nothing to us, or all."""
         if call.requested("abort_all"):
@@ -247,13 +254,13 @@ class Observer(Phases):
         self._rank.scan.memory_is_there = False
         outcome = yield
         if outcome.error is None:
-            self._rank.release(_tags(call))
+            self._rank.release(call.requested("tags"))
 
     def resume(self, call: Call) -> Around:
         """Physical memory is back."""
         outcome = yield
         if outcome.error is None:
-            self._rank.resume(_tags(call))
+            self._rank.resume(call.requested("tags"))
 
     # What surrounds an update.
 
@@ -290,7 +297,3 @@ class Observer(Phases):
 
 def _error(outcome: Outcome) -> str:
     return "" if outcome.error is None else repr(outcome.error)
-
-
-def _tags(call: Call) -> set[str]:
-    return {WEIGHTS, KV_CACHE} & set(call.requested("tags") or (WEIGHTS, KV_CACHE))

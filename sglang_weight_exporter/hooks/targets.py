@@ -299,6 +299,13 @@ TARGETS: tuple[Target, ...] = (
         reads=("recv_req",),
     ),
     Target(
+        "scheduler.continue_generation",
+        SCHEDULER,
+        "Scheduler.continue_generation",
+        "proceed",
+        "0.5.6.post2",
+    ),
+    Target(
         "scheduler.abort_request",
         SCHEDULER,
         "Scheduler.abort_request",

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import msgspec
 
 from sglang_weight_exporter.publisher.supervisor import Supervisor
-from sglang_weight_exporter.records import Engine, Event, Snapshot
+from sglang_weight_exporter.records import Engine, Event, MemoryDump, Snapshot
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.claims import claim_engine_name
+from sglang_weight_exporter.store.namespaces import pid_namespace
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.weight_table import WeightTable
@@ -67,6 +68,8 @@ class Publisher:
         self._events: deque[_Waiting] = deque()
         self._dropped = 0
         self._retrying = False
+        #: Whether a thread looks after the exporter process, where it is this rank's to do so.
+        self._supervised = False
         #: What is left of the time that the update which is under way may wait for readers.
         self._reader_seconds = settings.reader_wait_seconds
 
@@ -85,11 +88,17 @@ class Publisher:
                 if len(self._events) > WAITING_EVENTS:
                     self._events.popleft()
                     self._dropped += 1
-            if not self._write() and not self._retrying:
-                self._retrying = True
-                threading.Thread(
-                    target=self._retry, name="sglang-weight-exporter-retry", daemon=True
-                ).start()
+            self._write_or_retry()
+
+    def leave_memory(self, read: Callable[[], MemoryDump | None]) -> None:
+        """Leave the memory of the GPUs, if somebody has asked for it."""
+        with self._lock:
+            store = self._store
+            try:
+                if store is not None and store.memory_is_wanted:
+                    store.leave_memory(read())
+            except Exception as error:
+                self._report("memory", error)
 
     def keep_readers_out(self) -> None:
         """Weights are about to be written, and the snapshot says so already.
@@ -116,6 +125,20 @@ class Publisher:
                     self._store.unlock_table()
                 except Exception as error:
                     self._report("table_lock", error)
+
+    def _come_back(self) -> None:
+        """What a cleaner of old files has removed, or whoever removed the directory, is written
+        again."""
+        with self._lock:
+            if self._store is not None and not self._store.is_published():
+                self._write_or_retry()
+
+    def _write_or_retry(self) -> None:
+        if not self._write() and not self._retrying:
+            thread = threading.Thread(
+                target=self._retry, name="sglang-weight-exporter-retry", daemon=True
+            )
+            self._retrying = self._has_started("retry", thread.start)
 
     def _retry(self) -> None:
         pause = self._first_retry_seconds
@@ -153,9 +176,26 @@ class Publisher:
         if self._store is None:
             runtime_dir = RuntimeDir.open(self._settings.runtime_dir, self._environ)
             self._store = RankStore(runtime_dir, self._rank_id)
-            if self._settings.serve:
-                Supervisor(runtime_dir, self._environ).start()
+        if self._settings.serve and not self._supervised:
+            self._supervised = self._has_started(
+                "supervisor",
+                Supervisor(
+                    self._store.runtime_dir,
+                    self._environ,
+                    come_back=self._come_back,
+                ).start,
+            )
         return self._store
+
+    def _has_started(self, name: str, start: Callable[[], None]) -> bool:
+        """Whether a thread could be started: a container may be at its limit of processes. The
+        next update tries again."""
+        try:
+            start()
+        except RuntimeError as error:
+            self._report(name, error)
+            return False
+        return True
 
     def _write_to(self, store: RankStore, snapshot: Snapshot) -> bool:
         complete = True
@@ -194,6 +234,7 @@ class Publisher:
         return msgspec.structs.replace(
             snapshot,
             rank_id=self._rank_id,
+            pid_namespace=pid_namespace(),
             engine=self._engine(snapshot.engine),
             events_dropped=store.events_dropped + self._dropped,
             metadata_dir=str(self._settings.metadata_dir or ""),

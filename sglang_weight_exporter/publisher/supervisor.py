@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sglang_weight_exporter.process_log import Message, read_messages
@@ -30,11 +30,23 @@ _LONGEST_PAUSE_SECONDS = 60.0
 
 
 class Supervisor:
-    """One rank's share in keeping the exporter process alive."""
+    """One rank's share in keeping the exporter process alive.
 
-    def __init__(self, runtime_dir: RuntimeDir, environ: Mapping[str, str]) -> None:
+    ``come_back``: publish what readers cannot find any more. An exporter ends when its directory
+    was removed, or when it finds nobody alive, which wakes the ranks: those of a static engine
+    would write nothing.
+    """
+
+    def __init__(
+        self,
+        runtime_dir: RuntimeDir,
+        environ: Mapping[str, str],
+        *,
+        come_back: Callable[[], None],
+    ) -> None:
         self._runtime_dir = runtime_dir
         self._environ = environ
+        self._come_back = come_back
         #: What the last exporter process said, if it could not do its work.
         self._said: set[Message] = set()
 
@@ -48,7 +60,8 @@ class Supervisor:
         while True:
             try:
                 lock = FileLock(self._runtime_dir.exporter_lock)
-                lock.acquire(block=True)
+                self._acquire(lock)
+                self._come_back()
                 if pause:
                     time.sleep(pause)
                 started = time.monotonic()
@@ -70,6 +83,13 @@ class Supervisor:
                 )
                 pause = _LONGEST_PAUSE_SECONDS
                 time.sleep(pause)
+
+    def _acquire(self, lock: FileLock) -> None:
+        try:
+            lock.acquire(block=True)
+        except FileNotFoundError:
+            self._come_back()
+            lock.acquire(block=True)
 
     def _spawn(self, lock: FileLock) -> subprocess.Popen[str]:
         return subprocess.Popen(

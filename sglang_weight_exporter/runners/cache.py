@@ -23,6 +23,6 @@ def cached_tokens(scheduler: Any) -> int:
 def _tokens(cache: Any, name: str) -> int:
     try:
         tokens = getattr(cache, name, int)()
-    except NotImplementedError:  # Of sliding windows and Mamba, until both were unified.
+    except NotImplementedError:  # With sliding windows or Mamba, until both were unified.
         tokens = getattr(cache, f"full_{name}")()
     return int(tokens[0] if isinstance(tokens, tuple) else tokens)

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sglang_weight_exporter.records import Engine, Ranks
+from sglang_weight_exporter.records import Engine, MemoryBudget, Ranks
 from sglang_weight_exporter.runners.release import sglang_version
 
 _ENCODER, _WEIGHT_CACHE = "encoder", "weight_cache"
@@ -146,7 +146,7 @@ def _placement_group() -> str:
         if ray is not None and ray.is_initialized():
             return str(ray.get_runtime_context().get_placement_group_id())
     except Exception:
-        return ""  # Of whatever type Ray's are. Engines then differ in their ports, as without Ray.
+        return ""  # Ray's errors are of many types. Engines then differ in their ports.
     return ""
 
 
@@ -175,11 +175,38 @@ def engine_of(runner: Any) -> Engine:
         tp_size=_size(runner, "tp_size"),
         pp_size=_size(runner, "pp_size"),
         ep_size=_size(runner, "ep_size"),
+        url=_url(runner),
         node_rank=_size(runner, "node_rank"),
         nodes=_size(runner, "nnodes"),
     )
 
 
+def _url(runner: Any) -> str:
+    """As ``ServerArgs.url`` has it; of an address that stands for all of them, this host's own."""
+    port = server_setting(runner, "port")
+    if not port or role_of(runner) == _WEIGHT_CACHE:
+        return ""
+    host = str(server_setting(runner, "host") or "")
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104
+    scheme = "https" if server_setting(runner, "ssl_certfile") else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
 def _size(runner: Any, name: str) -> int | None:
     value = server_setting(runner, name)
     return value if isinstance(value, int) else None
+
+
+def budget_of(runner: Any, free_before_load: float | None) -> MemoryBudget:
+    """What SGLang made the size of its KV pool from.
+
+    ``free_before_load``: in GiB, as SGLang counts, where the runner does not keep it (until 0.5.9).
+    """
+    fraction = getattr(runner, "mem_fraction_static", None)
+    free = getattr(runner, "pre_model_load_memory", free_before_load)
+    limit = server_setting(runner, "max_total_tokens")
+    return MemoryBudget(
+        fraction=float(fraction) if isinstance(fraction, float | int) else None,
+        before_load=int(free * 2**30) if isinstance(free, float | int) else None,
+        token_limit=limit if isinstance(limit, int) else None,
+    )

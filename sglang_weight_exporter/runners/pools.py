@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
@@ -105,18 +106,72 @@ def kv_usage(runner: Any, storages: Iterable[Storage]) -> tuple[KvPoolUsage, ...
     )
 
 
-def lora_usage(runner: Any) -> tuple[LoraUsage, ...]:
-    """Adapter slots of a runner; empty where LoRA is off."""
-    manager = getattr(runner, "lora_manager", None)
-    pool = getattr(manager, "memory_pool", None)
+#: What finds a request's tokens in the pool, and free slots.
+_TABLES = ("req_to_token_pool", "token_to_kv_pool_allocator", "token_to_kv_pool")
+
+
+def table_storages(runner: Any, pools: Container[int]) -> list[Storage]:
+    """Memory of what keeps the pools' books: tables of requests, free slots, addresses of buffers.
+
+    ``pools``: addresses of the pools' own storages.
+    """
+
+    def follow(value: object) -> bool:
+        return (
+            type(value).__module__.startswith(_POOL_MODULES) and "Host" not in type(value).__name__
+        )
+
+    tensors = (
+        (name, tensor)
+        for name in _TABLES
+        if (owner := getattr(runner, name, None)) is not None
+        for _, tensor in owned_tensors(owner, follow)
+    )
+    return unique_storages(tensors, counted=pools)
+
+
+def lora_storages(runner: Any) -> list[Storage]:
+    """Memory of a runner's adapter slots; empty where LoRA is off."""
+    pool = getattr(getattr(runner, "lora_manager", None), "memory_pool", None)
     if pool is None:
-        return ()
-    adapters = len(getattr(manager, "loras", ()))
+        return []
     slots = ((str(path[0]), tensor) for path, tensor in owned_tensors(pool, lambda value: False))
+    return unique_storages(slots)
+
+
+def lora_usage(runner: Any, storages: Iterable[Storage]) -> tuple[LoraUsage, ...]:
+    """Bytes of adapter slots by device, and adapters that are loaded."""
+    manager = getattr(runner, "lora_manager", None)
+    adapters = len(getattr(manager, "loras", ()))
+    slots = getattr(getattr(manager, "memory_pool", None), "max_loras_per_batch", None)
     devices: dict[str, int] = {}
-    for storage in unique_storages(slots):
+    for storage in storages:
         devices[storage.device] = devices.get(storage.device, 0) + storage.nbytes
     return tuple(
-        LoraUsage(device=device, nbytes=nbytes, adapters=adapters)
+        LoraUsage(
+            device=device,
+            nbytes=nbytes,
+            adapters=adapters,
+            slots=slots if isinstance(slots, int) else None,
+        )
         for device, nbytes in devices.items()
     )
+
+
+#: Where SGLang says which memory pool all CUDA graphs are captured into: 0.5.17 and later, before.
+_GRAPH_RUNNERS = (
+    "sglang.srt.model_executor.runner_utils.pool",
+    "sglang.srt.model_executor.cuda_graph_runner",
+    "sglang.srt.model_executor.piecewise_cuda_graph_runner",
+)
+
+
+def graph_pools() -> frozenset[tuple[int, int]] | None:
+    """torch's names of the memory pools of CUDA graphs; ``None`` where SGLang names none."""
+    found = set()
+    for name in _GRAPH_RUNNERS:
+        ask = getattr(sys.modules.get(name), "get_global_graph_memory_pool", None)
+        pool = None if ask is None else ask()
+        if isinstance(pool, tuple) and len(pool) == 2:
+            found.add((int(pool[0]), int(pool[1])))
+    return frozenset(found) or None

@@ -7,6 +7,7 @@ Runners are held weakly: one that was collected is nobody's role any more, and l
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import msgspec
 
 from sglang_weight_exporter.capture import devices
-from sglang_weight_exporter.records import Device, Engine, Ranks
+from sglang_weight_exporter.records import Device, Engine, MemoryBudget, Ranks
 from sglang_weight_exporter.runners import identity
 
 
@@ -41,6 +42,13 @@ class RunnerRole:
         if enabled is None:  # Until 0.4.3 only the class tells.
             enabled = adapter is not None and "Noop" not in type(adapter).__name__
         return bool(enabled)
+
+    @property
+    def saves_graphs(self) -> bool:
+        """Whether the memory saver has CUDA graphs too, which SGLang asks a variable."""
+        return self.saves_memory and os.environ.get(
+            "SGLANG_MEMORY_SAVER_CUDA_GRAPH", ""
+        ).lower() in {"1", "true"}
 
     @property
     def keeps_a_copy(self) -> bool:
@@ -83,11 +91,11 @@ class Roles:
         self.engine = Engine(name="", instance="")
         self.ranks = Ranks()
         self._dp_rank: int | None = None
+        self._free_before_load: float | None = None
 
     def __iter__(self) -> Iterator[RunnerRole]:
-        """Those whose runner is still there."""
-        self._roles = [role for role in self._roles if role.runner is not None]
-        return iter(self._roles)
+        """Those whose runner is still there; safe from any thread, as it changes nothing."""
+        return iter([role for role in self._roles if role.runner is not None])
 
     def find(self, owner: Any) -> RunnerRole | None:
         """The role of a runner, or of the runner that a component belongs to; ``None`` if it has
@@ -113,7 +121,7 @@ class Roles:
             name = f"{first}_{further}"
             further += 1
         role = RunnerRole(name, identity.device_of(runner), weakref.ref(runner))
-        self._roles.append(role)
+        self._roles = [*self, role]
         self.describe(role.device)
         return role
 
@@ -121,6 +129,19 @@ class Roles:
         """The data-parallel rank, as the scheduler is told it where its runner is not."""
         if dp_rank is not None:
             self._dp_rank = int(dp_rank)
+
+    def tell_free_memory(self, gibibytes: float | None) -> None:
+        """Free memory of the GPU before the load, as SGLang hands it to what makes the pools."""
+        if gibibytes is not None:
+            self._free_before_load = gibibytes
+
+    @property
+    def budget(self) -> MemoryBudget:
+        """What the target's KV pool was sized from."""
+        target = self.named("target")
+        if target is None or target.runner is None:
+            return MemoryBudget()
+        return identity.budget_of(target.runner, self._free_before_load)
 
     def identify(self, owner: Any) -> None:
         """Find out which rank of which engine this process is, if it is not known yet: from the

@@ -7,14 +7,20 @@ from __future__ import annotations
 import logging
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import msgspec
 import numpy as np
 import torch
 
-from sglang_weight_exporter.capture.allocations import AllocationMap
+from sglang_weight_exporter.capture.account import Known
+from sglang_weight_exporter.capture.allocations import (
+    AllocationMap,
+    Segments,
+    memory_segments,
+)
 from sglang_weight_exporter.capture.fingerprint import (
     Fingerprinter,
     FingerprintError,
@@ -23,11 +29,25 @@ from sglang_weight_exporter.capture.fingerprint import (
 from sglang_weight_exporter.capture.pools import Storage
 from sglang_weight_exporter.capture.table_fingerprints import with_fingerprints
 from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights, storages_of
-from sglang_weight_exporter.records import Kind, KvPoolUsage, LoraUsage, Skip
+from sglang_weight_exporter.records import (
+    Kind,
+    KvPoolUsage,
+    LoraUsage,
+    MemoryDump,
+    MemoryOwner,
+    MemoryPart,
+    Skip,
+)
 from sglang_weight_exporter.runners import pools as runner_pools
 from sglang_weight_exporter.runners.cache import cached_tokens
+from sglang_weight_exporter.runners.memory import Memory, of_storages, of_weights
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
-from sglang_weight_exporter.weight_table import WeightTable, altered_tensors, without_fingerprints
+from sglang_weight_exporter.weight_table import (
+    WeightTable,
+    altered_tensors,
+    table_rows,
+    without_fingerprints,
+)
 
 logger = logging.getLogger("sglang_weight_exporter")
 
@@ -38,10 +58,11 @@ class Look:
 
     weights: WeightCapture | None = None
     kv_pools: tuple[KvPoolUsage, ...] | None = None
-    kv_storages: frozenset[int] = frozenset()
+    kv_storages: tuple[Storage, ...] = ()
     #: Device name to bytes of KV pools that keep their memory while the pools are released.
     kv_stays: dict[str, int] | None = None
     lora: tuple[LoraUsage, ...] = ()
+    lora_storages: tuple[Storage, ...] = ()
     #: Why fingerprints were not taken; ``None`` where they were, or were not asked for.
     skipped: Skip | None = None
     #: The table as the last load or update left it, with fingerprints. ``None``: nobody knows.
@@ -54,7 +75,8 @@ class Scan:
     """The looks at all roles of a process.
 
     ``report`` is told of what could not be read; ``allocations`` is where one allocation ends and
-    the next begins, by device; ``fingerprinter``: takes fingerprints, if they are to be taken.
+    the next begins, by device, in place of torch's allocator; ``fingerprinter``: takes
+    fingerprints, if they are to be taken; ``memory``: keeps the account of the GPUs.
     """
 
     def __init__(
@@ -65,11 +87,14 @@ class Scan:
         clock: Callable[[], float] = time.time,
         allocations: Callable[[str], AllocationMap] | None = None,
         fingerprinter: Fingerprinter | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self._roles = roles
         self._report = report
         self._clock = clock
-        self._allocations = allocations or _allocations_of
+        self._allocations = allocations
+        #: What torch's allocator has of the GPUs.
+        self.memory = memory or Memory(clock=clock)
         self._looks: dict[RunnerRole, Look] = {}
         #: Addresses of storages that a weight-cache daemon holds, which count there.
         self._mapped: frozenset[int] = frozenset()
@@ -97,6 +122,15 @@ class Scan:
             table = None if look.weights is None else look.weights.table
             look.left = table if known and table and table.fingerprint else None
 
+    def overlook(self, role: RunnerRole, storages: frozenset[int]) -> None:
+        """That tensors in these storages hold other bytes is no news."""
+        look = self._looks.get(role)
+        if storages and look is not None and look.altered and look.weights is not None:
+            there = {
+                row.name for row in table_rows(look.weights.table) if row.storage_ptr in storages
+            }
+            look.altered = {name: kind for name, kind in look.altered.items() if name not in there}
+
     def map(self, model: object) -> None:
         """A model's tensors were mapped from a weight-cache daemon, where they count."""
         if isinstance(model, torch.nn.Module):
@@ -105,6 +139,12 @@ class Scan:
     def watch(self, scheduler: Any) -> None:
         """Whose prefix cache it is."""
         self._scheduler = weakref.ref(scheduler)
+
+    def _forward_passes(self) -> torch.cuda.Stream | None:
+        """The stream that they are in, where they are in one of their own. With overlapped
+        scheduling a request is served while the last batch still runs there."""
+        stream = getattr(self._scheduler(), "forward_stream", None)
+        return stream if isinstance(stream, torch.cuda.Stream) else None
 
     def cached_tokens(self) -> int | None:
         """Tokens in the prefix cache now; ``None`` where there is none, or it cannot be read."""
@@ -134,9 +174,11 @@ class Scan:
         or an update; otherwise they should be as the last one left them.
         """
         started = time.perf_counter()
+        segments = _Once(Segments.of_cuda)
+        on_gpu = _Once(lambda: AllocationMap.of_segments(segments()))
         for role in roles:
             look = self._looks.setdefault(role, Look())
-            map_of_allocations = _Once(lambda: self._allocations(role.device))  # noqa: B023
+            map_of_allocations = self._map(role.device, on_gpu)
             try:
                 look.weights = self._weights(role, look, map_of_allocations, derived=derived)
             except Exception as error:
@@ -150,10 +192,93 @@ class Scan:
                     self._pools(role, look, map_of_allocations)
                 except Exception as error:
                     look.kv_pools, look.kv_stays, look.lora = None, None, ()
+                    look.kv_storages, look.lora_storages = (), ()
                     self._report("kv_pool", error)
         living = set(self._roles)
         self._looks = {role: look for role, look in self._looks.items() if role in living}
+        self.look_at_memory(segments, thorough=derived or pools)
         self.seconds = time.perf_counter() - started
+
+    def begin_update(self) -> None:
+        """Weights are about to be written."""
+        try:
+            self.memory.begin_update()
+        except Exception as error:
+            self._report("memory", error)
+
+    def look_at_memory(
+        self, segments: Callable[[], Segments] = Segments.of_cuda, *, thorough: bool = True
+    ) -> None:
+        """Read the account of the GPUs again. ``thorough``: its parts in any case."""
+        pools = [storage for look in self._looks.values() for storage in look.kv_storages]
+        try:
+            self.memory.look(segments, self._known, pools, thorough=thorough)
+        except Exception as error:
+            self._report("memory", error)
+
+    def dump_memory(self) -> MemoryDump | None:
+        """torch's memory as it is now, with the names of what is known; ``None``: no GPU."""
+        if not torch.cuda.is_initialized():
+            return None
+        return MemoryDump(
+            at=self._clock(),
+            segments=msgspec.json.encode(memory_segments(traces=True)),
+            owners=tuple(self._owners()),
+            graph_pools=tuple(runner_pools.graph_pools() or ()),
+        )
+
+    def _owners(self) -> Iterator[MemoryOwner]:
+        pools = frozenset(
+            storage.address for look in self._looks.values() for storage in look.kv_storages
+        )
+        for role, look in self._looks.items():
+            if look.weights is not None:
+                names: dict[int, tuple[str, MemoryPart]] = {}
+                for row in table_rows(look.weights.table):
+                    part: MemoryPart = "derived_weights" if row.kind == "derived" else "weights"
+                    names.setdefault(row.storage_ptr, (row.name, part))
+                start, nbytes, _ = look.weights.spans
+                for address, size in zip(start.tolist(), nbytes.tolist(), strict=True):
+                    name, part = names[address]
+                    yield MemoryOwner(
+                        address=address, nbytes=size, part=part, name=f"{name} ({role.name})"
+                    )
+            groups: list[tuple[MemoryPart, Iterable[Storage]]] = [
+                ("kv_pool", look.kv_storages),
+                ("lora", look.lora_storages),
+            ]
+            if role.runner is not None:
+                groups.append(("kv_tables", runner_pools.table_storages(role.runner, pools)))
+            for part, storages in groups:
+                for number, each in enumerate(storages):
+                    yield MemoryOwner(
+                        address=each.address,
+                        nbytes=each.nbytes,
+                        part=part,
+                        name=f"{each.label} {number} ({role.name})",
+                    )
+
+    def _known(self) -> list[Known]:
+        """Storages by what they are part of."""
+        known: list[Known] = []
+        pools = frozenset(
+            storage.address for look in self._looks.values() for storage in look.kv_storages
+        )
+        for role, look in self._looks.items():
+            if look.weights is not None:
+                known += of_weights(look.weights.spans)
+            known.append(of_storages("kv_pool", look.kv_storages))
+            known.append(of_storages("lora", look.lora_storages))
+            if role.runner is not None:
+                tables = runner_pools.table_storages(role.runner, pools)
+                known.append(of_storages("kv_tables", tables))
+        return known
+
+    def _map(self, device: str, on_gpu: Callable[[], AllocationMap]) -> Callable[[], AllocationMap]:
+        if self._allocations is not None:
+            allocations = self._allocations
+            return _Once(lambda: allocations(device))
+        return on_gpu if device.startswith("cuda") else AllocationMap.of_storages
 
     def _earlier(self, role: RunnerRole) -> list[Look]:
         earlier = []
@@ -207,7 +332,12 @@ class Scan:
         elif not role.has_placeholders:
             try:
                 table = with_fingerprints(
-                    table, role.runner.model, look.weights.slots, fingerprinter, limit_seconds
+                    table,
+                    role.runner.model,
+                    look.weights.slots,
+                    fingerprinter,
+                    limit_seconds,
+                    after=self._forward_passes(),
                 )
             except FingerprintError as error:
                 timed_out = isinstance(error, FingerprintTimeoutError)
@@ -244,13 +374,14 @@ class Scan:
         self, role: RunnerRole, look: Look, allocations: Callable[[], AllocationMap]
     ) -> None:
         runner = role.runner
-        counted = frozenset[int]().union(*(other.kv_storages for other in self._earlier(role)))
+        counted = {each.address for other in self._earlier(role) for each in other.kv_storages}
         storages = runner_pools.kv_storages(runner, counted)
-        look.lora = runner_pools.lora_usage(runner)
+        look.lora_storages = tuple(runner_pools.lora_storages(runner))
+        look.lora = runner_pools.lora_usage(runner, look.lora_storages)
         if storages is None:
-            look.kv_pools, look.kv_stays, look.kv_storages = None, None, frozenset()
+            look.kv_pools, look.kv_stays, look.kv_storages = None, None, ()
             return
-        look.kv_storages = frozenset(storage.address for storage in storages)
+        look.kv_storages = tuple(storages)
         look.kv_pools = runner_pools.kv_usage(runner, storages)
         look.kv_stays = _stays(storages, allocations())
 
@@ -265,21 +396,20 @@ class UnreadableTensorsError(Exception):
         )
 
 
-class _Once:
+_Made = TypeVar("_Made")
+
+
+class _Once(Generic[_Made]):
     """Asked for when it is needed, and not again in the same look."""
 
-    def __init__(self, make: Callable[[], AllocationMap]) -> None:
+    def __init__(self, make: Callable[[], _Made]) -> None:
         self._make = make
-        self._made: AllocationMap | None = None
+        self._made: list[_Made] = []
 
-    def __call__(self) -> AllocationMap:
-        if self._made is None:
-            self._made = self._make()
-        return self._made
-
-
-def _allocations_of(device: str) -> AllocationMap:
-    return AllocationMap.of_cuda() if device.startswith("cuda") else AllocationMap.of_storages()
+    def __call__(self) -> _Made:
+        if not self._made:
+            self._made.append(self._make())
+        return self._made[0]
 
 
 def _stays(storages: list[Storage], allocations: AllocationMap) -> dict[str, int]:

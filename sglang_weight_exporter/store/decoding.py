@@ -10,6 +10,7 @@ checked here, so that whoever reads a record need not.
 from __future__ import annotations
 
 import re
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from sglang_weight_exporter.records import (
     DURATION_BUCKETS,
     SCHEMA_VERSION,
     Histogram,
+    MemoryDump,
     Record,
     Role,
     Snapshot,
@@ -37,7 +39,7 @@ AnyRecord = TypeVar("AnyRecord", bound=Record)
 LARGEST_TABLE = 512 * 2**20
 LARGEST_RECORD = 16 * 2**20
 
-#: Of what the exporter process keeps for itself.
+#: What the exporter process keeps for itself is smaller.
 LARGEST_NOTE = 2**20
 
 #: What Prometheus keeps as a float and OTLP as a signed integer of 64 bits.
@@ -48,10 +50,29 @@ _LARGEST_SECONDS = 2**63 / 1e9
 _COUNTS = len(DURATION_BUCKETS) + 1
 _TRACE_ID = re.compile(r"([0-9a-f]{32})?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_FINGERPRINT = re.compile(r"([0-9a-f]{32})?")
 _FILE = re.compile(r"[\w.-]*")
 
 #: What msgspec raises besides its own errors: for text that is no UTF-8, and for nesting.
 _INVALID = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError, OverflowError)
+
+
+#: msgspec prepares a type when it first meets it, and two threads that have it do so at once end
+#: the process. Here each is prepared by one, and then used by all.
+_preparing = threading.Lock()
+_decoders: dict[Any, Any] = {}
+
+
+def _decoder(of: Callable[[Any], Any], kind: Any) -> Any:
+    found = _decoders.get((of, kind))
+    if found is None:
+        with _preparing:
+            found = _decoders.setdefault((of, kind), of(kind))
+    return found
+
+
+def _decode(content: bytes | msgspec.Raw, kind: Any) -> Any:
+    return _decoder(msgspec.msgpack.Decoder, kind).decode(content)
 
 
 class UnreadableError(Exception):
@@ -64,7 +85,7 @@ class _Version(msgspec.Struct):
 
 def read(path: Path, kind: type[AnyRecord]) -> AnyRecord:
     """The record in a file. Raises ``OSError`` and :class:`UnreadableError`."""
-    limit = LARGEST_TABLE if issubclass(kind, WeightTable) else LARGEST_RECORD
+    limit = LARGEST_TABLE if issubclass(kind, WeightTable | MemoryDump) else LARGEST_RECORD
     return decode(read_file(path, limit), kind, path)
 
 
@@ -108,9 +129,9 @@ def decode_snapshot(
 
 def _without_damaged_roles(content: bytes, path: Path) -> tuple[bytes, list[str]]:
     """The content again with its valid roles alone, and a sentence for each other one."""
-    fields = msgspec.msgpack.decode(content, type=dict[str, msgspec.Raw])
+    fields = _decode(content, dict[str, msgspec.Raw])
     roles, complaints = [], []
-    for index, raw in enumerate(msgspec.msgpack.decode(fields["roles"], type=list[msgspec.Raw])):
+    for index, raw in enumerate(_decode(fields["roles"], list[msgspec.Raw])):
         try:
             _valid(raw, Role)
         except _INVALID as error:
@@ -128,7 +149,7 @@ def read_json(path: Path, kind: type[AnyRecord]) -> AnyRecord:
     :class:`UnreadableError`."""
     content = read_file(path, LARGEST_NOTE)
     try:
-        record = msgspec.json.decode(content, type=kind)
+        record: AnyRecord = _decoder(msgspec.json.Decoder, kind).decode(content)
         if problem := _problem(record):
             raise ValueError(f"{kind.__name__}{problem}")
         return record
@@ -137,7 +158,7 @@ def read_json(path: Path, kind: type[AnyRecord]) -> AnyRecord:
 
 
 def _check_version(content: bytes, path: Path) -> None:
-    version = msgspec.msgpack.decode(content, type=_Version).schema
+    version = _decode(content, _Version).schema
     if version != SCHEMA_VERSION:
         raise UnreadableError(
             f"{path} was written by another version of sglang-weight-exporter (schema "
@@ -147,7 +168,7 @@ def _check_version(content: bytes, path: Path) -> None:
 
 
 def _valid(content: bytes | msgspec.Raw, kind: type[AnyRecord]) -> AnyRecord:
-    record = msgspec.msgpack.decode(content, type=kind)
+    record: AnyRecord = _decode(content, kind)
     problem = _problem(record)
     if problem:
         raise ValueError(f"{kind.__name__}{problem}")
@@ -193,7 +214,8 @@ def _problem_of_record(record: Record) -> str:
             return f".file is {record.file!r}"
         if not _SHA256.fullmatch(record.sha256):
             return f".sha256 is {record.sha256!r}"
-    return ""
+    fingerprint = record.fingerprint if isinstance(record, TableRef | WeightTable) else ""
+    return "" if _FINGERPRINT.fullmatch(fingerprint) else f".fingerprint is {fingerprint!r}"
 
 
 def _check_table(table: WeightTable) -> None:
@@ -206,6 +228,8 @@ def _check_table(table: WeightTable) -> None:
     for column in CODED:
         values = getattr(table, f"{column}_values")
         _check_column(column, getattr(table, column), "I", table.rows, codes_of=values)
+    if len(table.fingerprints) not in {0, 16 * table.rows}:
+        raise ValueError(f"{len(table.fingerprints)} bytes of fingerprints for {table.rows} rows")
     regions = len(table.region_ptr) // 8
     _check_column("region_ptr", table.region_ptr, "Q", regions)
     _check_column("region_nbytes", table.region_nbytes, "Q", regions)

@@ -72,6 +72,10 @@ class EventQueue:
         self._references: Counter[str] = Counter()
         self._nbytes = 0
 
+    def is_at(self, path: Path) -> bool:
+        """Whether this is still the queue at a path."""
+        return self._directory.is_at(path)
+
     def move(self, directory: Directory) -> None:
         """The directory was made anew: what waited in the old one is gone with it."""
         self._directory = directory

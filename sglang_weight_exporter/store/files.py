@@ -98,7 +98,7 @@ class Directory:
         return True
 
     def file_status(self, name: str) -> os.stat_result:
-        """Of an entry itself, also of a link."""
+        """The status of an entry itself, also of a link."""
         return os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
 
     def size(self, name: str) -> int:

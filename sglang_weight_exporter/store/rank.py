@@ -8,13 +8,16 @@ import contextlib
 import os
 import time
 
-from sglang_weight_exporter.records import Event, Snapshot
+from sglang_weight_exporter.records import Event, MemoryDump, Snapshot
 from sglang_weight_exporter.store.encoding import encode
 from sglang_weight_exporter.store.events import EVENT_BYTES, EVENT_COUNT, EventQueue
 from sglang_weight_exporter.store.files import Directory
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
 from sglang_weight_exporter.weight_table import WeightTable
+
+#: What a look leaves of torch's memory, and who asks for it.
+MEMORY, MEMORY_WANTED = "memory", "memory.wanted"
 
 
 def table_file(table: WeightTable) -> str:
@@ -29,7 +32,8 @@ class RankStore:
     Methods raise ``OSError`` when the file system does not let them write; a snapshot that would
     have been replaced is then gone as well, because an old number is worse than none. A directory
     that has vanished is made anew (a session manager removes ``$XDG_RUNTIME_DIR`` when its user
-    logs out, also while an engine goes on in the background).
+    logs out, also while an engine goes on in the background), and so is what a cleaner of old
+    files took out of it.
     """
 
     def __init__(
@@ -88,7 +92,7 @@ class RankStore:
         """Keep a table; returns its file's name. Takes effect with the next snapshot."""
         self._come_back()
         file = table_file(table)
-        if file not in self._tables:
+        if file not in self._tables or not self._directory.has(file):
             self._directory.write(file, encode(table))
             self._tables.add(file)
         return file
@@ -100,6 +104,28 @@ class RankStore:
         if table is not None and (file := table_file(table)) in self._tables:
             beside = (self._directory, file)
         self._events.append(event, table, beside=beside)
+
+    @property
+    def memory_is_wanted(self) -> bool:
+        """Whether somebody has asked for the memory as the next look finds it."""
+        return self._directory.has(MEMORY_WANTED)
+
+    def leave_memory(self, dump: MemoryDump | None) -> None:
+        """Answer; with nothing, where it could not be read."""
+        if dump is not None:
+            self._directory.write(MEMORY, encode(dump))
+        self._directory.remove(MEMORY_WANTED)
+
+    def is_published(self) -> bool:
+        """Whether what was written last is still there for readers."""
+        try:
+            return (
+                self._directory.is_at(self.path)
+                and self._lock.is_current()
+                and self._directory.has("snapshot")
+            )
+        except OSError:
+            return True  # It cannot be told, so nothing is known to be wrong.
 
     def withdraw(self) -> None:
         """Say nothing rather than something old. Where the file system does not even let us
@@ -139,11 +165,14 @@ class RankStore:
     def _come_back(self) -> None:
         """Be alive, in a directory that is there."""
         if self._directory.is_at(self.path):
-            if self._lock.held:
+            if not self._lock.is_current():
+                self._lock.close()
+                with contextlib.suppress(OSError):  # Given up before, and perhaps removed just now.
+                    self._lock.acquire()
+            if self._lock.held and self._directory.is_at(self.path):
+                if not self._events.is_at(self.path / "events"):
+                    self._events.move(self._directory.open_directory("events", make=True))
                 return
-            with contextlib.suppress(OSError):  # Given up before, and perhaps removed just now.
-                if self._lock.acquire() and self._directory.is_at(self.path):
-                    return
         self._lock.close()
         self._table_lock.close()
         with contextlib.suppress(RuntimeDirError):  # Its reason is the next line's, in short.

@@ -5,13 +5,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
-from sglang_weight_exporter.records import Endpoint, Snapshot
+from sglang_weight_exporter.records import Endpoint, MemoryDump, Snapshot
 from sglang_weight_exporter.store.decoding import (
     AnyRecord,
     UnreadableError,
@@ -22,6 +24,7 @@ from sglang_weight_exporter.store.decoding import (
 from sglang_weight_exporter.store.events import WaitingEvents
 from sglang_weight_exporter.store.files import Directory, write_atomically
 from sglang_weight_exporter.store.locks import FileLock, is_held
+from sglang_weight_exporter.store.rank import MEMORY, MEMORY_WANTED
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.weight_table import WeightTable
 
@@ -46,6 +49,20 @@ class RankDirectory:
 
     def table(self, file: str) -> WeightTable:
         return read(self.path / file, WeightTable)
+
+    def ask_for_memory(self) -> None:
+        """Have the rank leave its memory with the next thing that it publishes. Raises
+        ``OSError``."""
+        (self.path / MEMORY).unlink(missing_ok=True)
+        write_atomically(self.path / MEMORY_WANTED, b"")
+
+    @property
+    def memory_is_wanted(self) -> bool:
+        return (self.path / MEMORY_WANTED).exists()
+
+    def memory(self) -> MemoryDump:
+        """What it has left. Raises ``OSError`` and ``UnreadableError``."""
+        return read(self.path / MEMORY, MemoryDump)
 
     @property
     def events(self) -> WaitingEvents:
@@ -83,6 +100,20 @@ def rank_directories(runtime_dir: RuntimeDir) -> Iterator[RankDirectory]:
     for path in paths:
         if not path.name.startswith("."):
             yield RankDirectory(path)
+
+
+def keep_from_cleaners(runtime_dir: RuntimeDir) -> None:
+    """Have every file look used, and no file look changed.
+
+    Cleaners of temporary directories remove what nobody has used for days, and an engine may not
+    change its weights for weeks: tmpreaper looks at the time of the last access, systemd-tmpfiles
+    at the latest of all times. Raises nothing: what cannot be touched may be gone just now.
+    """
+    for directory, _, files in os.walk(runtime_dir.path):
+        for path in (Path(directory), *(Path(directory, file) for file in files)):
+            with contextlib.suppress(OSError):
+                changed = path.lstat().st_mtime_ns
+                os.utime(path, ns=(time.time_ns(), changed), follow_symlinks=False)
 
 
 def read_endpoint(runtime_dir: RuntimeDir) -> Endpoint | None:

@@ -29,7 +29,7 @@ from typing import Any
 
 import msgspec
 
-from sglang_weight_exporter.store.files import write_atomically
+from sglang_weight_exporter.store.files import Directory
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.tables import Table
 from sglang_weight_exporter.weight_table import Row
@@ -57,35 +57,38 @@ def write_files(directory: Path, table: Table, owner: str) -> list[Path]:
     Raises ``OSError``; what would have been replaced is then gone, as an old address is worse
     than none.
     """
-    paths = _paths(directory, owner, table.role.name)
+    return _write(Directory.open(directory), table, owner)
+
+
+def _write(directory: Directory, table: Table, owner: str) -> list[Path]:
+    files = _files(owner, table.role.name)
     written = []
     try:
         for part, content in _contents(table).items():
             if content is None:
-                paths[part].unlink(missing_ok=True)
+                directory.remove(files[part])
                 continue
             encoded = msgspec.json.format(msgspec.json.encode(content), indent=2)
-            write_atomically(paths[part], encoded)
-            written.append(paths[part])
+            directory.write(files[part], encoded)
+            written.append(directory.path / files[part])
     except OSError:
-        remove_files(directory, owner, table.role.name)
+        _remove(directory, owner, table.role.name)
         raise
     return written
 
 
-def remove_files(directory: Path, owner: str, role: str) -> None:
-    """Remove the files of one model, as far as the file system lets us."""
-    for path in _paths(directory, owner, role).values():
+def _remove(directory: Directory, owner: str, role: str) -> None:
+    for file in _files(owner, role).values():
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+            directory.remove(file)
 
 
-def _paths(directory: Path, owner: str, role: str) -> dict[str, Path]:
+def _files(owner: str, role: str) -> dict[str, str]:
     stem = owner if role == "target" else f"{owner}_{role}"
     return {
-        "weights": directory / f"weights_meta_{stem}.json",
-        "totals": directory / f"total_weight_meta_{stem}.json",
-        "summary": directory / f"weight_update_summary_{stem}.json",
+        "weights": f"weights_meta_{stem}.json",
+        "totals": f"total_weight_meta_{stem}.json",
+        "summary": f"weight_update_summary_{stem}.json",
     }
 
 
@@ -161,14 +164,10 @@ class MetadataFiles:
     def update(self, table: Table) -> None:
         """Weights were loaded or updated. Raises ``OSError``."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = self._directory.lstat().st_uid
-        if owner not in {0, os.getuid()}:
-            raise PermissionError(
-                errno.EPERM, f"it belongs to the user with id {owner}", str(self._directory)
-            )
+        directory = self._open()
         if self._claim is None:
-            self._owner, self._claim = self._claim_owner(table)
-        write_files(self._directory, table, self._owner)
+            self._owner, self._claim = self._claim_owner(table, directory)
+        _write(directory, table, self._owner)
 
     def close(self) -> None:
         """The rank is gone; another one may have its names."""
@@ -176,14 +175,23 @@ class MetadataFiles:
             self._claim.release()
 
     def remove(self, role: str) -> None:
-        """The table of a role could not be read."""
+        """The table of a role could not be read. Raises ``OSError``."""
         if self._claim is not None:
-            remove_files(self._directory, self._owner, role)
+            _remove(self._open(), self._owner, role)
 
-    def _claim_owner(self, table: Table) -> tuple[str, FileLock]:
+    def _open(self) -> Directory:
+        directory = Directory.open(self._directory)
+        owner = directory.status().st_uid
+        if owner not in {0, os.getuid()}:
+            raise PermissionError(
+                errno.EPERM, f"it belongs to the user with id {owner}", str(self._directory)
+            )
+        return directory
+
+    def _claim_owner(self, table: Table, directory: Directory) -> tuple[str, FileLock]:
         """The first name that no other living rank has; it is ours for as long as we live."""
         for owner in owners(table):
-            claim = FileLock(self._directory / f".{owner}.lock")
+            claim = FileLock(self._directory / f".{owner}.lock", directory=directory)
             if claim.acquire():
                 break
         return owner, claim

@@ -21,12 +21,15 @@ from typing import Any  # noqa: E402
 
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from sglang_weight_exporter import fingerprint  # noqa: E402
 from sglang_weight_exporter.capture.fingerprint import (  # noqa: E402
     Fingerprinter,
     FingerprintError,
     FingerprintTimeoutError,
+    _Bytes,
+    has_memory,
     in_memory_order,
 )
 
@@ -223,3 +226,40 @@ def test_the_kernels_give_the_same_in_tritons_interpreter() -> None:
 def test_the_kernels_compile_for_gpus_and_read_sixteen_bytes_a_thread(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="needs Triton, which comes with SGLang")
     in_a_process(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
+
+
+# --- on a GPU that is not there -------------------------------------------------------------------
+
+
+def test_a_tensor_whose_memory_was_given_back_is_refused() -> None:
+    """Read on a GPU it would end the process. SGLang's DWDP gives experts' back like this."""
+    for tensor in (torch.ones(100_000), torch.ones(100_000)[500:]):
+        tensor.untyped_storage().resize_(0)
+        with pytest.raises(FingerprintError, match="no bytes to read"):
+            taken(torch.ones(3), tensor)
+        assert not has_memory(tensor)
+    assert has_memory(torch.ones(3))
+    assert has_memory(torch.empty(0))
+
+
+def test_gaps_are_read_with_little_memory_beside() -> None:
+    """Indices of eight bytes an element, for all of a block at once, would be gigabytes."""
+    wide = noise(64 << 20).view(8192, -1)[:, 1:]
+    own, peak = wide.untyped_storage().data_ptr(), 0
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal peak
+            result = func(*args, **(kwargs or {}))
+            storage = result.untyped_storage()
+            if storage.data_ptr() != own:
+                peak = max(peak, storage.nbytes())
+            return result
+
+    piece = _Bytes(wide)
+    with Seen():
+        read = piece[0 : 32 << 20]
+    assert read.equal(wide.contiguous().view(-1)[: 32 << 20])
+    assert peak <= 32 << 20

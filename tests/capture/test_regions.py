@@ -139,7 +139,7 @@ GPU_REGION, GPU_OTHER = (4096, 8192, True), (16384, 32768, False)
 
 
 def stays(spans: list[tuple[int, int, bool]], storages: dict[int, int]) -> dict[str, int]:
-    """Of storages on a GPU, by address and bytes, beside one of 64 bytes on the CPU."""
+    """What stays of storages on a GPU, by address and bytes, and of 64 bytes on the CPU."""
     return AllocationMap.of_spans(spans).stays(
         np.array([*storages, 1 << 40], dtype=np.uint64),
         np.array([*storages.values(), 64], dtype=np.uint64),

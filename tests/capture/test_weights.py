@@ -15,7 +15,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 
 import random  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
 from sglang_weight_exporter.capture.tensors import named_tensors  # noqa: E402
@@ -457,13 +457,23 @@ def test_looks_never_have_the_garbage_collector_run() -> None:
 # Strange tensors.
 
 
-def test_a_tensor_without_storage_costs_its_own_row_and_is_named() -> None:
-    model = module(weight=torch.nn.Parameter(torch.zeros(8, 4)))
-    model.lazy = torch.nn.UninitializedParameter()
-    model.register_buffer("sparse", torch.eye(3).to_sparse())
+STRANGE: dict[str, Callable[[], Any]] = {
+    "uninitialized": torch.nn.UninitializedParameter,
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "sparse in rows": lambda: torch.eye(3).to_sparse_csr(),
+    "mkldnn": lambda: torch.zeros(8, 4).to_mkldnn(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("strange", STRANGE.values(), ids=STRANGE)
+def test_a_tensor_without_storage_costs_its_own_row_and_is_named(
+    strange: Callable[[], Any],
+) -> None:
+    model = module(weight=torch.nn.Parameter(torch.zeros(8, 4)), strange=strange())
+    model.register_buffer("behind", torch.zeros(3))
     captured = capture(model)
-    assert [row.name for row in table_rows(captured.table)] == ["weight"]
-    assert sorted(sentence.partition(":")[0] for sentence in captured.unreadable) == [
-        "lazy",
-        "sparse",
-    ]
+    assert [row.name for row in table_rows(captured.table)] == ["weight", "behind"]
+    assert [sentence.partition(":")[0] for sentence in captured.unreadable] == ["strange"]
+    assert sum(usage.nbytes for usage in captured.usage) == 8 * 4 * 4 + 3 * 4

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import yaml
 from monitoring import DASHBOARDS, RULES, run
-from panel_page import PanelPage
 
 from sglang_weight_exporter.export.instruments import INSTRUMENTS
 from sglang_weight_exporter.export.views import IDENTITY
@@ -205,62 +204,6 @@ def test_the_command_says_why_it_cannot_write(tmp_path: Path) -> None:
 
 
 # --- deployment ---------------------------------------------------------------------------------
-
-
-def manifests(name: str) -> list[dict[str, Any]]:
-    return list(yaml.safe_load_all((DASHBOARDS / "kubernetes" / name).read_text()))
-
-
-@pytest.mark.parametrize("name", ["in-engine.yaml", "sidecar.yaml"])
-@pytest.mark.parametrize("release", ["1.29", "1.33"])
-def test_deployments_fit_the_kubernetes_api(name: str, release: str) -> None:
-    kubernetes_validate = pytest.importorskip("kubernetes_validate")
-    for manifest in manifests(name):
-        kubernetes_validate.validate(manifest, release, strict=True)
-
-
-@pytest.mark.parametrize("name", ["podmonitor.yaml", "prometheusrule.yaml"])
-def test_operator_objects_fit_their_definitions(
-    name: str, panel_page: PanelPage, tmp_path: Path
-) -> None:
-    (manifest,) = manifests(name)
-    panel_page.check_manifest(manifest, tmp_path)
-    manifest["spec"]["unheard"] = "of"
-    with pytest.raises(AssertionError, match=r"unheard.* does not exist"):
-        panel_page.check_manifest(manifest, tmp_path)
-
-
-def test_the_pod_monitor_selects_both_forms() -> None:
-    (monitor,) = manifests("podmonitor.yaml")
-    for name in ("in-engine.yaml", "sidecar.yaml"):
-        (deployment,) = manifests(name)
-        template = deployment["spec"]["template"]
-        assert monitor["spec"]["selector"]["matchLabels"].items() <= (
-            template["metadata"]["labels"].items()
-        )
-        ports = {
-            port["name"]
-            for container in template["spec"]["containers"]
-            for port in container["ports"]
-        }
-        assert {each["port"] for each in monitor["spec"]["podMetricsEndpoints"]} == ports
-
-
-def test_the_sidecar_shares_the_runtime_directory() -> None:
-    (deployment,) = manifests("sidecar.yaml")
-    containers = deployment["spec"]["template"]["spec"]["containers"]
-    variable = "SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR"
-    directories = {
-        entry["value"]
-        for container in containers
-        for entry in container["env"]
-        if entry["name"] == variable
-    }
-    assert len(directories) == 1
-    (directory,) = map(Path, directories)
-    for container in containers:
-        mounts = {Path(mount["mountPath"]) for mount in container["volumeMounts"]}
-        assert directory.parent in mounts
 
 
 def test_the_compose_file_is_valid_and_complete() -> None:

@@ -23,7 +23,8 @@ PICTURES = os.environ.get("PANELS_PICTURES")
 @pytest.fixture(scope="module")
 def fleet() -> Iterator[Monitoring]:
     directory = Path(tempfile.mkdtemp(prefix="fleet-"))
-    replay_fleet(directory, time.time())
+    # It goes on while the tests look: an end that has passed would look like a fleet that is gone.
+    replay_fleet(directory, time.time() + 120)
     stack = Monitoring(directory, {}).start()
     try:
         assert stack.query('count(sglang_weight_info{role="target"})')[0]["value"][1] == "64"
@@ -36,7 +37,7 @@ def test_the_first_screen(
     dashboard: dict[str, Any], fleet: Monitoring, panel_page: PanelPage, tmp_path: Path
 ) -> None:
     directory = Path(PICTURES) if PICTURES else tmp_path
-    query = f"board={dashboard['uid']}&scrape=3&from=now-5m"
+    query = f"board={dashboard['uid']}&scrape=5&from=now-5m"
     panel_page.look(fleet.url, tmp_path / "warm.png", query=query, size=SCREEN)
     picture = directory / f"{dashboard['uid']}.png"
     found = panel_page.look(fleet.url, picture, query=query, size=SCREEN)

@@ -8,6 +8,7 @@ Grafana's own front-end libraries draw the panels; there is no Grafana server in
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ def test_a_cpu_engine_alone_lacks_only_what_a_cpu_lacks(
     values = {**ALL, "$instance": f"127.0.0.1:{engine.exporter_port}", "$engine": str(engine.port)}
     without = unanswered(dashboard, monitoring, reloaded, values)
     on_a_gpu_only = ["sglang_gpu_memory_", "DCGM_", "sglang_lora_pool_bytes{", 'role=~"draft']
+    on_a_gpu_only.append("sglang_rank_memory_")
     on_a_gpu_only.append("max by (alertname")  # or where a rule fires
     unexpected = {
         (title, query)
@@ -92,6 +94,15 @@ def test_numbers_on_the_first_screen_are_those_of_the_host(
     }
     assert len(totals) == 2
     assert parts == pytest.approx(totals)
+
+
+def test_the_readmes_queries_have_answers(monitoring: Monitoring, reloaded: float) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```promql\n(.*?)```", readme, re.DOTALL)
+    queries = block.splitlines()
+    assert len(queries) == 3
+    for query in queries:
+        assert monitoring.query(query.removesuffix(" > 1"), reloaded), query
 
 
 def test_panels_are_drawn_by_grafanas_libraries(

@@ -104,6 +104,14 @@ def test_every_alert_is_tested_and_has_a_runbook() -> None:
         ("engine_group, role) (", "role) ("),
         ('nodes!="",nodes!="1",', ""),
         ("engine_group, node_rank) (", "engine_group, node_rank, tp_rank, instance) ("),
+        ("and sglang_rank_memory_reserved_bytes offset 15m > sglang", "and -1 < sglang"),
+        (
+            "and min_over_time(sglang_rank_memory_reserved_bytes[15m]) >= max_over_time("
+            "sglang_rank_memory_reserved_bytes[15m] offset 15m)",
+            "",
+        ),
+        ("and avg_over_time(sglang_rank_memory_update_growth_bytes[45m]) > 0", ""),
+        (") >= 6", ") >= 0"),
     ],
 )
 def test_the_rules_tests_notice_a_lost_condition(

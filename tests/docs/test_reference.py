@@ -8,15 +8,31 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from sglang_weight_exporter import __version__
 from sglang_weight_exporter.export.instruments import INSTRUMENTS
 from sglang_weight_exporter.settings import PREFIX, Settings
 
 PROJECT = Path(__file__).parents[2]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *sorted(PROJECT.glob("*.md")),
+    *(
+        path
+        for room in ("docs", "deploy", "demo")
+        for path in sorted((PROJECT / room).rglob("*.md"))
+    ),
+]
+#: The address that the generator of dashboards and rules is told.
+PUBLISHED = re.findall(
+    r'^DOCUMENTS = "(https://.+)"$',
+    (PROJECT / "dashboards" / "generate" / "__init__.py").read_text(),
+    re.MULTILINE,
+)[0]
 
 
 def test_reference_pages_say_what_the_code_says() -> None:
@@ -25,22 +41,83 @@ def test_reference_pages_say_what_the_code_says() -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def outside_of_code(page: Path) -> str:
+    """A document's text; what is in fences and backquotes is no heading and no link."""
+    text = re.sub(r"^ *```.*?^ *```$", "", page.read_text(encoding="utf-8"), flags=re.S | re.M)
+    return re.sub(r"`[^`\n]*\]\([^`\n]*`", "", text)
+
+
+def anchors_of(page: Path) -> set[str]:
+    """What GitHub makes of the headings: a second one of the same words gets -1, and so on."""
+    found: dict[str, int] = {}
+    anchors = set()
+    for title in re.findall(r"^#+ (.+)$", outside_of_code(page), re.MULTILINE):
+        title = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title)
+        anchor = re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        count = found[anchor] = found.get(anchor, -1) + 1
+        anchors.add(f"{anchor}-{count}" if count else anchor)
+    return anchors
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(PROJECT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    text = outside_of_code(page)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text)
+    targets += re.findall(r"^\[[^]]+\]: (\S+)$", text, re.MULTILINE)
     for target in targets:
         if "://" in target:
             continue
         file, _, anchor = target.partition("#")
         linked = (page.parent / file) if file else page
         assert linked.exists(), f"{page.name} links to {target}"
+        assert PROJECT in linked.resolve().parents, (
+            f"{page.name} links out of the project: {target}"
+        )
         if anchor and linked.suffix == ".md":
-            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
-            anchors = {
-                re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings
-            }
-            assert anchor in anchors, f"{page.name} links to {target}"
+            assert anchor in anchors_of(linked), f"{page.name} links to {target}"
+
+
+#: What is shipped leads to the documents by their published address.
+SHIPPED = [path for path in (PROJECT / "dashboards").rglob("*") if path.suffix in {".yml", ".json"}]
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_published_links_lead_to_a_heading(file: Path) -> None:
+    links = re.findall(
+        rf"{re.escape(PUBLISHED)}/([\w./-]+?\.md)(?:#([\w-]+))?(?=[\"\s])", file.read_text()
+    )
+    assert links or not re.search(
+        "(sglang-(fleet|engine).json|sglang-weights.rules.yml)$", file.name
+    )
+    for page, anchor in links:
+        linked = PROJECT / "docs" / page
+        assert linked.exists(), page
+        assert not anchor or anchor in anchors_of(linked), f"{page}#{anchor}"
+
+
+def test_every_alert_has_a_runbook_at_an_absolute_address() -> None:
+    rules = (PROJECT / "dashboards" / "sglang-weights.rules.yml").read_text()
+    alerts = re.findall(r"^ *- alert: (\w+)$", rules, re.MULTILINE)
+    assert alerts
+    runbooks = re.findall(r"^ *runbook_url: (\S+)$", rules, re.MULTILINE)
+    assert runbooks == [f"{PUBLISHED}/alerts.md#{alert.lower()}" for alert in alerts]
+
+
+def test_the_changelog_is_by_release() -> None:
+    """Unreleased first, then releases with their day, the newest first; this one is none older."""
+    text = (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8")
+    first, *releases = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert first == "[Unreleased]"
+    versions = []
+    for release in releases:
+        found = re.fullmatch(r"\[(\d+)\.(\d+)\.(\d+)\] - \d{4}-\d\d-\d\d", release)
+        assert found, release
+        versions.append(tuple(map(int, found.groups())))
+    current = tuple(map(int, re.findall(r"\d+", __version__)[:3]))
+    assert versions == sorted(versions, reverse=True)
+    assert all(version <= current for version in versions)
+    kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= kinds
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -53,3 +130,31 @@ def test_settings_and_metrics_have_their_real_names(page: Path) -> None:
     metrics = r"\bsglang_(?:weight|kv|lora|gpu)_[a-z_]*(?:bytes|seconds|total|tensors)\b"
     for name in re.findall(metrics, text):
         assert name.removesuffix("_total") in families, f"{page.name} names {name}"
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(PROJECT)))
+def test_commands_and_flags_exist(page: Path) -> None:
+    """Of this program and of the Makefile, wherever a document writes them as code."""
+    text = page.read_text(encoding="utf-8")
+    code = re.findall(r"^ *```.*?\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+    code += re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```$", "", text, flags=re.S | re.M))
+    makefile = (PROJECT / "Makefile").read_text()
+    for piece in code:
+        for line in piece.splitlines():
+            for target in re.findall(r"(?:^|\$ |&& )make ([a-z][\w-]*)(?![\w=])", line):
+                assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+            for command, rest in re.findall(r"\bsglang-weight-exporter ([a-z]+)\b([^|&#]*)", line):
+                said = help_of(command)
+                for flag in re.findall(r"(?<=\s)--[a-z][\w-]*", rest.partition(" -- ")[0]):
+                    assert flag in said, f"{command} {flag}"
+
+
+@cache
+def help_of(command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "sglang_weight_exporter", command, "--help"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout

@@ -74,12 +74,12 @@ def test_a_reload_without_a_flush_leaves_a_stale_cache(
     flush(serving)
     assert cached_tokens(serving) == [0] * count
     told(serving, "stale", [0] * count)
-    assert all(tokens > 0 for tokens in cached_tokens(serving))  # Of the weights that are there.
+    assert all(tokens > 0 for tokens in cached_tokens(serving))  # By the weights that are there.
     told(serving, "stale", [0] * count)
 
     reload(serving, checkpoints[1], flush_cache=False)
     told(serving, "stale", [1] * count)
-    assert all(tokens > 0 for tokens in cached_tokens(serving))  # Of weights that are gone.
+    assert all(tokens > 0 for tokens in cached_tokens(serving))  # By weights that are gone.
     told(serving, "stale", [1] * count)
 
     before, flushed_at = values(serving, "flushes_total"), time.time()
@@ -111,7 +111,10 @@ def test_pauses_are_counted_as_what_they_are(engine: Engine) -> None:
     for mode in modes:
         status, answer = engine.post("/pause_generation", {"mode": mode})
         assert status == 200, answer
+        # Where all are aborted SGLang's scheduler has nothing to pause.
+        told(engine, "paused", [float(mode != "abort")] * len(ranks(engine.scrape())))
         status, answer = engine.post("/continue_generation", {})
         assert status == 200, answer
+        told(engine, "paused", [0.0] * len(ranks(engine.scrape())))
     for mode in modes:
         told(engine, "pauses_total", [count + 1 for count in before[mode]], mode=mode)

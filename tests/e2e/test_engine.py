@@ -259,3 +259,28 @@ def test_switched_off_does_nothing(disabled_engine: Engine) -> None:
     assert disabled_engine.exporters() == []
     with pytest.raises(OSError, match="refused"):
         disabled_engine.scrape()
+
+
+def test_what_sglangs_own_gauges_leave_out(engine: Engine, checkpoints: tuple[Path, Path]) -> None:
+    """The README's comparison: both endpoints of one engine at the same moments."""
+
+    def theirs(name: str) -> list[float]:
+        scrape = Scrape.of(engine.url + "/metrics", timeout=60)
+        return sorted(sample.value for sample in scrape.series(f"sglang:{name}"))
+
+    def ours(name: str) -> float:
+        return engine.scrape().sum(name, source="disk", role="target")
+
+    memory = theirs("weight_memory_usage_gb")
+    assert memory
+    updates = ours("sglang_weight_updates_total")
+    assert engine.update_weights_from_disk(checkpoints[0])[1]["success"]
+    eventually(lambda: ours("sglang_weight_updates_total") == updates + 2)  # A rank each.
+    took = eventually(lambda: theirs("weight_load_duration_seconds"))
+    failures = ours("sglang_weight_update_failures_total")
+    assert not engine.update_weights_from_disk(Path("/nowhere/at/all"))[1]["success"]
+    eventually(lambda: ours("sglang_weight_update_failures_total") == failures + 2)
+    # SGLang sets its gauge to what the failed reload took, and no other says that it failed.
+    eventually(lambda: theirs("weight_load_duration_seconds") != took)
+    assert ours("sglang_weight_updates_total") == updates + 2
+    assert theirs("weight_memory_usage_gb") == memory

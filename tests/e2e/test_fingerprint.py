@@ -105,6 +105,12 @@ def test_verify_against_checkpoints_manifests_and_replicas(
     assert status == 0, text
     # What is not fused: per layer two norms, o_proj and down_proj; embeddings, norm and lm_head.
     assert text.count(f"{4 * tiny_model.LAYERS + 3} equal, 0 different") == len(RANKS), text
+    whole = tmp_path / "fused.json"
+    done = engine.exporter_cli("manifest", "--fused", str(checkpoints[0]), "-o", str(whole))
+    assert done.returncode == 0, done.stderr
+    status, text = verify(engine, "--manifest", str(whole))
+    assert status == 0, text
+    assert text.count(f"{6 * tiny_model.LAYERS + 3} equal, 0 different") == len(RANKS), text
     content = json.loads(manifest.read_text())
     norm = content["tensors"]["model.norm.weight"]
     norm["fingerprint"] = norm["fingerprint"][::-1]

@@ -18,20 +18,18 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Thread
 
 import pytest
 import trustme
-from ports import free_port
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from serving import Exporter
 
+from sglang_weight_exporter import __version__
 from sglang_weight_exporter.records import (
     Engine,
     Ranks,
@@ -44,121 +42,6 @@ from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
-
-
-@dataclass
-class Exporter:
-    """A running ``serve`` and its lines."""
-
-    process: subprocess.Popen[str]
-    port: int
-    lines: Queue[str]
-
-    def line(self, pattern: str, seconds: float = 30.0) -> str:
-        """Wait for a line that matches."""
-        deadline = time.monotonic() + seconds
-        seen = []
-        while True:
-            try:
-                seen.append(self.lines.get(timeout=max(deadline - time.monotonic(), 0)))
-            except Empty:
-                raise AssertionError(f"no line matches {pattern!r} in {seen}") from None
-            if re.search(pattern, seen[-1]):
-                return seen[-1]
-
-    def request(
-        self, path: str, method: str = "GET", **headers: str
-    ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
-        try:
-            connection.request(
-                method, path, headers={k.replace("_", "-"): v for k, v in headers.items()}
-            )
-            response = connection.getresponse()
-            return response.status, response.headers, response.read()
-        finally:
-            connection.close()
-
-    def threads(self) -> int:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(re.findall(r"^Threads:\s+(\d+)", status, re.MULTILINE)[0])
-
-    def open_sockets(self) -> int:
-        descriptors = Path(f"/proc/{self.process.pid}/fd")
-        found = 0
-        for each in descriptors.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # Closed while we look.
-                found += "socket" in str(each.readlink())
-        return found
-
-
-@pytest.fixture
-def runtime_dir(tmp_path: Path) -> RuntimeDir:
-    return RuntimeDir.open(tmp_path / "runtime", {})
-
-
-@pytest.fixture
-def serve(runtime_dir: RuntimeDir) -> Iterator[Callable[..., Exporter]]:
-    """Start ``serve`` on a free port of the loopback address, with further flags."""
-    started: list[Exporter] = []
-
-    def start(*flags: str, port: int = 0, descriptors: int = 0) -> Exporter:
-        port = port or free_port()
-        limited = ("prlimit", f"--nofile={descriptors}:{descriptors}") if descriptors else ()
-        process = subprocess.Popen(
-            [
-                *limited,
-                *(sys.executable, "-m", "sglang_weight_exporter", "serve"),
-                *("--address", "127.0.0.1", "--port", str(port)),
-                *("--runtime-dir", str(runtime_dir.path), *flags),
-            ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        exporter = Exporter(process, port, Queue())
-
-        def collect() -> None:
-            assert process.stdout is not None
-            for line in process.stdout:
-                exporter.lines.put(line)
-
-        Thread(target=collect, daemon=True).start()
-        started.append(exporter)
-        return exporter
-
-    yield start
-    for exporter in started:
-        exporter.process.kill()
-        exporter.process.wait()
-
-
-@pytest.fixture
-def rank(runtime_dir: RuntimeDir) -> Iterator[RankStore]:
-    """A rank with 1,000 bytes of weights, alive in this process."""
-    rank = RankStore(runtime_dir, "rank")
-    rank.write_snapshot(
-        Snapshot(
-            rank_id="rank",
-            pid=os.getpid(),
-            started_at=1.0,
-            engine=Engine(name="30000", instance="one", model_name='a \\ "model"'),
-            ranks=Ranks(tp=3),
-            roles=(
-                Role(
-                    name="target",
-                    device="cpu",
-                    weights=(
-                        WeightUsage(
-                            device="cpu", kind="parameter", dtype="bfloat16", nbytes=1000, tensors=2
-                        ),
-                    ),
-                ),
-            ),
-        )
-    )
-    yield rank
-    rank.close()
 
 
 def test_metrics_in_both_formats_compressed_or_not(
@@ -181,6 +64,63 @@ def test_metrics_in_both_formats_compressed_or_not(
     assert headers["content-encoding"] == "gzip"
     names = {family.name for family in parse_openmetrics(gzip.decompress(body).decode())}
     assert "sglang_weight_updates" in names
+
+
+def test_a_rank_of_which_no_role_is_known_can_raise_an_alert(
+    serve: Callable[..., Exporter], runtime_dir: RuntimeDir
+) -> None:
+    rank = RankStore(runtime_dir, "rank")
+    rank.write_snapshot(
+        Snapshot(
+            rank_id="rank",
+            pid=os.getpid(),
+            started_at=1.0,
+            engine=Engine(name="30000", instance="one", model_name="tiny"),
+            ranks=Ranks(tp=3),
+            hook_errors={"capture": 2},
+            snapshot_seconds=0.5,
+        )
+    )
+    exporter = serve()
+    exporter.line("metrics are at")
+    _, _, body = exporter.request("/metrics")
+    found = {
+        sample.name: sample.value
+        for family in parse_text(body.decode())
+        for sample in family.samples
+        if sample.labels.get("model_name") == "tiny" and sample.labels["tp_rank"] == "3"
+    }
+    assert found == {
+        "sglang_weight_exporter_hook_errors_total": 2.0,
+        "sglang_weight_exporter_snapshot_seconds": 0.5,
+    }
+    rank.close()
+
+
+def test_the_exporter_says_what_it_costs_itself(
+    serve: Callable[..., Exporter], rank: RankStore
+) -> None:
+    exporter = serve()
+    exporter.line("metrics are at")
+
+    def scrape() -> dict[str, float]:
+        _, _, body = exporter.request("/metrics")
+        families = parse_text(body.decode())
+        return {each.name: each.value for family in families for each in family.samples}
+
+    name = "sglang_weight_exporter_scrape_duration_seconds"
+    began = time.monotonic()
+    assert name not in scrape()
+    waited = time.monotonic() - began
+    found = scrape()
+    assert 0 < found[name] < waited
+    # Of the exporter's process, and of no rank.
+    status = Path(f"/proc/{exporter.process.pid}/stat").read_text()
+    since_boot = int(status.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    boot = float(re.findall(r"^btime (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)[0])
+    assert found["process_start_time_seconds"] == pytest.approx(boot + since_boot, abs=1)
+    assert found["process_resident_memory_bytes"] > 0
+    assert found["process_cpu_seconds_total"] > 0
 
 
 # What `printf %s VERSION | sha256sum` begins with, in binary: its first 53 digits.
@@ -240,7 +180,16 @@ def test_other_pages_and_methods(serve: Callable[..., Exporter]) -> None:
     status, headers, body = exporter.request("/")
     assert status == 200
     assert headers["content-type"].startswith("text/html")
-    assert b'href="/metrics"' in body
+    said = subprocess.run(
+        [sys.executable, "-m", "sglang_weight_exporter", "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert said == f"sglang-weight-exporter {__version__}\n"
+    assert f"exporter {__version__}<" in body.decode()
+    for link in (b'href="/metrics"', b'href="/healthz"'):
+        assert link in body
     for path in ("/metrics/", "/metric", "/favicon.ico", "/ranks", "//metrics"):
         assert exporter.request(path)[0] == 404
     for method in ("POST", "PUT", "DELETE", "OPTIONS"):
@@ -415,6 +364,28 @@ def test_a_scrape_follows_every_change_of_a_rank(
     assert scrape()["sglang_weight_updates_total"] == 1
 
 
+def test_a_scrape_that_is_being_answered_is_not_let_go_for_connections_that_ask_nothing(
+    serve: Callable[..., Exporter], rank: RankStore
+) -> None:
+    exporter = serve(descriptors=256)
+    exporter.line("metrics are at")
+    with socket.socket() as scraper:
+        scraper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        scraper.connect(("127.0.0.1", exporter.port))
+        request = b"GET /metrics HTTP/1.1\r\nHost: x\r\n"
+        scraper.sendall((request + b"\r\n") * 20 + request + b"Connection: close\r\n\r\n")
+        assert scraper.recv(1)  # It takes the rest later.
+        idle = [socket.create_connection(("127.0.0.1", exporter.port)) for _ in range(300)]
+        for client in idle[:50]:
+            assert client.recv(1) == b""  # Let go.
+        answers = b"H"
+        while received := scraper.recv(65536):
+            answers += received
+        assert answers.count(b"HTTP/1.1 200 OK") == 21
+    for client in idle:
+        client.close()
+
+
 def test_more_scrapes_at_once_than_the_limit_are_refused_in_words(
     serve: Callable[..., Exporter], rank: RankStore, runtime_dir: RuntimeDir
 ) -> None:
@@ -449,6 +420,33 @@ def test_a_taken_port_is_named_once_and_taken_when_it_is_free(
     exporter.line(f"metrics are at http://127.0.0.1:{exporter.port}/metrics")
     assert list(exporter.lines.queue) == []
     assert exporter.request("/metrics")[0] == 200
+
+
+def test_a_port_that_only_root_may_take_is_named(serve: Callable[..., Exporter]) -> None:
+    first_free = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
+    if first_free <= 80:
+        pytest.skip(
+            "needs a kernel that keeps ports below 80 for root (ip_unprivileged_port_start)"
+        )
+    # Also for root, who gives that right up.
+    exporter = serve(port=80, inside=("setpriv", "--bounding-set=-net_bind_service"))
+    line = exporter.line("may not listen on port 80")
+    assert "SGLANG_WEIGHT_EXPORTER_PORT" in line
+    assert exporter.process.poll() is None
+
+
+def test_an_address_of_ipv6_alone(serve: Callable[..., Exporter]) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("needs a host with IPv6")
+    exporter = serve("--address", "::1")
+    exporter.line(re.escape(f"metrics are at http://[::1]:{exporter.port}/metrics"))
+    with socket.create_connection(("::1", exporter.port), timeout=10) as client:
+        client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert client.recv(1024).startswith(b"HTTP/1.1 200")
+    with pytest.raises(ConnectionRefusedError):
+        exporter.request("/healthz")
 
 
 def test_the_line_about_the_default_port_names_dcgm_exporter(
@@ -546,6 +544,39 @@ def test_a_rank_that_dies_is_gone_at_the_next_scrape_and_its_files_soon(
     while list(runtime_dir.ranks.iterdir()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_thousand_dead_ranks_keep_no_scrape_waiting(
+    serve: Callable[..., Exporter], rank: RankStore, runtime_dir: RuntimeDir
+) -> None:
+    for number in range(1000):
+        dead = runtime_dir.ranks / f"dead-{number}"
+        (dead / "events").mkdir(parents=True)
+        for name in ("lock", "table.lock", "snapshot", "target-0.table"):
+            (dead / name).touch()
+    exporter = serve()
+    exporter.line("metrics are at")
+    left = [1000]
+    while left[-1]:
+        assert b"sglang_weight_bytes{" in exporter.request("/metrics")[2]
+        left.append(len(list(runtime_dir.ranks.iterdir())) - 1)
+    assert len(set(left)) > 3, f"nothing was served in between: {left}"
+
+
+def test_files_of_a_rank_that_changes_nothing_look_used_to_cleaners(
+    serve: Callable[..., Exporter], rank: RankStore, runtime_dir: RuntimeDir
+) -> None:
+    long_ago = time.time() - 20 * 86400
+    files = [runtime_dir.path, *runtime_dir.path.rglob("*")]
+    for path in files:
+        os.utime(path, (long_ago, long_ago))
+    serve().line("metrics are at")
+    deadline = time.monotonic() + 30
+    while any(path.stat().st_atime < long_ago + 86400 for path in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    # Who follows files by the time of their last change has nothing to read again.
+    assert (rank.path / "snapshot").stat().st_mtime == pytest.approx(long_ago)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from collectors import Backend, attributes_of
 from engines import Scrape, eventually
 from ports import free_port
 
+from sglang_weight_exporter.export.gpu_account import GpuAccounts
+from sglang_weight_exporter.hooks.targets import TARGETS
 from sglang_weight_exporter.records import Snapshot
 from sglang_weight_exporter.simulation import Simulation
 from sglang_weight_exporter.store.reader import SnapshotReader
@@ -26,6 +28,9 @@ START = 1_700_000_000.0
 #: of 8,192 are on every rank of eight, the rest is shared out; two bytes each.
 NORMS = 161 * 8192
 ONE_OF_EIGHT = 2 * ((70_553_706_496 - NORMS) // 8 + NORMS)
+
+#: Sines and cosines of 64 frequencies at 131,072 positions, in float32.
+ROTARY = 131072 * 128 * 4
 
 
 def snapshots(directory: RuntimeDir) -> list[Snapshot]:
@@ -61,10 +66,10 @@ def test_an_hour_has_all_that_the_dashboards_show(tmp_path: Path) -> None:
     for each in found:
         (role,) = each.roles
         (counts,) = (counts for counts in role.updates.values() if counts.calls)
-        # One version in 30 s; every fifth fails, every seventh moves all 483 tensors.
+        # One version in 30 s; every fifth fails, every seventh moves all tensors.
         assert counts.updates + counts.failures == 120
         assert counts.failures == 24
-        assert role.moved == 17 * 483
+        assert role.moved == 17 * 484
     # Ranks of one engine name the same update by the same trace, engines each their own.
     traces = [each.roles[0].last_update.trace_id for each in found if each.roles[0].last_update]
     assert len(set(traces[:3])) == len(set(traces[3:])) == 1
@@ -81,9 +86,82 @@ def test_memory_is_released_and_comes_back(tmp_path: Path) -> None:
         for each in snapshots(directory):
             resident[each.engine.name] |= set((each.roles[0].resident or {}).values())
         used.add(simulation.gpus()[1].used_bytes)
-    assert resident == {"30000": {ONE_OF_EIGHT}, "30001": {0, ONE_OF_EIGHT}}
+    whole = ONE_OF_EIGHT + ROTARY
+    assert resident == {"30000": {whole}, "30001": {ROTARY, whole}}
     assert max(used) - min(used) > ONE_OF_EIGHT  # The KV pool goes too.
     simulation.close()
+
+
+def test_the_account_of_every_gpu_closes_at_every_moment(tmp_path: Path) -> None:
+    directory = RuntimeDir.open(tmp_path / "runtime", {})
+    simulation = Simulation(directory, 4, 1, start=START)
+    accounts = GpuAccounts()
+    weights = set[int]()
+    for second in range(60):
+        simulation.advance(START + second)
+        gpus = accounts.read(snapshots(directory), simulation.gpus(), START + second)
+        for each in gpus:
+            assert each.parts is not None
+            assert sum(each.parts.values()) == each.gpu.total_bytes
+        weights.add((gpus[1].parts or {})["weights"])
+    assert weights == {ROTARY, ONE_OF_EIGHT + ROTARY}
+    simulation.close()
+
+
+def test_of_four_engines_one_has_a_draft_and_one_slots_for_adapters(tmp_path: Path) -> None:
+    directory = RuntimeDir.open(tmp_path / "runtime", {})
+    simulation = Simulation(directory, 4, 1, start=START)
+    simulation.advance(START + 40)  # All have been updated once.
+    found = snapshots(directory)
+    roles = [[role.name for role in each.roles] for each in found]
+    assert roles == [["target"], ["target"], ["target", "draft"], ["target"]]
+    assert [bool(each.roles[0].lora) for each in found] == [False, False, False, True]
+    target, draft = found[2].roles
+    assert target.updates["tensor"].updates == draft.updates["tensor"].updates == 1
+    assert target.updated_at is not None
+    assert draft.updated_at is not None
+    assert 0.4 <= draft.updated_at - target.updated_at <= 1.6  # One after the other.
+    # What its GPU has in use is what its roles hold, and what is no weight and no pool.
+    for each, gpu in zip(found, simulation.gpus(), strict=True):
+        held = sum(
+            sum((role.resident or {}).values()) + sum((role.kv_resident or {}).values())
+            for role in each.roles
+        )
+        held += sum(slots.nbytes for slots in each.roles[0].lora)
+        assert gpu.used_bytes - held == simulation.gpus()[0].used_bytes - sum(
+            sum((role.resident or {}).values()) + sum((role.kv_resident or {}).values())
+            for role in found[0].roles
+        )
+    simulation.close()
+
+
+def test_the_third_engine_pauses_for_its_updates(tmp_path: Path) -> None:
+    directory = RuntimeDir.open(tmp_path / "runtime", {})
+    simulation = Simulation(directory, 4, 1, start=START)
+    seen = [set[tuple[bool, bool]]() for _ in range(4)]
+    now = START
+    while now < START + 30:
+        now = simulation.advance(now)
+        for states, each in zip(seen, snapshots(directory), strict=True):
+            assert each.cache is not None
+            states.add((each.cache.paused, each.roles[0].in_progress is not None))
+    assert seen[2] == {(False, False), (True, False), (True, True)}
+    assert not any(paused for number in (0, 1, 3) for paused, _ in seen[number])
+    simulation.close()
+
+
+def test_replicas_have_one_fingerprint_a_version(tmp_path: Path) -> None:
+    found = simulated(tmp_path / "runtime", until=25)
+    fingerprints = [each.roles[0].table.fingerprint for each in found if each.roles[0].table]
+    assert len(set(fingerprints[:3])) == 3  # Each rank holds another part.
+    assert fingerprints[:3] == fingerprints[3:]
+
+
+def test_hooks_are_those_that_a_rank_has(tmp_path: Path) -> None:
+    for each in simulated(tmp_path / "runtime"):
+        names = {hook.target for hook in each.hooks}
+        assert names <= {target.name for target in TARGETS}
+        assert {hook.status for hook in each.hooks} == {"installed", "absent"}
 
 
 def test_an_update_is_seen_while_it_goes_on(tmp_path: Path) -> None:
@@ -118,6 +196,8 @@ def test_the_command_says_that_nothing_of_it_is_real(tmp_path: Path) -> None:
         "PATH": "/usr/bin:/bin",
         "TMPDIR": str(tmp_path),
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{backend.grpc_port}",
+        "OTEL_METRICS_EXPORTER": "otlp",
+        "OTEL_METRIC_EXPORT_INTERVAL": "500",
     }
     command = (sys.executable, "-m", "sglang_weight_exporter", "serve", "--simulate", "2x4")
     process = subprocess.Popen(
@@ -131,14 +211,23 @@ def test_the_command_says_that_nothing_of_it_is_real(tmp_path: Path) -> None:
         scrape = eventually(lambda: Scrape.of(f"http://127.0.0.1:{port}/metrics"), 30)
         assert scrape.one("sglang_weight_exporter_build_info", simulated="true") == 1
         assert scrape.one("sglang_weight_exporter_ranks") == 8
-        assert scrape.sum("sglang_weight_bytes") == 8 * ONE_OF_EIGHT
-        assert scrape.sum("sglang_weight_bytes", model_name="simulated/llama-70b") == (
-            8 * ONE_OF_EIGHT
+        of = {"model_name": "simulated/llama-70b", "kind": "parameter"}
+        assert scrape.sum("sglang_weight_bytes", **of) == 8 * ONE_OF_EIGHT
+        assert scrape.sum("sglang_weight_bytes") == 8 * (ONE_OF_EIGHT + ROTARY)
+        # The account of each GPU closes: its parts are all that it has.
+        assert scrape.sum("sglang_gpu_memory_bytes") == (
+            scrape.sum("sglang_gpu_memory_total_bytes")
         )
+        assert scrape.sum("sglang_gpu_memory_bytes", part="unattributed") == 0
         assert scrape.sum("sglang_gpu_memory_used_bytes") > scrape.sum("sglang_weight_bytes")
         eventually(lambda: len(backend.spans("sglang.weights.load")) == 8, 30, what="the loads")
         span = backend.spans("sglang.weights.load")[0]
         assert "simulated/llama-70b" in map(str, attributes_of(span).values())
+        name = "sglang.weight_exporter_build_info"
+        metric = eventually(lambda: backend.metrics().get(name), 30, what="the metrics")
+        assert metric is not None
+        (point,) = metric.gauge.data_points
+        assert attributes_of(point)["simulated"] == "true"
     finally:
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=20)
@@ -173,3 +262,20 @@ def test_real_ranks_get_no_simulated_neighbours(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "leave --runtime-dir away" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demo_shows_one_of_their_updates() -> None:
+    demo = Path(__file__).parents[2] / "demo" / "demo.py"
+    done = subprocess.run(
+        [sys.executable, str(demo), "--simulated", "--exit"],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (line,) = re.findall(r"^ *sglang_weight_updates_total.*$", done.stdout, re.MULTILINE)
+    assert line.split()[1:3] == ["0", "1"]
+    # The exporter has ended, and its port is free again.
+    (url,) = re.findall(r"Metrics +(\S+)", done.stdout)
+    with pytest.raises(OSError, match="refused"):
+        Scrape.of(url)

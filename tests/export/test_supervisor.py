@@ -26,7 +26,7 @@ import pytest
 from ports import free_port
 
 from sglang_weight_exporter.records import Endpoint
-from sglang_weight_exporter.store.reader import read_endpoint
+from sglang_weight_exporter.store.reader import SnapshotReader, read_endpoint
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 RANK = """
@@ -38,8 +38,44 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 runtime_dir = RuntimeDir.open(Path(sys.argv[1]), {})
 rank = RankStore(runtime_dir, sys.argv[2])
-Supervisor(runtime_dir, os.environ).start()
+Supervisor(runtime_dir, os.environ, come_back=lambda: None).start()
 sys.stdin.read()
+"""
+
+#: Its version goes up with each line that it is told.
+CHANGING_RANK = """
+import itertools, os, sys
+from pathlib import Path
+from sglang_weight_exporter.publisher.publisher import Publisher
+from sglang_weight_exporter.records import Engine, Role, Snapshot
+from sglang_weight_exporter.settings import Settings
+publisher = Publisher(
+    Settings(runtime_dir=Path(sys.argv[1])), os.environ,
+    report=lambda what, error: print(what, error, flush=True),
+)
+engine = Engine(name="30000", instance=sys.argv[2], model_name=sys.argv[2])
+for version, _ in enumerate(itertools.chain([""], sys.stdin)):
+    publisher.publish(
+        Snapshot(rank_id="", pid=os.getpid(), started_at=1.0, engine=engine,
+                 roles=(Role(name="target", device="cpu"),), weight_version=str(version)),
+        {},
+    )
+"""
+
+#: As CPython says it where a container is at its limit of processes.
+NO_THREADS = """
+import threading
+def refuse(*arguments, **more):
+    raise RuntimeError("can't start new thread")
+threading.Thread.start = refuse
+"""
+
+#: As a network file system without a lock server answers.
+NO_LOCKS = """
+import errno, fcntl, os
+def refuse(*arguments):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+fcntl.flock = refuse
 """
 
 Rank = subprocess.Popen[str]
@@ -55,9 +91,11 @@ def start_rank(runtime_dir: RuntimeDir) -> Iterator[Callable[..., Rank]]:
     port = free_port()
     ranks: list[Rank] = []
 
-    def start(name: str, **variables: str) -> Rank:
+    def start(
+        name: str, program: str = RANK, *, inside: tuple[str, ...] = (), **variables: str
+    ) -> Rank:
         process = subprocess.Popen(
-            [sys.executable, "-c", RANK, str(runtime_dir.path), name],
+            [*inside, sys.executable, "-c", program, str(runtime_dir.path), name],
             env={
                 **os.environ,
                 "SGLANG_WEIGHT_EXPORTER_PORT": str(port),
@@ -118,6 +156,133 @@ def test_a_killed_exporter_is_replaced_also_by_a_rank_that_did_not_start_it(
     assert serving(runtime_dir, unlike=current.pid).url == replaced.url
 
 
+def test_exporters_that_are_killed_one_after_another_are_all_replaced(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    ranks = [start_rank(name) for name in ("first", "second", "third")]
+    current = serving(runtime_dir)
+    url = current.url
+    for _ in range(5):
+        os.kill(current.pid, signal.SIGKILL)
+        current = serving(runtime_dir, unlike=current.pid)
+        assert current.url == url
+    # The one that started it, one that waits, and the exporter itself, at once.
+    for pid in (ranks[0].pid, ranks[1].pid, current.pid):
+        os.kill(pid, signal.SIGKILL)
+    last = serving(runtime_dir, unlike=current.pid)
+    assert last.url == url
+    assert ranks[2].poll() is None
+
+
+def test_a_port_that_another_program_took_meanwhile_is_taken_back_when_it_is_free(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    start_rank("only")
+    exporter = serving(runtime_dir)
+    assert exporter.url is not None
+    port = urllib.parse.urlsplit(exporter.url).port
+    os.kill(exporter.pid, signal.SIGKILL)
+    taken: list[socket.socket] = []
+
+    def take() -> bool:
+        with contextlib.suppress(OSError):
+            taken.append(socket.create_server(("127.0.0.1", port or 0)))
+        return bool(taken)
+
+    wait_for(take, 10)  # An exporter needs longer to start than this to bind.
+
+    def problem() -> str:
+        endpoint = read_endpoint(runtime_dir)
+        return "" if endpoint is None or endpoint.pid == exporter.pid else endpoint.problem
+
+    wait_for(lambda: f"Port {port}" in problem(), 30)
+    taken[0].close()
+    assert serving(runtime_dir, unlike=exporter.pid).url == exporter.url
+
+
+def test_a_rank_publishes_while_the_exporter_is_stopped(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    rank = start_rank("model", CHANGING_RANK)
+    exporter = serving(runtime_dir)
+    os.kill(exporter.pid, signal.SIGSTOP)
+    assert rank.stdin is not None
+    for _ in range(1500):
+        rank.stdin.write("\n")
+    rank.stdin.flush()
+    wait_for(lambda: "1500" in versions(runtime_dir), 60)
+    os.kill(exporter.pid, signal.SIGCONT)
+    assert exporter.url is not None
+    with urllib.request.urlopen(exporter.url, timeout=10) as answer:
+        assert b"sglang_weight_version{" in answer.read()
+
+
+def versions(runtime_dir: RuntimeDir) -> list[str]:
+    return [snapshot.weight_version for _, snapshot in SnapshotReader(runtime_dir).read()]
+
+
+def test_where_no_thread_can_be_started_the_rank_is_served_by_another(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    refused = start_rank("model", NO_THREADS + CHANGING_RANK)
+    wait_for(lambda: versions(runtime_dir) == ["0"], 30)
+    start_rank("second", CHANGING_RANK)
+    exporter = serving(runtime_dir)
+    assert exporter.url is not None
+    with urllib.request.urlopen(exporter.url, timeout=10) as answer:
+        assert b"sglang_weight_exporter_ranks 2.0" in answer.read()
+    assert refused.stdin is not None
+    refused.stdin.write("\n")
+    refused.stdin.flush()
+    wait_for(lambda: sorted(versions(runtime_dir)) == ["0", "1"], 30)
+    refused.kill()
+    output, _ = refused.communicate()
+    assert "can't start new thread" in output
+
+
+def test_where_files_cannot_be_locked_nothing_is_published_and_it_is_said(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    rank = start_rank("model", NO_LOCKS + CHANGING_RANK)
+    assert rank.stdin is not None
+    rank.stdin.write("\n")
+    rank.stdin.flush()
+    assert rank.stdout is not None
+    assert "No locks available" in rank.stdout.readline()
+    assert rank.poll() is None
+    assert versions(runtime_dir) == []
+
+
+def test_ranks_in_containers_of_their_own_share_one_directory(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    """Each has its own process ids: nobody can be told dead or alive by his."""
+    isolated = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
+    if subprocess.run([*isolated, "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("needs to be root where processes may have namespaces of their own")
+    first = start_rank("first", CHANGING_RANK, inside=isolated)
+    exporter = serving(runtime_dir)
+    second = start_rank("second", CHANGING_RANK, inside=isolated)
+    wait_for(lambda: versions(runtime_dir) == ["0", "0"], 30)
+    second.kill()
+    second.communicate()
+    wait_for(lambda: versions(runtime_dir) == ["0"], 30)
+    # With the first one's container its exporter ends as well; a third takes over.
+    third = start_rank("third", CHANGING_RANK, inside=isolated)
+    wait_for(lambda: versions(runtime_dir) == ["0", "0"], 30)
+    first.kill()
+    first.communicate()
+
+    def is_served() -> bool:
+        assert exporter.url is not None
+        with contextlib.suppress(OSError), urllib.request.urlopen(exporter.url, timeout=10) as got:
+            return b"sglang_weight_exporter_ranks 1.0" in got.read()
+        return False
+
+    wait_for(is_served, 30)
+    assert third.poll() is None
+
+
 def test_the_exporter_ends_with_the_last_rank(
     runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
 ) -> None:
@@ -159,6 +324,38 @@ def test_a_directory_that_was_removed_and_made_again_has_one_owner(
     wait_for(lambda: not psutil.pid_exists(original.pid) or _is_zombie(original.pid), 20)
     assert other.url == original.url
     assert serving(runtime_dir).pid == other.pid
+
+
+@pytest.mark.parametrize("removed", ["*", "ranks/*/*", "ranks/*/lock"])
+def test_a_rank_whose_files_a_cleaner_removed_is_back_without_an_update(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank], removed: str
+) -> None:
+    start_rank("model", CHANGING_RANK)
+    original = serving(runtime_dir)
+    for path in list(runtime_dir.path.glob(removed)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    replaced = serving(runtime_dir, unlike=original.pid, seconds=60)
+    assert replaced.url is not None
+
+    def is_served() -> bool:
+        assert replaced.url is not None
+        with urllib.request.urlopen(replaced.url, timeout=10) as answer:
+            return b"sglang_weight_exporter_ranks 1.0" in answer.read()
+
+    wait_for(is_served, 30)
+    assert serving(runtime_dir).pid == replaced.pid
+
+
+def test_a_static_rank_is_back_after_its_directory_was_removed(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
+) -> None:
+    start_rank("static", CHANGING_RANK)
+    original = serving(runtime_dir)
+    shutil.rmtree(runtime_dir.path)
+    serving(runtime_dir, unlike=original.pid)
+    ((_, snapshot),) = SnapshotReader(runtime_dir).read()
+    assert snapshot.engine.model_name == "static"
+    assert [role.name for role in snapshot.roles] == ["target"]
 
 
 def _is_zombie(pid: int) -> bool:

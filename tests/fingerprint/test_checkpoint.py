@@ -9,6 +9,7 @@ import pytest
 np = pytest.importorskip("numpy", reason="needs NumPy, which comes with SGLang")
 
 import json  # noqa: E402
+import os  # noqa: E402
 import struct  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -16,28 +17,17 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import tiny_model  # noqa: E402
+from safetensors_files import write  # noqa: E402
 
 from sglang_weight_exporter import fingerprint  # noqa: E402
-from sglang_weight_exporter.checkpoint import DTYPES, Checkpoint, CheckpointError  # noqa: E402
-from sglang_weight_exporter.checkpoint_layout import (  # noqa: E402
+from sglang_weight_exporter.verification.checkpoint import DTYPES, Checkpoint, CheckpointError  # noqa: E402
+from sglang_weight_exporter.verification.checkpoint_layout import (  # noqa: E402
     ServedTensor,
     UnverifiableError,
     bytes_of,
     derive,
     expected_fingerprints,
 )
-
-
-def write(path: Path, tensors: dict[str, tuple[str, list[int], bytes]]) -> Path:
-    """A safetensors file by hand."""
-    header, data = {}, b""
-    for name, (dtype, shape, content) in tensors.items():
-        at = len(data)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + len(content)]}
-        data += content
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-    return path
 
 
 def test_every_dtype_that_torch_can_save(tmp_path: Path) -> None:
@@ -115,7 +105,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def matrix(checkpoint: Checkpoint, name: str) -> Any:
-    return checkpoint.bytes_of(name).view(np.uint16).reshape(checkpoint.tensors[name].shape)
+    return checkpoint.bytes_of(name)[:].view(np.uint16).reshape(checkpoint.tensors[name].shape)
 
 
 LAYER = "model.layers.1."
@@ -173,7 +163,7 @@ def test_a_padded_vocabulary_and_a_tied_output(tmp_path: Path) -> None:
                     config={},
                 )
                 own = np.split(padded, size)[rank]
-                assert bytes_of(derived, checkpoint).tobytes() == own.tobytes()
+                assert bytes_of(derived, checkpoint)[:].tobytes() == own.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -199,8 +189,146 @@ def test_what_cannot_be_said_is_said(
 
 def test_reading_needs_neither_torch_nor_safetensors(checkpoint: Checkpoint) -> None:
     code = (
-        "import sys; from pathlib import Path; from sglang_weight_exporter.checkpoint import "
-        "Checkpoint; assert Checkpoint(Path(sys.argv[1])).fingerprints();"
+        "import sys; from pathlib import Path; "
+        "from sglang_weight_exporter.verification.checkpoint import Checkpoint; "
+        "assert Checkpoint(Path(sys.argv[1])).fingerprints();"
         "assert not {'torch', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(checkpoint.path)], check=True)
+
+
+# --- a checkpoint that is being written -----------------------------------------------------------
+
+
+def rewrite_while_it_is_read(path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program writes the file anew, in place, when its tensors begin to be read."""
+    original = fingerprint.of_arrays
+
+    def of_arrays(arrays: Any) -> Any:
+        with path.open("r+b") as file:
+            file.truncate(len(content))
+            file.write(content)
+        os.utime(path, ns=(1, 1))
+        return original(arrays)
+
+    monkeypatch.setattr(fingerprint, "of_arrays", of_arrays)
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.5])
+def test_a_file_that_is_written_while_it_is_read_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: float
+) -> None:
+    """Of a memory map, what is cut off ends the process that reads it."""
+    path = write(tmp_path / "model.safetensors", {"a": ("U8", [300_000], bytes(300_000))})
+    content = path.read_bytes()
+    checkpoint = Checkpoint(path)
+    rewrite_while_it_is_read(path, content[: int(len(content) * kept)], monkeypatch)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors .*written while it was read"):
+        checkpoint.fingerprints()
+    checkpoint = Checkpoint(write(path, {"a": ("U8", [300_000], bytes(300_000))}))
+    with pytest.raises(CheckpointError, match="written while it was read"):
+        expected_fingerprints(
+            [ServedTensor("a", "uint8", (300_000,))], checkpoint, tp_rank=0, tp_size=1
+        )
+
+
+def test_a_file_that_is_replaced_is_read_as_it_was(tmp_path: Path) -> None:
+    path = write(tmp_path / "model.safetensors", {"a": ("U8", [3], b"old")})
+    checkpoint = Checkpoint(path)
+    write(tmp_path / "other", {"b": ("U8", [4], b"new!")}).replace(path)
+    assert checkpoint.fingerprints() == {"a": fingerprint.of_bytes(b"old")}
+
+
+def test_tensors_that_an_index_names_and_no_file_has(tmp_path: Path) -> None:
+    write(tmp_path / "model-1.safetensors", {"a": ("U8", [3], b"abc")})
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"names b, which .* not complete"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "U8", "shape": [3], "data_offsets": [0.0, 3.0]},
+        {"dtype": "U8", "shape": [3], "data_offsets": [-3, 0]},
+        {"dtype": "U8", "shape": [3.0], "data_offsets": [0, 3]},
+        {"dtype": "U8", "shape": ["3"], "data_offsets": [0, 3]},
+        {"dtype": "U8", "shape": [-1, -3], "data_offsets": [0, 3]},
+        {"dtype": "U8", "shape": [3], "data_offsets": [0]},
+        {"dtype": "U8", "shape": None, "data_offsets": [0, 3]},
+        {"dtype": ["U8"], "shape": [3], "data_offsets": [0, 3]},
+        [],
+    ],
+)
+def test_a_header_that_nobody_should_write(tmp_path: Path, entry: Any) -> None:
+    text = json.dumps({"a": entry}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"abc")
+    with pytest.raises(CheckpointError):
+        Checkpoint(path).fingerprints()
+
+
+def test_a_checkpoint_without_tensors_and_names_of_any_kind(tmp_path: Path) -> None:
+    assert Checkpoint(write(tmp_path / "none.safetensors", {})).fingerprints() == {}
+    names = ["a/b", "größe", "權重", "a\nb", ""]
+    tensors = {name: ("U8", [1], bytes([row])) for row, name in enumerate(names)}
+    assert Checkpoint(write(tmp_path / "some.safetensors", tensors)).fingerprints() == {
+        name: fingerprint.of_bytes(bytes([row])) for row, name in enumerate(names)
+    }
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Checkpoint(write(tmp_path / "no.safetensors", {"\udc80": ("U8", [1], b"a")}))
+
+
+def test_a_share_of_columns_over_many_pieces(tmp_path: Path) -> None:
+    """Each is read as the rows that it lies in."""
+    content = np.random.default_rng(1).integers(0, 2**16, (700, 3, 1000), dtype=np.uint16)
+    write(tmp_path / "model.safetensors", {"w": ("BF16", [700, 3, 1000], content.tobytes())})
+    for rank in range(4):
+        own = np.ascontiguousarray(np.split(content, 4, axis=2)[rank])
+        served = [ServedTensor("w", "bfloat16", own.shape)]
+        assert expected_fingerprints(served, Checkpoint(tmp_path), tp_rank=rank, tp_size=4)[0] == {
+            "w": fingerprint.of_bytes(own.tobytes())
+        }
+
+
+def test_each_byte_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a share of rows the bytes of these rows, of a share of columns the rows around them."""
+    shape = [2048, 4096]
+    write(tmp_path / "model.safetensors", {"w": ("BF16", shape, bytes(16 << 20))})
+    checkpoint = Checkpoint(tmp_path)
+    asked = 0
+    original = os.pread
+
+    def pread(descriptor: int, nbytes: int, offset: int) -> bytes:
+        nonlocal asked
+        asked += nbytes
+        return original(descriptor, nbytes, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    for own, most in (((2048, 4096), 16 << 20), ((512, 4096), 4 << 20), ((2048, 1024), 17 << 20)):
+        asked = 0
+        served = [ServedTensor("w", "bfloat16", own)]
+        expected_fingerprints(served, checkpoint, tp_rank=1, tp_size=4)
+        assert 0 < asked <= most
+
+
+def test_a_tensor_of_more_than_two_gigabytes_in_memory_and_in_its_file(tmp_path: Path) -> None:
+    """Places and sizes beyond 31 bits; all but its ends is a hole in the file and untouched
+    memory."""
+    torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
+    from sglang_weight_exporter.trainer import fingerprint_tensors
+
+    size = (1 << 31) + 70_003
+    path = write(tmp_path / "model.safetensors", {"w": ("U8", [0], b"")})
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    tensor = torch.zeros(size, dtype=torch.uint8)
+    with path.open("r+b") as file:
+        file.truncate(8 + len(header) + size)
+        for at, value in ((0, 3), (1 << 31, 5), (size - 1, 7)):
+            tensor[at] = value
+            file.seek(8 + len(header) + at)
+            file.write(bytes([value]))
+    of_file = Checkpoint(path).fingerprints()["w"]
+    assert fingerprint_tensors({"w": tensor})["w"].fingerprint == of_file

@@ -7,10 +7,16 @@ That engines write so is what the tests with real engines show.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socketserver
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -20,10 +26,11 @@ pytest.importorskip("numpy", reason="needs NumPy, which comes with SGLang")
 import msgspec
 from engines import eventually
 from published import ROWS, PublishedRank
+from safetensors_files import write
 
 from sglang_weight_exporter import fingerprint
 from sglang_weight_exporter.records import Ranks
-from sglang_weight_exporter.weight_table import WeightTable, table_of_rows
+from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows
 
 CHANGED = "layers.1.w"
 
@@ -44,9 +51,13 @@ def command(name: str, host: Path, *arguments: str | Path) -> list[str]:
     return list(map(str, [*words, *arguments]))
 
 
-def run(name: str, host: Path, *arguments: str | Path) -> tuple[int, str]:
+def run(name: str, host: Path, *arguments: str | Path, **variables: str) -> tuple[int, str]:
     done = subprocess.run(
-        command(name, host, *arguments), capture_output=True, text=True, timeout=60
+        command(name, host, *arguments),
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -103,6 +114,21 @@ def test_an_engine_that_is_cut_otherwise_is_not_compared(tmp_path: Path) -> None
     assert status == 2
     assert "target of tiny, tp 0 of 2, pp 0 of 1, ep 0 of 1" in text
     status, text = run("verify", there, "--recorded")
+    assert status == 2, text
+    assert "no two ranks here that should hold the same" in text
+
+
+@pytest.mark.parametrize("other", ["quantization", "sglang_version"])
+def test_what_holds_other_bytes_for_a_reason_is_no_replica(tmp_path: Path, other: str) -> None:
+    """As the alert has it: quantized otherwise, or packed by another release."""
+    both = rank(tmp_path), rank(tmp_path, engine="30001")
+    if other == "quantization":
+        both[1].role = msgspec.structs.replace(both[1].role, quantization="fp8")
+    else:
+        both[1].engine = msgspec.structs.replace(both[1].engine, sglang_version="0.5.9")
+    for number, each in enumerate(both):
+        each.publish(table=holding(str(number)))
+    status, text = run("verify", tmp_path, "--recorded")
     assert status == 2, text
     assert "no two ranks here that should hold the same" in text
 
@@ -182,3 +208,125 @@ def test_a_time_that_is_none_is_refused(tmp_path: Path, seconds: str) -> None:
     status, text = run("verify", tmp_path, f"--watch={seconds}")
     assert status == 2
     assert "--watch" in text
+
+
+# --- the request that makes an engine look --------------------------------------------------------
+
+
+@contextlib.contextmanager
+def checker(
+    look: Callable[[], object], answer: int = 200
+) -> Iterator[tuple[str, list[BaseHTTPRequestHandler]]]:
+    """An engine's ``/weights_checker``: its address, and what it was asked."""
+    asked: list[BaseHTTPRequestHandler] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked.append(self)
+            if self.path == "/weights_checker" and answer in {200, 400}:
+                look()
+            self.send_response(answer)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+
+
+@pytest.mark.parametrize("answer", [200, 400])
+def test_the_engine_is_asked_where_its_settings_say(tmp_path: Path, answer: int) -> None:
+    """Past any proxy, which neither reaches an engine on this host nor is to know its key. With
+    status 400 a release answers that knows no such action and looks all the same."""
+    alone = rank(tmp_path, engine="1")
+    with checker(lambda: alone.publish(table=holding("a"), altered=()), answer) as (url, asked):
+        alone.engine = msgspec.structs.replace(alone.engine, url=url)
+        alone.publish(table=holding("a"))
+        proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:9")
+        status, text = run("verify", tmp_path, "--api-key", "s3cret", **proxies)
+    assert (status, text.count("not looked at again")) == (0, 0), text
+    (request,) = asked
+    assert request.headers["Authorization"] == "Bearer s3cret"
+
+
+def test_an_address_that_is_given_comes_before_the_settings(tmp_path: Path) -> None:
+    alone = rank(tmp_path)
+    alone.engine = msgspec.structs.replace(alone.engine, url="http://127.0.0.1:9")
+    alone.publish(table=holding("a"))
+    with checker(lambda: alone.publish(table=holding("a"))) as (url, asked):
+        assert run("verify", tmp_path, "--url", url + "/")[0] == 0
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("answer", [401, 404, 500])
+def test_an_engine_that_refuses_is_compared_as_it_was_left(tmp_path: Path, answer: int) -> None:
+    replicas = rank(tmp_path), rank(tmp_path, engine="30001")
+    for each in replicas:
+        each.publish(table=holding("a"))
+    with checker(lambda: None, answer) as (url, _):
+        status, text = run("verify", tmp_path, "--url", url)
+    assert status == 0, text
+    assert f"could not be asked to look again (it answers with status {answer})" in text
+    assert text.count("not looked at again") == 2
+
+
+def test_what_speaks_no_http_is_said_and_is_no_difference(tmp_path: Path) -> None:
+    class Greets(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1 << 16)
+            self.request.sendall(b"220 mail.example\r\n")
+
+    replicas = rank(tmp_path), rank(tmp_path, engine="30001")
+    for each in replicas:
+        each.publish(table=holding("a"))
+    with socketserver.TCPServer(("127.0.0.1", 0), Greets) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        status, text = run("verify", tmp_path, "--url", url)
+        server.shutdown()
+    assert status == 0, text
+    assert "could not be asked to look again" in text
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:30000", "file:///etc/passwd", "http://", "http://h:x"])
+def test_an_address_that_is_none_is_refused(tmp_path: Path, url: str) -> None:
+    rank(tmp_path).publish(table=holding("a"))
+    status, text = run("verify", tmp_path, "--url", url)
+    assert status == 2
+    assert "argument --url" in text
+
+
+def test_a_directory_that_cannot_be_trusted_is_no_difference(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o777)
+    (tmp_path / "open").chmod(0o777)
+    assert run("verify", tmp_path / "open")[0] == 2
+    assert run("manifest", tmp_path / "open", "--rank", "0")[0] == 2
+
+
+# --- shares of a checkpoint -----------------------------------------------------------------------
+
+
+def test_the_parts_of_a_model_are_counted_by_the_engines_settings(tmp_path: Path) -> None:
+    """Not by the ranks that are here: those of a large engine are on several hosts."""
+    whole = bytes(range(64))
+    row = Row("w", 4096, 16, "bfloat16", (2, 4), (4, 1), "cuda:0", "parameter", 4096, 16)
+    table = table_of_rows([row], role="target", captured_at=time.time())
+    for tp in range(2):
+        taken = fingerprint.of_bytes(whole[16 * tp : 16 * tp + 16])
+        rank(tmp_path / "run", tp=tp, tp_size=4).publish(
+            table=msgspec.structs.replace(
+                table,
+                fingerprints=bytes.fromhex(taken),
+                fingerprint=fingerprint.of_rank({"w": taken}),
+            )
+        )
+    write(tmp_path / "model.safetensors", {"w": ("BF16", [8, 4], whole)})
+    status, text = run("verify", tmp_path / "run", "--recorded", "--checkpoint", tmp_path)
+    assert status == 0, text
+    assert text.count("1 equal, 0 different") == 2

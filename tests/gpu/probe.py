@@ -22,10 +22,38 @@ from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
+UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater"
 RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 
 #: What was seen around each call: (method, is a draft, allocated before, allocated after).
 CALLS: list[tuple[str, bool, int, int]] = []
+
+#: What the process had of its GPU at the end of each call: (method, reserved, NVML).
+MOMENTS: list[tuple[str, int, int | None]] = []
+
+#: What a loader leaks with every update, and what it has leaked.
+LEAK: dict[str, Any] = {"bytes": 0, "tensors": []}
+
+
+def nvml_processes() -> dict[int, int]:
+    """Process id → bytes of GPU 0, as NVML counts."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    return {
+        each.pid: each.usedGpuMemory for each in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    }
+
+
+def leaking(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """An update whose loader forgets to let go of something."""
+    import torch
+
+    result = original(*args, **kwargs)
+    if LEAK["bytes"]:
+        LEAK["tensors"].append(torch.empty(LEAK["bytes"], dtype=torch.uint8, device="cuda"))
+    return result
 
 
 def around(method: str) -> Callable[..., Any]:
@@ -39,6 +67,9 @@ def around(method: str) -> Callable[..., Any]:
         result = original(runner, *args, **kwargs)
         gc.collect()
         CALLS.append((method, bool(runner.is_draft_worker), before, allocated()))
+        if torch.cuda.is_available():
+            mine = nvml_processes().get(os.getpid())
+            MOMENTS.append((method, torch.cuda.memory_reserved(), mine))
         return result
 
     return call
@@ -61,6 +92,66 @@ class Probe:
 
     def calls(self) -> list[tuple[str, bool, int, int]]:
         return CALLS
+
+    def moments(self) -> list[tuple[str, int, int | None]]:
+        return MOMENTS
+
+    def leak(self, size: int) -> None:
+        LEAK["bytes"] = size
+
+    def memory(self) -> dict[str, Any]:
+        """What torch and NVML say of this process's memory, and which pool graphs are in."""
+        import torch
+        from sglang.srt.model_executor.runner import get_global_graph_memory_pool
+
+        torch.cuda.synchronize()
+        stats = torch.cuda.memory_stats()
+        segments = [
+            {
+                name: segment[name]
+                for name in ("device", "address", "total_size", "segment_pool_id", "is_expandable")
+            }
+            | {
+                "blocks": [
+                    {name: block[name] for name in ("size", "requested_size", "state")}
+                    for block in segment["blocks"]
+                ]
+            }
+            for segment in torch.cuda.memory_snapshot()
+        ]
+        return {
+            "allocated": torch.cuda.memory_allocated(),
+            "reserved": torch.cuda.memory_reserved(),
+            "allocated_peak": stats["allocated_bytes.all.peak"],
+            "reserved_peak": stats["reserved_bytes.all.peak"],
+            "segments": segments,
+            "processes": nvml_processes(),
+            "graph_pool": get_global_graph_memory_pool(),
+        }
+
+    def tables(self) -> int:
+        """Bytes that were asked for for the tables of requests and of free slots."""
+        import torch
+
+        runner = self._runner(draft=False)
+        requested = {}
+        for segment in self.memory()["segments"]:
+            address = segment["address"]
+            for block in segment["blocks"]:
+                requested[address] = block["requested_size"]
+                address += block["size"]
+        keys = {tensor.data_ptr() for tensor in runner.token_to_kv_pool.k_buffer}
+        values = {tensor.data_ptr() for tensor in runner.token_to_kv_pool.v_buffer}
+        found = set()
+        for owner in (
+            runner.req_to_token_pool,
+            runner.token_to_kv_pool,
+            runner.token_to_kv_pool_allocator,
+        ):
+            for value in vars(owner).values():
+                if isinstance(value, torch.Tensor) and value.is_cuda:
+                    found.add(value.untyped_storage().data_ptr())
+        return sum(requested[address] for address in found - keys - values if address)
 
     def segments(self) -> list[tuple[int, int, list[tuple[int, int]]]]:
         """Address, bytes and blocks in use (address, bytes) of the allocator's segments."""
@@ -135,9 +226,11 @@ class Probe:
 
     def costs(self) -> dict[str, float]:
         """Median milliseconds of the package's own functions, and how much they looked at."""
-        from sglang_weight_exporter.capture.allocations import AllocationMap
+        from sglang_weight_exporter.capture.account import account
+        from sglang_weight_exporter.capture.allocations import AllocationMap, Segments
         from sglang_weight_exporter.capture.tensors import named_tensors
         from sglang_weight_exporter.capture.weights import capture_weights
+        from sglang_weight_exporter.runners.memory import of_weights
 
         model = self._runner(draft=False).model
         first = capture_weights(model, role="x", captured_at=0.0, allocations=AllocationMap.of_cuda)
@@ -154,10 +247,14 @@ class Probe:
         segments = self.segments()
         return {
             "tensors": len(first.table.names.split()),
-            "segments": len(segments),
+            "number of segments": len(segments),
             "blocks": sum(len(blocks) for _, _, blocks in segments),
             "names and tensors": milliseconds(lambda: named_tensors(model)),
+            "segments": milliseconds(Segments.of_cuda),
             "allocation map": milliseconds(AllocationMap.of_cuda),
+            "account": milliseconds(
+                lambda: account(Segments.of_cuda(), of_weights(first.spans), device=0)
+            ),
             "capture, changed": milliseconds(lambda: capture(allocations=AllocationMap.of_cuda)),
             "capture, unchanged": milliseconds(lambda: capture(previous=first)),
         }
@@ -199,6 +296,7 @@ def plugin() -> None:
 
     for method in ("load_model", "init_lora_manager", "alloc_memory_pool"):
         HookRegistry.register(f"{RUNNER}.{method}", around(method), HookType.AROUND)
+    HookRegistry.register(f"{UPDATER}.update_weights_from_disk", leaking, HookType.AROUND)
     path = Path(os.environ["GPU_PROBE_DIRECTORY"]) / f"{os.getpid()}.socket"
     listener = Listener(str(path), family="AF_UNIX")
     threading.Thread(target=answer, args=(listener,), daemon=True).start()

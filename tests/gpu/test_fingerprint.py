@@ -63,6 +63,55 @@ wide = noise(1 << 22).view(torch.bfloat16).view(1024, -1).cuda()
 tensors = [wide[:, 1:], wide[::3, ::2], wide.t(), wide[:4].expand(3, *wide[:4].shape), wide]
 assert (take(tensors) == of_cpu(*tensors)).all()
 assert (take([in_memory_order(wide.t())]) == of_cpu(wide)).all()
+numbers = torch.randn(70_000, dtype=torch.complex64, generator=generator)
+assert (take([numbers.cuda().conj()]) == take([numbers.conj()])).all()
+""",
+    "two devices": """
+tensors = [noise(size).to(place) for size in (5, 70_000) for place in ("cuda", "cpu", "cuda")]
+assert (take(tensors) == of_cpu(*tensors)).all()
+""",
+    "gaps beside a full device": """
+wide = noise(1 << 28).cuda().view(1 << 14, -1)[:, 1:]
+want = of_cpu(wide)
+torch.cuda.empty_cache()
+torch.cuda.reset_peak_memory_stats()
+before = torch.cuda.memory_allocated()
+assert (take([wide]) == want).all()
+beside = torch.cuda.max_memory_allocated() - before
+assert beside < 512 << 20, beside
+""",
+    "memory that was given back": """
+tensors = [torch.ones(100_000, device="cuda") for _ in range(2)]
+tensors[1].untyped_storage().resize_(0)
+try:
+    take(tensors)
+    raise SystemExit("read")
+except FingerprintError as error:
+    assert "no bytes to read" in str(error)
+torch.cuda.synchronize()
+assert (take(tensors[:1]) == of_cpu(tensors[0])).all()
+""",
+    "behind forward passes in another stream": """
+tensor = torch.ones(1 << 20, device="cuda")
+want = take([tensor])
+forward_passes = torch.cuda.Stream()
+with torch.cuda.stream(forward_passes):
+    torch.cuda._sleep(int(1e9))
+    ended = torch.cuda.Event()
+    ended.record()
+assert (take([tensor]) == want).all() and not ended.query()
+assert (take([tensor], after=forward_passes) == want).all() and ended.query()
+""",
+    "a table an owner": """
+from sglang_weight_exporter.capture import fingerprint as module
+models = {"target": [noise(1 << 16).cuda()], "draft": [noise(1 << 16).cuda() for _ in range(3)]}
+made = []
+original = module._AddressTable
+module._AddressTable = lambda *columns: made.append(1) or original(*columns)
+for _ in range(5):
+    for owner, tensors in models.items():
+        assert (take(tensors, owner=owner) == of_cpu(*tensors)).all()
+assert len(made) == 2
 """,
     "with and without Triton": """
 from sglang_weight_exporter.capture import fingerprint as module
@@ -129,8 +178,10 @@ try:
     raise SystemExit("no limit")
 except FingerprintTimeoutError:
     pass
+del tensor  # Nothing reads it any more: its memory may go.
 torch.cuda.synchronize()
-assert (take([tensor]) == want).all()
+torch.cuda.empty_cache()
+assert (take([torch.ones(1 << 20, device="cuda")]) == want).all()
 """,
     "memory": """
 tensors = [noise(1 << 20).cuda() for _ in range(64)]

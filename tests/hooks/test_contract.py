@@ -48,7 +48,7 @@ OWNERS = (
 SUSPICIOUS = re.compile(
     r"(?!_)(?!init_(?!weights|memory_pool\b|lora_adapter))"
     r".*(weight|memory_occupation|lora_adapter|load_model|expert_location|memory_pool|kv_pool|flush|"
-    r"pause_gen|abort_request).*"
+    r"pause_gen|continue_gen|abort_request).*"
 )
 
 #: Why a suspicious method needs no hook of its own.
@@ -128,7 +128,11 @@ WAYS: dict[str, tuple[str, ...]] = {
         "scheduler.resume_memory_occupation",
     ),
     "flush": ("scheduler.flush_cache",),
-    "pause, abort": ("scheduler.pause_generation", "scheduler.abort_request"),
+    "pause, abort": (
+        "scheduler.pause_generation",
+        "scheduler.continue_generation",
+        "scheduler.abort_request",
+    ),
     "update groups": ("init_weights_update_group", "destroy_weights_update_group"),
     "read, save, send": (
         "get_weights_by_name",

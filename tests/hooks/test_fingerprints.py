@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from standins import Rank, Request, answer, fail, rebalanced, session
+from standins import Rank, Request, answer, fail, model, rebalanced, session
 
 from sglang_weight_exporter import fingerprint
 from sglang_weight_exporter.capture.fingerprint import (
@@ -21,7 +21,7 @@ from sglang_weight_exporter.capture.fingerprint import (
     FingerprintError,
     FingerprintTimeoutError,
 )
-from sglang_weight_exporter.records import FingerprintCounts
+from sglang_weight_exporter.records import FingerprintCounts, Kind
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
@@ -36,13 +36,13 @@ class Counting(Fingerprinter):
         self.limits: list[float] = []
 
     def __call__(
-        self, tensors: Sequence[torch.Tensor], *, limit_seconds: float = float("inf")
+        self, tensors: Sequence[torch.Tensor], *, limit_seconds: float = float("inf"), **more: Any
     ) -> Any:
         self.times += 1
         self.limits.append(limit_seconds)
         if self.error is not None:
             raise self.error
-        return super().__call__(tensors, limit_seconds=limit_seconds)
+        return super().__call__(tensors, limit_seconds=limit_seconds, **more)
 
 
 @pytest.fixture
@@ -126,6 +126,15 @@ def test_without_the_setting_nothing_is_read(tmp_path: Path) -> None:
     rank.runner()
     assert of(rank) == ""
     assert rank.role().fingerprints is None
+
+
+def test_without_the_setting_an_update_begins_without_a_look(tmp_path: Path) -> None:
+    rank = Rank(tmp_path / "runtime")
+    runner = rank.runner()
+    before = rank.snapshot().snapshot_seconds
+    runner.weight_updater.begin_weight_update()
+    assert rank.in_progress().source is None
+    assert rank.snapshot().snapshot_seconds == before
 
 
 def test_nothing_is_read_inside_a_session(rank: Rank, counting: Counting) -> None:
@@ -231,6 +240,37 @@ def test_placeholders_have_no_fingerprint(rank: Rank, counting: Counting) -> Non
     assert of(rank) == expected(runner)
 
 
+def test_a_tensor_whose_memory_was_given_back_is_left_out(rank: Rank) -> None:
+    """As SGLang's DWDP does it with experts: the storage is emptied, the parameter stays."""
+    runner = rank.runner()
+    runner.model.proj.weight.untyped_storage().resize_(0)
+    runner.weight_updater.update_weights_from_disk("other", "auto")
+    rest = {
+        "embed_tokens.weight": fingerprint.of_bytes(
+            runner.model.embed_tokens.weight.detach().numpy().tobytes()
+        )
+    }
+    assert of(rank) == fingerprint.of_rank(rest)
+    assert counts(rank).skipped == {}
+
+
+@pytest.mark.parametrize("name", ["experts/0", "größe", "a\nb", "\udc80"])
+def test_a_name_of_any_kind(rank: Rank, name: str) -> None:
+    made = model()
+    made.register_parameter(name, torch.nn.Parameter(torch.ones(3)))
+    rank.runner(model=made)
+    assert len(of(rank)) == 32
+    assert counts(rank).skipped == {}
+    ((_, snapshot),) = SnapshotReader(RuntimeDir.open(rank.directory, os.environ)).read()
+    assert snapshot.hook_errors == {}
+
+
+def test_a_model_without_tensors(rank: Rank) -> None:
+    rank.runner(model=torch.nn.Module())
+    assert of(rank) == fingerprint.of_bytes(b"")
+    assert counts(rank).skipped == {}
+
+
 def test_a_check_of_weights_looks_again(rank: Rank) -> None:
     runner = rank.runner()
     add_one(runner)
@@ -322,6 +362,24 @@ def test_what_wrote_between_two_updates_is_found_by_a_check_and_before_the_next_
     assert of(rank) == expected(runner) != loaded
 
 
+def test_a_buffer_that_changed_is_counted_and_is_no_weight_that_did(rank: Rank) -> None:
+    """A forward pass may write buffers, as with a cache of rotary embeddings that grows."""
+    made = model()
+    made.register_buffer("cache", torch.zeros(4))
+    runner = rank.runner(model=made)
+    made.cache += 1
+    runner.check_weights("checksum")
+    assert counts(rank).altered == {"serving": {"buffer": 1}}
+    table = rank.role().table
+    assert table is not None
+    assert (table.altered, table.altered_names) == (0, ())
+    add_one(runner)
+    runner.check_weights("checksum")
+    table = rank.role().table
+    assert table is not None
+    assert (table.altered, table.altered_names) == (1, ("proj.weight",))
+
+
 def test_what_a_bucket_of_a_session_wrote_is_none_of_it(rank: Rank) -> None:
     runner = rank.runner(answers={})
     runner.answers["tensor"] = writes(runner)
@@ -380,3 +438,140 @@ def test_an_update_of_released_memory_counts_what_was_not_taken(
     assert counts(rank).skipped == {"released": 1}
     assert counting.times == before + 1
     assert without_change(rank) == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "url"),
+    [
+        ({}, "http://127.0.0.1:30000"),
+        ({"host": "0.0.0.0"}, "http://127.0.0.1:30000"),
+        ({"host": "::"}, "http://[::1]:30000"),
+        ({"host": "10.0.0.7"}, "http://10.0.0.7:30000"),
+        ({"host": "fd00::7", "ssl_certfile": "cert.pem"}, "https://[fd00::7]:30000"),
+        ({"host": "node-7", "port": None}, ""),
+    ],
+)
+def test_where_the_engine_can_be_asked_is_in_its_settings(
+    rank: Rank, settings: dict[str, Any], url: str
+) -> None:
+    known = {"port": 30000, "model_path": "tiny", "dp_size": 1, **settings}
+    rank.runner(server_args=SimpleNamespace(**known))
+    assert rank.snapshot().engine.url == url
+
+
+# --- a draft beside the target --------------------------------------------------------------------
+
+
+def target_and_draft(rank: Rank) -> tuple[Any, Any]:
+    """An EAGLE draft, whose embeddings are the target's own tensor."""
+    target, sharing = rank.runner(answers={}), model()
+    sharing.embed_tokens.weight = target.model.embed_tokens.weight
+    return target, rank.runner(is_draft_worker=True, answers={}, model=sharing)
+
+
+def write_shared(target: Any) -> Callable[..., tuple[bool, str]]:
+    def write() -> tuple[bool, str]:
+        with torch.no_grad():
+            target.model.embed_tokens.weight += 1
+            target.model.proj.weight += 1
+        return True, "Success"
+
+    return write
+
+
+def altered_of(rank: Rank) -> dict[str, dict[Kind, int]]:
+    found = {}
+    for name in ("target", "draft"):
+        counted = rank.role(name).fingerprints
+        assert counted is not None
+        found[name] = dict(counted.altered.get("serving", {}))
+    return found
+
+
+@pytest.mark.parametrize("path", ["disk", "tensor", "ipc"])
+def test_what_an_update_of_the_target_wrote_is_no_stray_in_the_draft_that_shares_it(
+    rank: Rank, path: str
+) -> None:
+    target, draft = target_and_draft(rank)
+    target.answers[path], draft.answers[path] = write_shared(target), writes(draft)
+    scheduler = rank.scheduler(target, draft)
+    for _ in range(2):
+        getattr(scheduler, f"update_weights_from_{path}")(Request())
+    assert altered_of(rank) == {"target": {}, "draft": {}}
+    for name in ("target", "draft"):
+        updates = rank.role(name).updates[path]  # type: ignore[index]
+        assert (updates.updates, updates.without_change) == (2, 0)
+
+
+def test_a_request_for_both_reads_each_once_before_and_once_after(
+    rank: Rank, counting: Counting
+) -> None:
+    target, draft = target_and_draft(rank)
+    scheduler = rank.scheduler(target, draft)
+    before = counting.times
+    scheduler.update_weights_from_disk(Request())
+    assert counting.times == before + 4
+
+
+def test_a_stray_in_the_draft_is_found_before_an_update_of_the_target_alone(rank: Rank) -> None:
+    target, draft = target_and_draft(rank)
+    add_one(draft)
+    target.weight_updater.update_weights_from_disk("other", "auto")
+    assert altered_of(rank) == {"target": {}, "draft": {"parameter": 1}}
+
+
+def test_a_check_of_both_reads_each_once(rank: Rank, counting: Counting) -> None:
+    """SGLang hands one request to the target's runner and then to the draft's."""
+    target, draft = target_and_draft(rank)
+    add_one(draft)
+    before = counting.times
+    for runner in (target, draft):
+        runner.check_weights("checksum")
+    assert counting.times == before + 2
+    assert altered_of(rank) == {"target": {}, "draft": {"parameter": 1}}
+    table = rank.role("draft").table
+    assert table is not None
+    assert table.altered_names == ("proj.weight",)
+
+
+def test_tensors_that_moved_in_a_draft_are_counted_where_both_are_updated(rank: Rank) -> None:
+    target, draft = target_and_draft(rank)
+
+    def replace() -> tuple[bool, str]:
+        draft.model.proj.weight = torch.nn.Parameter(draft.model.proj.weight + 1)
+        return True, "Success"
+
+    draft.answers["disk"] = replace
+    rank.scheduler(target, draft).update_weights_from_disk(Request())
+    assert rank.role("draft").moved == 1
+
+
+def test_a_draft_that_is_kept_a_copy_of_has_the_targets_garbage_until_an_update(
+    rank: Rank,
+) -> None:
+    """``--enable-draft-weights-cpu-backup`` alone, as where a trainer sends the target only."""
+    target, sharing = saving_memory(rank), model()
+    sharing.embed_tokens.weight = target.model.embed_tokens.weight
+    kept = SimpleNamespace(
+        port=30000, model_path="tiny", dp_size=1, enable_draft_weights_cpu_backup=True
+    )
+    draft = rank.runner(
+        is_draft_worker=True,
+        model=sharing,
+        server_args=kept,
+        memory_saver_adapter=target.memory_saver_adapter,
+    )
+    scheduler = rank.scheduler(target, draft)
+
+    def brought_back(*names: str) -> dict[Kind, int]:
+        scheduler.release_memory_occupation(Request(tags=["weights"]))
+        with torch.no_grad():
+            for name in names:
+                draft.model.get_parameter(name).add_(1)
+        scheduler.resume_memory_occupation(Request(tags=["weights"]))
+        counted = rank.role("draft").fingerprints
+        assert counted is not None
+        return dict(counted.altered.get("release", {}))
+
+    assert brought_back("embed_tokens.weight") == {}
+    assert brought_back("embed_tokens.weight", "proj.weight") == {"parameter": 1}

@@ -193,6 +193,21 @@ def test_another_way_begins_another_update(rank: Rank) -> None:
     assert rank.totals() == {"tensor": (1, 0, 1), "disk": (1, 0, 1)}
 
 
+def test_an_update_changes_no_pool_and_looks_at_none(rank: Rank) -> None:
+    class Pool:
+        __module__ = "sglang.srt.mem_cache.memory_pool"
+
+        def __init__(self) -> None:
+            self.k_buffer = [torch.zeros(8, 4)]
+
+    runner = rank.runner(token_to_kv_pool=Pool())
+    (usage,) = rank.role().kv_pools or ()
+    assert usage.nbytes == 8 * 4 * 4
+    runner.token_to_kv_pool.k_buffer.append(torch.zeros(8, 4))  # Whoever looks sees it.
+    rank.scheduler(runner).update_weights_from_disk(Request())
+    assert rank.role().kv_pools == (usage,)
+
+
 def test_calls_without_a_scheduler_are_updates_from_disk_at_once(rank: Rank) -> None:
     rank.runner().weight_updater.update_weights_from_disk("other", "auto")
     assert rank.totals() == {"disk": (1, 0, 1)}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.server
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -122,6 +123,26 @@ def test_what_a_collector_dropped_is_logged_and_counted_and_not_sent_again(
     assert "too many attributes" in exporter.log()
     assert not rank.waiting()
     assert len(server.asked) == 1
+
+
+def test_a_collector_that_never_answers_keeps_nobody_waiting(
+    rank: Rank, start_exporter: StartExporter
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        exporter = start_exporter(
+            OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{silent.getsockname()[1]}",
+            OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
+            OTEL_EXPORTER_OTLP_TIMEOUT="2",
+        )
+        rank.load(rows(3))
+        asked, _ = silent.accept()
+        for _ in range(5):  # While it is waited for.
+            assert exporter.metric("ranks") == 1
+            rank.update()
+        eventually(lambda: exporter.metric("span_failures_total") >= 1, 30, what="a failed try")
+        asked.close()
+        assert "timed out" in exporter.log()
+        assert len(rank.waiting()) == 6
 
 
 def test_retry_after_is_honoured(rank: Rank, server: Server, start_exporter: StartExporter) -> None:

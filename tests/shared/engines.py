@@ -180,6 +180,7 @@ class Installation:
 
     python: Path
     gpu: bool = False
+    graphs: bool = False
 
     def environment(self, **variables: str) -> dict[str, str]:
         """The environment in which SGLang runs on this machine."""
@@ -198,7 +199,8 @@ class Installation:
         flags = "--context-length 512 --max-total-tokens 4096 --sleep-on-idle"
         if self.gpu:
             # Other backends compile kernels for a minute before the first answer.
-            flags += " --mem-fraction-static 0.3 --disable-cuda-graph"
+            flags += " --mem-fraction-static 0.3"
+            flags += " --cuda-graph-max-bs 4" if self.graphs else " --disable-cuda-graph"
             flags += " --attention-backend triton --sampling-backend pytorch"
         else:
             # The fraction counts memory that other processes take meanwhile, so it is generous;

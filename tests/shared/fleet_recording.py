@@ -1,72 +1,106 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""A fleet of 64 ranks, made of the recording of one engine with two.
+"""A fleet of 64 ranks in Prometheus's storage: what `serve --simulate` would have served.
 
-Its versions were not recorded, as they were no numbers there: version 4 is made up for all but the
-last engine, which is behind, and but one rank of the one before, which disagrees with its peers.
+The simulation looks at no clock, so minutes of it are there in seconds.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from monitoring import recorded_scrapes, run, shaped_like_others, with_labels
+from monitoring import run, shaped_like_others, with_labels
+from prometheus_client import Metric
+from prometheus_client.registry import Collector
 
-HOSTS = 8
-COPIES = 4  # of the two ranks of the recorded engine: eight ranks a host
-ENGINE = 'engine="30000"'
-OF_TWO_RANKS = re.compile(r'gpu="(\d)"|tp_rank="(\d)"')
+from sglang_weight_exporter.export.gpu_account import GpuAccounts
+from sglang_weight_exporter.export.prometheus import Exposition
+from sglang_weight_exporter.export.views import HostView
+from sglang_weight_exporter.simulation import Simulation
+from sglang_weight_exporter.store.reader import SnapshotReader
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
-
-def series_of_a_host(name: str, copy: int) -> str | None:
-    """The series of the copy's two ranks and GPUs; None for what a host has once."""
-    if "engine=" in name and ENGINE not in name:
-        return None
-    if "{" not in name or not OF_TWO_RANKS.search(name):
-        return name if copy == 0 and "exporter" in name else None
-
-    def moved(found: re.Match[str]) -> str:
-        return f'{found[1]}"{int(found[2]) + 2 * copy}"'
-
-    name = re.sub(r'(\bgpu=|tp_rank=|moe_ep_rank=)"(\d)"', moved, name)
-    return name.replace("cuda:0", f"cuda:{2 * copy}").replace("cuda:1", f"cuda:{2 * copy + 1}")
+#: One engine a host.
+HOSTS, RANKS = 8, 8
+SECONDS, SCRAPE_SECONDS = 420, 5
 
 
-def samples(end: float) -> Iterator[tuple[str, float, float]]:
-    """Series, value and time; host N lies N seconds behind the first one."""
-    scrapes = list(recorded_scrapes())
-    for number in range(HOSTS):
-        address = f"10.0.0.{number + 1}"
-        shift = end - scrapes[-1][0] - number
-        place = {"cluster": "east", "namespace": "serving", "pod": f"sglang-{number}"}
-        for at, series in scrapes:
-            for recorded, value in series.items():
-                for copy in range(COPIES):
-                    name = series_of_a_host(recorded, copy)
-                    if name is None:
-                        continue
-                    name = re.sub(r"(GPU-\w{4})(\w{4})", rf"\g<1>{number:02d}{copy:02d}", name)
-                    moment = value + shift if "_timestamp_seconds{" in name and value else value
-                    ours = with_labels(name, instance=f"{address}:9400", job="pods", **place)
-                    yield ours, moment, at + shift
-                    if name.startswith("sglang_weight_loaded_timestamp_seconds{"):
-                        odd = number == HOSTS - 2 and 'tp_rank="7"' in name
-                        version = 3.0 if odd or number == HOSTS - 1 else 4.0
-                        loaded = "sglang_weight_loaded_timestamp_seconds"
-                        yield ours.replace(loaded, "sglang_weight_version"), version, at + shift
-                    for shaped, shaped_value in shaped_like_others(name, value):
-                        theirs = shaped.replace("gpu-host", address)
-                        yield with_labels(theirs, **place), shaped_value, at + shift
+class Nothing(Collector):
+    """No `process_*`: there is no exporter process."""
+
+    def collect(self) -> Iterable[Metric]:
+        return ()
+
+
+async def scrapes(directory: Path, end: float) -> AsyncIterator[tuple[float, int, str]]:
+    """Time, host and text of each scrape until `end`."""
+    runtime_dir = RuntimeDir.open(directory / "runtime", {})
+    start = end - SECONDS
+    simulation = Simulation(runtime_dir, HOSTS, RANKS, start=start)
+    reader = SnapshotReader(runtime_dir)
+    views: dict[int, HostView] = {}
+    accounts = [GpuAccounts() for _ in range(HOSTS)]
+    expositions = [
+        Exposition(partial(views.__getitem__, host), Nothing(), exemplars=lambda: False)
+        for host in range(HOSTS)
+    ]
+    try:
+        for step in range(SECONDS // SCRAPE_SECONDS + 1):
+            at = start + step * SCRAPE_SECONDS
+            simulation.advance(at)
+            snapshots = [snapshot for _, snapshot in reader.read()]
+            gpus = simulation.gpus()
+            for host, exposition in enumerate(expositions):
+                here = tuple(each for each in snapshots if each.engine.name == str(30000 + host))
+                mine = gpus[host * RANKS : (host + 1) * RANKS]
+                views[host] = HostView(
+                    snapshots=here,
+                    gpus=accounts[host].read(
+                        here, [replace(gpu, index=gpu.index % RANKS) for gpu in mine], at
+                    ),
+                    started_at=start,
+                    now=at,
+                    simulated=True,
+                )
+                yield at, host, (await exposition.scrape(openmetrics=False, gzip=False)).decode()
+    finally:
+        simulation.close()
+
+
+async def series(directory: Path, end: float) -> dict[str, list[str]]:
+    """Lines of OpenMetrics by series, with labels as a scrape adds them.
+
+    dcgm-exporter's and SGLang's own are made up in the shape that those programs give them.
+    """
+    found: dict[str, list[str]] = {}
+    labelled: dict[tuple[int, str], str] = {}
+    async for at, host, text in scrapes(directory, end):
+        address = f"10.0.0.{host + 1}"
+        place = {"cluster": "east", "namespace": "serving", "pod": f"sglang-{host}"}
+        scraped = {"instance": f"{address}:9400", "job": "pods", **place}
+        for line in text.splitlines():
+            if line.startswith("#"):
+                continue
+            name, value = line.rsplit(" ", 1)
+            ours = labelled.get((host, name)) or with_labels(name, **scraped)
+            labelled[host, name] = ours
+            found.setdefault(ours, []).append(f"{ours} {value} {at:.3f}\n")
+            for shaped, its_value in shaped_like_others(name, float(value)):
+                theirs = with_labels(shaped.replace("gpu-host", address), **place)
+                found.setdefault(theirs, []).append(f"{theirs} {its_value:.17g} {at:.3f}\n")
+    return found
 
 
 def replay_fleet(directory: Path, end: float) -> None:
-    """Write it into Prometheus's storage as if it had just ended."""
+    """Write it into Prometheus's storage as if it ended then."""
+    with tempfile.TemporaryDirectory(prefix="fleet-") as simulated:
+        found = asyncio.run(series(Path(simulated), end))
     text = directory / "fleet.om"
-    found: dict[str, list[str]] = {}
-    for name, value, at in samples(end):
-        found.setdefault(name, []).append(f"{name} {value:.17g} {at:.3f}\n")
     with text.open("w") as file:
         for lines in found.values():
             file.writelines(lines)

@@ -45,13 +45,14 @@ class EngineKind:
     flags: str
     gpus: tuple[int, ...] = (0,)
     variables: tuple[tuple[str, str], ...] = ()
+    graphs: bool = False
 
 
 FINGERPRINTS = (("SGLANG_WEIGHT_EXPORTER_FINGERPRINT", "on"),)
 
 
 KINDS = {
-    "gpu_engine": EngineKind("--enable-memory-saver"),
+    "gpu_engine": EngineKind("--enable-memory-saver --enable-metrics"),
     "two_gpu_engine": EngineKind("--enable-memory-saver --tp-size 2", gpus=(0, 1)),
     "fingerprint_engine": EngineKind("--enable-memory-saver", variables=FINGERPRINTS),
     "two_gpu_fingerprint_engine": EngineKind(
@@ -62,11 +63,18 @@ KINDS = {
         "--enable-lora --max-lora-rank 16 --lora-target-modules q_proj v_proj"
         " --max-loras-per-batch 2"
     ),
+    "graph_engine": EngineKind("", graphs=True),
+    "saver_graph_engine": EngineKind(
+        "--enable-memory-saver --disable-prefill-cuda-graph",
+        variables=(("SGLANG_MEMORY_SAVER_CUDA_GRAPH", "true"),),
+        graphs=True,
+    ),
     "eagle_engine": EngineKind(
         "--speculative-algorithm EAGLE --speculative-draft-model-path {eagle} " + SPECULATIVE
     ),
     "standalone_engine": EngineKind(
-        "--speculative-algorithm STANDALONE --speculative-draft-model-path {draft} " + SPECULATIVE
+        "--speculative-algorithm STANDALONE --speculative-draft-model-path {draft} "
+        "--enable-metrics " + SPECULATIVE
     ),
 }
 
@@ -212,7 +220,7 @@ class GpuEngines:
         probes.mkdir()
         flags = kind.flags.format(**self.checkpoints).split()
         engine = Engine(
-            Installation(Path(sys.executable), gpu=True),
+            Installation(Path(sys.executable), gpu=True, graphs=kind.graphs),
             self.checkpoints["a"],
             # The first answer would compile kernels for a minute, and no test needs one.
             flags=[*flags, "--max-total-tokens", str(TOKENS), "--skip-server-warmup"],

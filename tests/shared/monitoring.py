@@ -103,6 +103,8 @@ class Monitoring:
     directory: Path
     targets: dict[str, str]
     """Job name to `host:port`, or several with spaces between."""
+    scrape: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Job name to what its scrape configuration has besides."""
     port: int = field(default_factory=free_port)
     webhook: Webhook = field(default_factory=Webhook)
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -122,7 +124,11 @@ class Monitoring:
             "rule_files": ["rules.yml"],
             "alerting": {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]},
             "scrape_configs": [
-                {"job_name": job, "static_configs": [{"targets": target.split()}]}
+                {
+                    "job_name": job,
+                    "static_configs": [{"targets": target.split()}],
+                    **self.scrape.get(job, {}),
+                }
                 for job, target in self.targets.items()
             ],
         }
@@ -231,8 +237,8 @@ def recorded_scrapes() -> Iterator[tuple[float, dict[str, float]]]:
 def replay(directory: Path, end: float, instance: str = "gpu-host:9400") -> None:
     """Write the recording into Prometheus's storage as if it had just ended.
 
-    dcgm-exporter and SGLang's own metrics were not recorded: their series are made here, in the
-    shape that those programs give them, from the recorded memory in use.
+    dcgm-exporter, SGLang's own metrics and accounts of memory were not recorded: their series are
+    made here, in the shape that those programs give them, from the recorded memory in use.
     """
     scrapes = list(recorded_scrapes())
     shift = end - scrapes[-1][0]
@@ -244,6 +250,9 @@ def replay(directory: Path, end: float, instance: str = "gpu-host:9400") -> None
             samples.setdefault(labelled, []).append((at + shift, moment))
             for shaped, shaped_value in shaped_like_others(name, value):
                 samples.setdefault(shaped, []).append((at + shift, shaped_value))
+            for ours, ours_value in accounted_for(name, value):
+                ours = with_labels(ours, instance=instance, job="sglang-weights")
+                samples.setdefault(ours, []).append((at + shift, ours_value))
     lines = [
         f"{name} {value:.17g} {at:.3f}" for name, points in samples.items() for at, value in points
     ]
@@ -258,14 +267,17 @@ def with_labels(name: str, **labels: str) -> str:
 
 
 def shaped_like_others(name: str, value: float) -> Sequence[tuple[str, float]]:
+    used, pool = "sglang_gpu_memory_used_bytes{", "sglang_kv_pool_resident_bytes{"
+    if not name.startswith((used, pool)):
+        return []
     labels = dict(re.findall(r'(\w+)="([^"]*)"', name))
-    if name.startswith("sglang_gpu_memory_used_bytes{"):
+    if name.startswith(used):
         gpu = f'gpu="{labels["gpu"]}",UUID="{labels["gpu_uuid"]}",device="nvidia{labels["gpu"]}"'
         dcgm = (
             f'DCGM_FI_DEV_FB_USED{{{gpu},hostname="gpu-host",instance="gpu-host:9401",job="dcgm"}}'
         )
         return [(dcgm, value / 2**20)]
-    if name.startswith("sglang_kv_pool_resident_bytes{") and labels["role"] == "target":
+    if name.startswith(pool) and labels["role"] == "target":
         rank = ",".join(f'{key}="{labels[key]}"' for key in ("model_name", "tp_rank", "pp_rank"))
         where = f'instance="gpu-host:{labels["engine"]}",job="sglang"'
         busy = float(value > 0)
@@ -274,3 +286,36 @@ def shaped_like_others(name: str, value: float) -> Sequence[tuple[str, float]]:
             (f"sglang:gen_throughput{{{rank},{where}}}", 1850.0 * busy),
         ]
     return []
+
+
+def accounted_for(name: str, value: float) -> Sequence[tuple[str, float]]:
+    """An account of the ranks of engine 30000, of the size that one was measured with; the other
+    engine has none, as with an older exporter."""
+    if name.startswith("sglang_gpu_memory_used_bytes{"):
+        return [(name.replace("_used_", "_used_max_"), value)]
+    labels = dict(re.findall(r'(\w+)="([^"]*)"', name))
+    kept = name.removeprefix("sglang_kv_pool_resident_bytes{")
+    if kept == name or labels["engine"] != "30000" or labels["role"] != "target":
+        return []
+    parts = {
+        "kv_tables": 10_056_592.0,
+        "cuda_graphs": 110_378_496.0,
+        "other_tensors": 128_315_772.0,
+        "rounding": 12_458_228.0,
+        "fragments": 18_594_304.0,
+        "cached": 0.0,
+    }
+    totals = {
+        "outside_torch": 543_162_368.0,
+        "reserved": 1e9 + value,
+        "reserved_peak": 1.2e9 + value,
+        "update_growth": 0.0,
+        "after_release": 1e9,
+    }
+    return [
+        *(
+            (f'sglang_rank_memory_bytes{{part="{part}",{kept}', size)
+            for part, size in parts.items()
+        ),
+        *((f"sglang_rank_memory_{total}_bytes{{{kept}", size) for total, size in totals.items()),
+    ]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +71,11 @@ class PanelPage:
         self.node_run("check-types.mjs", f"{name}.json", f"{name}.ts")
         return f"{name}.ts"
 
-    def check_manifest(self, manifest: dict[str, Any], directory: Path) -> None:
-        """AssertionError unless it fits the CRD of the Prometheus operator, all fields known."""
-        (directory / "manifest.json").write_text(json.dumps(manifest))
-        self.node_run("check-manifest.mjs", directory / "manifest.json", "manifest.ts")
-        errors = self.type_errors("manifest.ts")
+    def check_manifests(self, manifests: list[dict[str, Any]], directory: Path) -> None:
+        """AssertionError unless each fits its CRD of the Prometheus operator, all fields known."""
+        (directory / "manifests.json").write_text(json.dumps(manifests))
+        self.node_run("check-manifests.mjs", directory / "manifests.json", "manifests.ts")
+        errors = self.type_errors("manifests.ts")
         assert not errors, errors
 
     def look(
@@ -109,17 +111,13 @@ def is_drawn(panel: dict[str, Any]) -> None:
         assert len(panel["canvases"]) == 1, panel
 
 
-def build(dashboards: dict[str, dict[str, Any]]) -> PanelPage:
-    """The page with these dashboards in it, which it calls boards, by name.
-
-    Grafana's libraries are installed once for each set of versions; the page is built anew.
-    """
+def installed() -> PanelPage:
+    """Grafana's libraries and the operator's models, installed once for each set of versions."""
     versions = hashlib.sha256((SOURCES / "package-lock.json").read_bytes()).hexdigest()[:12]
     directory = CACHE / f"panels-{versions}"
     directory.mkdir(parents=True, exist_ok=True)
     page = PanelPage(node(), directory)
-    with (directory / "lock").open("w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
+    with _turn(directory):
         for path in SOURCES.iterdir():
             shutil.copy(path, directory)
         if not (directory / "installed").exists():
@@ -131,7 +129,21 @@ def build(dashboards: dict[str, dict[str, Any]]) -> PanelPage:
             icons = directory / "node_modules/@grafana/ui/dist/public/img/icons"
             shutil.copytree(icons, directory / "public/build/img/icons", dirs_exist_ok=True)
             (directory / "installed").touch()
+    return page
+
+
+def build(dashboards: dict[str, dict[str, Any]]) -> PanelPage:
+    """The page with these dashboards in it, which it calls boards, by name."""
+    page = installed()
+    with _turn(page.directory):
         for name, dashboard in dashboards.items():
-            (directory / "public" / f"{name}.json").write_text(json.dumps(dashboard))
+            (page.directory / "public" / f"{name}.json").write_text(json.dumps(dashboard))
         page.node_run("node_modules/vite/bin/vite.js", "build")
     return page
+
+
+@contextlib.contextmanager
+def _turn(directory: Path) -> Iterator[None]:
+    with (directory / "lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield

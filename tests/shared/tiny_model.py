@@ -41,7 +41,7 @@ def _shapes(tied: bool, layers: int) -> dict[str, tuple[int, ...]]:
 
 
 def _vision_shapes() -> dict[str, tuple[int, ...]]:
-    """Of a Qwen2.5-VL vision tower, as its checkpoints name them."""
+    """Tensors of a Qwen2.5-VL vision tower, as its checkpoints name them."""
     patch = (3, VISION_TEMPORAL, VISION_PATCH, VISION_PATCH)
     shapes: dict[str, tuple[int, ...]] = {"visual.patch_embed.proj.weight": (VISION_HIDDEN, *patch)}
     for layer in range(VISION_LAYERS):

@@ -102,6 +102,11 @@ def table_outside_the_directory(fields: Fields) -> None:
     fields["roles"][0]["table"] = {**table, "captured_at": 1.0}
 
 
+def fingerprint_that_is_no_number(fields: Fields) -> None:
+    table = {"file": "a", "sha256": "a" * 64, "rows": 0, "regions": {}, "captured_at": 1.0}
+    fields["roles"][0]["table"] = {**table, "fingerprint": "x" * 32}
+
+
 DAMAGED_ROLE: list[Callable[[Any], Any]] = [
     histogram_with_three_counts,
     nan,
@@ -113,6 +118,7 @@ DAMAGED_ROLE: list[Callable[[Any], Any]] = [
     wrong_type,
     exemplar_that_no_scrape_takes,
     table_outside_the_directory,
+    fingerprint_that_is_no_number,
 ]
 
 
@@ -283,6 +289,31 @@ def test_scrapes_and_commands_show_what_is_sound(
         assert str(rank.path) in status.stdout
     for answer in (status, command(runtime_dir, "table", "--wait", "0")):
         assert "Traceback" not in answer.stderr
+
+
+def test_threads_that_read_for_the_first_time_at_once_read(
+    runtime_dir: RuntimeDir, sound: RankStore
+) -> None:
+    program = """
+import sys, threading
+from pathlib import Path
+from sglang_weight_exporter.store.reader import SnapshotReader
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+sys.setswitchinterval(1e-6)
+runtime_dir, together, found = RuntimeDir(Path(sys.argv[1])), threading.Barrier(4), []
+def read():
+    together.wait()
+    found.extend(snapshot for _, snapshot in SnapshotReader(runtime_dir).read())
+threads = [threading.Thread(target=read) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(len(found))
+"""
+    for _ in range(10):
+        ran = subprocess.run(
+            [sys.executable, "-c", program, str(runtime_dir.path)], capture_output=True, text=True
+        )
+        assert (ran.returncode, ran.stdout) == (0, "4\n"), ran.stderr
 
 
 def test_odd_strings_do_not_keep_an_old_snapshot_published(tmp_path: Path) -> None:

@@ -207,6 +207,32 @@ threading.Thread(target=rewrite).start()
     assert len(set(seen)) > 10
 
 
+def test_a_rank_that_is_killed_while_it_writes_leaves_nothing_half(
+    runtime_dir: RuntimeDir, start_rank: Callable[[str, str], subprocess.Popen[str]]
+) -> None:
+    code = """
+import itertools, threading
+def rewrite():
+    for version in itertools.count(2):
+        write(version)
+threading.Thread(target=rewrite, daemon=True).start()
+"""
+    complaints: list[str] = []
+    reader = SnapshotReader(runtime_dir, on_unreadable=complaints.append)
+    for number in range(20):
+        rank = start_rank(str(number), code)
+        reader.read()
+        rank.kill()
+        rank.wait()
+        # What it wrote last is whole, though nobody shows it any more.
+        (directory,) = rank_directories(runtime_dir)
+        assert int(directory.snapshot().weight_version) >= 1
+        assert reader.read() == []
+        directory.remove()
+    assert complaints == []
+    assert list(runtime_dir.ranks.iterdir()) == []
+
+
 @pytest.mark.parametrize("content", [b"", b"\x81\xa6schema", b"not msgpack", os.urandom(500)])
 def test_a_damaged_file_costs_its_rank_and_no_other(
     runtime_dir: RuntimeDir, content: bytes
@@ -327,11 +353,38 @@ def test_a_vanished_directory_is_made_again(runtime_dir: RuntimeDir) -> None:
     assert ids(runtime_dir) == ["a"]
 
 
+@pytest.mark.parametrize("removed", ["lock", "table.lock", "snapshot", "events", "*.table", "*"])
+def test_what_a_cleaner_took_out_is_there_again_with_the_next_update(
+    runtime_dir: RuntimeDir, removed: str
+) -> None:
+    rank = RankStore(runtime_dir, "a")
+    kept = table()
+    rank.write_snapshot(
+        snapshot(
+            "a", 1, roles=(Role(name="target", device="cpu", table=event(1, rank, kept).table),)
+        )
+    )
+    for path in list(rank.path.glob(removed)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    rank.append_event(event(2, rank, kept), kept)
+    rank.write_snapshot(
+        snapshot(
+            "a", 2, roles=(Role(name="target", device="cpu", table=event(2, rank, kept).table),)
+        )
+    )
+    ((directory, found),) = SnapshotReader(runtime_dir).read()
+    assert found.weight_version == "2"
+    assert found.roles[0].table is not None
+    assert directory.table(found.roles[0].table.file).sha256 == kept.sha256
+    (waiting,) = directory.events.waiting()
+    assert directory.events.table(directory.events.event(waiting)) is not None
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
-    if os.getuid() != 0:
-        pytest.skip("needs root, to mount a file system that can be filled")
+    if os.getuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("needs root and `mount`, for a file system that can be filled")
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "tmpfs", str(path)]

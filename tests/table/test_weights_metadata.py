@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -139,8 +141,43 @@ def test_only_this_user_can_read_the_addresses(
     assert {stat.S_IMODE(path.stat().st_mode) for path in metadata.iterdir()} == {0o600}
 
 
+def test_a_link_in_the_place_of_the_directory_leads_nobody_to_write_or_delete(
+    rank: PublishedRank, runtime_dir: Path, metadata: Path, tmp_path: Path
+) -> None:
+    """Another user who may rename the directory puts a link to somewhere else in its place."""
+    rank.publish()
+    (reader,) = open_tables(runtime_dir)
+    files = MetadataFiles(metadata)
+    files.update(reader.read())
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    for name in names(metadata):
+        (precious / name).write_text("kept")
+    metadata.rename(tmp_path / "moved")
+    metadata.symlink_to(precious)
+    with pytest.raises(OSError, match=r"[Nn]ot a directory|symbolic link"):
+        files.update(reader.read())
+    with pytest.raises(OSError, match=r"[Nn]ot a directory|symbolic link"):
+        files.remove("target")
+    assert {path.read_text() for path in precious.iterdir()} == {"kept"}
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to give a directory to another user")
+def test_a_directory_of_another_user_is_refused(
+    rank: PublishedRank, runtime_dir: Path, metadata: Path
+) -> None:
+    metadata.mkdir()
+    os.chown(metadata, 1000, 1000)
+    (reader,) = open_tables(runtime_dir)
+    with pytest.raises(PermissionError, match="belongs to the user with id 1000"):
+        MetadataFiles(metadata).update(reader.read())
+    assert list(metadata.iterdir()) == []
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if shutil.which("mount") is None:
+        pytest.skip("needs `mount`, for a file system that can be filled")
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", str(path)]

@@ -53,12 +53,16 @@ def kv_released(selection: Selection) -> str:
 
 
 def state(selection: Selection) -> str:
-    """By engine: 1 weights released + 2 KV pool released + 4 in an update."""
+    """By engine: 1 weights released + 2 KV pool released + 4 in an update + 8 paused."""
     updating = f"max by ({ENGINE}) ({selection.series('sglang_weight_update_in_progress')})"
     weights = f"max by ({ENGINE}) ({weights_released(selection)})"
     kv = f"max by ({ENGINE}) ({kv_released(selection)})"
-    # An engine may have no KV pool (yet): `or` keeps it.
-    return engine_named(f"({updating} * 4 + {weights} + (2 * {kv} or 0 * {updating}))")
+    paused = f"max by ({ENGINE}) ({selection.series('sglang_kv_cache_paused')})"
+    # An engine may have no KV pool (yet), or nothing that can be paused: `or` keeps it.
+    none = f"0 * {updating}"
+    return engine_named(
+        f"({updating} * 4 + {weights} + (2 * {kv} or {none}) + (8 * {paused} or {none}))"
+    )
 
 
 def columns(selection: Selection) -> dict[str, str]:

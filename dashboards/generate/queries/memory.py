@@ -4,9 +4,20 @@
 
 from __future__ import annotations
 
-from . import GPU, Selection, host, named, together
+from . import ENGINE, GPU, RANK, Selection, engine_named, host, named, together
 
-OURS = "sglang_weight_resident_bytes|sglang_lora_pool_bytes|sglang_kv_pool_resident_bytes"
+OURS = (
+    "sglang_weight_resident_bytes|sglang_lora_pool_bytes|sglang_kv_pool_resident_bytes"
+    "|sglang_rank_memory_outside_torch_bytes"
+)
+
+#: What a rank's account has beside weights, slots and pools; without one it is everything else.
+ACCOUNTED = {
+    "KV tables": "kv_tables",
+    "CUDA graphs": "cuda_graphs",
+    "Other tensors": "other_tensors",
+    "Unused in torch": "rounding|fragments|cached",
+}
 FULLEST = 16
 
 
@@ -29,6 +40,14 @@ def free(selection: Selection) -> str:
     )
 
 
+def held(selection: Selection) -> str:
+    """Bytes of each GPU that are known to be somebody's."""
+    accounted = selection.series(
+        "sglang_rank_memory_bytes", f'part=~"{"|".join(ACCOUNTED.values())}"'
+    )
+    return per_gpu(f"{selection.by_name(OURS)} or {accounted}")
+
+
 def parts(selection: Selection) -> dict[str, str]:
     """Bytes of each GPU by what holds them; they add up to NVML's total."""
     resident = "sglang_weight_resident_bytes"
@@ -38,9 +57,14 @@ def parts(selection: Selection) -> dict[str, str]:
         "Draft weights": per_gpu(selection.series(resident, 'role=~"draft.*"')),
         "LoRA": per_gpu(selection.series("sglang_lora_pool_bytes")),
         "KV pool": per_gpu(selection.series("sglang_kv_pool_resident_bytes")),
+        **{
+            name: per_gpu(selection.series("sglang_rank_memory_bytes", f'part=~"{part}"'))
+            for name, part in ACCOUNTED.items()
+        },
+        "Outside torch": per_gpu(selection.series("sglang_rank_memory_outside_torch_bytes")),
         "Everything else in use": (
             f"clamp_min({nvml(selection, 'sglang_gpu_memory_used_bytes')}"
-            f" - on ({GPU}) {per_gpu(selection.by_name(OURS))}, 0)"
+            f" - on ({GPU}) {held(selection)}, 0)"
         ),
         "Free": free(selection),
     }
@@ -78,6 +102,31 @@ def headroom(selection: Selection) -> str:
     )
 
 
+def room(selection: Selection) -> str:
+    """Bytes of each GPU that nobody had at the worst moment of the last minute."""
+    return (
+        f"({nvml(selection, 'sglang_gpu_memory_total_bytes')}"
+        f" - on ({GPU}) {nvml(selection, 'sglang_gpu_memory_used_max_bytes')})"
+    )
+
+
+def room_in_tokens(selection: Selection) -> str:
+    """That room as tokens of each engine's KV pools, drafts' pools included; its fullest GPU."""
+    rank = f"{ENGINE}, tp_rank, pp_rank, dp_rank, gpu_uuid"
+    capacity = selection.series("sglang_kv_pool_tokens", 'pool=~"full|unified"')
+    of_a_token = (
+        f"(sum by ({rank}) ({selection.series('sglang_kv_pool_bytes')})"
+        f" / max by ({rank}) ({capacity}))"
+    )
+    tokens = f"{room(selection)} / on ({GPU}) group_right () {of_a_token}"
+    return f"min by (where) ({engine_named(tokens)})"
+
+
+def by_rank(selection: Selection, metric: str) -> str:
+    """The largest of an engine's ranks."""
+    return f"max by (where) ({engine_named(f'max by ({RANK}) ({selection.series(metric)})')})"
+
+
 def gpu_named(expression: str, *kept: str) -> str:
     """`where`, that people recognise: cluster, host and NVML's index of the GPU; without NVML, and
     for a MIG instance, the head of the UUID; without a GPU the word CPU."""
@@ -97,10 +146,7 @@ def gpu_named(expression: str, *kept: str) -> str:
 
 def fullest(selection: Selection) -> dict[str, str]:
     """Parts of the GPUs with the most memory in use, named; the first part keeps the UUID."""
-    used = (
-        f"({nvml(selection, 'sglang_gpu_memory_used_bytes')}"
-        f" or on ({GPU}) {per_gpu(selection.by_name(OURS))})"
-    )
+    used = f"({nvml(selection, 'sglang_gpu_memory_used_bytes')} or on ({GPU}) {held(selection)})"
     return {
         name: gpu_named(
             f"({expression} and on ({GPU}) topk({FULLEST}, {used}))",

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from ..grafana import (
     COLOURS,
+    NO_ACCOUNT,
     NO_NVML,
     NOT_LOADED,
     Json,
@@ -24,6 +25,26 @@ from ..queries import ENGINES, Selection, engines, exporter, memory, updates
 
 DASHED = {"fill": "dash", "dash": [8, 6]}
 
+#: By what `queries.engines.state` adds up.
+STATES = {
+    0: ("resident", "green"),
+    1: ("weights released", "blue"),
+    2: ("KV pool released", "orange"),
+    3: ("both released", "purple"),
+    4: ("updating", "yellow"),
+    5: ("updating, weights released", "semi-dark-yellow"),
+    6: ("updating, KV pool released", "semi-dark-orange"),
+    7: ("updating, both released", "dark-yellow"),
+    8: ("paused", "#8e929b"),
+    9: ("paused, weights released", "super-light-blue"),
+    10: ("paused, KV pool released", "super-light-orange"),
+    11: ("paused, both released", "super-light-purple"),
+    12: ("paused, updating", "light-yellow"),
+    13: ("paused, updating, weights released", "super-light-yellow"),
+    14: ("paused, updating, KV pool released", "super-light-yellow"),
+    15: ("paused, updating, both released", "super-light-yellow"),
+}
+
 
 def gpu_bars(selection: Selection, *, width: int, height: int) -> Json:
     parts = queries(memory.fullest(selection), instant=True, format="table")
@@ -31,10 +52,12 @@ def gpu_bars(selection: Selection, *, width: int, height: int) -> Json:
     return stacked_bars(
         "Where did my GPU memory go",
         f"Memory now of the {memory.FULLEST} GPUs with the most in use, by host and index: weights "
-        "by role, LoRA slots, KV pool, what else is in use (activations, CUDA graphs, contexts, "
-        "other processes) and what is free. Weights and KV are measured from their storages, the "
-        "rest is NVML's, where free includes what the driver keeps for itself. A CPU engine has "
-        "no NVML part.",
+        "by role, LoRA slots, KV pool and its tables, CUDA graphs, other tensors, what torch's "
+        "allocator keeps unused, what engines have outside of torch (contexts, kernels, "
+        "communicators), everything else in use (other processes, and all that is not accounted "
+        "for) and what is free. Weights and KV are measured from their storages, torch's parts "
+        "are as of each rank's last look, the rest is NVML's, where free includes what the driver "
+        "keeps for itself. A CPU engine has no NVML part.",
         parts,
         [
             {"id": "joinByField", "options": {"byField": "where", "mode": "outer"}},
@@ -210,18 +233,10 @@ def now() -> list[Json]:
             state_timeline(
                 "State of weights and KV pool",
                 "By engine, as soon as one of its ranks is in that state: weights and KV pool are "
-                "there, were released (release_memory_occupation), or an update is in progress.",
+                "there, were released (release_memory_occupation), an update is in progress, or "
+                "generation is paused (pause_generation).",
                 [query(engines.state(ENGINES), "{{where}}")],
-                {
-                    0: ("resident", "green"),
-                    1: ("weights released", "blue"),
-                    2: ("KV pool released", "orange"),
-                    3: ("both released", "purple"),
-                    4: ("updating", "yellow"),
-                    5: ("updating, weights released", "semi-dark-yellow"),
-                    6: ("updating, KV pool released", "semi-dark-orange"),
-                    7: ("updating, both released", "dark-yellow"),
-                },
+                STATES,
                 NOT_LOADED,
                 width=24,
                 height=6,
@@ -256,6 +271,63 @@ def over_time() -> list[Json]:
                 for state in ("reserved", "resident")
             ),
             explained_by_updates=True,
+        ),
+        timeseries(
+            "Room on the GPUs at the worst moment",
+            "By GPU, what nobody had in use at the worst moment of each minute (NVML, looked at "
+            "once a second). An update's peak, a long prompt or one more adapter has to fit into "
+            "it.",
+            [query(memory.gpu_named(memory.room(ENGINES)), "{{where}}")],
+            "bytes",
+            NO_NVML,
+            explained_by_updates=True,
+        ),
+        timeseries(
+            "Room in tokens of KV",
+            "The same room as tokens, at the bytes that a token takes in each engine's KV pools, "
+            "the draft's included; by engine, on its fullest GPU. What a larger "
+            "--mem-fraction-static could still turn into KV pool, if nothing needed the room.",
+            [query(memory.room_in_tokens(ENGINES), "{{where}}")],
+            "short",
+            NO_NVML,
+        ),
+        timeseries(
+            "Reserved by torch",
+            "By engine, its largest rank: what torch's allocator had reserved at the last look, "
+            "after updates among others, and the most that it ever had. A line that climbs with "
+            "the updates and does not come back is a leak.",
+            [
+                query(
+                    memory.by_rank(ENGINES, "sglang_rank_memory_reserved_bytes"),
+                    "{{where}}",
+                ),
+                query(
+                    memory.by_rank(ENGINES, "sglang_rank_memory_reserved_peak_bytes"),
+                    "{{where}} peak",
+                    ref="B",
+                ),
+            ],
+            "bytes",
+            NO_ACCOUNT,
+            explained_by_updates=True,
+        ),
+        timeseries(
+            "What an update adds, what a release leaves",
+            "By engine, its largest rank: by how much the last update has changed what torch has "
+            "reserved, and what torch kept of the GPU in the last release.",
+            [
+                query(
+                    memory.by_rank(ENGINES, "sglang_rank_memory_update_growth_bytes"),
+                    "{{where}} growth",
+                ),
+                query(
+                    memory.by_rank(ENGINES, "sglang_rank_memory_after_release_bytes"),
+                    "{{where}} left",
+                    ref="B",
+                ),
+            ],
+            "bytes",
+            NO_ACCOUNT,
         ),
         timeseries(
             "KV capacity in tokens",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_weight_exporter import fingerprint
-from sglang_weight_exporter.checkpoint import Checkpoint, StoredTensor
+from sglang_weight_exporter.verification.checkpoint import Checkpoint, StoredTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,7 @@ class ServedTensor:
 
     name: str
     dtype: str
-    #: Of its dimensions in the order of memory.
+    #: Its dimensions in the order of memory.
     shape: tuple[int, ...]
     #: Parameter or buffer.
     kind: str = "parameter"
@@ -127,6 +127,34 @@ def _why_not(name: str) -> str:
     return "the checkpoint has no tensor of this name, and no rule makes it"
 
 
+@dataclass(frozen=True)
+class FusedTensor:
+    """A tensor as an engine without tensor parallelism has it: rows of these, one after another."""
+
+    parts: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def fuse(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, FusedTensor]:
+    """SGLang's names and what they are made of, of dtypes and shapes by name. What lacks a part,
+    or has parts that do not fit one another, stays what it is."""
+    found: dict[str, FusedTensor] = {}
+    fused_of = {part: fused for fused, parts in FUSED.items() for part in parts}
+    for name, (dtype, shape) in tensors.items():
+        prefix, part, suffix = _split(name)
+        fused = fused_of.get(part)
+        parts = [f"{prefix}{each}{suffix}" for each in FUSED[fused]] if fused else []
+        held = [tensors[each] for each in parts if each in tensors]
+        fit = all(each[0] == dtype and each[1] and each[1][1:] == shape[1:] for each in held)
+        if not parts or len(held) < len(parts) or not fit:
+            found[name] = FusedTensor((name,), dtype, shape)
+        else:
+            rows = sum(each[1][0] for each in held)
+            found[f"{prefix}{fused}{suffix}"] = FusedTensor(tuple(parts), dtype, (rows, *shape[1:]))
+    return found
+
+
 def _direct(
     served: ServedTensor, stored: StoredTensor, name: str, tp_rank: int, tp_size: int
 ) -> tuple[tuple[Slice, ...], int]:
@@ -147,7 +175,7 @@ def _direct(
         dim = dims[0]
         here, there = served.shape[dim], stored.shape[dim]
         if here and there % here == 0 and tp_size % (there // here) == 0:
-            # Of attention that is data parallel the groups are smaller than the ranks' number
+            # Where attention is data parallel, its groups are smaller than the ranks' number
             # (``compute_dp_attention_world_info`` of ``layers/dp_attention.py``).
             start = tp_rank % (there // here) * here
             return (Slice(name, dim, start, start + here),), 0
@@ -215,31 +243,97 @@ def _merged_rows(
     return [(rank * shape[0] // size, (rank + 1) * shape[0] // size) for shape in shapes]
 
 
-def bytes_of(derivation: Derivation, checkpoint: Checkpoint) -> NDArray[np.uint8]:
-    """The bytes that the engine should hold; mapped where they lie in one piece."""
-    import numpy as np
+@dataclass(frozen=True)
+class _Columns:
+    """Bytes ``first`` to ``after`` of each row of ``row_bytes``, read with the rows around them."""
 
-    pieces = []
+    stored: fingerprint.Bytes
+    row_bytes: int
+    first: int
+    after: int
+
+    @property
+    def _width(self) -> int:
+        return self.after - self.first
+
+    @property
+    def nbytes(self) -> int:
+        return self.stored.nbytes // self.row_bytes * self._width if self.row_bytes else 0
+
+    def __getitem__(self, piece: slice) -> NDArray[np.uint8]:
+        start, stop, _ = piece.indices(self.nbytes)
+        if start >= stop or self.row_bytes == self.stored.nbytes:
+            return self.stored[self.first + start : self.first + max(start, stop)]
+        top, bottom = start // self._width, -(-stop // self._width)
+        rows = self.stored[top * self.row_bytes : bottom * self.row_bytes]
+        own = rows.reshape(-1, self.row_bytes)[:, self.first : self.after].reshape(-1)
+        return own[start - top * self._width : stop - top * self._width]
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    nbytes: int
+
+    def __getitem__(self, piece: slice) -> NDArray[np.uint8]:
+        import numpy as np
+
+        start, stop, _ = piece.indices(self.nbytes)
+        return np.zeros(max(0, stop - start), dtype=np.uint8)
+
+
+@dataclass(frozen=True)
+class _Joined:
+    """One after the other."""
+
+    parts: tuple[fingerprint.Bytes, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts)
+
+    def __getitem__(self, piece: slice) -> NDArray[np.uint8]:
+        import numpy as np
+
+        start, stop, _ = piece.indices(self.nbytes)
+        pieces, at = [], 0
+        for part in self.parts:
+            first, after = max(start - at, 0), min(stop - at, part.nbytes)
+            if first < after:
+                pieces.append(part[first:after])
+            at += part.nbytes
+        return np.concatenate([*pieces, np.empty(0, dtype=np.uint8)])
+
+
+def bytes_of(derivation: Derivation, checkpoint: Checkpoint) -> fingerprint.Bytes:
+    """The bytes that the engine should hold, read when slices of them are asked for."""
+    parts: list[fingerprint.Bytes] = []
     for part in derivation.slices:
         stored = checkpoint.tensors[part.name]
-        flat = checkpoint.bytes_of(part.name)
         size = stored.shape[part.dim] if stored.shape else 1
         outer = math.prod(stored.shape[: part.dim])
         inner = stored.nbytes // (outer * size) if outer * size else 0
-        piece = flat.reshape(outer, size * inner)[:, part.start * inner : part.stop * inner]
-        pieces.append(piece.reshape(-1))
+        parts.append(
+            _Columns(
+                checkpoint.bytes_of(part.name), size * inner, part.start * inner, part.stop * inner
+            )
+        )
     if derivation.padding_bytes:
-        pieces.append(np.zeros(derivation.padding_bytes, dtype=np.uint8))
-    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        parts.append(_Zeros(derivation.padding_bytes))
+    return _Joined(tuple(parts))
+
+
+def fused_bytes(tensor: FusedTensor, checkpoint: Checkpoint) -> fingerprint.Bytes:
+    return _Joined(tuple(map(checkpoint.bytes_of, tensor.parts)))
 
 
 def expected_fingerprints(
     served: Sequence[ServedTensor], checkpoint: Checkpoint, *, tp_rank: int, tp_size: int
 ) -> tuple[dict[str, str], dict[str, str], frozenset[str]]:
-    """Of a rank's tensors: name to fingerprint, name to why there is none, and names whose
-    difference is no proof. Reads the bytes that are compared, a tensor at a time."""
+    """What a rank's tensors should hold: name to fingerprint, name to why there is none, and names
+    whose difference is no proof. Reads the bytes that are compared, on all cores. Raises
+    CheckpointError."""
     config = checkpoint.config()
-    expected: dict[str, str] = {}
+    held: dict[str, fingerprint.Bytes] = {}
     unverifiable: dict[str, str] = {}
     inexact = set()
     for tensor in served:
@@ -252,6 +346,5 @@ def expected_fingerprints(
             continue
         if not derivation.exact:
             inexact.add(tensor.name)
-        taken = fingerprint.of_arrays([bytes_of(derivation, checkpoint)])
-        expected[tensor.name] = fingerprint.texts(taken)[0]
-    return expected, unverifiable, frozenset(inexact)
+        held[tensor.name] = bytes_of(derivation, checkpoint)
+    return checkpoint.fingerprints(held), unverifiable, frozenset(inexact)

@@ -93,10 +93,14 @@ def write_manifest(
     weight_version: str = "",
     shard: Shard | None = None,
 ) -> Manifest:
-    """Write ``tensors`` to ``path``, whole or not at all."""
+    """Write ``tensors`` to ``path``, whole or not at all; to a pipe or device as it is."""
     manifest = manifest_of(tensors, weight_version=weight_version, shard=shard)
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    if path.exists() and not path.is_file():
+        path.write_bytes(encode(manifest))
+        return manifest
+    path = path.resolve()
+    temporary = path.with_name(f".manifest-{os.urandom(8).hex()}")
     try:
         with temporary.open("xb") as file:
             file.write(encode(manifest))

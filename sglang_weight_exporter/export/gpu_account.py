@@ -1,0 +1,226 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""The account of each GPU: what ranks say of torch's memory, and the rest by what NVML says.
+
+NVML is read here and not in the engine, so between two looks of a rank nothing of it runs there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from sglang_weight_exporter.export.nvml import GpuMemory
+from sglang_weight_exporter.records import MEMORY_PARTS, DeviceMemory, Snapshot
+from sglang_weight_exporter.store.namespaces import HOST_PIDS, pid_namespace
+
+#: Parts of a GPU beside those of torch in its ranks, see ``docs/memory.md``.
+OTHER_PARTS = (
+    "outside_torch",
+    "since_look",
+    "other_processes",
+    "unattributed",
+    "driver",
+    "free",
+)
+GPU_PARTS = (*MEMORY_PARTS, *OTHER_PARTS)
+
+#: How far back the most in use is looked for: any usual scrape interval, and with two scrapers the
+#: same for both.
+WINDOW_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class RankOnGpu:
+    """A rank's process, as NVML sees it."""
+
+    snapshot: Snapshot
+    memory: DeviceMemory
+    #: Bytes of its process; ``None`` where it cannot be told which process of NVML's it is.
+    used: int | None = None
+    most_used: int | None = None
+    #: What it has beside torch's memory: context, modules, graphs, communicators.
+    outside_torch: int | None = None
+
+
+@dataclass(frozen=True)
+class GpuAccount:
+    """One GPU now. The parts sum to NVML's total; ``None``: they do not close, as in the middle of
+    a release."""
+
+    gpu: GpuMemory
+    ranks: tuple[RankOnGpu, ...]
+    parts: dict[str, int] | None
+    most_used: int
+
+
+@dataclass
+class _Most:
+    """The most of a figure within the window."""
+
+    _seen: dict[Hashable, deque[tuple[float, int]]] = field(default_factory=dict)
+
+    def note(self, what: Hashable, value: int, now: float) -> int:
+        kept = self._seen.setdefault(what, deque())
+        while kept and kept[-1][1] <= value:
+            kept.pop()
+        kept.append((now, value))
+        while kept[0][0] < now - WINDOW_SECONDS:
+            kept.popleft()
+        return kept[0][1]
+
+    def forget(self, now: float) -> None:
+        for what in [what for what, kept in self._seen.items() if kept[-1][0] < now - 1]:
+            del self._seen[what]
+
+
+class GpuAccounts:
+    """Accounts of all GPUs of the host, from one reading to the next. Not safe from several
+    threads."""
+
+    def __init__(self, namespace: int | None = None) -> None:
+        #: Of this process's id.
+        self._namespace = pid_namespace() if namespace is None else namespace
+        self._most = _Most()
+        #: Ranks with the times of their looks → the least that they had beside torch's memory
+        #: since. What torch takes between two looks would count as outside of it otherwise.
+        self._outside: dict[Hashable, int] = {}
+
+    def read(
+        self, snapshots: Iterable[Snapshot], gpus: Iterable[GpuMemory], now: float
+    ) -> tuple[GpuAccount, ...]:
+        """``gpus`` as NVML has them now."""
+        snapshots = list(snapshots)
+        kept, self._outside = self._outside, {}
+        accounts = tuple(self._account(gpu, snapshots, kept, now) for gpu in gpus)
+        self._most.forget(now)
+        return accounts
+
+    def _account(
+        self, gpu: GpuMemory, snapshots: list[Snapshot], kept: dict[Hashable, int], now: float
+    ) -> GpuAccount:
+        ranks = [
+            (snapshot, memory)
+            for snapshot in snapshots
+            for memory in snapshot.memory
+            if memory.device in {each.name for each in snapshot.devices if each.uuid == gpu.uuid}
+        ]
+        of_processes = self._of_processes(gpu, [snapshot for snapshot, _ in ranks])
+        found = tuple(
+            self._rank(gpu, snapshot, memory, of_processes.get(snapshot.rank_id), kept, now)
+            for snapshot, memory in ranks
+        )
+        return GpuAccount(
+            gpu=gpu,
+            ranks=found,
+            parts=self._parts(gpu, found, snapshots, kept),
+            most_used=self._most.note(gpu.uuid, gpu.used_bytes, now),
+        )
+
+    def _of_processes(self, gpu: GpuMemory, ranks: list[Snapshot]) -> dict[str, int]:
+        """Rank → bytes of its process, where it is known which one that is.
+
+        By its id, where everybody counts processes as the host does. In a container, where they
+        are all of one rank: it has memory of this GPU, so a single process can only be its own.
+        """
+        processes = gpu.processes or {}
+        if self._namespace == HOST_PIDS:
+            return {
+                snapshot.rank_id: processes[snapshot.pid]
+                for snapshot in ranks
+                if snapshot.pid_namespace == HOST_PIDS and snapshot.pid in processes
+            }
+        if len(ranks) == len(processes) == 1:
+            return {ranks[0].rank_id: next(iter(processes.values()))}
+        return {}
+
+    def _rank(
+        self,
+        gpu: GpuMemory,
+        snapshot: Snapshot,
+        memory: DeviceMemory,
+        used: int | None,
+        kept: dict[Hashable, int],
+        now: float,
+    ) -> RankOnGpu:
+        if used is None:
+            return RankOnGpu(snapshot, memory)
+        return RankOnGpu(
+            snapshot,
+            memory,
+            used=used,
+            most_used=self._most.note((gpu.uuid, snapshot.rank_id), used, now),
+            outside_torch=self._beside([(snapshot, memory)], gpu, used, kept)
+            if memory.parts is not None
+            else None,
+        )
+
+    def _beside(
+        self,
+        ranks: Iterable[tuple[Snapshot, DeviceMemory]],
+        gpu: GpuMemory,
+        used: int,
+        kept: dict[Hashable, int],
+    ) -> int | None:
+        """What processes have beside torch's memory; ``None`` where the looks are out of date."""
+        ranks = list(ranks)
+        beside = used - sum(memory.physical for _, memory in ranks)
+        if beside < 0:
+            return None
+        key = (gpu.uuid, *((snapshot.rank_id, memory.at) for snapshot, memory in ranks))
+        least = min(beside, kept.get(key, beside))
+        self._outside[key] = least
+        return least
+
+    def _parts(
+        self,
+        gpu: GpuMemory,
+        ranks: tuple[RankOnGpu, ...],
+        snapshots: list[Snapshot],
+        kept: dict[Hashable, int],
+    ) -> dict[str, int] | None:
+        known = [rank for rank in ranks if rank.memory.parts is not None]
+        parts = dict.fromkeys(GPU_PARTS, 0)
+        for rank in known:
+            for part, nbytes in (rank.memory.parts or {}).items():
+                parts[part] += nbytes
+        rest = gpu.used_bytes - sum(rank.memory.physical for rank in known)
+        used, others = self._processes(gpu, known, len(ranks), snapshots)
+        if used is not None:
+            pairs = [(rank.snapshot, rank.memory) for rank in known]
+            outside = self._beside(pairs, gpu, used, kept)
+            if outside is None:
+                return None
+            beside = used - sum(rank.memory.physical for rank in known)
+            parts["outside_torch"], parts["since_look"] = outside, beside - outside
+            parts["other_processes"] = others
+            rest -= beside + others
+        parts["unattributed"] = rest
+        parts["driver"] = gpu.reserved_bytes or 0
+        parts["free"] = gpu.total_bytes - gpu.used_bytes - parts["driver"]
+        return parts if min(parts.values()) >= 0 else None
+
+    def _processes(
+        self, gpu: GpuMemory, known: list[RankOnGpu], ranks: int, snapshots: list[Snapshot]
+    ) -> tuple[int | None, int]:
+        """Bytes of the processes of the ranks whose parts are known, and of those that are no
+        rank's; ``None``: they cannot be told apart."""
+        if gpu.processes is None:
+            return None, 0
+        total = sum(gpu.processes.values())
+        if self._namespace == HOST_PIDS:
+            used = [rank.used for rank in known]
+            if None in used:
+                return None, 0
+            mine = {each.pid for each in snapshots if each.pid_namespace == HOST_PIDS}
+            others = sum(size for pid, size in gpu.processes.items() if pid not in mine)
+            return sum(each for each in used if each is not None), others
+        # Which is which cannot be told, but as many processes as ranks can be nobody else's.
+        return (total, 0) if len(known) == ranks == len(gpu.processes) else (None, 0)
+
+
+def ranks_on_gpus(accounts: Iterable[GpuAccount]) -> Iterator[RankOnGpu]:
+    """Every rank on every GPU."""
+    for account in accounts:
+        yield from account.ranks

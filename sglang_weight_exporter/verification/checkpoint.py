@@ -1,0 +1,275 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint's tensors as bytes: safetensors files, sharded or not, read piece by piece.
+
+The format (https://huggingface.co/docs/safetensors): eight bytes of the header's length, little
+endian; the header, a JSON object of ``name: {dtype, shape, data_offsets}``; the tensors' bytes.
+Needs neither torch nor the safetensors library; fingerprints need NumPy. Files are read and not
+mapped: where another program shortens a file, a map of it ends the process that reads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import weakref
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sglang_weight_exporter import fingerprint
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+#: Bits of an element, and the name that torch has for the dtype.
+DTYPES: dict[str, tuple[int, str]] = {
+    "BOOL": (8, "bool"),
+    "U8": (8, "uint8"),
+    "I8": (8, "int8"),
+    "U16": (16, "uint16"),
+    "I16": (16, "int16"),
+    "U32": (32, "uint32"),
+    "I32": (32, "int32"),
+    "U64": (64, "uint64"),
+    "I64": (64, "int64"),
+    "F16": (16, "float16"),
+    "BF16": (16, "bfloat16"),
+    "F32": (32, "float32"),
+    "F64": (64, "float64"),
+    "C64": (64, "complex64"),
+    "F8_E4M3": (8, "float8_e4m3fn"),
+    "F8_E5M2": (8, "float8_e5m2"),
+    "F8_E8M0": (8, "float8_e8m0fnu"),
+    "F8_E4M3FNUZ": (8, "float8_e4m3fnuz"),
+    "F8_E5M2FNUZ": (8, "float8_e5m2fnuz"),
+}
+#: The library's own limit; a longer "length" is another file's first eight bytes.
+_MAX_HEADER = 100_000_000
+#: Tensors that one thread takes at a time: few enough to spread, enough to share blocks.
+_TOGETHER_BYTES = 64 << 20
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be read; the message names the file and says why."""
+
+
+class _File:
+    """A file that stays open: one that is put in its place later is another."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+        status = os.fstat(self._descriptor)
+        self.size = status.st_size
+        self._written_at = status.st_mtime_ns
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        """Raises CheckpointError where they are there no more."""
+        content = b""
+        while len(content) < nbytes:
+            more = os.pread(self._descriptor, nbytes - len(content), start + len(content))
+            if not more:
+                raise self._written()
+            content += more
+        return content
+
+    def check_unwritten(self) -> None:
+        """Raises CheckpointError where it was written since it was opened."""
+        status = os.fstat(self._descriptor)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self._written_at):
+            raise self._written()
+
+    def _written(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} was written while it was read, so what was read is old and new together. "
+            "Wait for its writer and try again."
+        )
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes are in its file."""
+
+    file: _File
+    #: As torch calls it, or as the file does where torch has no name for it.
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """A tensor's bytes, read when a slice of them is asked for."""
+
+    _tensor: StoredTensor
+
+    @property
+    def nbytes(self) -> int:
+        return self._tensor.nbytes
+
+    def __getitem__(self, piece: slice) -> NDArray[np.uint8]:
+        import numpy as np
+
+        start, stop, _ = piece.indices(self.nbytes)
+        content = self._tensor.file.read(self._tensor.start + start, stop - start)
+        return np.frombuffer(content, dtype=np.uint8)
+
+
+class Checkpoint:
+    """The tensors of a directory of safetensors files, or of one file."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads headers only. Raises CheckpointError."""
+        self.path = path
+        self.tensors: dict[str, StoredTensor] = {}
+        paths, named = _files(path)
+        self._files = list(map(_File, paths))
+        for file in self._files:
+            for name, tensor in _read_header(file):
+                if name in self.tensors:
+                    places = f"{self.tensors[name].file.path.name} and in {file.path.name}"
+                    raise CheckpointError(
+                        f"{name} is in {places} of {path}: which one is meant cannot be known. "
+                        "Remove one of the files, or name a file."
+                    )
+                self.tensors[name] = tensor
+        missing = sorted(named - self.tensors.keys())
+        if missing:
+            raise CheckpointError(
+                f"The index of {path} names {missing[0]}, which none of its files has: the "
+                "checkpoint is not complete. Wait for its writer, or download it again."
+            )
+
+    def config(self) -> dict[str, Any]:
+        """``config.json`` beside the files, or nothing."""
+        directory = self.path if self.path.is_dir() else self.path.parent
+        try:
+            content = json.loads((directory / "config.json").read_bytes())
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise CheckpointError(f"{directory / 'config.json'} is no JSON: {error}") from error
+        return content if isinstance(content, dict) else {}
+
+    def bytes_of(self, name: str) -> StoredBytes:
+        return StoredBytes(self.tensors[name])
+
+    def check_unwritten(self) -> None:
+        """Raises CheckpointError where a file was written since its header was read."""
+        for file in self._files:
+            file.check_unwritten()
+
+    def fingerprints(self, held: Mapping[str, fingerprint.Bytes] | None = None) -> dict[str, str]:
+        """Name to fingerprint, of all tensors or of what was put together of them; on all cores
+        that there are. Raises CheckpointError."""
+        import numpy as np
+
+        if held is None:
+            held = {name: self.bytes_of(name) for name in self.tensors}
+        batches = _batches(held)
+        arrays = [[held[name] for name in batch] for batch in batches]
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+            taken = list(threads.map(fingerprint.of_arrays, arrays))
+        self.check_unwritten()
+        texts = fingerprint.texts(np.concatenate([*taken, np.empty((0, 2), np.uint64)]))
+        return dict(zip((name for batch in batches for name in batch), texts, strict=True))
+
+
+def _batches(held: Mapping[str, fingerprint.Bytes]) -> list[list[str]]:
+    batches: list[list[str]] = []
+    room = 0
+    for name, each in held.items():
+        if each.nbytes > room or not batches:
+            batches.append([])
+            room = _TOGETHER_BYTES
+        batches[-1].append(name)
+        room -= each.nbytes
+    return batches
+
+
+def _files(path: Path) -> tuple[list[Path], frozenset[str]]:
+    """Files, and the tensors that should be in them, as far as an index says."""
+    if path.is_file():
+        return [path], frozenset()
+    if not path.is_dir():
+        raise CheckpointError(f"{path} does not exist. Name a directory or a safetensors file.")
+    index = path / "model.safetensors.index.json"
+    try:
+        places = json.loads(index.read_bytes())["weight_map"]
+        named = sorted(set(places.values()))
+    except FileNotFoundError:
+        places = {}
+        files = sorted(path.glob("*.safetensors"))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is no index of safetensors files: {error!r}.") from error
+    else:
+        files = [path / name for name in named]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{index} names {', '.join(missing)}, which {path} does not have: the checkpoint "
+                "is not complete. Wait for its writer, or download it again."
+            )
+    if not files:
+        raise CheckpointError(
+            f"{path} has no safetensors files. Other formats cannot be read without torch."
+        )
+    return files, frozenset(places)
+
+
+def _read_header(file: _File) -> Iterator[tuple[str, StoredTensor]]:
+    path, size = file.path, file.size
+    length = int.from_bytes(file.read(0, min(8, size)), "little")
+    if size < 8 or length > min(_MAX_HEADER, size - 8):
+        raise CheckpointError(
+            f"{path} is no safetensors file, or it was cut off: it has {size} bytes, and its "
+            f"header would have {length}."
+        )
+    content = file.read(8, length)
+    try:
+        header = json.loads(content)
+        entries = [
+            (
+                name.encode().decode(),  # A lone surrogate could be written to no manifest.
+                StoredTensor(
+                    file=file,
+                    dtype=DTYPES.get(entry["dtype"], (0, entry["dtype"]))[1],
+                    shape=tuple(map(_count, entry["shape"])),
+                    start=8 + length + _count(entry["data_offsets"][0]),
+                    stop=8 + length + _count(entry["data_offsets"][1]),
+                ),
+                DTYPES.get(entry["dtype"], (0, ""))[0],
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        ]
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"The header of {path} cannot be read: {error!r}.") from error
+    for name, tensor, bits in entries:
+        if tensor.stop > size or tensor.start > tensor.stop:
+            raise CheckpointError(
+                f"{path} ends before the bytes of {name}: it was cut off. Copy it again."
+            )
+        if bits and math.prod(tensor.shape) * bits != tensor.nbytes * 8:
+            raise CheckpointError(
+                f"The header of {path} gives {name} {tensor.nbytes} bytes, which do not fit its "
+                f"shape {list(tensor.shape)} of {tensor.dtype}."
+            )
+        yield name, tensor
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{value!r} is no size and no place")
+    return value

@@ -1,0 +1,323 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""The Helm chart, rendered by a real helm over values that people set."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from kubernetes_programs import Program
+from monitoring import DASHBOARDS, RULES
+from panel_page import installed
+
+from sglang_weight_exporter import __version__
+from sglang_weight_exporter.settings import DEFAULT_PORT
+
+ROOT = DASHBOARDS.parent
+CHART = ROOT / "deploy" / "helm" / "sglang-weight-exporter"
+PARTS = ROOT / "deploy" / "kustomize" / "workers" / "parts.yaml"
+
+Manifest = dict[str, Any]
+Values = dict[str, Any]
+Render = Callable[..., dict[str, list[Manifest]]]
+
+#: Values as people set them, by what they are for.
+VALUES: dict[str, Values] = {
+    "nothing set": {},
+    "kube-prometheus-stack": {
+        "commonLabels": {"team": "serving"},
+        "podMonitor": {
+            "namespace": "monitoring",
+            "labels": {"release": "kube-prometheus-stack"},
+            "namespaceSelector": {"matchNames": ["serving"]},
+            "podTargetLabels": ["app"],
+            "interval": "",
+            "sglang": {"port": 30000},
+        },
+        "prometheusRule": {
+            "labels": {"release": "kube-prometheus-stack"},
+            "additionalRuleLabels": {"team": "serving"},
+            "disabled": {"SGLangWeightsReloaded": True},
+        },
+        "dashboards": {
+            "namespace": "monitoring",
+            "annotations": {"grafana_folder": "SGLang"},
+        },
+        "networkPolicy": {"enabled": True, "namespace": "serving"},
+    },
+    "TLS and a closed namespace": {
+        "fullnameOverride": "weights",
+        "podMonitor": {
+            "annotations": {"example.org/owner": "serving"},
+            "namespaceSelector": {"any": True},
+            "scrapeTimeout": "5s",
+            "scheme": "https",
+            "tlsConfig": {"ca": {"secret": {"name": "weights", "key": "ca.crt"}}},
+            "basicAuth": {
+                "username": {"name": "weights", "key": "username"},
+                "password": {"name": "weights", "key": "password"},
+            },
+            "relabelings": [{"targetLabel": "cluster", "replacement": "east"}],
+            "metricRelabelings": [
+                {
+                    "sourceLabels": ["__name__"],
+                    "regex": "sglang_weight_update_duration_seconds_bucket",
+                    "action": "drop",
+                }
+            ],
+        },
+        "networkPolicy": {"enabled": True, "port": 9410, "otherPorts": False},
+    },
+    "metrics of the exporter alone": {
+        "selector": {"matchLabels": {"sglang-weights": None, "app": "llama"}},
+        "podMonitor": {"sglang": {"enabled": False}},
+        "prometheusRule": {"enabled": False},
+        "dashboards": {"enabled": False},
+        "networkPolicy": {"enabled": True, "from": [{"ipBlock": {"cidr": "192.0.2.0/24"}}]},
+    },
+    "dashboards alone": {
+        "podMonitor": {"enabled": False},
+        "prometheusRule": {"enabled": False},
+        "dashboards": {"labels": {"grafana_dashboard": None, "dashboards": "yes"}},
+    },
+}
+
+
+@pytest.fixture
+def render(tmp_path: Path, helm: Program) -> Render:
+    """What `helm template` makes of the chart, by kind."""
+
+    def render(values: Values) -> dict[str, list[Manifest]]:
+        (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
+        options = ("--namespace", "serving", "--values", tmp_path / "values.yaml")
+        done = helm("template", "release", CHART, *options)
+        assert done.returncode == 0, done.stderr
+        found: dict[str, list[Manifest]] = {}
+        for manifest in yaml.safe_load_all(done.stdout):
+            found.setdefault(manifest["kind"], []).append(manifest)
+        return found
+
+    return render
+
+
+def rules(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def shipped_rules() -> list[dict[str, Any]]:
+    return rules(yaml.safe_load(RULES.read_text())["groups"])
+
+
+# --- valid --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_helm_has_nothing_against_it(helm: Program, tmp_path: Path, name: str) -> None:
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(VALUES[name]))
+    done = helm("lint", "--strict", CHART, "--values", tmp_path / "values.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_is_rendered_fits_the_kubernetes_api(render: Render, name: str) -> None:
+    rendered = render(VALUES[name])
+    for kind in ("ConfigMap", "NetworkPolicy"):
+        for manifest in rendered.pop(kind, []):
+            kubernetes_validate.validate(manifest, "1.34", strict=True)
+    assert rendered.keys() <= {"PodMonitor", "PrometheusRule"}
+
+
+def test_what_is_rendered_fits_the_operator_s_definitions(render: Render, tmp_path: Path) -> None:
+    objects = [
+        manifest
+        for values in VALUES.values()
+        for kind in ("PodMonitor", "PrometheusRule")
+        for manifest in render(values).get(kind, [])
+    ]
+    assert len(objects) == 7
+    page = installed()
+    page.check_manifests(objects, tmp_path)
+    objects[0]["spec"]["unheard"] = "of"
+    with pytest.raises(AssertionError, match=r"unheard.* does not exist"):
+        page.check_manifests(objects, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"podMonitor": {"intervall": "5s"}}, "'intervall' not allowed"),
+        ({"podMonitor": {"interval": 5}}, "got number, want string"),
+        ({"podMonitor": {"sglang": {"port": "HTTP"}}}, "'HTTP' does not match"),
+        ({"podMonitor": {"sglang": {"port": 70000}}}, "70,000"),
+        ({"prometheusRule": {"enabled": "yes"}}, "got string, want boolean"),
+        ({"dashboards": {"labels": {"grafana_dashboard": 1}}}, "got number, want null or string"),
+        # `from` with nobody in it would be everybody.
+        ({"networkPolicy": {"from": []}}, "minItems: got 0, want 1"),
+        ({"networkPolicy": {"from": None}}, "missing property 'from'"),
+    ],
+)
+def test_values_that_are_none_are_refused(
+    helm: Program, tmp_path: Path, values: Values, said: str
+) -> None:
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
+    done = helm("template", "release", CHART, "--values", tmp_path / "values.yaml")
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+def test_every_value_is_in_the_schema_and_explained() -> None:
+    def keys(values: Values, schema: dict[str, Any], path: str = "") -> None:
+        for key, value in values.items():
+            where = f"{path}.{key}"
+            assert key in schema["properties"], where
+            below = schema["properties"][key]
+            if isinstance(value, dict) and "properties" in below:
+                keys(value, below, where)
+        # matchExpressions and Helm's own `global` have no default.
+        missing = schema["properties"].keys() - values.keys()
+        assert missing <= {"global", "matchExpressions", "any", "matchNames"}, path
+
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    keys(yaml.safe_load((CHART / "values.yaml").read_text()), schema)
+
+
+# --- what it says -------------------------------------------------------------------------------
+
+
+def test_the_chart_is_of_this_release() -> None:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["appVersion"] == __version__
+
+
+def test_a_packaged_chart_needs_no_checkout(helm: Program, tmp_path: Path) -> None:
+    """Its files are links out of the chart's folder."""
+    done = helm("package", CHART, "--destination", tmp_path)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tgz")
+    packaged, here = (helm("template", "release", chart) for chart in (archive, CHART))
+    assert packaged.returncode == 0, packaged.stderr
+    assert packaged.stdout == here.stdout
+
+
+def test_the_rules_are_those_of_the_rule_file(render: Render) -> None:
+    (plain,) = render({})["PrometheusRule"]
+    assert rules(plain["spec"]["groups"]) == shipped_rules()
+
+
+def test_alerts_are_labelled_left_out_and_led_elsewhere(render: Render) -> None:
+    unwanted = {"SGLangWeightsReloaded": True, "SGLangWeightsReleased": False}
+    (made,) = render(
+        {
+            "prometheusRule": {
+                "disabled": unwanted,
+                "additionalRuleLabels": {"team": "serving", "severity": "page"},
+                "runbookUrl": "https://wiki.example.org/weights",
+            }
+        }
+    )["PrometheusRule"]
+    before = {rule["alert"]: rule for rule in shipped_rules() if "alert" in rule}
+    after = {rule["alert"]: rule for rule in rules(made["spec"]["groups"]) if "alert" in rule}
+    assert after.keys() == before.keys() - {"SGLangWeightsReloaded"}
+    for name, rule in after.items():
+        assert rule["labels"] == {"team": "serving", "severity": "page"}
+        url = f"https://wiki.example.org/weights#{name.lower()}"
+        assert rule["annotations"] == {**before[name]["annotations"], "runbook_url": url}
+        assert rule["expr"] == before[name]["expr"]
+    assert [rule for rule in rules(made["spec"]["groups"]) if "record" in rule] == [
+        rule for rule in shipped_rules() if "record" in rule
+    ]
+
+
+def test_grafana_s_sidecar_finds_every_dashboard(render: Render) -> None:
+    """kube-prometheus-stack's looks for the label grafana_dashboard with the value 1."""
+    maps = render({})["ConfigMap"]
+    found = {}
+    for each in maps:
+        assert each["metadata"]["labels"]["grafana_dashboard"] == "1"
+        found.update({name: json.loads(text) for name, text in each["data"].items()})
+        # `kubectl apply` keeps the object once more, in an annotation, and the API refuses
+        # annotations of more than 256 KiB.
+        assert len(json.dumps(each)) < 256 * 1024
+    shipped = {path.name: json.loads(path.read_text()) for path in DASHBOARDS.glob("*.json")}
+    assert found == shipped
+    assert len(maps) == len(shipped) > 1
+
+
+def test_the_monitor_selects_what_the_component_makes(render: Render) -> None:
+    template = yaml.safe_load(PARTS.read_text())["template"]
+    (sidecar,) = (
+        each for each in template["spec"]["containers"] if each["name"] == "weight-exporter"
+    )
+    (monitor,) = render({})["PodMonitor"]
+    labels = monitor["spec"]["selector"]["matchLabels"]
+    assert labels == template["metadata"]["labels"]
+    ours, sglang_s = monitor["spec"]["podMetricsEndpoints"]
+    assert ours["port"] == sidecar["ports"][0]["name"]
+    assert sglang_s["port"] == "http"
+    (monitor,) = render({"podMonitor": {"sglang": {"port": 30000}}})["PodMonitor"]
+    assert monitor["spec"]["podMetricsEndpoints"][1]["portNumber"] == 30000
+
+
+# --- the network policy -------------------------------------------------------------------------
+
+
+def allowed(policy: Manifest, port: int | str, protocol: str = "TCP") -> list[Any]:
+    """Who may reach a port, as the API defines it; `["all"]` where a rule names nobody."""
+    found = []
+    for rule in policy["spec"]["ingress"]:
+        for each in rule["ports"]:
+            last = each.get("endPort", each["port"])
+            hit = each["port"] == port
+            if isinstance(port, int) and isinstance(last, int):
+                hit = each["port"] <= port <= last
+            if hit and each["protocol"] == protocol:
+                found += rule.get("from", ["all"])
+    return found
+
+
+MONITORING = {
+    "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}},
+}
+
+
+def test_only_the_exporter_s_port_is_closed_to_others(render: Render) -> None:
+    assert "NetworkPolicy" not in render({})
+    (policy,) = render({"networkPolicy": {"enabled": True}})["NetworkPolicy"]
+    assert policy["spec"]["podSelector"] == {"matchLabels": {"sglang-weights": "scrape"}}
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    assert allowed(policy, DEFAULT_PORT) == [MONITORING]
+    for port in (1, 22, DEFAULT_PORT - 1, DEFAULT_PORT + 1, 30000, 65535):
+        assert allowed(policy, port) == ["all"]
+    assert allowed(policy, DEFAULT_PORT, "UDP") == allowed(policy, 1, "SCTP") == ["all"]
+
+
+@pytest.mark.parametrize("port", [1, 65535])
+def test_a_port_at_the_end_of_the_range_leaves_no_empty_range(render: Render, port: int) -> None:
+    (policy,) = render({"networkPolicy": {"enabled": True, "port": port}})["NetworkPolicy"]
+    assert allowed(policy, port) == [MONITORING]
+    assert allowed(policy, 30000) == ["all"]
+    kubernetes_validate.validate(policy, "1.34", strict=True)
+    for rule in policy["spec"]["ingress"]:
+        assert all(each["port"] <= each.get("endPort", each["port"]) for each in rule["ports"])
+
+
+def test_where_others_close_the_pods_only_the_scrape_is_allowed(render: Render) -> None:
+    values = {"networkPolicy": {"enabled": True, "otherPorts": False}}
+    (policy,) = render(values)["NetworkPolicy"]
+    assert allowed(policy, DEFAULT_PORT) == allowed(policy, "http") == [MONITORING]
+    assert allowed(policy, 30000) == allowed(policy, 22) == []
+
+
+def test_the_notes_say_what_is_scraped_and_what_to_look_at(helm: Program) -> None:
+    done = helm("install", "release", CHART, "--dry-run=client")
+    assert done.returncode == 0, done.stderr
+    notes = done.stdout.partition("NOTES:")[2]
+    assert '{"sglang-weights":"scrape"}' in notes
+    assert re.search(r'port named "weights"', notes)

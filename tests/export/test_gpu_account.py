@@ -1,0 +1,151 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""A GPU's account: ranks' parts, NVML's processes, and what nobody can be told to have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from sglang_weight_exporter.export.gpu_account import WINDOW_SECONDS, GpuAccount, GpuAccounts
+from sglang_weight_exporter.export.nvml import GpuMemory
+from sglang_weight_exporter.records import (
+    MEMORY_PARTS,
+    Device,
+    DeviceMemory,
+    Engine,
+    MemoryPart,
+    Snapshot,
+)
+from sglang_weight_exporter.store.namespaces import HOST_PIDS
+
+UUID = "GPU-1"
+CONTAINER = 4026532000
+
+
+def rank(pid: int, *, namespace: int = HOST_PIDS, at: float = 1.0, **parts: int) -> Snapshot:
+    """A rank on the GPU whose torch holds these parts."""
+    everything: dict[MemoryPart, int] = {part: parts.get(part, 0) for part in MEMORY_PARTS}
+    size = sum(everything.values())
+    memory = DeviceMemory(
+        device="cuda:0",
+        at=at,
+        allocated=size,
+        reserved=size,
+        allocated_peak=size,
+        reserved_peak=size,
+        parts=everything,
+    )
+    return Snapshot(
+        rank_id=f"rank-{pid}",
+        pid=pid,
+        pid_namespace=namespace,
+        started_at=0.0,
+        engine=Engine(name="30000", instance="one"),
+        devices=(Device(name="cuda:0", uuid=UUID),),
+        memory=(memory,),
+    )
+
+
+def gpu(used: int, processes: dict[int, int] | None, **more: Any) -> GpuMemory:
+    return GpuMemory(
+        uuid=UUID,
+        index=0,
+        product="",
+        pci_bus_id="",
+        total_bytes=10_000,
+        used_bytes=used,
+        reserved_bytes=more.get("reserved", 400),
+        processes=processes,
+    )
+
+
+def read(accounts: GpuAccounts, ranks: list[Snapshot], seen: GpuMemory, now: float) -> GpuAccount:
+    (account,) = accounts.read(ranks, [seen], now)
+    return account
+
+
+def named(account: GpuAccount) -> dict[str, int]:
+    """Parts that hold something."""
+    return {part: nbytes for part, nbytes in (account.parts or {}).items() if nbytes}
+
+
+def test_parts_sum_to_the_gpu_and_name_everybody() -> None:
+    ranks = [rank(7, weights=1000, kv_pool=500), rank(8, weights=700)]
+    account = read(GpuAccounts(HOST_PIDS), ranks, gpu(4000, {7: 1800, 8: 900, 99: 1250}), now=0.0)
+    assert named(account) == {
+        "weights": 1700,
+        "kv_pool": 500,
+        "outside_torch": 300 + 200,
+        "other_processes": 1250,
+        "unattributed": 50,
+        "driver": 400,
+        "free": 10_000 - 4000 - 400,
+    }
+    assert sum(named(account).values()) == 10_000
+    assert [(each.used, each.outside_torch) for each in account.ranks] == [(1800, 300), (900, 200)]
+
+
+def test_what_torch_takes_between_two_looks_does_not_count_as_outside_of_it() -> None:
+    accounts, ranks = GpuAccounts(HOST_PIDS), [rank(7, weights=1000)]
+    assert named(read(accounts, ranks, gpu(1300, {7: 1300}), 0.0))["outside_torch"] == 300
+    later = read(accounts, ranks, gpu(1900, {7: 1900}), 1.0)
+    assert (named(later)["outside_torch"], named(later)["since_look"]) == (300, 600)
+    assert later.ranks[0].outside_torch == 300
+    looked = [rank(7, weights=1000, cached=600, at=2.0)]
+    assert "since_look" not in named(read(accounts, looked, gpu(1900, {7: 1900}), 2.0))
+
+
+def test_an_account_that_does_not_close_is_absent() -> None:
+    """In the middle of a release the process has less than its rank said."""
+    account = read(GpuAccounts(HOST_PIDS), [rank(7, weights=1000)], gpu(800, {7: 800}), 0.0)
+    assert account.parts is None
+    assert account.ranks[0].outside_torch is None
+    assert account.ranks[0].used == 800
+
+
+@pytest.mark.parametrize(
+    ("mine", "its"), [(CONTAINER, CONTAINER), (CONTAINER, HOST_PIDS), (HOST_PIDS, CONTAINER)]
+)
+def test_ids_of_a_container_are_matched_with_nobodys(mine: int, its: int) -> None:
+    """A process of the host may have the same number."""
+    ranks = [rank(7, namespace=its, weights=1000)]
+    account = read(GpuAccounts(mine), ranks, gpu(4000, {7: 1800, 99: 1250}), 0.0)
+    assert account.ranks[0].used is None
+    assert named(account)["weights"] == 1000
+    assert named(account)["unattributed"] == 3000
+    assert sum(named(account).values()) == 10_000
+
+
+def test_in_a_container_as_many_processes_as_ranks_are_theirs() -> None:
+    alone = read(
+        GpuAccounts(CONTAINER), [rank(1, namespace=5, weights=1000)], gpu(1900, {99: 1800}), 0.0
+    )
+    assert alone.ranks[0].outside_torch == 800
+    both = [rank(1, namespace=5, weights=1000), rank(2, namespace=6, weights=500)]
+    account = read(GpuAccounts(CONTAINER), both, gpu(2500, {98: 1500, 99: 900}), 0.0)
+    assert [each.used for each in account.ranks] == [None, None]
+    assert named(account)["outside_torch"] == 900
+    assert named(account)["unattributed"] == 100
+
+
+def test_without_a_list_of_processes_the_rest_is_nobodys() -> None:
+    account = read(GpuAccounts(HOST_PIDS), [rank(7, weights=1000)], gpu(4000, None), 0.0)
+    assert named(account) == {
+        "weights": 1000,
+        "unattributed": 3000,
+        "driver": 400,
+        "free": 5600,
+    }
+
+
+def test_the_most_in_use_is_that_of_the_last_minute_for_everybody_who_asks() -> None:
+    accounts, ranks = GpuAccounts(HOST_PIDS), [rank(7, weights=1000)]
+    for now, used in ((0.0, 1500), (1.0, 1900), (2.0, 1400)):
+        account = read(accounts, ranks, gpu(used, {7: used}), now)
+    assert (account.most_used, account.ranks[0].most_used) == (1900, 1900)
+    account = read(accounts, ranks, gpu(1400, {7: 1400}), 1.0 + WINDOW_SECONDS)
+    assert account.most_used == 1900
+    account = read(accounts, ranks, gpu(1400, {7: 1400}), 1.5 + WINDOW_SECONDS)
+    assert account.most_used == 1400

@@ -1,0 +1,203 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""`snapshot`: blocks are named, files are read by those that they are for, and nothing is run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import stat
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from published import ROWS, Command, PublishedRank
+
+from sglang_weight_exporter.records import MemoryDump, MemoryOwner
+from sglang_weight_exporter.store.rank import MEMORY
+
+#: An engine's memory with CUDA graphs on; see tests/capture/test_account.py.
+RECORDED = Path(__file__).parents[1] / "capture" / "recorded" / "graphs.json"
+
+
+def engine() -> tuple[list[dict[str, Any]], list[MemoryOwner], list[tuple[int, int]]]:
+    """The recorded segments as torch has them, what lies in them, and the graphs' pools."""
+    recorded = json.loads(RECORDED.read_text())
+    segments = [
+        {
+            "address": address,
+            "device": 0,
+            "stream": 0,
+            "total_size": size,
+            "allocated_size": sum(block[0] for block in blocks if block[2]),
+            "active_size": sum(block[0] for block in blocks if block[2]),
+            "segment_type": "large",
+            "segment_pool_id": pool,
+            "is_expandable": False,
+            "frames": [],
+            "blocks": [
+                {
+                    "size": size,
+                    "requested_size": asked,
+                    "state": "active_allocated" if live else "inactive",
+                    "frames": [],
+                }
+                for size, asked, live in blocks
+            ],
+        }
+        for address, size, pool, blocks in recorded["segments"]
+    ]
+    owners = [
+        MemoryOwner(address=address, nbytes=nbytes, part=part, name=f"{part} {number} (target)")
+        for part in ("weights", "kv_pool", "kv_tables")
+        for number, (address, nbytes) in enumerate(recorded[part])
+    ]
+    return segments, owners, [tuple(recorded["graph_pool"])]
+
+
+def leave(rank: PublishedRank) -> None:
+    """What the rank does at a look, once it was asked."""
+    segments, owners, pools = engine()
+    assert rank.store.memory_is_wanted
+    rank.store.leave_memory(
+        MemoryDump(
+            at=1.0,
+            segments=msgspec.json.encode(segments),
+            owners=tuple(owners),
+            graph_pools=tuple(pools),
+        )
+    )
+
+
+def test_a_rank_leaves_its_memory_when_it_was_asked(
+    rank: PublishedRank, command: Command, tmp_path: Path
+) -> None:
+    assert b"was not asked" in command("snapshot", "--output", str(tmp_path)).stderr
+    assert b"1 ranks leave their memory" in command("snapshot", "--ask").stdout
+    waiting = command("snapshot", "--output", str(tmp_path))
+    assert waiting.returncode == 1
+    assert b"nothing has happened to it" in waiting.stderr
+    leave(rank)
+    assert not rank.store.memory_is_wanted
+    taken = command("snapshot", "--output", str(tmp_path / "out"))
+    assert taken.returncode == 0, taken.stderr
+    viewer, perfetto = sorted((tmp_path / "out").iterdir(), key=lambda path: path.suffix)[::-1]
+    for path in (viewer, perfetto):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+    content = pickle.loads(viewer.read_bytes())
+    segments, owners, _ = engine()
+    weights = {owner.address: owner.name for owner in owners if owner.part == "weights"}
+    live = {
+        block["address"]: block
+        for segment in content["segments"]
+        for block in segment["blocks"]
+        if block["state"] != "inactive"
+    }
+    assert weights.keys() <= live.keys()
+    for address, name in weights.items():
+        assert live[address]["name"] == name
+        assert live[address]["frames"][0]["name"] == f"weights {name}"
+    blocks = [block for segment in content["segments"] for block in segment["blocks"]]
+    assert {block["part"] for block in blocks if "part" in block} == {
+        "weights",
+        "kv_pool",
+        "kv_tables",
+        "cuda_graphs",
+        "other_tensors",
+    }
+    events = [e for e in json.loads(perfetto.read_text())["traceEvents"] if e["ph"] == "X"]
+    assert sum(event["dur"] for event in events) == sum(each["total_size"] for each in segments)
+    assert set(weights.values()) <= {event["name"] for event in events}
+
+
+def test_pytorchs_own_reader_takes_the_file(
+    rank: PublishedRank, command: Command, tmp_path: Path
+) -> None:
+    viz = pytest.importorskip("torch.cuda._memory_viz", reason="needs torch, comes with SGLang")
+    command("snapshot", "--ask")
+    leave(rank)
+    assert command("snapshot", "--output", str(tmp_path)).returncode == 0
+    (viewer,) = tmp_path.glob("*.pickle")
+    content = pickle.loads(viewer.read_bytes())
+    summary = viz.segsum(content)
+    assert "segments: 54" in summary
+    assert "MemoryViz" in viz.segment_plot(content)
+
+
+def torchs_file(path: Path, rows: tuple[Any, ...] = ROWS) -> Path:
+    """As ``_dump_snapshot`` writes it, with a block a storage."""
+    blocks = [
+        {"size": 4096, "requested_size": 64, "state": "active_allocated", "frames": []},
+        {"size": 1024, "requested_size": 1024, "state": "active_allocated", "frames": []},
+        {"size": 1024, "requested_size": 4, "state": "active_allocated", "frames": []},
+        {"size": 1024, "requested_size": 0, "state": "inactive", "frames": []},
+    ]
+    segment = {"address": 4096, "device": 0, "total_size": 7168, "blocks": blocks}
+    path.write_bytes(pickle.dumps({"segments": [segment], "device_traces": [[]]}))
+    return path
+
+
+def test_blocks_of_a_file_of_torchs_are_named_by_the_ranks_table(
+    rank: PublishedRank, command: Command, tmp_path: Path
+) -> None:
+    done = command(
+        "snapshot", str(torchs_file(tmp_path / "dump.pickle")), "--output", str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    content = pickle.loads((tmp_path / "dump-named.pickle").read_bytes())
+    names = [block.get("name") for block in content["segments"][0]["blocks"]]
+    assert names == [
+        "embed.weight (target)",
+        "layers.0.w (target) and 1 more",
+        "layers.0.scale (target)",
+        None,
+    ]
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(Path.cwd() / "it-ran"),)
+
+
+def test_a_pickle_that_would_run_something_is_refused(
+    rank: PublishedRank, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.pickle").write_bytes(pickle.dumps({"segments": [Evil()]}))
+    done = command("snapshot", str(tmp_path / "evil.pickle"))
+    assert done.returncode == 1
+    assert b"mkdir, which no snapshot of torch needs" in done.stderr
+    assert not (tmp_path / "it-ran").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"no pickle",
+        pickle.dumps(7),
+        pickle.dumps({"segments": [{"address": 1}]}),
+        pickle.dumps({"segments": [{"address": 1, "total_size": 9, "blocks": []}]}),
+    ],
+)
+def test_what_is_no_snapshot_is_refused_in_words(
+    rank: PublishedRank, command: Command, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "file.pickle").write_bytes(content)
+    done = command("snapshot", str(tmp_path / "file.pickle"), "--output", str(tmp_path))
+    assert done.returncode == 1
+    assert b"Traceback" not in done.stderr
+    assert done.stderr.strip().endswith(b".")
+
+
+def test_a_file_that_a_rank_has_left_damaged_is_refused(
+    rank: PublishedRank, command: Command, tmp_path: Path
+) -> None:
+    (rank.store.path / MEMORY).write_bytes(io.BytesIO(b"\x81").getvalue())
+    done = command("snapshot", "--output", str(tmp_path))
+    assert done.returncode == 1
+    assert b"is damaged" in done.stderr
