@@ -18,12 +18,6 @@ TYPE_CHECKING = False  # typing's own costs its import; type checkers know the n
 if TYPE_CHECKING:
     from sglang_weight_exporter.capture.fingerprint import FingerprintError
     from sglang_weight_exporter.hooks.announce import record_update, updating
-    from sglang_weight_exporter.manifest import (
-        Manifest,
-        ManifestError,
-        read_manifest,
-        write_manifest,
-    )
     from sglang_weight_exporter.store.tables import (
         RankGoneError,
         Table,
@@ -33,6 +27,12 @@ if TYPE_CHECKING:
         open_tables,
     )
     from sglang_weight_exporter.trainer import fingerprint_tensors
+    from sglang_weight_exporter.verification.manifest import (
+        Manifest,
+        ManifestError,
+        read_manifest,
+        write_manifest,
+    )
     from sglang_weight_exporter.weight_table import Region, Row
 
 __all__ = [
@@ -63,7 +63,7 @@ def __getattr__(name: str) -> object:
     home = {"record_update": "hooks.announce", "updating": "hooks.announce"}
     home |= {"Region": "weight_table", "Row": "weight_table"}
     home |= dict.fromkeys(
-        ("Manifest", "ManifestError", "read_manifest", "write_manifest"), "manifest"
+        ("Manifest", "ManifestError", "read_manifest", "write_manifest"), "verification.manifest"
     )
     home |= {"fingerprint_tensors": "trainer", "FingerprintError": "capture.fingerprint"}
     module = import_module(f"{__name__}.{home.get(name, 'store.tables')}")

@@ -18,8 +18,8 @@ import torch
 
 from sglang_weight_exporter import fingerprint
 from sglang_weight_exporter.capture.fingerprint import Fingerprinter
-from sglang_weight_exporter.checkpoint_layout import FusedTensor, fuse
-from sglang_weight_exporter.manifest import ManifestTensor
+from sglang_weight_exporter.verification.checkpoint_layout import FusedTensor, fuse
+from sglang_weight_exporter.verification.manifest import ManifestTensor
 
 
 def fingerprint_tensors(

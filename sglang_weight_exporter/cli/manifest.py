@@ -9,18 +9,18 @@ import os
 import sys
 from pathlib import Path
 
-from sglang_weight_exporter.checkpoint import Checkpoint, CheckpointError
-from sglang_weight_exporter.checkpoint_layout import fuse, fused_bytes
 from sglang_weight_exporter.cli.flags import add_flags, ranks, settings_from
-from sglang_weight_exporter.manifest import (
+from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
+from sglang_weight_exporter.store.tables import TableError, open_tables
+from sglang_weight_exporter.verification.checkpoint import Checkpoint, CheckpointError
+from sglang_weight_exporter.verification.checkpoint_layout import fuse, fused_bytes
+from sglang_weight_exporter.verification.manifest import (
     ManifestTensor,
     Shard,
     encode,
     manifest_of,
     write_manifest,
 )
-from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
-from sglang_weight_exporter.store.tables import TableError, open_tables
 from sglang_weight_exporter.weight_table import table_fingerprints
 
 

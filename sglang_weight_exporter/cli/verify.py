@@ -21,17 +21,22 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sglang_weight_exporter.checkpoint import Checkpoint, CheckpointError
-from sglang_weight_exporter.checkpoint_layout import (
+from sglang_weight_exporter.cli.flags import add_flags, settings_from
+from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
+from sglang_weight_exporter.store.tables import Table, TableError, open_tables
+from sglang_weight_exporter.verification.checkpoint import Checkpoint, CheckpointError
+from sglang_weight_exporter.verification.checkpoint_layout import (
     FUSED,
     ServedTensor,
     expected_fingerprints,
 )
-from sglang_weight_exporter.cli.flags import add_flags, settings_from
-from sglang_weight_exporter.manifest import Manifest, ManifestError, Shard, read_manifest
-from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
-from sglang_weight_exporter.store.tables import Table, TableError, open_tables
-from sglang_weight_exporter.verification import Comparison, compare, compare_replicas
+from sglang_weight_exporter.verification.comparison import Comparison, compare, compare_replicas
+from sglang_weight_exporter.verification.manifest import (
+    Manifest,
+    ManifestError,
+    Shard,
+    read_manifest,
+)
 from sglang_weight_exporter.weight_table import table_fingerprints
 
 #: Names that a text lists of each kind.

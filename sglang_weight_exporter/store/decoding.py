@@ -42,8 +42,9 @@ LARGEST_RECORD = 16 * 2**20
 #: What the exporter process keeps for itself is smaller.
 LARGEST_NOTE = 2**20
 
-#: What Prometheus keeps as a float and OTLP as a signed integer of 64 bits.
-_LARGEST_INTEGER = 2**63 - 1
+#: What Prometheus keeps as a float and OTLP as a signed integer of 64 bits, in which sums of such
+#: numbers have to fit as well. In bytes it is 9 petabytes.
+_LARGEST_INTEGER = 2**53
 #: Times and durations are sent as nanoseconds; this is the year 2262.
 _LARGEST_SECONDS = 2**63 / 1e9
 

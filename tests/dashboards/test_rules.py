@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from monitoring import DASHBOARDS, RULES, run
+from panel_queries import expressions
 
 from sglang_weight_exporter.export.instruments import INSTRUMENTS
 
@@ -237,3 +239,34 @@ def test_labels_that_a_scrape_adds_stay_on_every_alert(tmp_path: Path) -> None:
 
 def test_a_cluster_with_equal_addresses_changes_nothing(tmp_path: Path) -> None:
     check(tmp_path, [with_a_twin(in_a_cluster(each), minutes=7) for each in scenarios()])
+
+
+def test_graphs_see_the_first_update_of_a_source(tmp_path: Path) -> None:
+    """Its histogram appears with it. A rank that is seen for the first time has had its updates
+    before."""
+    labels = 'instance="{}",source="disk"'
+    updates = "sglang_weight_updates_total"
+    buckets = "sglang_weight_update_duration_seconds_bucket"
+    board = json.loads((DASHBOARDS / "sglang-engine.json").read_text())
+    asked = [query for title, query, _ in expressions(board) if title == "Update duration"]
+    (expression,) = {query for query in asked if query.startswith("sum by (le)")}
+    series = [
+        (f"{updates}{{{labels.format('here')}}}", "0x5 1x5 2x5"),
+        (f'{buckets}{{{labels.format("here")},le="1"}}', "_x6 1x5 2x5"),
+        (f"{updates}{{{labels.format('new')}}}", "_x6 5x11"),
+        (f'{buckets}{{{labels.format("new")},le="1"}}', "_x6 5x11"),
+    ]
+    expression = re.sub(r"\{cluster=~[^}]*\}", "", expression).replace("$__interval", "1m")
+    scenario = {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series],
+        "promql_expr_test": [
+            {
+                "expr": expression,
+                "eval_time": f"{minute}m",
+                "exp_samples": [{"labels": '{le="1"}', "value": grown}],
+            }
+            for minute, grown in ((6, 1), (7, 0), (12, 1), (13, 0))
+        ],
+    }
+    check(tmp_path, [scenario])

@@ -214,6 +214,11 @@ def test_the_command_says_that_nothing_of_it_is_real(tmp_path: Path) -> None:
         of = {"model_name": "simulated/llama-70b", "kind": "parameter"}
         assert scrape.sum("sglang_weight_bytes", **of) == 8 * ONE_OF_EIGHT
         assert scrape.sum("sglang_weight_bytes") == 8 * (ONE_OF_EIGHT + ROTARY)
+        # The account of each GPU closes: its parts are all that it has.
+        assert scrape.sum("sglang_gpu_memory_bytes") == (
+            scrape.sum("sglang_gpu_memory_total_bytes")
+        )
+        assert scrape.sum("sglang_gpu_memory_bytes", part="unattributed") == 0
         assert scrape.sum("sglang_gpu_memory_used_bytes") > scrape.sum("sglang_weight_bytes")
         eventually(lambda: len(backend.spans("sglang.weights.load")) == 8, 30, what="the loads")
         span = backend.spans("sglang.weights.load")[0]

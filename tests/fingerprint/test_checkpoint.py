@@ -20,8 +20,8 @@ import tiny_model  # noqa: E402
 from safetensors_files import write  # noqa: E402
 
 from sglang_weight_exporter import fingerprint  # noqa: E402
-from sglang_weight_exporter.checkpoint import DTYPES, Checkpoint, CheckpointError  # noqa: E402
-from sglang_weight_exporter.checkpoint_layout import (  # noqa: E402
+from sglang_weight_exporter.verification.checkpoint import DTYPES, Checkpoint, CheckpointError  # noqa: E402
+from sglang_weight_exporter.verification.checkpoint_layout import (  # noqa: E402
     ServedTensor,
     UnverifiableError,
     bytes_of,
@@ -189,8 +189,9 @@ def test_what_cannot_be_said_is_said(
 
 def test_reading_needs_neither_torch_nor_safetensors(checkpoint: Checkpoint) -> None:
     code = (
-        "import sys; from pathlib import Path; from sglang_weight_exporter.checkpoint import "
-        "Checkpoint; assert Checkpoint(Path(sys.argv[1])).fingerprints();"
+        "import sys; from pathlib import Path; "
+        "from sglang_weight_exporter.verification.checkpoint import Checkpoint; "
+        "assert Checkpoint(Path(sys.argv[1])).fingerprints();"
         "assert not {'torch', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(checkpoint.path)], check=True)

@@ -18,16 +18,19 @@ import tiny_model
 
 import sglang_weight_exporter
 from sglang_weight_exporter import fingerprint
-from sglang_weight_exporter.checkpoint import Checkpoint
-from sglang_weight_exporter.checkpoint_layout import ServedTensor, expected_fingerprints
-from sglang_weight_exporter.manifest import (
+from sglang_weight_exporter.verification.checkpoint import Checkpoint
+from sglang_weight_exporter.verification.checkpoint_layout import (
+    ServedTensor,
+    expected_fingerprints,
+)
+from sglang_weight_exporter.verification.comparison import compare, compare_replicas
+from sglang_weight_exporter.verification.manifest import (
     ManifestError,
     ManifestTensor,
     encode,
     read_manifest,
     write_manifest,
 )
-from sglang_weight_exporter.verification import compare, compare_replicas
 
 A, B, C = (fingerprint.of_bytes(data) for data in (b"a", b"b", b"c"))
 

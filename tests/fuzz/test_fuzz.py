@@ -91,6 +91,11 @@ def valid(kind: Any) -> Any:
 
 SNAPSHOT, EVENT = valid(Snapshot), valid(Event)
 
+#: Each number is one that can be sent, and their sum is none.
+ROLE_OF_HUGE_NUMBERS = json.loads(
+    json.dumps(SNAPSHOT["roles"][0]).replace('"nbytes": 1', f'"nbytes": {2**63 - 1}')
+)
+
 
 def test_what_is_changed_is_valid_before() -> None:
     assert len(decode_snapshot(packed(SNAPSHOT), PATH).roles) == 1
@@ -100,6 +105,7 @@ def test_what_is_changed_is_valid_before() -> None:
 
 @fuzzed
 @given(st.one_of(changed_values(SNAPSHOT).map(packed), changed_bytes(packed(SNAPSHOT))))
+@example(content=packed({**SNAPSHOT, "roles": [ROLE_OF_HUGE_NUMBERS]}))
 @example(
     content=packed(SNAPSHOT).replace(b"a" * 32 + b"\xb3fingerprint", b"x" * 32 + b"\xb3fingerprint")
 )

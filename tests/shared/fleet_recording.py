@@ -78,6 +78,7 @@ async def series(directory: Path, end: float) -> dict[str, list[str]]:
     dcgm-exporter's and SGLang's own are made up in the shape that those programs give them.
     """
     found: dict[str, list[str]] = {}
+    labelled: dict[tuple[int, str], str] = {}
     async for at, host, text in scrapes(directory, end):
         address = f"10.0.0.{host + 1}"
         place = {"cluster": "east", "namespace": "serving", "pod": f"sglang-{host}"}
@@ -86,7 +87,8 @@ async def series(directory: Path, end: float) -> dict[str, list[str]]:
             if line.startswith("#"):
                 continue
             name, value = line.rsplit(" ", 1)
-            ours = with_labels(name, **scraped)
+            ours = labelled.get((host, name)) or with_labels(name, **scraped)
+            labelled[host, name] = ours
             found.setdefault(ours, []).append(f"{ours} {value} {at:.3f}\n")
             for shaped, its_value in shaped_like_others(name, float(value)):
                 theirs = with_labels(shaped.replace("gpu-host", address), **place)

@@ -26,7 +26,7 @@ def different(selection: Selection) -> str:
         f"{selection.series('sglang_weight_fingerprint')} * ignoring ({FACTS}) "
         f"group_left ({facts}) {selection.series('sglang_weight_info')}"
     )
-    sets = f'count without (fingerprint) (count_values by ({SHARD}) ("fingerprint", {located}))'
+    sets = f'count without (weights) (count_values by ({SHARD}) ("weights", {located}))'
     return named(rank_named(sets), "cluster", "model_name", "role", "rank")
 
 

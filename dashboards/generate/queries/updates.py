@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from . import ENGINE, TARGET, Selection, engine_named, happened, together
+from . import ENGINE, TARGET, Selection, engine_named, happened, host, named, rank_named, together
 
 BUCKETS = "sglang_weight_update_duration_seconds_bucket"
 
@@ -50,14 +50,51 @@ def age_named(selection: Selection) -> str:
     return engine_named(f"({age(selection)})")
 
 
+def since_the_first(selection: Selection, series: str, further: str, *matchers: str) -> str:
+    """As :func:`happened`, of series that appear with the first update of their source: what they
+    begin with is growth where the rank had been seen before. ``further``: labels that the count of
+    updates has not."""
+    counted = selection.series(series, *matchers)
+    seen = selection.series("sglang_weight_updates_total", *matchers)
+    before = (
+        f"{counted} offset $__interval"
+        f" or (0 * {counted} and ignoring ({further}) {seen} offset $__interval)"
+    )
+    return f"clamp_min({counted} - ({before}), 0)"
+
+
 def durations(selection: Selection) -> str:
     """Updates that ended, by how long they took."""
-    return f"sum by (le) ({happened(selection.series(BUCKETS))})"
+    return f"sum by (le) ({since_the_first(selection, BUCKETS, 'le')})"
+
+
+def phases(selection: Selection) -> str:
+    """Seconds of the slowest rank of each engine, by what they went to."""
+    grown = since_the_first(selection, "sglang_weight_update_phase_seconds_total", "phase", TARGET)
+    slowest_rank = f"max by ({ENGINE}, phase) (sum without (source) ({grown}))"
+    return f"sum by (phase) ({slowest_rank})"
+
+
+def slowest_ranks(selection: Selection) -> str:
+    """Seconds that updates took on the ranks that they took longest on."""
+    sums = "sglang_weight_update_duration_seconds_sum"
+    grown = f"sum without (source) ({since_the_first(selection, sums, '', TARGET)})"
+    return f"topk(3, {named(rank_named(host(grown)), 'cluster', 'host', 'engine', 'rank')} > 0)"
+
+
+def bytes_a_second(selection: Selection) -> str:
+    """While they came and were written, by source; each rank's are its own."""
+    came = selection.series("sglang_weight_update_bytes_total")
+    busy = selection.series("sglang_weight_update_phase_seconds_total", 'phase=~"receive|load"')
+    return (
+        f"sum by (source) (increase({came}[$__rate_interval]))"
+        f" / (sum by (source) (increase({busy}[$__rate_interval])) > 0)"
+    )
 
 
 def slowest(selection: Selection) -> str:
     """Median and 99th percentile over ranks of targets; only where an update ended."""
-    grown = f"sum by (le) (increase({selection.series(BUCKETS, TARGET)}[$__rate_interval]))"
+    grown = f"sum by (le) ({since_the_first(selection, BUCKETS, 'le', TARGET)})"
     return together(
         {
             "median": f"(histogram_quantile(0.5, {grown}) >= 0)",

@@ -83,4 +83,35 @@ def panels() -> list[Json]:
             NOT_LOADED,
             width=8,
         ),
+        timeseries(
+            "Where the time of updates went",
+            "Seconds of each engine's slowest rank: waiting for a call, a peer or a reader; "
+            "receiving; loading; unpacking, packing; flushing the cache; this exporter's own look.",
+            [query(updates.phases(ENGINES), "{{phase}}")],
+            "s",
+            "No update in this time range",
+            width=8,
+            bars=True,
+            calcs=("sum",),
+        ),
+        timeseries(
+            "Slowest ranks",
+            "The three ranks on which updates took longest, by their seconds.",
+            [query(updates.slowest_ranks(ENGINES), "{{where}}")],
+            "s",
+            "No update in this time range",
+            width=8,
+            bars=True,
+            calcs=("max",),
+        ),
+        timeseries(
+            "Bytes a second",
+            "What updates brought, by the time in which it came and was written, by source. Of "
+            "sources whose bytes are known.",
+            [query(updates.bytes_a_second(ENGINES), "{{source}}")],
+            "Bps",
+            "No update in this time range",
+            width=8,
+            calcs=("max",),
+        ),
     ]

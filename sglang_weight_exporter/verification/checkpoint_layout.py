@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_weight_exporter import fingerprint
-from sglang_weight_exporter.checkpoint import Checkpoint, StoredTensor
+from sglang_weight_exporter.verification.checkpoint import Checkpoint, StoredTensor
 
 if TYPE_CHECKING:
     import numpy as np
