@@ -40,7 +40,7 @@ GPU = {
     "sampling_backend": "pytorch",
     "mem_fraction_static": 0.5,
     "max_total_tokens": 20_000,
-    "cuda_graph_max_bs": 8,
+    "cuda_graph_max_bs_decode": 8,  # From 0.5.17 on.
 }
 CPU = {"device": "cpu", "mem_fraction_static": 0.4, "max_total_tokens": 4096}
 

@@ -50,13 +50,15 @@ class Installation:
     def modules(self) -> set[str]:
         return {target.module for target in self._targets}
 
-    def on_import(self, module: ModuleType) -> None:
-        """Wrap the targets of a module that has just run, and say in one line what is not seen
-        because this release has changed it. Never raises."""
+    def on_import(self, *modules: ModuleType) -> None:
+        """Wrap the targets of modules that have run, and say in one line what is not seen because
+        this release has changed it. Never raises. Those that had run before anybody watched come
+        together: a function that one of them lacks may be another's."""
         self._states = None
-        self._install_all(module.__name__, module)
+        for module in modules:
+            self._install_all(module.__name__, module)
         try:
-            self._complain(module.__name__)
+            self._complain({module.__name__ for module in modules})
         except Exception as error:
             self.report("hooks", error)
         # `python -m` runs a module under one of these names, the second in its spawned children.
@@ -75,8 +77,8 @@ class Installation:
                     self._failures[target] = f"could not be wrapped ({error!r})"
                     self.report(target.name, error)
 
-    def _complain(self, module: str) -> None:
-        named = dict.fromkeys(target.name for target in self._targets if target.module == module)
+    def _complain(self, modules: set[str]) -> None:
+        named = dict.fromkeys(target.name for target in self._targets if target.module in modules)
         version = _sglang_version()
         missing: dict[str, str] = {}
         for name in named.keys() - self._complained:
@@ -288,11 +290,13 @@ def watch(hook: ImportHook) -> None:
     """Have the targets wrapped: at once where SGLang's modules are there, else on their import."""
     installation = Installation(TARGETS, _make_observer)
     hook.installation = installation
+    there = []
     for name in installation.modules():
         hook.callbacks[name] = installation.on_import
         module = sys.modules.get(name)
         if module is not None and not getattr(module.__spec__, "_initializing", False):
-            installation.on_import(module)
+            there.append(module)
+    installation.on_import(*there)
 
 
 def _make_observer(installation: Installation) -> Observer:

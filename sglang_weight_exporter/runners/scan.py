@@ -207,12 +207,12 @@ class Scan:
             self._report("memory", error)
 
     def look_at_memory(
-        self, segments: Callable[[], Segments] = Segments.of_cuda, *, thorough: bool = True
+        self, segments: Callable[[], Segments] | None = None, *, thorough: bool = True
     ) -> None:
         """Read the account of the GPUs again. ``thorough``: its parts in any case."""
         pools = [storage for look in self._looks.values() for storage in look.kv_storages]
         try:
-            self.memory.look(segments, self._known, pools, thorough=thorough)
+            self.memory.look(segments or Segments.of_cuda, self._known, pools, thorough=thorough)
         except Exception as error:
             self._report("memory", error)
 

@@ -21,6 +21,7 @@ from standins import (
     WeightUpdater,
 )
 
+from sglang_weight_exporter.hooks.install import Installation, watch
 from sglang_weight_exporter.hooks.targets import (
     RUNNER,
     SCHEDULER,
@@ -99,6 +100,26 @@ def test_a_class_that_is_gone(
     assert status == "failed"
     assert f"{UPDATER}.WeightUpdater.begin_weight_update is gone" in reason
     assert len([record for record in caplog.records if UPDATER in record.getMessage()]) == 1
+
+
+def test_what_another_module_has_is_not_gone_however_late_the_hooks_come(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # As SGLang's plugin loader does it, where no .pth file was read: all of SGLang is there.
+    for name, there in (
+        (SCHEDULER, type("Scheduler", (), {})),
+        (
+            SCHEDULER_COMPONENT,
+            type("SchedulerWeightUpdaterManager", (SchedulerWeightUpdaterManager,), {}),
+        ),
+    ):
+        module = ModuleType(name)
+        setattr(module, there.__name__, there)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(Installation, "modules", lambda self: [SCHEDULER, SCHEDULER_COMPONENT])
+    watch(SimpleNamespace(callbacks={}, installation=None))
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "update_weights_from_disk is gone" not in said
 
 
 def test_a_rank_whose_runners_are_not_known_tells_of_its_hooks(

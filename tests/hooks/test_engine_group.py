@@ -5,12 +5,18 @@ have, as ranks have once they have met, an address and a random seed in common."
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from engines import eventually
+from monitoring import Monitoring
+from ranks import ExporterProcess
 from standins import Rank, Request
 
 from sglang_weight_exporter.hooks.targets import SCHEDULER
@@ -89,6 +95,58 @@ def test_an_engine_whose_address_is_not_known_is_no_group(tmp_path: Path) -> Non
 def test_an_engine_on_one_host_is_a_group_at_once(tmp_path: Path) -> None:
     host = Host(tmp_path, 0, seed=7, nnodes=1, dist_init_addr=None)
     assert host.before.group == host.engine.group == host.engine.instance
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> list[Host]:
+    return [Host(tmp_path / str(number), number, seed=7) for number in range(2)]
+
+
+@pytest.fixture
+def exporters(hosts: list[Host], tmp_path: Path) -> Iterator[list[ExporterProcess]]:
+    """One a host, as on hosts of their own."""
+    started = [ExporterProcess(host.rank.directory).start() for host in hosts]
+    try:
+        for exporter in started:
+            eventually(exporter.scrape, 30, what="metrics of the exporter process")
+        yield started
+    finally:
+        for exporter in started:
+            with contextlib.suppress(ProcessLookupError):
+                exporter.end(signal.SIGKILL)
+
+
+def test_a_host_that_is_behind_or_gone_is_one_alert(
+    hosts: list[Host], exporters: list[ExporterProcess], tmp_path: Path
+) -> None:
+    """A real Prometheus over both, with the shipped rules."""
+    group = hosts[0].engine.group
+    targets = " ".join(f"127.0.0.1:{exporter.port}" for exporter in exporters)
+    (tmp_path / "monitoring").mkdir()
+    monitoring = Monitoring(tmp_path / "monitoring", {"sglang-weights": targets}).start()
+
+    def raised(name: str) -> list[dict[str, Any]]:
+        return [each for each in monitoring.active_alerts(name) if each["state"] == "firing"]
+
+    try:
+        nodes = f'sglang_weight_engine_nodes{{engine_group="{group}"}}'
+        seen = f"count(count by (instance) ({nodes})) == 2"
+        eventually(lambda: monitoring.query(seen), 60, what="both hosts are scraped")
+        name = "SGLangWeightHostsDisagree"
+        hosts[0].traces()
+        (alert,) = eventually(lambda: raised(name), 60, what=name)
+        assert {"engine_group": group, "role": "target"}.items() <= alert["labels"].items()
+        hosts[1].traces()
+        eventually(lambda: not monitoring.active_alerts(name), 60, what=f"{name} resolves")
+        assert raised("SGLangWeightHostMissing") == []
+        exporters[1].end(signal.SIGKILL)
+        (alert,) = eventually(
+            lambda: raised("SGLangWeightHostMissing"), 60, what="SGLangWeightHostMissing"
+        )
+        assert alert["labels"]["engine_group"] == group
+        assert alert["annotations"]["summary"].startswith("1 hosts of an engine")
+    finally:
+        monitoring.stop()
 
 
 def ray(monkeypatch: pytest.MonkeyPatch, group: str) -> None:

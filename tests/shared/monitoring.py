@@ -102,7 +102,7 @@ class Monitoring:
 
     directory: Path
     targets: dict[str, str]
-    """Job name to `host:port`."""
+    """Job name to `host:port`, or several with spaces between."""
     scrape: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Job name to what its scrape configuration has besides."""
     port: int = field(default_factory=free_port)
@@ -126,7 +126,7 @@ class Monitoring:
             "scrape_configs": [
                 {
                     "job_name": job,
-                    "static_configs": [{"targets": [target]}],
+                    "static_configs": [{"targets": target.split()}],
                     **self.scrape.get(job, {}),
                 }
                 for job, target in self.targets.items()

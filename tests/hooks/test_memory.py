@@ -1,0 +1,199 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank says of its GPU's memory as SGLang's calls come; the allocator is made up."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
+
+from standins import ModelRunner, Rank, Request
+
+from sglang_weight_exporter.capture.allocations import Segments
+from sglang_weight_exporter.hooks.targets import RUNNER
+from sglang_weight_exporter.records import Device, DeviceMemory, MemoryDump, MemoryOwner
+from sglang_weight_exporter.runners.scan import Scan
+from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+
+GRAPHS = (0, 3)
+
+
+class Gpu:
+    """A segment that is free, and one of a graph's pool."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.cached = 1000
+        self.fails = False
+        monkeypatch.setattr("sglang_weight_exporter.runners.memory._cuda_stats", self.stats)
+        monkeypatch.setattr(Segments, "of_cuda", self.segments)
+        monkeypatch.setattr(
+            "sglang_weight_exporter.capture.devices.describe", lambda name: Device(name=name)
+        )
+        monkeypatch.setattr(
+            "sglang_weight_exporter.runners.memory.graph_pools", lambda: frozenset({GRAPHS})
+        )
+
+    def segments(self) -> Segments:
+        return Segments.of_snapshot(
+            {
+                "address": address,
+                "device": 0,
+                "total_size": size,
+                "segment_pool_id": pool,
+                "blocks": [{"size": size, "state": "inactive"}],
+            }
+            for address, size, pool in ((2**40, self.cached, (0, 0)), (2**41, 500, GRAPHS))
+        )
+
+    def stats(self) -> dict[int, dict[str, Any]]:
+        if self.fails:
+            raise RuntimeError("the driver is gone")
+        count = {"all": {"current": 2, "peak": 2}}
+        reserved = {"all": {"current": self.cached + 500, "peak": self.cached + 500}}
+        return {
+            0: {
+                "allocated_bytes": {"all": {"current": 0, "peak": 0}},
+                "reserved_bytes": reserved,
+                "active": count,
+                "segment": count,
+            }
+        }
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
+    return Gpu(monkeypatch)
+
+
+@pytest.fixture
+def rank(tmp_path: Path, gpu: Gpu) -> Rank:
+    return Rank(tmp_path)
+
+
+def memory(rank: Rank) -> DeviceMemory:
+    (found,) = rank.snapshot().memory
+    return found
+
+
+def directory(rank: Rank) -> RankDirectory:
+    ((found, _),) = SnapshotReader(RuntimeDir.open(rank.directory, os.environ)).read()
+    return found
+
+
+def test_a_load_has_an_account_and_an_update_its_growth(rank: Rank, gpu: Gpu) -> None:
+    def load() -> tuple[bool, str]:
+        gpu.cached += 300
+        return True, "Success"
+
+    runner = rank.runner(answers={"disk": load})
+    loaded = memory(rank)
+    assert loaded.parts is not None
+    assert (loaded.parts["cached"], loaded.parts["cuda_graphs"]) == (1000, 500)
+    assert loaded.before_update is None
+    gpu.cached = 1200  # By generation, since the load.
+    rank.scheduler(runner).update_weights_from_disk(Request())
+    found = memory(rank)
+    assert (found.before_update, found.after_update) == (1700, 2000)
+    assert found.physical == 2000 == sum((found.parts or {}).values())
+
+
+@pytest.mark.parametrize(
+    ("variable", "tags", "released"),
+    [
+        ("true", None, 500),
+        ("1", ["cuda_graph"], 500),
+        ("true", ["weights"], 0),
+        ("false", None, 0),
+        (None, ["cuda_graph"], 0),  # SGLang answers, and the saver has no graphs.
+    ],
+)
+def test_graphs_are_released_where_the_saver_has_them(
+    rank: Rank,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str | None,
+    tags: list[str] | None,
+    released: int,
+) -> None:
+    monkeypatch.delenv("SGLANG_MEMORY_SAVER_CUDA_GRAPH", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("SGLANG_MEMORY_SAVER_CUDA_GRAPH", variable)
+    runner = rank.runner(memory_saver_adapter=SimpleNamespace(enabled=True))
+    scheduler = rank.scheduler(runner)
+    scheduler.release_memory_occupation(Request(tags=tags))
+    gone = memory(rank)
+    assert (gone.released, gone.after_release) == (released, 1500 - released)
+    assert sum((gone.parts or {}).values()) == 1500 - released
+    scheduler.resume_memory_occupation(Request(tags=tags))
+    back = memory(rank)
+    assert (back.released, back.after_release, back.physical) == (0, 1500 - released, 1500)
+
+
+def test_a_driver_that_fails_costs_the_account_and_no_update(rank: Rank, gpu: Gpu) -> None:
+    runner = rank.runner()
+    gpu.fails = True
+    assert rank.scheduler(runner).update_weights_from_disk(Request()).success
+    ((_, snapshot),) = SnapshotReader(RuntimeDir.open(rank.directory, os.environ)).read()
+    assert snapshot.hook_errors["memory"] >= 1
+    (role,) = snapshot.roles
+    assert role.updates["disk"].updates == 1
+
+
+def test_memory_is_left_once_for_each_time_that_it_was_asked_for(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = MemoryDump(
+        at=1.0,
+        segments=b"[]",
+        owners=(MemoryOwner(address=1, nbytes=2, part="weights", name="w (target)"),),
+    )
+    monkeypatch.setattr(Scan, "dump_memory", lambda scan: left)
+    runner = rank.runner()
+    scheduler = rank.scheduler(runner)
+    scheduler.update_weights_from_disk(Request())
+    with pytest.raises(FileNotFoundError):
+        directory(rank).memory()
+    directory(rank).ask_for_memory()
+    scheduler.update_weights_from_disk(Request())
+    assert directory(rank).memory() == left
+    assert not directory(rank).memory_is_wanted
+
+
+def test_names_of_weights_are_those_of_the_table(rank: Rank) -> None:
+    rank.runner()
+    rank.runner(is_draft_worker=True)
+    scan = rank.installation._the_observer()._rank.scan
+    assert {(owner.name, owner.part, owner.nbytes) for owner in scan._owners()} == {
+        ("embed_tokens.weight (target)", "weights", 8 * 4 * 4),
+        ("proj.weight (target)", "weights", 4 * 4 * 4),
+        ("embed_tokens.weight (draft)", "weights", 8 * 4 * 4),
+        ("proj.weight (draft)", "weights", 4 * 4 * 4),
+    }
+
+
+def init_memory_pool(runner: Any, total_gpu_memory: float) -> None:
+    """Is told what was free before the load, and does not keep it."""
+    runner.token_to_kv_pool = SimpleNamespace()
+
+
+@pytest.mark.parametrize("release", ["0.5.10 and later", "until 0.5.9"])
+def test_what_the_pool_was_sized_from(rank: Rank, release: str) -> None:
+    attributes: dict[str, Any] = {"mem_fraction_static": 0.75}
+    if release == "until 0.5.9":
+        methods = {name: each for name, each in vars(ModelRunner).items() if callable(each)}
+        methods["init_memory_pool"] = init_memory_pool
+        old: Any = type("ModelRunner", (ModelRunner,), methods)
+        runner = rank.hook(RUNNER, old)(**attributes)
+        runner.init_memory_pool(79.5)
+        rank.workers.append(runner)
+    else:
+        rank.runner(pre_model_load_memory=79.5, **attributes).alloc_memory_pool()
+    budget = rank.snapshot().budget
+    assert (budget.fraction, budget.before_load) == (0.75, int(79.5 * 2**30))
+    assert budget.token_limit is None
