@@ -233,7 +233,7 @@ def now() -> list[Json]:
 
 def over_time() -> list[Json]:
     return [
-        gpu_bars(FLEET, width=10, height=9),
+        gpu_bars(FLEET, width=10, height=10),
         timeseries(
             "Headroom",
             "Free memory of the GPU with the least, and of the one in the middle (NVML).",
@@ -241,7 +241,7 @@ def over_time() -> list[Json]:
             "bytes",
             NO_NVML,
             width=4,
-            height=9,
+            height=10,
             explained_by_updates=True,
         ),
         timeseries(
@@ -251,7 +251,7 @@ def over_time() -> list[Json]:
             "short",
             "No update in this time range",
             width=5,
-            height=9,
+            height=10,
             bars=True,
             decimals=0,
             calcs=("sum",),
@@ -264,7 +264,7 @@ def over_time() -> list[Json]:
             "s",
             "No update in this time range",
             width=5,
-            height=9,
+            height=10,
             points=True,
         ),
     ]

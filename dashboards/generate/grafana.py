@@ -215,7 +215,7 @@ def stacked_bars(
             "legend": {
                 "showLegend": True,
                 "displayMode": "list",
-                "placement": "bottom",
+                "placement": "right",
                 "calcs": [],
             },
             "tooltip": {"mode": "multi", "sort": "none"},

@@ -8,6 +8,7 @@ import base64
 import contextlib
 import http.client
 import os
+import re
 import shutil
 import socket
 import ssl
@@ -106,6 +107,21 @@ def handshake(
 
 
 REFUSED = (ssl.SSLError, ConnectionError, http.client.RemoteDisconnected)
+
+
+def test_the_configuration_in_the_documentation_is_served(
+    configured: Started, directory: Path, authority: trustme.CA
+) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (block,) = (each for each in blocks if "tls_server_config" in each)
+    (directory / "cert.pem").rename(directory / "server.pem")
+    (directory / "key.pem").rename(directory / "server.key")
+    exporter = configured(block)
+    client = authority.issue_cert("prometheus.monitoring.svc")
+    assert handshake(exporter, authority, client)[0] == 401  # It has no password.
+    with pytest.raises(REFUSED):
+        handshake(exporter, authority, authority.issue_cert("grafana.monitoring.svc"))
 
 
 def test_users_are_let_in_by_password_and_see_every_page(configured: Started) -> None:

@@ -279,7 +279,8 @@ def test_an_update_one_of_whose_steps_meets_a_fault(
     assert (role.updates[source].calls, role.updates[source].failures) == (calls, 0)
     assert role.in_progress is None
     assert role.last_update is not None
-    assert role.updated_at == role.last_update.ended_at
+    assert role.updated_at is not None
+    assert role.last_update.started_at < role.updated_at <= role.last_update.ended_at
     assert role.table is not None
 
 

@@ -83,7 +83,7 @@ def rank_named(expression: str) -> str:
 
 
 def together(series: Mapping[str, str], label: str = "part") -> str:
-    """Several expressions without labels as one query, told apart by one label."""
+    """Several expressions as one query, told apart by one label that they do not have."""
     return " or ".join(
         f'label_replace({expression}, "{label}", "{name}", "", "")'
         for name, expression in series.items()

@@ -144,13 +144,8 @@ def gpu_named(expression: str, *kept: str) -> str:
     return f"sum by ({by}) ({named(host(placed), 'cluster', 'host', 'place')})"
 
 
-def fullest(selection: Selection) -> dict[str, str]:
-    """Parts of the GPUs with the most memory in use, named; the first part keeps the UUID."""
+def fullest(selection: Selection) -> str:
+    """Parts of the GPUs with the most memory in use, in one query, each with its name as `part`."""
     used = f"({nvml(selection, 'sglang_gpu_memory_used_bytes')} or on ({GPU}) {held(selection)})"
-    return {
-        name: gpu_named(
-            f"({expression} and on ({GPU}) topk({FULLEST}, {used}))",
-            *(["gpu_uuid"] if name == "Target weights" else []),
-        )
-        for name, expression in parts(selection).items()
-    }
+    shown = f"(({together(parts(selection))}) and on ({GPU}) topk({FULLEST}, {used}))"
+    return gpu_named(shown, "gpu_uuid", "part")

@@ -13,7 +13,6 @@ from ..grafana import (
     coloured,
     linked,
     override,
-    queries,
     query,
     runbook,
     stacked_bars,
@@ -47,8 +46,7 @@ STATES = {
 
 
 def gpu_bars(selection: Selection, *, width: int, height: int) -> Json:
-    parts = queries(memory.fullest(selection), instant=True, format="table")
-    values = {f"Value #{target['refId']}": target["legendFormat"] for target in parts}
+    shown = {name: number for number, name in enumerate(("where", *COLOURS, "gpu_uuid"))}
     return stacked_bars(
         "Where did my GPU memory go",
         f"Memory now of the {memory.FULLEST} GPUs with the most in use, by host and index: weights "
@@ -58,20 +56,18 @@ def gpu_bars(selection: Selection, *, width: int, height: int) -> Json:
         "for) and what is free. Weights and KV are measured from their storages, torch's parts "
         "are as of each rank's last look, the rest is NVML's, where free includes what the driver "
         "keeps for itself. A CPU engine has no NVML part.",
-        parts,
+        [query(memory.fullest(selection), instant=True)],
         [
-            {"id": "joinByField", "options": {"byField": "where", "mode": "outer"}},
+            {"id": "labelsToFields", "options": {"mode": "columns", "valueLabel": "part"}},
+            {"id": "merge", "options": {}},
             {
-                "id": "filterFieldsByName",
-                "options": {"include": {"names": ["where", *values, "gpu_uuid"]}},
+                "id": "organize",
+                "options": {"indexByName": shown, "excludeByName": {"Time": True}},
             },
         ],
         "where",
         NOT_LOADED,
-        *(
-            override(field, displayName=name, color={"mode": "fixed", "fixedColor": COLOURS[name]})
-            for field, name in values.items()
-        ),
+        *map(coloured, COLOURS),
         # No bar: Grafana shows it with the others in the tooltip.
         override("gpu_uuid", displayName="UUID"),
         share=False,

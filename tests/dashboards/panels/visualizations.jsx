@@ -105,6 +105,8 @@ export function text(props) {
 
 const AXIS = 22;
 const LEGEND = 28;
+// The widest name of a part, and its colour.
+const BESIDE = 190;
 
 function Canvas({ width, height, draw }) {
   const ref = React.useRef(null);
@@ -143,12 +145,15 @@ export function barchart(props) {
   const totals = x.values.map((_, i) => fields.reduce((sum, f) => sum + value(f, i), 0));
   const maximum = share ? 1 : Math.max(...totals);
   const order = x.values.map((_, i) => i).sort((a, b) => String(x.values[a]).localeCompare(String(x.values[b]), undefined, { numeric: true }));
-  const plotHeight = props.height - LEGEND;
+  const { placement } = options.legend;
+  const beside = placement === 'right';
+  const plotHeight = props.height - (beside ? 0 : LEGEND);
+  const plotWidth = props.width - (beside ? BESIDE : 0);
   const draw = (context) => {
     context.font = `${theme.typography.fontSize - 2}px ${theme.typography.fontFamily}`;
     const labels = x.values.map(String);
-    const left = Math.min(props.width * 0.4, Math.max(...labels.map((l) => context.measureText(l).width)) + 12);
-    const width = props.width - left - 24;
+    const left = Math.min(plotWidth * 0.4, Math.max(...labels.map((l) => context.measureText(l).width)) + 12);
+    const width = plotWidth - left - 24;
     const line = (plotHeight - AXIS) / order.length;
     context.textBaseline = 'middle';
     for (const mark of marks(maximum, share ? 5 : 6, !share)) {
@@ -177,9 +182,9 @@ export function barchart(props) {
   };
   const items = fields.map((f) => ({ label: getFieldDisplayName(f, frame), color: colour(f), yAxis: 1 }));
   return (
-    <div>
-      <Canvas width={props.width} height={plotHeight} draw={draw} />
-      <VizLegend items={items} displayMode="list" placement="bottom" />
+    <div style={{ display: beside ? 'flex' : 'block' }}>
+      <Canvas width={plotWidth} height={plotHeight} draw={draw} />
+      <VizLegend items={items} displayMode="list" placement={placement} />
     </div>
   );
 }
