@@ -230,7 +230,7 @@ def test_prometheus_and_alertmanager_accept_their_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("block", range(3))
 def test_configuration_in_the_documentation_is_accepted(tmp_path: Path, block: int) -> None:
-    text = (ROOT / "docs" / "deployment.md").read_text()
+    _, _, text = (ROOT / "docs" / "deployment.md").read_text().partition("## Many hosts")
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert len(blocks) == 3
     fragment = yaml.safe_load(blocks[block])
