@@ -14,7 +14,15 @@ import torch
 
 def of_call(argument: Callable[[str], Any]) -> int | None:
     """By the arguments of a call that writes weights, as SGLang names them; ``None`` where they do
-    not tell: names and tensors, one flat tensor, or types and shapes of what is broadcast."""
+    not tell, or are something else than SGLang takes, which is SGLang's to refuse: names and
+    tensors, one flat tensor, or types and shapes of what is broadcast."""
+    try:
+        return _of_arguments(argument)
+    except (AttributeError, TypeError, ValueError):
+        return None
+
+
+def _of_arguments(argument: Callable[[str], Any]) -> int | None:
     named = argument("named_tensors")
     if isinstance(named, dict):
         return _of_tensors([named.get("flattened_tensor")])

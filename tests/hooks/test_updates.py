@@ -47,6 +47,20 @@ def rank(tmp_path: Path) -> Rank:
 # Sessions, from 0.5.21 on.
 
 
+@pytest.mark.parametrize("handed_over", [["no pair"], [1], 7, [("name", torch.ones(4), "more")]])
+def test_tensors_in_another_form_than_sglangs_cost_their_bytes_and_no_count(
+    rank: Rank, handed_over: Any
+) -> None:
+    runner = rank.runner()
+    updater = runner.weight_updater
+    updater.begin_weight_update()
+    updater.update_weights_from_tensor(handed_over)
+    updater.end_weight_update(run_post_load=False)
+    counts = rank.role().updates["tensor"]
+    assert (counts.updates, counts.calls, counts.nbytes) == (1, 1, None)
+    assert rank.installation.errors == {}
+
+
 def test_a_session_is_one_update_of_its_calls(rank: Rank) -> None:
     runner = rank.runner()
     session(runner, loads=3)
