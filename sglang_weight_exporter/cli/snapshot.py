@@ -27,6 +27,9 @@ from sglang_weight_exporter.weight_table import table_rows
 #: A pickle of a history of a million allocations, and no more than a machine has.
 LARGEST_PICKLE = 2**32
 
+#: The newest that PyTorch's viewer reads. Python 3.14 writes a newer one unless it is told.
+VIEWERS_PROTOCOL = 4
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
@@ -191,7 +194,8 @@ def name_blocks(
     graph_pools: set[tuple[int, int]],
 ) -> None:
     """Write into each block that is somebody's what it is: as the innermost frame of its history,
-    which PyTorch's viewer shows."""
+    which PyTorch's viewer shows. The tensor's name stands for the file: the viewer hides a frame
+    whose function has ``_start`` in its name, and tensors have that too."""
     ordered = sorted(owners, key=lambda owner: owner.address)
     starts = [owner.address for owner in ordered]
     for segment in segments:
@@ -213,8 +217,31 @@ def name_blocks(
                 part = "cuda_graphs" if of_graph else "other_tensors"
                 name = ""
             block["part"], block["name"] = part, name
-            frame = {"name": f"{part} {name}".strip(), "filename": part, "line": 0}
+            frame = {"name": part, "filename": name or part, "line": 0}
             block["frames"] = [frame, *block.get("frames", ())]
+
+
+def name_allocations(content: dict[str, Any]) -> None:
+    """Give the allocations of a history the names of the blocks that they have made. Of those the
+    viewer's timeline shows the allocation's frames, and not the block's. Raises
+    :class:`SnapshotError`."""
+    try:
+        for device, events in enumerate(content["device_traces"]):
+            frames = {
+                block["address"]: block["frames"][0]
+                for segment in content["segments"]
+                if segment.get("device", 0) == device
+                for block in segment["blocks"]
+                if block["state"] != "inactive"
+            }
+            for event in reversed(events):
+                if event["action"] in {"alloc", "free_completed"}:
+                    # What was there before the last one was something else.
+                    frame = frames.pop(event["addr"], None)
+                    if frame is not None and event["action"] == "alloc":
+                        event["frames"] = [frame, *event.get("frames", ())]
+    except (TypeError, KeyError, AttributeError) as error:
+        raise SnapshotError(f"Its history is not as torch has it ({error!r}).") from error
 
 
 def trace_events(segments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -256,10 +283,11 @@ def _write(
     name_blocks(segments, owners, graph_pools)
     devices = 1 + max((int(segment.get("device", 0)) for segment in segments), default=0)
     content.setdefault("device_traces", [[] for _ in range(devices)])
+    name_allocations(content)
     stem.parent.mkdir(parents=True, exist_ok=True)
     viewer, perfetto = Path(f"{stem}.pickle"), Path(f"{stem}.perfetto.json")
     for path, written in (
-        (viewer, pickle.dumps(content)),
+        (viewer, pickle.dumps(content, protocol=VIEWERS_PROTOCOL)),
         (perfetto, json.dumps({"traceEvents": trace_events(segments)}).encode()),
     ):
         # Addresses are for their owner alone.

@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from published import ROWS, Command, PublishedRank
 
 from sglang_weight_exporter.records import MemoryDump, MemoryOwner
 from sglang_weight_exporter.store.rank import MEMORY
+from sglang_weight_exporter.weight_table import Row
 
 #: An engine's memory with CUDA graphs on; see tests/capture/test_account.py.
 RECORDED = Path(__file__).parents[1] / "capture" / "recorded" / "graphs.json"
@@ -100,7 +102,8 @@ def test_a_rank_leaves_its_memory_when_it_was_asked(
     assert weights.keys() <= live.keys()
     for address, name in weights.items():
         assert live[address]["name"] == name
-        assert live[address]["frames"][0]["name"] == f"weights {name}"
+        assert live[address]["frames"][0] == {"filename": name, "line": 0, "name": "weights"}
+    assert viewer.read_bytes()[:2] == b"\x80\x04", "the viewer reads no later protocol"
     blocks = [block for segment in content["segments"] for block in segment["blocks"]]
     assert {block["part"] for block in blocks if "part" in block} == {
         "weights",
@@ -128,7 +131,7 @@ def test_pytorchs_own_reader_takes_the_file(
     assert "MemoryViz" in viz.segment_plot(content)
 
 
-def torchs_file(path: Path, rows: tuple[Any, ...] = ROWS) -> Path:
+def torchs_file(path: Path, history: Sequence[Any] = ()) -> Path:
     """As ``_dump_snapshot`` writes it, with a block a storage."""
     blocks = [
         {"size": 4096, "requested_size": 64, "state": "active_allocated", "frames": []},
@@ -137,7 +140,7 @@ def torchs_file(path: Path, rows: tuple[Any, ...] = ROWS) -> Path:
         {"size": 1024, "requested_size": 0, "state": "inactive", "frames": []},
     ]
     segment = {"address": 4096, "device": 0, "total_size": 7168, "blocks": blocks}
-    path.write_bytes(pickle.dumps({"segments": [segment], "device_traces": [[]]}))
+    path.write_bytes(pickle.dumps({"segments": [segment], "device_traces": [[*history]]}))
     return path
 
 
@@ -156,6 +159,47 @@ def test_blocks_of_a_file_of_torchs_are_named_by_the_ranks_table(
         "layers.0.scale (target)",
         None,
     ]
+
+
+def test_allocations_of_a_history_have_the_names_of_their_blocks(
+    rank: PublishedRank, command: Command, tmp_path: Path
+) -> None:
+    """What the viewer's timeline shows; the blocks' own frames it shows of what is older."""
+    by = {"name": "load", "filename": "loader.py", "line": 7}
+    steps = [
+        ("segment_alloc", 4096),
+        ("alloc", 4096),  # Of a tensor that is no more, where a weight is now.
+        ("free_requested", 4096),
+        ("free_completed", 4096),
+        ("alloc", 4096),
+        ("alloc", 9216),  # Where a weight is now that came when no history was taken.
+        ("free_requested", 9216),
+        ("free_completed", 9216),
+        ("alloc", 10240),
+        ("free_requested", 10240),
+        ("free_completed", 10240),
+        ("snapshot", 0),
+    ]
+    history = [{"action": action, "addr": address, "frames": [by]} for action, address in steps]
+    file = torchs_file(tmp_path / "dump.pickle", history)
+    done = command("snapshot", str(file), "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    content = pickle.loads((tmp_path / "dump-named.pickle").read_bytes())
+    weight = {"filename": "embed.weight (target)", "line": 0, "name": "weights"}
+    frames = [event["frames"] for event in content["device_traces"][0]]
+    assert frames == [[weight, by] if number == 4 else [by] for number in range(len(steps))]
+    assert content["segments"][0]["blocks"][0]["frames"] == [weight]
+
+
+def test_the_viewer_hides_no_name(rank: PublishedRank, command: Command, tmp_path: Path) -> None:
+    """``frameFilter`` of torch/utils/viz/MemoryViz.js drops functions with this in their name."""
+    name = "audio_tower.layers.0.ffw_layer_start.ffw_layer_1.weight"
+    rank.publish([Row(name, *ROWS[0][1:])])
+    command("snapshot", str(torchs_file(tmp_path / "dump.pickle")), "--output", str(tmp_path))
+    content = pickle.loads((tmp_path / "dump-named.pickle").read_bytes())
+    (frame,) = content["segments"][0]["blocks"][0]["frames"]
+    assert frame["filename"] == f"{name} (target)"
+    assert "_start" not in frame["name"]
 
 
 class Evil:
@@ -182,6 +226,7 @@ def test_a_pickle_that_would_run_something_is_refused(
         pickle.dumps(7),
         pickle.dumps({"segments": [{"address": 1}]}),
         pickle.dumps({"segments": [{"address": 1, "total_size": 9, "blocks": []}]}),
+        pickle.dumps({"segments": [], "device_traces": [[{"action": "alloc"}]]}),
     ],
 )
 def test_what_is_no_snapshot_is_refused_in_words(
