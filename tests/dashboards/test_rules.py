@@ -82,10 +82,6 @@ def test_every_alert_is_tested_and_has_a_runbook() -> None:
         ("quantization, sglang_version, gpu_name\n", "quantization\n"),
         ('{during="release"}', "{}"),
         ('min_over_time(sglang_weight_update_in_progress{role="target"}[5m]) > 0', "vector(1)"),
-        (
-            "max without (tp_rank, dp_rank, moe_ep_rank, device, gpu_uuid) (\n            min",
-            "(min",
-        ),
         ("unless sum without (source) (changes(sglang_weight_updates_total[5m])) > 0", ""),
         ("sglang_weight_update_bytes_total == 0\n              or", ""),
         (
