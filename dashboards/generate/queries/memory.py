@@ -136,10 +136,13 @@ def gpu_named(expression: str, *kept: str) -> str:
         ' "place", "GPU $1", "gpu", "(.*)"), "place", "$1", "gpu_uuid", "(MIG-.{8}).*")'
     )
     without_index = (
-        f'label_replace(label_replace({expression}, "place", "$1",'
-        ' "gpu_uuid", "(.{12}).*"), "place", "CPU", "gpu_uuid", "")'
+        f'label_replace(label_replace(group by ({GPU}) ({expression}), "place", "$1",'
+        ' "gpu_uuid", "(.{1,12}).*"), "place", "CPU", "gpu_uuid", "")'
     )
-    placed = f"({expression} * on ({GPU}) group_left (place) {index} or on ({GPU}) {without_index})"
+    # One series a GPU on both sides: where one of the left ends, VictoriaMetrics goes on with the
+    # values of whatever matches it on the right.
+    place = f"({index} or on ({GPU}) {without_index})"
+    placed = f"({expression} * on ({GPU}) group_left (place) {place})"
     by = ", ".join(["where", *kept])
     return f"sum by ({by}) ({named(host(placed), 'cluster', 'host', 'place')})"
 
