@@ -57,7 +57,7 @@ check: lint
 	@$(call say,Suites without SGLang)
 	$(environment) python 3 .venv/python3
 	$(call install-wheel,.venv/python3,--group test)
-	.venv/python3/bin/pytest $(LIGHT) $(PYTEST_ARGUMENTS)
+	.venv/python3/bin/pytest -n 4 $(LIGHT) $(PYTEST_ARGUMENTS)
 
 lint: wheel
 	@$(call say,ruff mypy lint-imports)
