@@ -103,7 +103,7 @@ class WeightTable(Record, frozen=True, kw_only=True):
 NO_FINGERPRINT = "0" * 32
 
 #: What the SHA-256 of a table covers, in this order.
-_FINGERPRINTED = (
+HASHED = (
     "names",
     *NUMBERS,
     *(part for column in CODED for part in (column, f"{column}_values")),
@@ -118,7 +118,7 @@ def table_sha256(fields: Mapping[str, Any]) -> str:
     regions are not part of it.
     """
     digest = hashlib.sha256()
-    for name in _FINGERPRINTED:
+    for name in HASHED:
         column = fields[name]
         content = column if isinstance(column, bytes) else msgspec.json.encode(column)
         digest.update(len(content).to_bytes(8, "little"))

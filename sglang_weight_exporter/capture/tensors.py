@@ -14,10 +14,10 @@ numbers and names, so that Python's garbage collector never has a reason to run 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from operator import attrgetter, eq, is_not
+from operator import is_not
 from typing import Any
 
 import torch
@@ -43,13 +43,8 @@ class NamedTensors:
     tensors: list[torch.Tensor]
     parameters: int
     buffers: int
-    #: Names of module attributes, ``None`` ones included, in the order of the walk: what a look
-    #: that builds no names compares.
-    keys: list[str]
     #: Modules walked, a shared one as often as it appears.
     modules: int
-    #: Whether each tensor is itself what its module holds, and no part of a wrapper subclass.
-    plain: bool
 
 
 def named_tensors(model: torch.nn.Module, slots: Iterable[Slot] = ()) -> NamedTensors:
@@ -61,11 +56,9 @@ def named_tensors(model: torch.nn.Module, slots: Iterable[Slot] = ()) -> NamedTe
     """
     prefixes, modules = _walk(model)
     own: list[tuple[list[str], list[torch.Tensor]]] = [([], []), ([], [])]
-    keys: list[list[str]] = [[], []]
     for prefix, module in zip(prefixes, modules, strict=True):
         for number, held in enumerate((module._parameters, module._buffers)):
             if held:
-                keys[number].extend(held)
                 names, tensors = own[number]
                 for name, tensor in held.items():
                     if tensor is not None:
@@ -79,17 +72,14 @@ def named_tensors(model: torch.nn.Module, slots: Iterable[Slot] = ()) -> NamedTe
             derived[0].append((prefix + ".".join(map(str, path))).replace("\n", "\\n"))
             derived[1].append(tensor)
     found = [*own, derived]
-    plain = not any(map(_wraps, set(map(type, chain(*(tensors for _, tensors in found))))))
-    if not plain:
+    if any(map(_wraps, set(map(type, chain(*(tensors for _, tensors in found)))))):
         found = [_unwrapped(names, tensors) for names, tensors in found]
     return NamedTensors(
         names=found[0][0] + found[1][0] + found[2][0],
         tensors=found[0][1] + found[1][1] + found[2][1],
         parameters=len(found[0][0]),
         buffers=len(found[1][0]),
-        keys=keys[0] + keys[1],
         modules=len(modules),
-        plain=plain,
     )
 
 
@@ -187,16 +177,21 @@ def _at(module: torch.nn.Module, path: tuple[Any, ...]) -> torch.Tensor | None:
 
 @dataclass(frozen=True)
 class Remembered:
-    """Enough of one look to tell whether another would find the same, a fraction of its price."""
+    """Enough of one look for the next to find what is elsewhere, a fraction of its price."""
 
     slots: tuple[Slot, ...]
     modules: int
+    #: Names of parameters, buffers and child modules, in the order of the walk.
     keys: list[str]
+    #: Which of what is under the names, and then in the slots, is no tensor of its own.
+    absent: list[int]
     #: ``id()`` of each tensor. A new object may have an old number, so all else is compared too.
     ids: list[int]
     data_ptr: list[int]
     shape: list[torch.Size]
     dtype: list[torch.dtype]
+    #: As ``get_device()`` has it.
+    device: list[int]
     contiguous: list[bool]
     #: Row → stride, of those that are not contiguous.
     stride: Mapping[int, tuple[int, ...]]
@@ -206,6 +201,7 @@ class Remembered:
     @classmethod
     def of(
         cls,
+        model: torch.nn.Module,
         found: NamedTensors,
         slots: tuple[Slot, ...],
         *,
@@ -214,85 +210,130 @@ class Remembered:
         dtype: list[torch.dtype],
         storage_ptr: list[int],
         storage_nbytes: list[int],
-    ) -> Remembered:
+    ) -> Remembered | None:
         """The columns: of each of the tensors that were found. Equal shapes are one object, as
-        twenty thousand would be the collector's work."""
-        contiguous = list(map(torch.Tensor.is_contiguous, found.tensors))
+        twenty thousand would be the collector's work. ``None``: what was found is not what hangs
+        under the names (parts of a wrapper), or a module contains itself."""
+        keys, absent, tensors = _held(model, slots, found.modules)
+        ids = list(map(id, tensors))
+        if ids != list(map(id, found.tensors)):
+            return None
+        contiguous = list(map(torch.Tensor.is_contiguous, tensors))
         return cls(
             slots=slots,
             modules=found.modules,
-            keys=found.keys,
-            ids=list(map(id, found.tensors)),
+            keys=keys,
+            absent=absent,
+            ids=ids,
             data_ptr=data_ptr,
             shape=shape,
             dtype=dtype,
+            device=list(map(torch.Tensor.get_device, tensors)),
             contiguous=contiguous,
-            stride={
-                row: found.tensors[row].stride() for row, run in enumerate(contiguous) if not run
-            },
+            stride={row: tensors[row].stride() for row, run in enumerate(contiguous) if not run},
             storage_ptr=storage_ptr,
             storage_nbytes=storage_nbytes,
         )
 
-    def is_current(self, model: torch.nn.Module) -> bool:
-        """Whether every tensor of the model is where it was, as it was."""
-        modules, keys, held = self._held(model)
-        if len(modules) != self.modules or keys != self.keys:
-            return False
-        tensors: list[torch.Tensor] = list(filter(_present, held))
-        if self.slots:
-            tensors += self._derived(modules, tensors)
+    def look(self, model: torch.nn.Module) -> Remembered | None:
+        """What hangs under the same names now, as long as every tensor is what it was, be it
+        elsewhere; itself if nothing is. ``None``: something else has changed."""
+        keys, absent, tensors = _held(model, self.slots, self.modules)
+        if keys != self.keys or absent != self.absent:
+            return None
+        if self._is_current(tensors):
+            return self
+        for tensor, shape, dtype, contiguous in zip(
+            tensors, self.shape, self.dtype, self.contiguous, strict=True
+        ):
+            if (
+                tensor.shape != shape
+                or tensor.dtype is not dtype
+                or tensor.is_contiguous() is not contiguous
+            ):
+                return None
+        if (
+            not self._has_strides(tensors)
+            or list(map(torch.Tensor.get_device, tensors)) != self.device
+        ):
+            return None
+        data_ptr = list(map(torch.Tensor.data_ptr, tensors))
         ids = list(map(id, tensors))
-        return (
-            len(tensors) == len(self.ids)
-            and list(map(torch.Tensor.data_ptr, tensors)) == self.data_ptr
-            and all(map(eq, map(attrgetter("shape"), tensors), self.shape))
-            and list(map(attrgetter("dtype"), tensors)) == self.dtype
-            and list(map(torch.Tensor.is_contiguous, tensors)) == self.contiguous
-            and all(tensors[row].stride() == stride for row, stride in self.stride.items())
-            and (ids == self.ids or self._same_storages(tensors, ids))
+        storage_ptr, storage_nbytes = self.storage_ptr.copy(), self.storage_nbytes.copy()
+        for row, (tensor, address, number, old_address, old_number) in enumerate(
+            zip(tensors, data_ptr, ids, self.data_ptr, self.ids, strict=True)
+        ):
+            if address != old_address or number != old_number:
+                if not address:  # On no device, or of no bytes.
+                    return None
+                storage = tensor.untyped_storage()
+                storage_ptr[row] = storage.data_ptr()
+                storage_nbytes[row] = storage.nbytes()
+        return replace(
+            self,
+            ids=ids,
+            data_ptr=data_ptr,
+            storage_ptr=storage_ptr,
+            storage_nbytes=storage_nbytes,
         )
 
-    def _held(self, model: torch.nn.Module) -> tuple[list[torch.nn.Module], list[str], list[Any]]:
-        """The modules in the order of the walk, what each names, and what is under the names.
-        One pass: modules and their dictionaries are not in the processor's caches. It ends once
-        there are more modules than there were, as one that contains itself has no end."""
-        found: list[torch.nn.Module] = []
-        keys: list[str] = []
-        tensors: list[Any] = []
-        names_of_buffers: list[str] = []
-        buffers: list[Any] = []
-        stack: list[torch.nn.Module | None] = [model]
-        while stack and len(found) <= self.modules:
-            module = stack.pop()
-            if module is None:
-                continue
-            found.append(module)
-            if held := module._parameters:
-                keys.extend(held)
-                tensors.extend(held.values())
-            if held := module._buffers:
-                names_of_buffers.extend(held)
-                buffers.extend(held.values())
-            if children := module._modules:
-                stack.extend(reversed(children.values()))
-        return found, keys + names_of_buffers, tensors + buffers
+    def _is_current(self, tensors: list[torch.Tensor]) -> bool:
+        """Whether every tensor is where it was, as it was. They are not in the processor's caches:
+        what is asked of each is asked at once."""
+        for tensor, address, shape, dtype, contiguous in zip(
+            tensors, self.data_ptr, self.shape, self.dtype, self.contiguous, strict=True
+        ):
+            if (
+                tensor.data_ptr() != address
+                or tensor.shape != shape
+                or tensor.dtype is not dtype
+                or tensor.is_contiguous() is not contiguous
+            ):
+                return False
+        return list(map(id, tensors)) == self.ids and self._has_strides(tensors)
 
-    def _derived(
-        self, modules: list[torch.nn.Module], tensors: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        held = set(map(id, tensors))
-        found = (_at(modules[number], path) for number, _, path in self.slots)
-        return [tensor for tensor in found if tensor is not None and id(tensor) not in held]
+    def _has_strides(self, tensors: list[torch.Tensor]) -> bool:
+        return all(tensors[row].stride() == stride for row, stride in self.stride.items())
 
-    def _same_storages(self, tensors: list[torch.Tensor], ids: list[int]) -> bool:
-        """Whether tensors that are new objects at an old address have the old storage."""
-        for row, (old, new) in enumerate(zip(self.ids, ids, strict=True)):
-            if old != new:
-                storage = tensors[row].untyped_storage()
-                if (
-                    storage.data_ptr() != self.storage_ptr[row]
-                    or storage.nbytes() != self.storage_nbytes[row]
-                ):
-                    return False
-        return True
+
+def _held(
+    model: torch.nn.Module, slots: tuple[Slot, ...], limit: int
+) -> tuple[list[str], list[int], list[torch.Tensor]]:
+    """All names, which of them and of the slots hold no tensor, and the tensors, in the order of
+    :func:`named_tensors`. One pass, no names with dots: modules and their dictionaries are not in
+    the processor's caches. It ends behind ``limit`` modules, as a module that contains itself has
+    no end."""
+    modules: list[torch.nn.Module] = []
+    keys: list[str] = []
+    held: list[Any] = []
+    names_of_buffers: list[str] = []
+    buffers: list[Any] = []
+    stack: list[torch.nn.Module | None] = [model]
+    while stack and len(modules) <= limit:
+        module = stack.pop()
+        if module is None:
+            continue
+        modules.append(module)
+        if parameters := module._parameters:
+            keys.extend(parameters)
+            held.extend(parameters.values())
+        if module._buffers:
+            names_of_buffers.extend(module._buffers)
+            buffers.extend(module._buffers.values())
+        if children := module._modules:
+            keys.extend(children)
+            stack.extend(reversed(children.values()))
+    held += buffers
+    tensors: list[torch.Tensor] = list(filter(_present, held))
+    absent: list[int] = []
+    if len(tensors) != len(held):
+        absent = [row for row, tensor in enumerate(held) if tensor is None]
+    if slots:
+        known = set(map(id, tensors))
+        for row, (number, _, path) in enumerate(slots, start=len(held)):
+            tensor = _at(modules[number], path) if number < len(modules) else None
+            if tensor is None or id(tensor) in known:
+                absent.append(row)
+            else:
+                tensors.append(tensor)
+    return keys + names_of_buffers, absent, tensors

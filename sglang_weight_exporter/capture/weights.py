@@ -13,6 +13,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import msgspec
@@ -30,7 +31,7 @@ from sglang_weight_exporter.capture.tensors import (
     named_tensors,
 )
 from sglang_weight_exporter.records import Kind, WeightUsage
-from sglang_weight_exporter.weight_table import WeightTable, table_sha256
+from sglang_weight_exporter.weight_table import CODED, HASHED, WeightTable, table_sha256
 
 Spans: TypeAlias = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.bool_]]
 
@@ -45,8 +46,6 @@ class WeightCapture:
 
     table: WeightTable
     usage: tuple[WeightUsage, ...]
-    #: Address of each unique storage that was counted here.
-    storages: frozenset[int]
     #: Addresses that were left out because they are counted elsewhere.
     counted_elsewhere: frozenset[int]
     #: Device name to number of regions.
@@ -61,6 +60,11 @@ class WeightCapture:
     #: Where derived weights hang.
     slots: tuple[Slot, ...] = ()
     remembered: Remembered | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def storages(self) -> frozenset[int]:
+        """Address of each unique storage that was counted here."""
+        return frozenset(self.spans[0].tolist())
 
 
 def capture_weights(
@@ -83,38 +87,41 @@ def capture_weights(
     ``thorough``: find out anew where derived weights hang. Otherwise they are where ``previous``
     has them, and nothing is read again if nothing has changed.
     """
-    if previous is not None and not thorough and previous.remembered is not None:
-        same = previous.counted_elsewhere == counted_elsewhere
-        if same and previous.remembered.is_current(model):
+    known = None if previous is None or thorough else previous.remembered
+    now = None if known is None else _look_again(known, model)
+    unreadable: tuple[str, ...] = ()
+    if previous is not None and now is not None:
+        if now is known and previous.counted_elsewhere == counted_elsewhere:
             return _again(previous, captured_at)
-    slots = derived_slots(model) if thorough or previous is None else previous.slots
-    found = named_tensors(model, slots)
-    columns, values, unreadable = _columns(found)
-    dtype_values = tuple(str(value).removeprefix("torch.") for value in values["dtype"])
-    device_values = tuple(str(value) for value in values["device"])
-    kind_values: tuple[Kind, ...] = tuple(values["kind"])
-    fields: dict[str, Any] = {
-        "rows": len(columns["kind"]),
-        "names": joined(values["names"]),
-        **{name: column.tobytes() for name, column in columns.items()},
-        "dtype_values": dtype_values,
-        "shape_values": tuple(map(tuple, values["shape"])),
-        "stride_values": tuple(values["stride"]),
-        "device_values": device_values,
-        "kind_values": kind_values,
-    }
+        slots, remembered = now.slots, now
+        columns, fields = _moved(previous.table, now)
+    else:
+        slots = derived_slots(model) if thorough or previous is None else previous.slots
+        found = named_tensors(model, slots)
+        columns, values, unreadable = _columns(found)
+        fields = {
+            "rows": len(columns["kind"]),
+            "names": joined(values["names"]),
+            **{name: column.tobytes() for name, column in columns.items()},
+            "dtype_values": tuple(str(value).removeprefix("torch.") for value in values["dtype"]),
+            "shape_values": tuple(map(tuple, values["shape"])),
+            "stride_values": tuple(values["stride"]),
+            "device_values": tuple(str(value) for value in values["device"]),
+            "kind_values": tuple(values["kind"]),
+        }
+        remembered = None
+        if not unreadable:
+            remembered = Remembered.of(
+                model,
+                found,
+                slots,
+                data_ptr=columns["data_ptr"].tolist(),
+                shape=_decoded(columns["shape"], values["shape"]),
+                dtype=_decoded(columns["dtype"], values["dtype"]),
+                storage_ptr=columns["storage_ptr"].tolist(),
+                storage_nbytes=columns["storage_nbytes"].tolist(),
+            )
     sha256 = table_sha256(fields)
-    remembered = None
-    if found.plain and not unreadable:
-        remembered = Remembered.of(
-            found,
-            slots,
-            data_ptr=columns["data_ptr"].tolist(),
-            shape=_decoded(columns["shape"], values["shape"]),
-            dtype=_decoded(columns["dtype"], values["dtype"]),
-            storage_ptr=columns["storage_ptr"].tolist(),
-            storage_nbytes=columns["storage_nbytes"].tolist(),
-        )
     if (
         previous is not None
         and previous.table.sha256 == sha256
@@ -123,8 +130,14 @@ def capture_weights(
         return replace(_again(previous, captured_at), slots=slots, remembered=remembered)
     map_of_allocations = allocations()
     regions = _regions(columns, fields["stride_values"], fields["shape_values"], map_of_allocations)
+    device_values: tuple[str, ...] = fields["device_values"]
     usage, spans, stays = _usage(
-        columns, dtype_values, device_values, kind_values, counted_elsewhere, map_of_allocations
+        columns,
+        fields["dtype_values"],
+        device_values,
+        fields["kind_values"],
+        counted_elsewhere,
+        map_of_allocations,
     )
     return WeightCapture(
         table=WeightTable(
@@ -137,7 +150,6 @@ def capture_weights(
             **fields,
         ),
         usage=usage,
-        storages=frozenset(spans[0].tolist()),
         counted_elsewhere=counted_elsewhere,
         regions=dict(
             zip(
@@ -152,6 +164,30 @@ def capture_weights(
         slots=slots,
         remembered=remembered,
     )
+
+
+def _look_again(known: Remembered, model: torch.nn.Module) -> Remembered | None:
+    """``None`` too where a tensor is strange now: the whole look finds out which one."""
+    try:
+        return known.look(model)
+    except Exception:
+        return None
+
+
+def _moved(
+    table: WeightTable, now: Remembered
+) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Columns and fields of a table whose tensors are elsewhere and otherwise the same."""
+    addresses = {
+        "data_ptr": np.array(now.data_ptr, dtype="<u8"),
+        "storage_ptr": np.array(now.storage_ptr, dtype="<u8"),
+        "storage_nbytes": np.array(now.storage_nbytes, dtype="<u8"),
+    }
+    codes = {name: np.frombuffer(getattr(table, name), dtype="<u4") for name in CODED}
+    nbytes = np.frombuffer(table.nbytes, dtype="<u8")
+    fields = {name: getattr(table, name) for name in ("rows", *HASHED)}
+    fields.update((name, column.tobytes()) for name, column in addresses.items())
+    return {**addresses, **codes, "nbytes": nbytes}, fields
 
 
 def _again(capture: WeightCapture, captured_at: float) -> WeightCapture:

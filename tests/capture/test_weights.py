@@ -400,6 +400,27 @@ def removed(model: Any) -> None:
     del model.weight
 
 
+def renamed_module(model: Any) -> None:
+    model.renamed = model.kept
+    del model.kept
+
+
+def another_is_none(model: Any) -> None:
+    model.other, model.none = None, torch.nn.Parameter(torch.ones(3))
+
+
+def another_slot(model: Any) -> None:
+    model.w_kc, model.w_vc = None, torch.ones(5)
+
+
+def moved_derived(model: Any) -> None:
+    model.w_kc = torch.ones(5)
+
+
+def made_sparse(model: Any) -> None:
+    model.weight = torch.nn.Parameter(torch.zeros(8, 4).to_sparse())
+
+
 CHANGES_OF_A_MODEL = [
     changed_shape,
     changed_strides,
@@ -408,6 +429,11 @@ CHANGES_OF_A_MODEL = [
     added,
     added_module,
     removed,
+    renamed_module,
+    another_is_none,
+    another_slot,
+    moved_derived,
+    made_sparse,
 ]
 
 
@@ -416,14 +442,24 @@ def test_a_second_look_finds_what_a_first_one_would(change: Any) -> None:
     model = module(
         weight=torch.nn.Parameter(torch.zeros(8, 4)), other=torch.nn.Parameter(torch.zeros(3))
     )
-    first = capture(model)
-    kept = model.weight
-    again = capture(model, previous=first, thorough=False)
-    assert again.table.sha256 == first.table.sha256
+    model.register_parameter("none", None)
+    model.kept = module(weight=torch.nn.Parameter(torch.zeros(2)))
+    model.w_kc = model.w_vc = torch.zeros(5)
+    loaded = capture(model)
+    model.w_vc = None
+    before = capture(model, previous=loaded, thorough=False)
+    kept = model.weight, model.other, model.w_kc
+    assert capture(model, previous=before, thorough=False) == before
     change(model)
-    changed = capture(model, previous=first, thorough=False)
-    assert changed.table.sha256 == capture(model).table.sha256 != first.table.sha256
-    assert changed.usage == capture(model).usage
+    first = capture(model)
+    changed = capture(model, previous=before, thorough=False)
+    assert (changed.table, changed.usage, changed.storages) == (
+        first.table,
+        first.usage,
+        first.storages,
+    )
+    assert changed.table.sha256 != before.table.sha256
+    assert capture(model, previous=changed, thorough=False) == changed
     del kept
 
 
