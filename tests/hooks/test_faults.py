@@ -198,6 +198,26 @@ def test_an_update_during_a_fault_is_counted(
     assert back(rank, lambda role: role.updates[source].updates == 3).in_progress is None
 
 
+@needs_mounts
+@pytest.mark.parametrize(("way", "source", "calls"), WAYS.values(), ids=WAYS)
+def test_where_hard_links_are_refused_an_update_is_published_at_once(
+    disk: Path, way: Callable[[Rank, Any], None], source: Source, calls: int
+) -> None:
+    """As on shared folders without them; here the queue of events is on another file system."""
+    rank = Rank(disk / "runtime")
+    runner = rank.runner()
+    way(rank, runner)
+    (queue,) = (disk / "runtime").rglob("events")
+    mount("-t", "tmpfs", "-o", "size=256k,mode=0700", "tmpfs", str(queue))
+    try:
+        way(rank, runner)
+        assert rank.role().updates[source].updates == 2
+        assert rank.role().updates[source].calls == 2 * calls
+        assert [event.update.source for event in rank.events()] == [source]
+    finally:
+        subprocess.run(["umount", "-l", str(queue)], check=True)
+
+
 def roles_of(rank: Rank) -> list[Role]:
     return [role for snapshot in published(rank) for role in snapshot.roles]
 
