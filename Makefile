@@ -10,9 +10,9 @@
 # make dist                      sdist, wheel, SBOM and checksums of a release, in dist/
 # make debian-packages           what `make test` needs of Debian; as root
 #
-# `make check` needs Python, git and make, and neither root nor SGLang. On a new Debian 12 machine
-# `make test` as root installs what it needs. Environments live in .venv/ and are made by
-# build/environment.sh.
+# `make check` needs Python with venv, git and make, and neither root nor SGLang. Beside those,
+# `make test` as root installs what it needs on a new Debian 12 machine. Environments live in .venv/
+# and are made by build/environment.sh.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -29,8 +29,8 @@ LIGHT := tests/bootstrap tests/docs tests/store tests/export tests/fuzz tests/te
 	tests/test_weight_table.py \
 	tests/test_contracts.py \
 	$(addprefix tests/table/test_,command.py readers.py status.py weight_table_events.py weights_metadata.py)
-DEBIAN_PACKAGES := gcc binutils e2fsprogs libibverbs1 libnuma1 prometheus prometheus-alertmanager chromium \
-	fonts-dejavu-core mmdebstrap buildah victoria-metrics
+DEBIAN_PACKAGES := gcc libc6-dev binutils e2fsprogs libibverbs1 libnuma1 prometheus \
+	prometheus-alertmanager chromium fonts-dejavu-core mmdebstrap buildah victoria-metrics
 
 MAIN := .venv/sglang-$(NEWEST)
 ENVIRONMENTS := $(MAIN) .venv/sglang-$(OLDEST)

@@ -30,6 +30,7 @@ from ports import free_port
 
 TERMINAL = sys.stdout.isatty()
 PORT, EXPORTER_PORT = 30000, 9400
+ENDS = "\n  It ends here; on a terminal, and without --exit, it stays until Ctrl-C."
 SHOWN: tuple[tuple[str, dict[str, str], str], ...] = (
     ("sglang_weight_bytes", {"kind": "parameter"}, "bytes of parameters"),
     ("sglang_weight_tensors", {"kind": "parameter"}, "tensors"),
@@ -139,11 +140,13 @@ def show(directory: Path, *, stay: bool) -> None:
         print(f"\n{table(before, after)}\n")
         print(f"  Metrics   {styled('36', engine.exporter_url + '/metrics')}")
         print(f"  SGLang    {styled('36', engine.url)}")
-        print(f"  Its log   {engine.log_file}")
         if stay:
+            print(f"  Its log   {engine.log_file}")
             print("  Reload    " + reload_command(engine, first))
             print(f"\n  {styled('1', 'Ctrl-C')} stops everything.", flush=True)
             wait_for_signal(engine)
+        else:
+            print(ENDS)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing may be left behind
         with step("Stopping SGLang and the exporter"):
@@ -187,6 +190,8 @@ def show_simulated(*, stay: bool) -> None:
             print(f"\n  {styled('1', 'Ctrl-C')} stops it.", flush=True)
             with contextlib.suppress(KeyboardInterrupt):
                 raise AssertionError(f"The exporter ended by itself with {process.wait()}")
+        else:
+            print(ENDS)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait()

@@ -141,6 +141,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "ends_engine: leaves its engine broken or stopped, so it runs after all others"
     )
+    with contextlib.suppress(ImportError):  # Not on the machines with GPUs.
+        from hypothesis import HealthCheck, settings
+
+        # How long an example takes tells of a busy machine only; in CI it is Hypothesis's default.
+        slow = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+        settings.register_profile("untimed", **slow)
+        settings.load_profile("untimed")
 
 
 def fixtures_of(item: pytest.Item) -> set[str]:

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-from containers import Builder, Container, Image
+from containers import Builder, Container, Image, needs_root_and_debian
 from engines import Scrape, eventually
 from ports import free_port
 from ranks import Rank, rows
@@ -34,25 +33,10 @@ ROWS = 600
 SHELLS = ("bin/sh", "bin/dash", "bin/bash", "usr/bin/perl", "usr/bin/apt", "usr/bin/dpkg")
 
 
-def needs_root_and_debian() -> None:
-    """Skips, or in CI fails, where images cannot be built: also in a container without rights."""
-    programs = all(shutil.which(name) for name in ("mmdebstrap", "buildah"))
-    mounts = ["unshare", "--mount", "--pid", "--fork", "true"]
-    if programs and os.getuid() == 0 and subprocess.run(mounts).returncode == 0:
-        return
-    message = (
-        "needs root with the right to mount, and Debian's mmdebstrap and buildah, which"
-        " `make test` installs"
-    )
-    if os.environ.get("CI"):
-        pytest.fail(message)
-    pytest.skip(message)
-
-
 @pytest.fixture(scope="module")
 def builder() -> Iterator[Builder]:
     """With two bases: one to build on, and one with Python and neither pip nor a shell."""
-    needs_root_and_debian()
+    needs_root_and_debian("mmdebstrap", "buildah")
     # Not in pytest's directories, which are kept, and closed to other users.
     directory = Path(tempfile.mkdtemp(prefix="images-"))
     directory.chmod(0o711)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from datetime import date
 from functools import cache
 from pathlib import Path
 
@@ -104,18 +105,20 @@ def test_every_alert_has_a_runbook_at_an_absolute_address() -> None:
 
 
 def test_the_changelog_is_by_release() -> None:
-    """Unreleased first, then releases with their day, the newest first; this one is none older."""
+    """Unreleased first, then releases with their day, the newest first, which is this version."""
     text = (PROJECT / "CHANGELOG.md").read_text(encoding="utf-8")
     first, *releases = re.findall(r"^## (.+)$", text, re.MULTILINE)
     assert first == "[Unreleased]"
-    versions = []
+    dated = []
     for release in releases:
-        found = re.fullmatch(r"\[(\d+)\.(\d+)\.(\d+)\] - \d{4}-\d\d-\d\d", release)
+        found = re.fullmatch(r"\[(\d+)\.(\d+)\.(\d+)\] - (\d{4}-\d\d-\d\d)", release)
         assert found, release
-        versions.append(tuple(map(int, found.groups())))
-    current = tuple(map(int, re.findall(r"\d+", __version__)[:3]))
-    assert versions == sorted(versions, reverse=True)
-    assert all(version <= current for version in versions)
+        *version, day = found.groups()
+        dated.append((tuple(map(int, version)), date.fromisoformat(day)))
+    versions = [version for version, _ in dated]
+    assert versions == sorted(set(versions), reverse=True)
+    assert [day for _, day in dated] == sorted((day for _, day in dated), reverse=True)
+    assert __version__ == ".".join(map(str, versions[0]))
     kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
     assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= kinds
 

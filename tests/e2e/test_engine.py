@@ -9,6 +9,7 @@ ModelRunner.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ import pytest
 import tiny_model
 from engines import Engine, Installation, Scrape, eventually, http_get
 
+README = Path(__file__).parents[2] / "README.md"
+#: The release that the README's examples are of.
+NEWEST = "0.5.23"
 SOURCES = {"disk", "distributed", "tensor", "ipc", "p2p", "eplb", "external"}
 # Without data parallelism SGLang has no dp_rank.
 RANKS = {"engine": ("0", "1"), "old_engine": ("",)}
@@ -207,6 +211,9 @@ def test_status_is_well_once_an_update_succeeds(served: Served) -> None:
     assert status.stdout.count(str(served.engine.model)) >= len(served.ranks)
     assert status.stdout.count("target") == len(served.ranks)
     assert status.stderr == ""
+    if f"SGLang {NEWEST}" in status.stdout:
+        (shown,) = re.findall(r"^  hooks .+$", README.read_text(encoding="utf-8"), re.MULTILINE)
+        assert status.stdout.count(shown) == len(served.ranks), status.stdout
 
 
 def test_status_without_an_engine_is_not_well(engine: Engine, tmp_path: Path) -> None:

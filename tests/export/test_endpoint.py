@@ -18,7 +18,7 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -201,14 +201,24 @@ def test_other_pages_and_methods(serve: Callable[..., Exporter]) -> None:
     assert (status, body) == (200, b"")
 
 
+@pytest.fixture
+def clients() -> Iterator[list[socket.socket]]:
+    """To be filled; closed behind a test that fails too, whose traceback would keep them open."""
+    opened: list[socket.socket] = []
+    yield opened
+    for client in opened:
+        client.close()
+
+
 def test_idle_and_slow_clients_block_nobody_and_are_let_go(
-    serve: Callable[..., Exporter], rank: RankStore
+    serve: Callable[..., Exporter], rank: RankStore, clients: list[socket.socket]
 ) -> None:
     exporter = serve()
     exporter.line("metrics are at")
     exporter.request("/metrics")
     threads, sockets = exporter.threads(), exporter.open_sockets()
-    clients = [socket.create_connection(("127.0.0.1", exporter.port)) for _ in range(300)]
+    opened = (socket.create_connection(("127.0.0.1", exporter.port)) for _ in range(300))
+    clients.extend(opened)
     for client in clients[100:280]:  # Half a request, and never the rest.
         client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n")
     dribbling = clients[280:290]  # A request whose body comes byte by byte.
@@ -220,7 +230,8 @@ def test_idle_and_slow_clients_block_nobody_and_are_let_go(
     started = time.monotonic()
     assert exporter.request("/metrics")[0] == 200
     assert time.monotonic() - started < 10  # Prometheus's default time-out of a scrape.
-    assert exporter.threads() == threads
+    # None for a client. Its pool for what blocks grows when all of it is busy, to 32 at most.
+    assert exporter.threads() <= threads + 32
     deadline = time.monotonic() + 90
     while exporter.open_sockets() > sockets + 1:
         assert time.monotonic() < deadline, f"{exporter.open_sockets()} sockets are still open"
@@ -229,16 +240,13 @@ def test_idle_and_slow_clients_block_nobody_and_are_let_go(
                 client.sendall(b"x")
         time.sleep(0.5)
     assert exporter.request("/metrics")[0] == 200
-    for client in clients:
-        client.close()
 
 
 def test_more_idle_connections_than_descriptors_end_nothing(
-    serve: Callable[..., Exporter], rank: RankStore
+    serve: Callable[..., Exporter], rank: RankStore, clients: list[socket.socket]
 ) -> None:
     exporter = serve(descriptors=256)
     exporter.line("metrics are at")
-    clients = []
     for _ in range(800):  # All at once, as they come when a network is back.
         clients.append(socket.socket())
         clients[-1].setblocking(False)
@@ -250,8 +258,6 @@ def test_more_idle_connections_than_descriptors_end_nothing(
         time.sleep(1)
     assert exporter.process.poll() is None
     assert list(exporter.lines.queue) == []
-    for client in clients:
-        client.close()
 
 
 def test_ranks_that_cannot_be_listed_are_none_this_time(

@@ -110,8 +110,13 @@ def test_wheel_and_sdist_have_what_belongs_into_them(copies: tuple[Path, Path]) 
         "sglang_weight_exporter/py.typed",
         "sglang_weight_exporter/dashboards/sglang-fleet.json",
     }
-    with tarfile.open(only(copies[0] / "dist", "*.tar.gz")) as sdist:
+    archive = only(copies[0] / "dist", "*.tar.gz")
+    with tarfile.open(archive) as sdist:
         packed = {name.partition("/")[2] for name in sdist.getnames()}
+        changelog = sdist.extractfile(f"{archive.name.removesuffix('.tar.gz')}/CHANGELOG.md")
+        assert changelog is not None
+        releases = re.findall(r"^## \[([\d.]+)\]", changelog.read().decode(), re.MULTILINE)
+    assert archive.name == f"sglang_weight_exporter-{releases[0]}.tar.gz"
     assert packed >= modules | {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml"}
     assert not [name for name in packed if name.startswith(("tests/", ".venv/"))]
 

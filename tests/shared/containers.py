@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 #: Where pip has its settings, and what it verifies registries by; a build needs the host's.
 SETTINGS = ("/etc/pip.conf", "/etc/ssl/certs")
+
+
+def needs_root_and_debian(*programs: str) -> None:
+    """Skips, or in CI fails, where roots cannot be made: also in a container without rights."""
+    mounts = ["unshare", "--mount", "--pid", "--fork", "true"]
+    found = all(shutil.which(name) for name in programs)
+    if found and os.getuid() == 0 and subprocess.run(mounts).returncode == 0:
+        return
+    message = (
+        f"needs root with the right to mount, and Debian's {' and '.join(programs)}, which"
+        " `make test` installs"
+    )
+    if os.environ.get("CI"):
+        pytest.fail(message)
+    pytest.skip(message)
 
 
 @dataclass(frozen=True)
