@@ -1,12 +1,15 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a fleet costs a real Prometheus: fleet.py [HOSTS [SECONDS]] [--drop REGEX] [--rules FILE]
+"""What a fleet costs a real Prometheus: fleet.py [HOSTS [SECONDS]] [OPTION...]
 
-By default 125 hosts of 8 ranks, 1,000 GPUs, for 240 s, as `serve --simulate 1x8` serves them, and
-the shipped rules. Five exporters that were started a few seconds apart stand for all hosts: each is
-scraped under many `instance` labels, and relabelling gives every host GPUs of its own. `--drop`
-leaves series out by name at the scrape, as `metric_relabel_configs` do. What one rank has is counted
-first.
+By default 125 hosts of 8 ranks, 1,000 GPUs, scraped every 15 s for 240 s, as `serve --simulate 1x8`
+serves them, and the shipped rules as often. Five exporters that were started a few seconds apart
+stand for all hosts: each is scraped under many `instance` labels, and relabelling gives every host
+GPUs of its own. What one rank has is counted first. 1,250 hosts take 8 GB of memory.
+
+  --interval SECONDS  between scrapes and between evaluations
+  --drop REGEX        leaves series out by name at the scrape, as `metric_relabel_configs` do
+  --rules FILE        others than those that are shipped
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,7 +41,6 @@ from sglang_weight_exporter.simulation import ROUND_SECONDS
 
 RULES = Path(__file__).parents[1] / "dashboards" / "sglang-weights.rules.yml"
 EXPORTERS, RANKS = 5, 8
-INTERVAL = 15
 
 #: Families that are there only where somebody has switched fingerprints on.
 FINGERPRINTS = (
@@ -129,8 +132,8 @@ def count_by_rank() -> None:
                 for text in texts
             )
             print(f"  {role + group:<32}{loaded:>10}{updated:>9}")
-    gpu, updated = (names(text, gpu="0").total() for text in texts)
-    print(f"  {'its GPU':<32}{gpu:>10}{updated:>9}")
+    loaded, updated = (names(text, gpu="0").total() for text in texts)
+    print(f"  {'its GPU':<32}{loaded:>10}{updated:>9}")
 
 
 # --- Prometheus ---------------------------------------------------------------------------------
@@ -154,7 +157,11 @@ class Prometheus:
             stdout=self._log,
             stderr=subprocess.STDOUT,
         )
-        until(lambda: bool(self._get("/-/ready")), 60, "Prometheus is ready")
+        try:
+            until(lambda: bool(self._get("/-/ready")), 60, "Prometheus is ready")
+        except TimeoutError:
+            self.close()
+            raise
 
     def close(self) -> None:
         self._process.kill()  # What it has is thrown away.
@@ -183,7 +190,9 @@ class Prometheus:
         return {name: float(value) for name, value in pairs}
 
 
-def configuration(ports: list[int], hosts: int, drop: str, rules: Path) -> dict[str, Any]:
+def configuration(
+    ports: list[int], hosts: int, interval: int, drop: str, rules: Path
+) -> dict[str, Any]:
     """Each target is an exporter under another instance, with GPUs of its own."""
     own = [
         {
@@ -199,7 +208,7 @@ def configuration(ports: list[int], hosts: int, drop: str, rules: Path) -> dict[
     ]
     dropped = [{"source_labels": ["__name__"], "regex": drop, "action": "drop"}] if drop else []
     return {
-        "global": {"scrape_interval": f"{INTERVAL}s", "evaluation_interval": f"{INTERVAL}s"},
+        "global": {"scrape_interval": f"{interval}s", "evaluation_interval": f"{interval}s"},
         "rule_files": [str(rules.resolve())],
         "scrape_configs": [
             {
@@ -217,7 +226,7 @@ def configuration(ports: list[int], hosts: int, drop: str, rules: Path) -> dict[
     }
 
 
-def fleet(hosts: int, seconds: int, drop: str, rules: Path) -> None:
+def fleet(hosts: int, seconds: int, interval: int, drop: str, rules: Path) -> None:
     """Let Prometheus scrape and evaluate for so long, and print what that took."""
     # So that no engine does the same at the same time as all others.
     apart = ROUND_SECONDS / EXPORTERS
@@ -229,15 +238,13 @@ def fleet(hosts: int, seconds: int, drop: str, rules: Path) -> None:
             stack.enter_context(exporter(ports[-1], "--simulate", f"1x{RANKS}"))
             time.sleep(max(0.0, began + apart - time.monotonic()))
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        prometheus = Prometheus(directory, configuration(ports, hosts, drop, rules))
+        prometheus = Prometheus(directory, configuration(ports, hosts, interval, drop, rules))
         stack.callback(prometheus.close)
         up, evaluations = "up{job='sglang-weights'}", "prometheus_rule_evaluations_total"
-        until(
-            lambda: prometheus.query(f"sum({up})") == hosts, 300, f"{hosts} hosts are up"
-        )
+        until(lambda: prometheus.query(f"sum({up})") == hosts, 300, f"{hosts} hosts are up")
         before = prometheus.own()
         began = time.monotonic()
-        scrapes = seconds // INTERVAL
+        scrapes = seconds // interval
         until(
             lambda: prometheus.query(f"min(count_over_time({up}[1h]))") >= scrapes,
             2 * seconds + 60,
@@ -268,7 +275,7 @@ def fleet(hosts: int, seconds: int, drop: str, rules: Path) -> None:
     of_its_gpu = names(text, gpu="0").total()
     own_of_a_host = plain.total() - RANKS * (of_a_rank + of_its_gpu)
     print(
-        f"{hosts:,} hosts, {ranks:,} ranks, every {INTERVAL} s by Prometheus {version}, after"
+        f"{hosts:,} hosts, {ranks:,} ranks, every {interval} s by Prometheus {version}, after"
         f" {took:.0f} s (load {load:.1f})"
     )
     print(f"  series of the scrapes     {series:,.0f}, {series / ranks:.1f} a GPU")
@@ -276,9 +283,10 @@ def fleet(hosts: int, seconds: int, drop: str, rules: Path) -> None:
         print(f"    a rank, its GPU, a host {of_a_rank}, {of_its_gpu}, {own_of_a_host}")
     print(f"  samples a second          {appended / took:,.0f}, with those of rules")
     print(f"  one host's scrape         {len(text):,} bytes, {packed:,} with gzip")
-    print(f"  network, with gzip        {hosts * packed / INTERVAL / 1e3:,.0f} kB/s")
+    print(f"  network, with gzip        {hosts * packed / interval / 1e3:,.0f} kB/s")
     print(f"  resident memory           {after['process_resident_memory_bytes'] / 1e9:.2f} GB")
-    print(f"  processor                 {_processor(before, after) / took:.2f} cores")
+    processor = after["process_cpu_seconds_total"] - before["process_cpu_seconds_total"]
+    print(f"  processor                 {processor / took:.2f} cores")
     print(f"  series of recording rules {recorded:,.0f}")
     print(f"  rules that failed         {failures}; evaluations left out: {missed:.0f}")
     taken = {
@@ -286,7 +294,7 @@ def fleet(hosts: int, seconds: int, drop: str, rules: Path) -> None:
         for name, value in after.items()
         if name.startswith("prometheus_rule_group_last_duration_seconds")
     }
-    print(f"  seconds of {INTERVAL} for each group of rules, and for its slowest rule")
+    print(f"  seconds of {interval} for each group of rules, and for its slowest rule")
     for group in sorted(groups, key=lambda each: -taken[each["name"]]):
         slowest = max(group["rules"], key=lambda rule: float(rule["evaluationTime"]))
         print(
@@ -295,20 +303,18 @@ def fleet(hosts: int, seconds: int, drop: str, rules: Path) -> None:
         )
 
 
-def _processor(before: dict[str, float], after: dict[str, float]) -> float:
-    name = "process_cpu_seconds_total"
-    return after[name] - before[name]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser()
     parser.add_argument("hosts", type=int, nargs="?", default=125)
     parser.add_argument("seconds", type=int, nargs="?", default=240)
+    parser.add_argument("--interval", type=int, default=15, metavar="SECONDS")
     parser.add_argument("--drop", default="", metavar="REGEX")
     parser.add_argument("--rules", type=Path, default=RULES, metavar="FILE")
     arguments = parser.parse_args()
+    if shutil.which("prometheus") is None:
+        sys.exit("`prometheus` is not on the path: on Debian, `apt-get install prometheus`.")
     count_by_rank()
-    fleet(arguments.hosts, arguments.seconds, arguments.drop, arguments.rules)
+    fleet(arguments.hosts, arguments.seconds, arguments.interval, arguments.drop, arguments.rules)
 
 
 if __name__ == "__main__":

