@@ -27,9 +27,12 @@ def reloaded(engine: Engine, monitoring: Monitoring, checkpoints: tuple[Path, Pa
     # Growth is seen between two scrapes of a graph's step at least.
     eventually(lambda: monitoring.query(f"count_over_time({failures}[1m]) > 3"), 60)
     body = {"model_path": str(checkpoints[0]), "weight_version": "7"}
+    brought = f'sglang_weight_update_bytes_total{{engine="{engine.port}",source="disk"}}'
     for _ in range(2):  # The second changes nothing.
         _, answer = engine.post("/update_weights_from_disk", body)
         assert answer["success"], answer
+        # What comes with the first one grows by the second only if it was scraped in between.
+        eventually(lambda: monitoring.query(brought), what="the update is scraped")
     engine.update_weights_from_disk(Path("/nowhere/at/all"))
     counted = engine.scrape().sum("sglang_weight_update_failures_total", source="disk")
     eventually(

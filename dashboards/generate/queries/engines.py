@@ -6,6 +6,9 @@ from __future__ import annotations
 
 from . import ENGINE, RANK, TARGET, Selection, engine_named, happened, rank_named
 
+#: Bars of ranks whose names can still be read one below the other.
+MOST = 20
+
 REPLICAS = "cluster, namespace, job, model_name"
 
 
@@ -87,7 +90,9 @@ def columns(selection: Selection) -> dict[str, str]:
 
 
 def dtypes(selection: Selection) -> str:
-    ranks = engine_named(rank_named(selection.series("sglang_weight_bytes")))
+    weights = selection.series("sglang_weight_bytes")
+    most = f"topk({MOST}, sum by ({RANK}) ({weights}))"
+    ranks = engine_named(rank_named(f"({weights} and on ({RANK}) {most})"))
     return f'sum by (on, dtype) (label_join({ranks}, "on", " ", "where", "role", "rank"))'
 
 

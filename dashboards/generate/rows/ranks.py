@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from ..grafana import NOT_LOADED, Json, override, queries, query, stacked_bars, table, timeseries
 from ..queries import ENGINES, engines
+from ..queries.engines import MOST
 
 UNITS = {
     "Weights": "bytes",
@@ -28,13 +29,13 @@ WORDS = {
     "Device": ("device", 80),
     "Model path": ("model_path", 190),
     "Quantization": ("quantization", 120),
-    "GPU": ("gpu_uuid", 340),
-    "GPU model": ("gpu_name", 160),
+    "GPU": ("gpu_uuid", 360),
+    "GPU model": ("gpu_name", 210),
     "Architecture": ("architecture", 190),
     "SGLang": ("sglang_version", 90),
     "torch": ("torch_version", 110),
 }
-WIDTHS = {"Last change": 170, "KV tokens": 100, "Fingerprint": 150, "First load": 95}
+WIDTHS = {"Last change": 170, "KV tokens": 100, "Fingerprint": 170, "First load": 95}
 HIDDEN = ["Time", "__name__", "cluster", "namespace", "job", "pod", "host", "model_name"]
 HIDDEN += ["tp_rank", "pp_rank", "dp_rank", "moe_ep_rank", "tp", "pp", "dp", "pci_bus_id"]
 HIDDEN += ["tp_size", "pp_size", "ep_size"]
@@ -80,7 +81,7 @@ def panels() -> list[Json]:
         ),
         stacked_bars(
             "Dtype mix",
-            "Bytes of weights by dtype, one bar a rank.",
+            f"Bytes of weights by dtype, one bar a rank, of the {MOST} ranks with the most.",
             [query(engines.dtypes(ENGINES), instant=True, format="table")],
             [
                 {

@@ -1,52 +1,74 @@
 // SPDX-FileCopyrightText: The sglang_weight_exporter authors
 // SPDX-License-Identifier: Apache-2.0
 //
-// node shoot.mjs URL OUT.png [WIDTH [HEIGHT]]: opens the page, waits until it is finished, takes a
-// picture of the whole page (of the first screen if a height is given), and prints as JSON what the
-// page holds: each panel's state, rows and painted pixels.
+// node shoot.mjs URL OUT.png [WIDTH [HEIGHT [BESIDE...]]]: opens the page, waits until it is finished,
+// takes a picture of the whole page (of the first screen if a height is given), and prints as JSON
+// what the page holds: each panel's state, rows and painted pixels. Pages BESIDE it are opened in the
+// same moment, and what they asked is told too.
 import { chromium } from 'playwright-core';
 
-const [url, picture, width = '1600', height = '1000'] = process.argv.slice(2);
+const [url, picture, width = '1600', height = '1000', ...beside] = process.argv.slice(2);
 const browser = await chromium.launch({
   executablePath: process.env.CHROMIUM || '/usr/bin/chromium',
   args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
     '--disable-background-networking', '--disable-component-update'],
 });
-const page = await browser.newPage({ viewport: { width: Number(width), height: Number(height) } });
 const problems = [];
-page.on('pageerror', (error) => problems.push('page: ' + String(error.stack || error).slice(0, 900)));
-page.on('requestfailed', (request) => {
-  // Icons of a panel that was drawn anew are given up: no finding.
-  if (request.failure()?.errorText !== 'net::ERR_ABORTED') problems.push('request failed: ' + request.url());
-});
-page.on('response', (response) => {
-  if (response.status() >= 400) problems.push(`${response.status()} from ${response.url()}`);
-});
-// What the first screen costs: requests to the store, from the first one to the last answer.
-const asked = [];
-page.on('request', (request) => { if (request.url().includes('/prom/')) asked.push(request); });
-await page.goto(url);
 
-const look = () => page.evaluate(() => {
-  // Texts that reach over the box that clips them, by the page's own layout.
-  const cut = () => {
-    const found = [];
-    const walker = document.createTreeWalker(document.getElementById('root'), NodeFilter.SHOW_TEXT);
-    for (let node = walker.nextNode(); node; node = walker.nextNode()) {
-      // What is said to screen readers alone has no box.
-      if (!node.data.trim() || node.data === 'Series color') continue;
-      const range = document.createRange();
-      range.selectNodeContents(node);
-      const text = range.getBoundingClientRect();
-      if (text.width < 2 || text.height < 2) continue;
-      let box = node.parentElement;
-      while (box && getComputedStyle(box).overflowX === 'visible') box = box.parentElement;
-      if (!box || !['hidden', 'clip'].includes(getComputedStyle(box).overflowX)) continue;
-      const clip = box.getBoundingClientRect();
-      if (text.right > clip.right + 1 || text.left < clip.left - 1) found.push(node.data);
+// Texts that reach over the box that clips them, by the page's own layout.
+function cut() {
+  const found = [];
+  const walker = document.createTreeWalker(document.getElementById('root'), NodeFilter.SHOW_TEXT);
+  for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+    // What is said to screen readers alone has no box.
+    if (!node.data.trim() || node.data === 'Series color') continue;
+    const range = document.createRange();
+    range.selectNodeContents(node);
+    const text = range.getBoundingClientRect();
+    if (text.width < 2 || text.height < 2) continue;
+    let box = node.parentElement;
+    while (box && getComputedStyle(box).overflowX === 'visible') box = box.parentElement;
+    if (!box || !['hidden', 'clip'].includes(getComputedStyle(box).overflowX)) continue;
+    const clip = box.getBoundingClientRect();
+    if (text.right > clip.right + 1 || text.left < clip.left - 1) found.push(node.data);
+  }
+  return found;
+}
+
+// The same of what lies outside of a table's window: it draws only the cells that are in sight.
+async function cutInTables() {
+  const found = new Set();
+  for (const grid of document.querySelectorAll('[role=grid]')) {
+    for (let top = 0; top < grid.scrollHeight; top += grid.clientHeight / 2) {
+      for (let left = 0; left < grid.scrollWidth; left += grid.clientWidth / 2) {
+        grid.scrollTo(left, top);
+        await new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)));
+        for (const text of window.cut()) found.add(text);
+      }
     }
-    return found;
-  };
+    grid.scrollTo(0, 0);
+  }
+  return [...found];
+}
+
+// A page of its own, and what its first screen costs: requests to the store.
+async function open(address) {
+  const page = await browser.newPage({ viewport: { width: Number(width), height: Number(height) } });
+  page.on('pageerror', (error) => problems.push('page: ' + String(error.stack || error).slice(0, 900)));
+  page.on('requestfailed', (request) => {
+    // Icons of a panel that was drawn anew are given up: no finding.
+    if (request.failure()?.errorText !== 'net::ERR_ABORTED') problems.push('request failed: ' + request.url());
+  });
+  page.on('response', (response) => {
+    if (response.status() >= 400) problems.push(`${response.status()} from ${response.url()}`);
+  });
+  const opened = { address, page, requests: 0 };
+  page.on('request', (request) => { if (request.url().includes('/prom/')) opened.requests += 1; });
+  await page.addInitScript(`window.cut = ${cut}`);
+  return opened;
+}
+
+const look = (page) => page.evaluate(() => {
   const painted = (canvas) => {
     if (!canvas.width || !canvas.height) return 0;
     const pixels = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
@@ -59,11 +81,12 @@ const look = () => page.evaluate(() => {
     bottom: Math.max(...[...document.querySelectorAll('.visualization')].map((one) => one.getBoundingClientRect().bottom)),
     queries: window.queries,
     problems: window.problems,
-    cut: cut(),
-    seconds: (() => {
+    cut: window.cut(),
+    // From the first request to the last answer, by the clock that all pages share.
+    asked: (() => {
       const answers = performance.getEntriesByType('resource').filter((entry) => entry.name.includes('/prom/'));
-      const begin = Math.min(...answers.map((entry) => entry.startTime));
-      return (Math.max(...answers.map((entry) => entry.responseEnd)) - begin) / 1000;
+      const times = (name) => answers.map((entry) => (performance.timeOrigin + entry[name]) / 1000);
+      return [Math.min(...times('startTime')), Math.max(...times('responseEnd'))];
     })(),
     panels: [...document.querySelectorAll('.visualization')].map((panel) => ({
       title: panel.dataset.title,
@@ -79,14 +102,14 @@ const look = () => page.evaluate(() => {
 });
 
 // Finished: every panel has its answer (and, if all are in sight, shows something), and two looks in a row see the same page.
-async function settled(seconds, inSight) {
-  const dashboard = await (await fetch(new URL(`/${new URL(url).searchParams.get('board')}.json`, url))).json();
-  const open = new URL(url).searchParams.has('open');
-  const panels = dashboard.panels.flatMap((panel) => [panel, ...((open && panel.panels) || [])]);
+async function settled({ address, page }, seconds, inSight) {
+  const parameters = new URL(address).searchParams;
+  const dashboard = await (await fetch(new URL(`/${parameters.get('board')}.json`, address))).json();
+  const panels = dashboard.panels.flatMap((panel) => [panel, ...((parameters.has('open') && panel.panels) || [])]);
   const expected = panels.filter((panel) => panel.type !== 'row').length;
   let before = '';
   for (const end = Date.now() + seconds * 1000; Date.now() < end; ) {
-    const seen = await look();
+    const seen = await look(page);
     const answered = seen.panels.length === expected
       && seen.panels.every((panel) => panel.type === 'text' || ['Done', 'Error'].includes(panel.state))
       && (!inSight || seen.panels.every((panel) => panel.text || panel.canvases.length));
@@ -96,16 +119,23 @@ async function settled(seconds, inSight) {
     await new Promise((resolve) => setTimeout(resolve, 700));
   }
   problems.push(`not all panels finished in ${seconds} s`);
-  return look();
+  return look(page);
 }
 
-let found = await settled(90, false);
-found.requests = asked.length;
-const { requests, seconds } = found;
+const pages = await Promise.all([url, ...beside].map(open));
+await Promise.all(pages.map(({ address, page }) => page.goto(address)));
+const firsts = [];
+// One after the other: looking holds a page up.
+for (const each of pages) firsts.push(await settled(each, 90, false));
+const requests = pages.map((each) => each.requests);
+const seconds = Math.max(...firsts.map(({ asked }) => asked[1])) - Math.min(...firsts.map(({ asked }) => asked[0]));
+let [found] = firsts;
+const [{ page }] = pages;
 if (!process.argv[5]) {
-  // A window as high as the page: tables draw only the rows that are in sight.
+  // A window as high as the page: what is not in sight is not drawn.
   await page.setViewportSize({ width: Number(width), height: found.height });
-  found = await settled(60, true);
+  found = await settled(pages[0], 60, true);
+  found.cut = [...new Set([...found.cut, ...(await page.evaluate(cutInTables))])];
 }
 await page.screenshot({ path: picture });
 found = { ...found, requests, seconds };
