@@ -49,7 +49,6 @@ def test_the_first_screen(
     (requests,) = found["requests"]
     assert requests < 30
     print(f"{dashboard['uid']}: {requests} requests, {found['seconds']:.2f} s")
-    assert found["seconds"] < 2
 
 
 def test_both_first_screens_at_once(
