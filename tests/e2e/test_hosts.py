@@ -20,10 +20,11 @@ from typing import Any
 
 import pytest
 import tiny_model
-from engines import Engine, Installation, eventually, http_get
+from collectors import Backend, attributes_of
+from engines import Engine, Installation, eventually
 from monitoring import Monitoring, run
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from ports import free_port
-from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 MODEL = "two-hosts"
 BRIDGE, BRIDGE_ADDRESS = "swe-bridge", "10.77.0.254"
@@ -110,7 +111,17 @@ def checkpoints() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def parts(newest: Installation, hosts: list[Host], checkpoints: Path) -> Iterator[list[Engine]]:
+def backend(hosts: list[Host]) -> Iterator[Backend]:
+    """Takes the spans of both hosts."""
+    taking = Backend(address=BRIDGE_ADDRESS).start()
+    yield taking
+    taking.stop()
+
+
+@pytest.fixture(scope="module")
+def parts(
+    newest: Installation, hosts: list[Host], checkpoints: Path, backend: Backend
+) -> Iterator[list[Engine]]:
     """Of one engine, in order of the hosts. The first serves requests."""
     port = free_port(engine=True)
     flags = ["--pp-size", "2", "--nnodes", "2", "--served-model-name", MODEL]
@@ -120,6 +131,8 @@ def parts(newest: Installation, hosts: list[Host], checkpoints: Path) -> Iterato
         "GLOO_SOCKET_IFNAME": "eth0",
         # Each rank takes the cores of its place in the engine.
         "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{BRIDGE_ADDRESS}:{backend.http_port}",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
     }
     engines = [
         Engine(
@@ -186,18 +199,20 @@ def updates(part: Engine) -> tuple[float, float]:
     )
 
 
-def trace_of(part: Engine) -> str:
-    """The exemplar beside the number of updates."""
-    accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
-    _, _, body = http_get(part.exporter_url + "/metrics", headers=accept)
-    trace: str
-    (trace,) = {
-        sample.exemplar.labels["trace_id"]
-        for family in text_string_to_metric_families(body.decode())
-        for sample in family.samples
-        if sample.name == "sglang_weight_updates_total" and sample.exemplar
-    }
-    return trace
+def trace(backend: Backend, name: str, number: int) -> list[Span]:
+    """Spans of the n-th of its kind, in order of the hosts. They share a trace."""
+
+    def spans() -> list[Span]:
+        traces: dict[bytes, list[Span]] = {}
+        for span in backend.spans(name):
+            traces.setdefault(span.trace_id, []).append(span)
+        assert len(traces) == number, f"{len(traces)} traces"
+        (latest,) = list(traces.values())[-1:]
+        assert len(latest) == 2, f"{len(latest)} spans"
+        return latest
+
+    found = eventually(spans, 30, what=f"{number} of {name}")
+    return sorted(found, key=lambda span: attributes_of(span)["sglang.weights.node_rank"])
 
 
 def fires(monitoring: Monitoring, name: str) -> Callable[[], list[dict[str, Any]]]:
@@ -208,7 +223,9 @@ def resolves(monitoring: Monitoring, name: str) -> None:
     eventually(lambda: not monitoring.active_alerts(name), 60, what=f"{name} resolves")
 
 
-def test_two_hosts_are_one_engine(parts: list[Engine], monitoring: Monitoring) -> None:
+def test_two_hosts_are_one_engine(
+    parts: list[Engine], monitoring: Monitoring, backend: Backend
+) -> None:
     infos = [part.scrape().series("sglang_weight_info")[0].labels for part in parts]
     assert [info["node_rank"] for info in infos] == ["0", "1"]
     assert [info["nodes"] for info in infos] == ["2", "2"]
@@ -223,17 +240,24 @@ def test_two_hosts_are_one_engine(parts: list[Engine], monitoring: Monitoring) -
     hosts = f'sglang_weight_engine_nodes{{engine_group="{group}",model_name="{MODEL}"}}'
     pods = {series["metric"]["pod"] for series in monitoring.query(hosts)}
     assert pods == {"engine-0-0", "engine-0-1"}
+    for span in trace(backend, "sglang.weights.load", 1):
+        assert attributes_of(span)["sglang.weights.engine_group"] == group
 
 
 def test_an_update_of_both_is_one_trace_and_no_alert_of_two(
-    parts: list[Engine], hosts: list[Host], monitoring: Monitoring, checkpoints: Path
+    parts: list[Engine],
+    hosts: list[Host],
+    monitoring: Monitoring,
+    backend: Backend,
+    checkpoints: Path,
 ) -> None:
     for host in hosts:
         host.write("b", 1)
     update(parts, checkpoints / "b")
     for part in parts:
         assert updates(part) == (1, 0)
-    assert trace_of(parts[0]) == trace_of(parts[1])
+    for number, span in enumerate(trace(backend, "sglang.weights.update", 1)):
+        assert attributes_of(span)["sglang.weights.pp_rank"] == number
     counted = "max by (cluster, namespace, model_name) (engine:sglang_weight_updates:max) == 1"
     eventually(lambda: monitoring.query(counted), 30, what="Prometheus has the update")
     for name in ("SGLangWeightHostsDisagree", "SGLangWeightHostMissing"):
@@ -241,13 +265,19 @@ def test_an_update_of_both_is_one_trace_and_no_alert_of_two(
 
 
 def test_a_host_that_missed_an_update_is_told_once_until_it_has_it(
-    parts: list[Engine], hosts: list[Host], monitoring: Monitoring, checkpoints: Path
+    parts: list[Engine],
+    hosts: list[Host],
+    monitoring: Monitoring,
+    backend: Backend,
+    checkpoints: Path,
 ) -> None:
     """SGLang answers 200, because the first host has the checkpoint."""
     name = "SGLangWeightHostsDisagree"
     hosts[0].write("c", 2)
     update(parts, checkpoints / "c")
     assert [updates(part) for part in parts] == [(2, 0), (1, 1)]
+    states = [span.status.code for span in trace(backend, "sglang.weights.update", 2)]
+    assert states == [Status.STATUS_CODE_UNSET, Status.STATUS_CODE_ERROR]
     (alert,) = eventually(fires(monitoring, name), 60, what=name)
     wanted = {
         "cluster": "test",
@@ -269,7 +299,11 @@ def test_a_host_that_missed_an_update_is_told_once_until_it_has_it(
 
 
 def test_a_host_that_cannot_be_reached_is_missing_until_it_can(
-    parts: list[Engine], hosts: list[Host], monitoring: Monitoring, checkpoints: Path
+    parts: list[Engine],
+    hosts: list[Host],
+    monitoring: Monitoring,
+    backend: Backend,
+    checkpoints: Path,
 ) -> None:
     name = "SGLangWeightHostMissing"
     run("ip", "link", "set", hosts[1].cable, "down")
@@ -282,4 +316,5 @@ def test_a_host_that_cannot_be_reached_is_missing_until_it_can(
     assert monitoring.active_alerts("SGLangWeightHostsDisagree") == []
     resolves(monitoring, name)
     update(parts, checkpoints / "a")
-    assert trace_of(parts[0]) == trace_of(parts[1])
+    assert [updates(part) for part in parts] == [(4, 0), (3, 1)]
+    trace(backend, "sglang.weights.update", 4)
