@@ -4,8 +4,8 @@
 
 On the CPU, for which SGLang's wheel lacks what speculation needs: it makes no token there. Model
 runners, pools, scheduler and requests are SGLang's own. Of its operators for the CPU, the only one
-that is called before the first token is defined by a plugin, and the draft is given the one backend
-for attention that can be built without a GPU.
+that is called before the first token is defined by a plugin, and the draft is given a backend for
+attention that can be built without a GPU.
 """
 
 from __future__ import annotations
