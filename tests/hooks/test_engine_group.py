@@ -62,7 +62,8 @@ class Host:
         return self.rank.snapshot().engine
 
     def traces(self) -> list[str]:
-        """Of its first load, and of an update."""
+        """Of its first load, and of an update some time later."""
+        self.rank.clock.now += 600
         self.rank.scheduler(self.runner).update_weights_from_disk(Request())
         return [event.update.trace_id for event in self.rank.events()]
 
