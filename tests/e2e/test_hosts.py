@@ -198,13 +198,17 @@ def group_of(part: Engine) -> str:
     return group
 
 
-def updates(part: Engine) -> tuple[float, float]:
-    """How many succeeded, and how many failed."""
-    scrape = part.scrape()
-    return (
-        scrape.one("sglang_weight_updates_total", source="disk"),
-        scrape.one("sglang_weight_update_failures_total", source="disk"),
-    )
+def updates_come_to(parts: list[Engine], *wanted: tuple[int, int]) -> None:
+    """How many succeeded on each host, and how many failed. SGLang does not wait for the second."""
+
+    def counted() -> bool:
+        scrapes = [part.scrape() for part in parts]
+        names = "sglang_weight_updates_total", "sglang_weight_update_failures_total"
+        found = [tuple(scrape.one(name, source="disk") for name in names) for scrape in scrapes]
+        assert found == list(wanted), found
+        return True
+
+    eventually(counted, 60, what=f"{wanted} updates and failures")
 
 
 def trace(backend: Backend, name: str, number: int) -> list[Span]:
@@ -262,8 +266,7 @@ def test_an_update_of_both_is_one_trace_and_no_alert_of_two(
     for host in hosts:
         host.write("b", 1)
     update(parts, checkpoints / "b")
-    for part in parts:
-        assert updates(part) == (1, 0)
+    updates_come_to(parts, (1, 0), (1, 0))
     for number, span in enumerate(trace(backend, "sglang.weights.update", 1)):
         assert attributes_of(span)["sglang.weights.pp_rank"] == number
     counted = "max by (cluster, namespace, model_name) (engine:sglang_weight_updates:max) == 1"
@@ -283,7 +286,7 @@ def test_a_host_that_missed_an_update_is_told_once_until_it_has_it(
     name = "SGLangWeightHostsDisagree"
     hosts[0].write("c", 2)
     update(parts, checkpoints / "c")
-    assert [updates(part) for part in parts] == [(2, 0), (1, 1)]
+    updates_come_to(parts, (2, 0), (1, 1))
     states = [span.status.code for span in trace(backend, "sglang.weights.update", 2)]
     assert states == [Status.STATUS_CODE_UNSET, Status.STATUS_CODE_ERROR]
     (alert,) = eventually(fires(monitoring, name), 60, what=name)
@@ -302,7 +305,7 @@ def test_a_host_that_missed_an_update_is_told_once_until_it_has_it(
     assert alert["labels"]["pod"] == "engine-0-1"
     hosts[1].write("c", 2)
     update(parts, checkpoints / "c")
-    assert [updates(part) for part in parts] == [(3, 0), (2, 1)]
+    updates_come_to(parts, (3, 0), (2, 1))
     resolves(monitoring, name)
 
 
@@ -324,5 +327,5 @@ def test_a_host_that_cannot_be_reached_is_missing_until_it_can(
     assert monitoring.active_alerts("SGLangWeightHostsDisagree") == []
     resolves(monitoring, name)
     update(parts, checkpoints / "a")
-    assert [updates(part) for part in parts] == [(4, 0), (3, 1)]
+    updates_come_to(parts, (4, 0), (3, 1))
     trace(backend, "sglang.weights.update", 4)
