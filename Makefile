@@ -30,7 +30,7 @@ LIGHT := tests/bootstrap tests/docs tests/store tests/export tests/fuzz tests/te
 	tests/test_contracts.py \
 	$(addprefix tests/table/test_,command.py readers.py status.py weight_table_events.py weights_metadata.py)
 DEBIAN_PACKAGES := gcc libc6-dev binutils e2fsprogs libibverbs1 libnuma1 prometheus \
-	prometheus-alertmanager chromium fonts-dejavu-core mmdebstrap buildah victoria-metrics
+	prometheus-alertmanager chromium fonts-dejavu-core mmdebstrap buildah victoria-metrics iproute2
 
 MAIN := .venv/sglang-$(NEWEST)
 ENVIRONMENTS := $(MAIN) .venv/sglang-$(OLDEST)

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Ranks of one engine on several hosts, which SGLang needs a GPU for: a group of stand-ins that
-have, as ranks have once they have met, an address and a random seed in common."""
+"""Ranks of one engine on several hosts: a group of stand-ins that have, as ranks have once they
+have met, an address and a random seed in common. A real one is in ``e2e/test_hosts.py``."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class Host:
         return self.rank.snapshot().engine
 
     def traces(self) -> list[str]:
-        """Of its first load, and of an update."""
+        """Of its first load, and of an update some time later."""
+        self.rank.clock.now += 600
         self.rank.scheduler(self.runner).update_weights_from_disk(Request())
         return [event.update.trace_id for event in self.rank.events()]
 

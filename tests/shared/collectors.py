@@ -70,7 +70,8 @@ class Tls:
 class Backend:
     """Takes OTLP over gRPC (with gRPC's limit of 4 MiB a message) and over HTTP."""
 
-    def __init__(self, *, tls: Tls | None = None) -> None:
+    def __init__(self, *, tls: Tls | None = None, address: str = "127.0.0.1") -> None:
+        self.address = address
         self.grpc_port, self.http_port = free_port(), free_port()
         self._tls = tls
         self.messages: list[Message] = []
@@ -87,14 +88,14 @@ class Backend:
         metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(
             _Service(self, "metrics", metrics_service_pb2.ExportMetricsServiceResponse), self._grpc
         )
-        address = f"127.0.0.1:{self.grpc_port}"
+        address = f"{self.address}:{self.grpc_port}"
         if self._tls is None:
             self._grpc.add_insecure_port(address)
         else:
             self._grpc.add_secure_port(address, self._tls.grpc())
         self._grpc.start()
         handler = type("Handler", (_Handler,), {"backend": self})
-        self._http = http.server.ThreadingHTTPServer(("127.0.0.1", self.http_port), handler)
+        self._http = http.server.ThreadingHTTPServer((self.address, self.http_port), handler)
         if self._tls is not None:
             self._http.socket = self._tls.http().wrap_socket(self._http.socket, server_side=True)
         threading.Thread(target=self._http.serve_forever, daemon=True).start()

@@ -225,7 +225,10 @@ class Engine:
         variables: Mapping[str, str] | None = None,
         port: int | None = None,
         exporter_port: int | None = None,
+        address: str = "127.0.0.1",
+        within: Sequence[str] = (),
     ) -> None:
+        """`within`: a command that ends by executing the command that is given to it."""
         self.installation = installation
         self.model = model
         self.flags = list(flags)
@@ -234,12 +237,14 @@ class Engine:
         self.log_file = self.directory / "engine.log"
         self.port = port or free_port(engine=True)
         self.exporter_port = exporter_port or free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.exporter_url = f"http://127.0.0.1:{self.exporter_port}"
+        self.address = address
+        self.within = list(within)
+        self.url = f"http://{address}:{self.port}"
+        self.exporter_url = f"http://{address}:{self.exporter_port}"
         self.variables = {
             PREFIX + "RUNTIME_DIR": str(self.runtime_dir),
             PREFIX + "PORT": str(self.exporter_port),
-            PREFIX + "ADDRESS": "127.0.0.1",
+            PREFIX + "ADDRESS": address,
             **(variables or {}),
         }
         #: Where a collector may listen: `{otlp_port}` in a variable.
@@ -260,8 +265,8 @@ class Engine:
     def start(self) -> None:
         """Start the server in a process group of its own, out of Ctrl-C's reach; does not wait."""
         self.environment = self.installation.environment(**self.variables)
-        command = [str(self.installation.python), "-m", "sglang.launch_server"]
-        command += ["--model-path", str(self.model), "--host", "127.0.0.1"]
+        command = [*self.within, str(self.installation.python), "-m", "sglang.launch_server"]
+        command += ["--model-path", str(self.model), "--host", self.address]
         command += ["--port", str(self.port), *self.installation.server_flags(), *self.flags]
         with self.log_file.open("wb") as log:
             self._process = subprocess.Popen(

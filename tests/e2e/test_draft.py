@@ -1,0 +1,173 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""A real engine with a draft model, of which only the target is updated, and a real Prometheus.
+
+On the CPU, for which SGLang's wheel lacks what speculation needs: it makes no token there. Model
+runners, pools, scheduler and requests are SGLang's own. Of its operators for the CPU, the only one
+that is called before the first token is defined by a plugin, and the draft is given a backend for
+attention that can be built without a GPU.
+"""
+
+from __future__ import annotations
+
+import base64
+import tempfile
+from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_model
+import torch
+import torch.multiprocessing
+from engines import Engine, Installation, eventually
+from monitoring import Monitoring
+
+NORM = "model.norm.weight"
+BEHIND = "SGLangWeightDraftBehind"
+ROLES = ("target", "draft")
+
+#: Copies keys and values within a pool, as SGLang's kernel for GPUs does.
+PLUGIN = """
+import ctypes
+
+import torch
+
+
+def define():
+    global library
+    library = torch.library.Library("sgl_kernel", "FRAGMENT")
+    library.define(
+        "copy_all_layer_kv_cache_cpu(Tensor bases, Tensor strides, Tensor to, Tensor of) -> ()"
+    )
+    library.impl("copy_all_layer_kv_cache_cpu", copy, "CPU")
+
+
+def copy(bases, strides, to, of):
+    for base, stride in zip(bases.tolist(), strides.tolist()):
+        for target, source in zip(to.tolist(), of.tolist()):
+            ctypes.memmove(base + target * stride, base + source * stride, stride)
+"""
+
+
+def write_plugin(directory: Path) -> Path:
+    """A package that SGLang finds through its entry point, for `PYTHONPATH`."""
+    facts = directory / "copy_kv_cache-1.dist-info"
+    facts.mkdir(parents=True)
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: copy-kv-cache\nVersion: 1\n")
+    (facts / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\ncopy_kv_cache = copy_kv_cache:define\n"
+    )
+    (directory / "copy_kv_cache.py").write_text(PLUGIN)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def speculative(newest: Installation, checkpoints: tuple[Path, Path]) -> Iterator[Engine]:
+    with tempfile.TemporaryDirectory(prefix="draft-") as directory:
+        draft = tiny_model.write(Path(directory, "draft"), seed=2, layers=1)
+        plugin = write_plugin(Path(directory, "plugin"))
+        flags = ["--speculative-algorithm", "STANDALONE"]
+        flags += ["--speculative-draft-model-path", str(draft)]
+        flags += ["--speculative-num-steps", "1", "--speculative-eagle-topk", "1"]
+        flags += ["--speculative-num-draft-tokens", "2"]
+        flags += ["--speculative-draft-attention-backend", "triton", "--skip-server-warmup"]
+        variables = {
+            "PYTHONPATH": str(plugin),
+            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
+            "SGLANG_WEIGHT_EXPORTER_FINGERPRINT": "on",
+        }
+        engine = Engine(newest, checkpoints[0], flags=flags, variables=variables)
+        try:
+            engine.start()
+            yield engine.wait_until_ready()
+        finally:
+            engine.stop()
+
+
+@pytest.fixture(scope="module")
+def monitoring(speculative: Engine) -> Iterator[Monitoring]:
+    target = {"sglang-weights": f"127.0.0.1:{speculative.exporter_port}"}
+    stack = Monitoring(Path(tempfile.mkdtemp(prefix="monitoring-")), target).start()
+    try:
+        seen = "count(sglang_weight_updates_total) by (role)"
+        eventually(lambda: len(stack.query(seen)) == 2, 60, what="both roles are scraped")
+        yield stack
+    finally:
+        stack.stop()
+
+
+def post(engine: Engine, path: str, **body: Any) -> None:
+    status, answer = engine.post(path, body)
+    assert (status, answer["success"]) == (200, True), answer
+
+
+def send(engine: Engine, selector: str, value: float) -> None:
+    """A tensor for one of the two models, as SGLang's ``MultiprocessingSerializer`` writes it. A
+    file in shared memory: the other way of torch's needs a common parent."""
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    tensor = torch.full((tiny_model.HIDDEN,), value, dtype=torch.bfloat16)
+    serialized = base64.b64encode(bytes(ForkingPickler.dumps([(NORM, tensor)]))).decode()
+    post(engine, "/begin_weight_update", selector=selector)
+    body = {"serialized_named_tensors": [serialized], "selector": selector}
+    post(engine, "/update_weights_from_tensor", **body)
+    post(engine, "/end_weight_update")
+
+
+def updates(engine: Engine, source: str) -> list[float]:
+    scrape = engine.scrape()
+    return [scrape.one("sglang_weight_updates_total", role=role, source=source) for role in ROLES]
+
+
+def fingerprints(engine: Engine) -> list[float]:
+    scrape = engine.scrape()
+    return [scrape.one("sglang_weight_fingerprint", role=role) for role in ROLES]
+
+
+def test_target_and_draft_are_two_models_of_one_rank(
+    speculative: Engine, checkpoints: tuple[Path, Path]
+) -> None:
+    scrape = speculative.scrape()
+    for role, layers in ("target", tiny_model.LAYERS), ("draft", 1):
+        model = speculative.flags[speculative.flags.index("--speculative-draft-model-path") + 1]
+        checkpoint = checkpoints[0] if role == "target" else Path(model)
+        size = sum(nbytes for _, nbytes in tiny_model.safetensors_header(checkpoint).values())
+        assert scrape.sum("sglang_weight_bytes", role=role, kind="parameter") == size
+        token = 2 * layers * tiny_model.KV_HEADS * tiny_model.HEAD_DIM * 2
+        assert scrape.sum("sglang_kv_pool_bytes", role=role) == (4096 + 1) * token
+
+
+def test_an_update_from_disk_reaches_both(
+    speculative: Engine, monitoring: Monitoring, checkpoints: tuple[Path, Path]
+) -> None:
+    status, answer = speculative.update_weights_from_disk(checkpoints[1])
+    assert (status, answer["success"]) == (200, True), answer
+    assert updates(speculative, "disk") == [1, 1]
+    seen = 'count(sglang_weight_updates_total{source="disk"} == 1) == 2'
+    eventually(lambda: monitoring.query(seen), 30, what="Prometheus has the update")
+    assert monitoring.active_alerts(BEHIND) == []
+
+
+def test_a_draft_that_is_behind_is_told_until_it_is_updated(
+    speculative: Engine, monitoring: Monitoring
+) -> None:
+    before = fingerprints(speculative)
+    send(speculative, "target", 2.0)
+    assert updates(speculative, "tensor") == [1, 0]
+    target, draft = fingerprints(speculative)
+    assert target != before[0]
+    assert draft == before[1]
+
+    def firing() -> list[dict[str, Any]]:
+        return [each for each in monitoring.active_alerts(BEHIND) if each["state"] == "firing"]
+
+    (alert,) = eventually(firing, 60, what=BEHIND)
+    assert alert["labels"]["role"] == "draft"
+    assert alert["labels"]["engine"] == str(speculative.port)
+    assert str(speculative.model) in alert["annotations"]["summary"]
+    send(speculative, "draft", 2.0)
+    assert updates(speculative, "tensor") == [1, 1]
+    assert fingerprints(speculative)[0] == target
+    assert fingerprints(speculative)[1] != draft
+    eventually(lambda: not monitoring.active_alerts(BEHIND), 60, what=f"{BEHIND} resolves")
