@@ -470,6 +470,9 @@ def test_looks_never_have_the_garbage_collector_run() -> None:
     )
     moved = msgspec.structs.replace
     captured = capture(model)
+    assert captured.remembered is not None
+    elsewhere = [address + 64 for address in captured.remembered.data_ptr]
+    remembered = replace(captured.remembered, data_ptr=elsewhere)
     gc.collect()
     runs: list[int] = []
 
@@ -485,6 +488,7 @@ def test_looks_never_have_the_garbage_collector_run() -> None:
                 captured, remembered=None, table=moved(captured.table, sha256="another")
             )
             capture(model, previous=other, thorough=False)
+            capture(model, previous=replace(other, remembered=remembered), thorough=False)
     finally:
         gc.callbacks.remove(count)
     assert runs == []
