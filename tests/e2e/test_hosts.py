@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,10 +271,11 @@ def test_an_update_of_both_is_one_trace_and_no_alert_of_two(
     updates_come_to(parts, (1, 0), (1, 0))
     for number, span in enumerate(trace(backend, "sglang.weights.update", 1)):
         assert attributes_of(span)["sglang.weights.pp_rank"] == number
-    counted = "max by (cluster, namespace, model_name) (engine:sglang_weight_updates:max) == 1"
+    counted = "count(sum without (source) (sglang_weight_updates_total) == 1) == 2"
     eventually(lambda: monitoring.query(counted), 30, what="Prometheus has the update")
+    # Between two scrapes one host is ahead of the other, and that is pending for a moment.
     for name in ("SGLangWeightHostsDisagree", "SGLangWeightHostMissing"):
-        assert monitoring.active_alerts(name) == []
+        resolves(monitoring, name)
 
 
 def test_a_host_that_missed_an_update_is_told_once_until_it_has_it(
@@ -285,6 +287,8 @@ def test_a_host_that_missed_an_update_is_told_once_until_it_has_it(
 ) -> None:
     """SGLang answers 200, because the first host has the checkpoint."""
     name = "SGLangWeightHostsDisagree"
+    last = parts[1].scrape().one("sglang_weight_last_update_timestamp_seconds")
+    eventually(lambda: time.time() - last > 6, what="the hastened minute since the last update")
     hosts[0].write("c", 2)
     update(parts, checkpoints / "c")
     updates_come_to(parts, (2, 0), (1, 1))
