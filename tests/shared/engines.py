@@ -263,7 +263,7 @@ class Engine:
         self._controller_waits = False
 
     def start(self) -> None:
-        """Start the server in a process group of its own, out of Ctrl-C's reach; does not wait."""
+        """Start the server in a session of its own, out of Ctrl-C's reach; does not wait."""
         self.environment = self.installation.environment(**self.variables)
         command = [*self.within, str(self.installation.python), "-m", "sglang.launch_server"]
         command += ["--model-path", str(self.model), "--host", self.address]
@@ -276,7 +276,7 @@ class Engine:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                preexec_fn=os.setpgrp,
+                start_new_session=True,
             )
 
     @property
