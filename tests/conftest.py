@@ -126,6 +126,13 @@ class Engines:
         if name in self._engines:
             self._engines[name].stop()
 
+    def ended(self) -> Iterator[tuple[str, int, str]]:
+        """Name, exit status and end of the log of each that ended and was not stopped."""
+        for name, engine in self._engines.items():
+            status = engine.main.poll()
+            if status is not None and (log := engine.log()):
+                yield name, status, log[-3000:]
+
     def stop_all(self) -> None:
         """End every engine."""
         for name in self._engines:
@@ -183,6 +190,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     engines = item.config.stash.get(ENGINES, None)
     if engines is not None:
         engines.let_others_go_first()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
+) -> None:
+    """What an engine said last, where its end may be why tests failed."""
+    if exitstatus == pytest.ExitCode.TESTS_FAILED and ENGINES in config.stash:
+        for name, status, log in config.stash[ENGINES].ended():
+            terminalreporter.section(f"The engine of `{name}` has ended with {status}")
+            terminalreporter.write_line(log)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
