@@ -159,6 +159,7 @@ class _Role:
     loaded_at: float | None = None
     load_seconds: float | None = None
     updated_at: float | None = None
+    update_started_at: float | None = None
     #: The checkpoint that is served; SGLang's own is overwritten by an update that fails.
     model_path: str = ""
     updates: dict[Source, UpdateCounts] = field(
@@ -317,6 +318,7 @@ class Ledger:
                 loaded_at=role.loaded_at,
                 load_seconds=role.load_seconds,
                 updated_at=role.updated_at,
+                update_started_at=role.update_started_at,
                 updates=dict(role.updates),
                 moved=role.moved,
                 changes=dict(role.changes),
@@ -391,6 +393,7 @@ class Ledger:
                     role.loaded_at = ended_at
                     role.load_seconds = _elapsed(started_at, ended_at)
                 role.updated_at = ended_at
+                role.update_started_at = started_at
             if not error:
                 role.model_path = model_path
                 self._weight_version = self._weight_version or weight_version
@@ -418,6 +421,7 @@ class Ledger:
             ended_at = self._clock()
             if not error:
                 role.loaded_at = role.updated_at = ended_at
+                role.update_started_at = started_at
                 role.load_seconds = _elapsed(started_at, ended_at)
             role.last_update = role.untold_load = msgspec.structs.replace(
                 role.untold_load,
@@ -595,6 +599,8 @@ class Ledger:
         )
         if open_.effect != "unchanged":
             role.updated_at = open_.last_call_at
+        if counted:
+            role.update_started_at = open_.started_at
         role.last_update = Update(
             action="update",
             source=open_.source,

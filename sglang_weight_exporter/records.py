@@ -318,7 +318,11 @@ class Role(Record, frozen=True, kw_only=True):
     lora: tuple[LoraUsage, ...] = ()
     loaded_at: float | None = None
     load_seconds: float | None = None
+    #: When weights last changed, also by an update that failed half-way.
     updated_at: float | None = None
+    #: When the last load or update began that ``updates`` counts: ranks that hold the same weights
+    #: were called at the same moment, however long each took.
+    update_started_at: float | None = None
     updates: dict[Source, UpdateCounts] = {}
     moved: int = 0
     changes: dict[Change, int] = {}
@@ -357,6 +361,7 @@ class Role(Record, frozen=True, kw_only=True):
             self,
             in_progress=None,
             updated_at=self.updated_at if progress.failed else progress.last_call_at,
+            update_started_at=(self.update_started_at if progress.failed else progress.started_at),
             updates={**self.updates, progress.source: ended},
         )
 

@@ -54,6 +54,7 @@ class Modelled:
     """An update that has begun: what its calls said, and by whose end it ends."""
 
     source: str | None
+    began: float
     session: bool = False
     verdicts: list[Verdict] = field(default_factory=list)
     refused_later: bool = False
@@ -107,7 +108,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.brought: dict[tuple[str, str], list[int | None]] = defaultdict(list)
         #: Seconds of each update that was told of.
         self.seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
-        self.loads = 0
+        #: When the last one began that counts, the load included.
+        self.last_began = dict.fromkeys(ROLES, self.now)
         self.ended = self.told = 0
         self.released: set[str] = set()
 
@@ -122,6 +124,8 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self.ended += 1
         self.updates[role, update.source] += update.changed
+        if update.changed:
+            self.last_began[role] = update.began
         self.failures[role, update.source] += update.failed
         self.brought[role, update.source].append(update.nbytes)
 
@@ -132,7 +136,7 @@ class LedgerMachine(RuleBasedStateMachine):
             if idle or update.source != source:
                 self.end(role)
         if self.open[role] is None:
-            self.open[role] = Modelled(source, last_call=self.now)
+            self.open[role] = Modelled(source, self.now, last_call=self.now)
         update = self.open[role]
         assert update is not None
         return update
@@ -249,7 +253,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.open[role] = None
         if not any(other is not None and other.session for other in self.open.values()):
             self.session_calls = 0
-        self.open[role] = Modelled(None, session=True, last_call=self.now)
+        self.open[role] = Modelled(None, self.now, session=True, last_call=self.now)
         self.ledger.begin_session(role)
 
     @rule(role=st.sampled_from(ROLES), works=st.booleans())
@@ -273,7 +277,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.session_calls += 1
         self.end(role)
         if not works:
-            self.open[role] = Modelled(update.source, session=True, last_call=self.now)
+            self.open[role] = Modelled(update.source, self.now, session=True, last_call=self.now)
 
     # The cache.
 
@@ -318,7 +322,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def begin_move(self) -> None:
         self.on = WORKER
         if self.moves is None:
-            self.moves = Modelled("eplb")
+            self.moves = Modelled("eplb", self.now)
         self.moving = self.ledger.begin_move("target")
         assert self.ledger.begin_move("target") is None  # Inside another.
         self.on = SCHEDULER
@@ -397,6 +401,7 @@ class LedgerMachine(RuleBasedStateMachine):
             expected = self.open[name] is not None or (name == "target" and bool(self.moves))
             assert (role.in_progress is not None) == expected, name
             assert role.last_update is not None
+            assert role.update_started_at == self.last_began[name]
         assert self.ledger.released == self.released
 
     @invariant()
@@ -527,6 +532,7 @@ def test_an_update_that_nobody_ends_has_ended_with_its_last_call() -> None:
     role = ledger.describe("target", Role(name="target", device="cpu")).settled(clock.now)
     assert role.updates["tensor"].phases == {"load": 4.0, "wait": 1.0}
     assert role.updates["tensor"].duration.sum == 5.0
+    assert role.update_started_at == clock.now - IDLE_SECONDS - 1 - 5.0
     ledger.begin("target", "tensor", ends_with="later")
     update = clock.last()
     assert update.phases == {"load": 4.0, "wait": 1.0}

@@ -427,6 +427,14 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         read_role=lambda view: _one(view.role.updated_at),
     ),
     Instrument(
+        "sglang_weight_last_update_start_timestamp_seconds",
+        "gauge",
+        "s",
+        "When the last update that succeeded began, the first load included, in Unix time: the "
+        "same moment on every rank that has it, but for their clocks.",
+        read_role=lambda view: _one(view.role.update_started_at),
+    ),
+    Instrument(
         "sglang_weight_update_in_progress",
         "gauge",
         "{update}",

@@ -99,7 +99,8 @@ def test_every_alert_is_tested_and_has_a_runbook() -> None:
         ),
         ("engine_group, role) (", "role) ("),
         ('nodes!="",nodes!="1",', ""),
-        (") > 60", ") > -1"),
+        (") > 10", ") > -1"),
+        (") > 10", ") > 60"),
         ("engine_group, node_rank) (", "engine_group, node_rank, tp_rank, instance) ("),
         ("and sglang_rank_memory_reserved_bytes offset 15m > sglang", "and -1 < sglang"),
         (

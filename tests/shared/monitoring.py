@@ -81,8 +81,7 @@ def hastened_rules() -> str:
     """The shipped rules with their minutes as seconds, so that a test sees alerts resolve.
 
     Only durations change: `time() - 300`, `[10m]`, `[1h]`, `< 600` and `< 3600` (since the load),
-    the minute that one may be behind another (five seconds for hosts, which a busy machine needs),
-    and `for:`.
+    the minute that a draft may be behind its target, and `for:`.
     """
     text = RULES.read_text()
     for shipped, hastened, at_least in (
@@ -90,7 +89,6 @@ def hastened_rules() -> str:
         (r"\[10m\]", "[15s]", 3),
         (r"\[1h\]", "[30s]", 2),
         (r"< (?:3)?600\b", "< 1", 5),
-        (r"> 60\b", "> 5", 2),
         (r"\+ 60\b", "+ 1", 1),
         (r"for: (\d+)m", r"for: \1s", 8),
     ):
