@@ -163,7 +163,7 @@ def show_simulated(*, stay: bool) -> None:
         # Where to send traces and metrics stays as the user has it.
         env=clean_environment() | {k: v for k, v in os.environ.items() if k.startswith("OTEL_")},
         stdout=subprocess.DEVNULL,
-        preexec_fn=os.setpgrp,  # Ctrl-C is for this process to pass on.
+        start_new_session=True,  # Ctrl-C is for this process to pass on.
     )
     first = {"engine": "30000", "tp_rank": "0"}
 
