@@ -62,6 +62,7 @@ def flush(engine: Engine) -> None:
 
 
 def reload(engine: Engine, checkpoint: Path, **more: Any) -> None:
+    engine.put_requests_away()
     body = {"model_path": str(checkpoint), **more}
     status, answer = engine.post("/update_weights_from_disk", body)
     assert (status, answer["success"]) == (200, True), answer

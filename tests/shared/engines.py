@@ -340,6 +340,7 @@ class Engine:
 
     def update_weights_from_disk(self, model: Path) -> tuple[int, Any]:
         """SGLang's own reload endpoint."""
+        self.put_requests_away()
         return self.post("/update_weights_from_disk", {"model_path": str(model)})
 
     def flush_cache(self) -> tuple[int, str]:
@@ -350,6 +351,12 @@ class Engine:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
+
+    def put_requests_away(self) -> None:
+        """Have every scheduler go on to its next turn: until then a request that was answered may
+        still count as running, and an update that flushes fails, or ends an engine of 0.5.9 with an
+        assertion of SGLang's. What is asked of a scheduler is answered in a turn."""
+        self.server_info()
 
     def server_info(self) -> dict[str, Any]:
         """SGLang's own account of its configuration."""
