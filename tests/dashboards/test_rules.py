@@ -123,7 +123,7 @@ LOST = [
 ]
 
 
-def tests_without(directory: Path, condition: str, without: str) -> str:
+def outcome_without(directory: Path, condition: str, without: str) -> str:
     """What promtool says of the rules' tests once a condition is lost; empty if they pass."""
     text = RULES.read_text()
     assert condition in text
@@ -154,7 +154,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, s
     """What each of LOST leads to, found out on all cores: promtool takes seconds for each."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {
-            lost: pool.submit(tests_without, tmp_path_factory.mktemp("lost"), *lost)
+            lost: pool.submit(outcome_without, tmp_path_factory.mktemp("lost"), *lost)
             for lost in LOST
         }
         pool.shutdown(cancel_futures=True)
