@@ -77,7 +77,7 @@ light-tests: wheel
 	    continue
 	  fi
 	  $(call install-wheel,.venv/python$$version,--group test)
-	  .venv/python$$version/bin/pytest $(or $(TESTS),$(LIGHT)) $(PYTEST_ARGUMENTS)
+	  .venv/python$$version/bin/pytest -n 2 $(or $(TESTS),$(LIGHT)) $(PYTEST_ARGUMENTS)
 	done
 
 # ---------------------------------------------------------------------------- all of it
