@@ -238,6 +238,7 @@ def test_sglang_metrics_have_the_same_names_with_and_without(
             request = {"text": "hello", "sampling_params": {"max_new_tokens": 4}}
             status, answer = one.post("/generate", request)
             assert status == 200, answer
+        one.put_requests_away()
         status, answer = one.update_weights_from_disk(one.model)
         assert status == 200, answer
 

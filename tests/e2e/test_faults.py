@@ -138,6 +138,7 @@ def test_an_engine_serves_and_reloads_as_before_and_is_shown_again(
         return old_engine.scrape().sum("sglang_weight_updates_total", source="disk")
 
     def reload(checkpoint: Path) -> None:
+        old_engine.put_requests_away()
         status, answer = old_engine.update_weights_from_disk(checkpoint)
         assert (status, answer["success"]) == (200, True)
 

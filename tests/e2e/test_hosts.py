@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 import tiny_model
 from collectors import Backend, attributes_of
-from engines import READY_SECONDS, Engine, Installation, eventually
+from engines import Engine, Installation, eventually
 from monitoring import Monitoring, run
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from ports import free_port
@@ -160,11 +160,7 @@ def parts(
     try:
         for engine in engines:
             engine.start()
-        deadline = time.monotonic() + READY_SECONDS
-        # Each is asked, because one that has ended says so, and the other waits for it.
-        while False in [engine.ready() for engine in engines]:
-            assert time.monotonic() < deadline, [engine.log()[-3000:] for engine in engines]
-            time.sleep(0.5)
+        engines[0].wait_until_ready(peers=engines[1:])
         yield engines
     finally:
         for engine in engines:

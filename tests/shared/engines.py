@@ -303,10 +303,15 @@ class Engine:
         except OSError:
             return False
 
-    def wait_until_ready(self, seconds: float = READY_SECONDS) -> Engine:
-        """Wait until /health answers 200. AssertionError with the log's end if it does not."""
+    def wait_until_ready(
+        self, seconds: float = READY_SECONDS, *, peers: Sequence[Engine] = ()
+    ) -> Engine:
+        """Wait until /health answers 200. AssertionError with the log's end if it does not.
+
+        `peers`: parts of one engine on other hosts. One that has ended says so at once, where this
+        one would wait for it."""
         deadline = time.monotonic() + seconds
-        while not self.ready():
+        while False in [engine.ready() for engine in (self, *peers)]:
             if time.monotonic() > deadline:
                 raise AssertionError(f"no health in {seconds:g} s:\n{self.log()[-6000:]}")
             time.sleep(0.5)
@@ -340,7 +345,6 @@ class Engine:
 
     def update_weights_from_disk(self, model: Path) -> tuple[int, Any]:
         """SGLang's own reload endpoint."""
-        self.put_requests_away()
         return self.post("/update_weights_from_disk", {"model_path": str(model)})
 
     def flush_cache(self) -> tuple[int, str]:
