@@ -21,7 +21,7 @@ from sglang_weight_exporter.runners.memory import of_weights
 
 
 def account_of(known: WeightCapture) -> None:
-    account(Segments.of_cuda(), of_weights(known.spans), device=0)
+    account(Segments.of_cuda(), of_weights(known.ranges), device=0)
 
 
 def main() -> None:

@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "shared"))
 
 from standins import Rank, Request
 
-from sglang_weight_exporter.store.events import EVENT_COUNT
 from sglang_weight_exporter.store.files import write_atomically
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.store.spool import EVENT_COUNT
 
 ROUNDS = 300
 

@@ -74,7 +74,7 @@ def publish(number):
     snapshot = Snapshot(rank_id="", pid=os.getpid(), started_at=1.0, engine=engine, roles=(role,),
                         weight_version=ledger.weight_version)
     events = {}
-    for ended in ledger.take_ended():
+    for ended in ledger.take_finished():
         if ended.update is not None:
             event = Event(number=ended.update.sequence, rank_id="", pid=os.getpid(), engine=engine,
                           ranks=ranks, role="target", device=device, update=ended.update, table=ref)

@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 TYPE_CHECKING = False  # typing's own costs its import; type checkers know the name.
 if TYPE_CHECKING:
     from sglang_weight_exporter.capture.fingerprint import FingerprintError
-    from sglang_weight_exporter.hooks.announce import record_update, updating
+    from sglang_weight_exporter.hooks.manual_updates import record_update, updating
     from sglang_weight_exporter.store.tables import (
         RankGoneError,
         Table,
@@ -60,7 +60,7 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    home = {"record_update": "hooks.announce", "updating": "hooks.announce"}
+    home = {"record_update": "hooks.manual_updates", "updating": "hooks.manual_updates"}
     home |= {"Region": "weight_table", "Row": "weight_table"}
     home |= dict.fromkeys(
         ("Manifest", "ManifestError", "read_manifest", "write_manifest"), "verification.manifest"

@@ -10,7 +10,7 @@ call or several are an update. All of its time goes to one phase or another, so 
 its duration. An update of several ends in one of three ways, whichever SGLang's
 release offers: the end of its session (0.5.21 and later), a request that asks for the cache to be
 flushed, or no call for :data:`IDLE_SECONDS` (a heuristic, for clients that never ask). What has
-ended is collected with :meth:`Ledger.take_ended`.
+ended is collected with :meth:`Ledger.take_finished`.
 
 A role has two updates at a time at most: one that somebody asked for, and one of experts that move
 between ranks, which goes on between and inside forward passes whatever else happens.
@@ -68,7 +68,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Ended:
+class FinishedUpdate:
     """A load or update of a role that has ended and is counted.
 
     ``update`` is ``None`` for a session in which nothing was written: it may have changed the
@@ -83,7 +83,7 @@ class Ended:
 
 
 @dataclass(eq=False)
-class _Open:
+class OpenUpdate:
     """An update that has begun."""
 
     source: Source | None
@@ -110,13 +110,13 @@ class _Open:
     phases: dict[Phase, float] = field(default_factory=dict)
     #: What its calls have brought, and what the one that is running has; ``None``: not known.
     nbytes: int | None = 0
-    arriving: int | None = None
+    incoming_bytes: int | None = None
 
-    def enter(self, phase: Phase, at: float) -> None:
-        self.spend(self.phase, _elapsed(self.phase_since, at))
+    def set_phase(self, phase: Phase, at: float) -> None:
+        self.add_time(self.phase, _elapsed(self.phase_since, at))
         self.phase, self.phase_since = phase, at
 
-    def spend(self, phase: Phase, seconds: float) -> None:
+    def add_time(self, phase: Phase, seconds: float) -> None:
         self.phases[phase] = self.phases.get(phase, 0.0) + seconds
 
     @property
@@ -126,10 +126,10 @@ class _Open:
     def record(self, verdict: Verdict, at: float) -> None:
         self.calls += 1
         self.last_call_at = at
-        self.enter("wait", at)
+        self.set_phase("wait", at)
         if verdict.effect != "unchanged":
-            self.nbytes = add_bytes(self.nbytes, self.arriving)
-        self.arriving = None
+            self.nbytes = add_bytes(self.nbytes, self.incoming_bytes)
+        self.incoming_bytes = None
         if not verdict.succeeded:
             self.broken = True
             self.message = verdict.message
@@ -141,7 +141,7 @@ class _Open:
 
 
 @dataclass(frozen=True)
-class Ticket:
+class CallToken:
     """A call that has begun, to be handed back when it ends."""
 
     role: str
@@ -149,7 +149,7 @@ class Ticket:
     ends_with: EndsWith
     #: Whether this call opened its update.
     opened: bool
-    open: _Open
+    open: OpenUpdate
     #: Whether experts move: in this call, or around it on the same thread.
     moves: bool
 
@@ -168,17 +168,17 @@ class _Role:
     moved: int = 0
     changes: dict[Change, int] = field(default_factory=lambda: dict.fromkeys(CHANGES, 0))
     skipped: dict[Skip, int] = field(default_factory=dict)
-    altered: dict[During, dict[Kind, int]] = field(default_factory=dict)
-    update: _Open | None = None
-    rebalance: _Open | None = None
+    modified: dict[During, dict[Kind, int]] = field(default_factory=dict)
+    update: OpenUpdate | None = None
+    rebalance: OpenUpdate | None = None
     last_update: Update | None = None
     #: When a load began that has left placeholders, whose values come later.
     loading_since: float | None = None
     #: A load that is told of once the role's pools are allocated: its table changes till then.
-    untold_load: Update | None = None
+    unreported_load: Update | None = None
 
     @property
-    def open(self) -> tuple[_Open, ...]:
+    def open(self) -> tuple[OpenUpdate, ...]:
         return tuple(each for each in (self.update, self.rebalance) if each is not None)
 
 
@@ -191,7 +191,7 @@ class _Request:
     weight_version: str
     began_at: float
 
-    def wrote(self, update: _Open) -> bool:
+    def wrote(self, update: OpenUpdate) -> bool:
         """Whether a call of the update is of this request."""
         return update.calls > 0 and update.last_call_at >= self.began_at
 
@@ -217,13 +217,13 @@ class Ledger:
         self._cached_tokens = cached_tokens
         self._lock = threading.RLock()
         self._roles: dict[str, _Role] = {}
-        self._ended: list[Ended] = []
+        self._ended: list[FinishedUpdate] = []
         self._number = 0
         self._requests: dict[int, _Request] = {}
         #: Thread → the call by which experts are being moved on it right now.
-        self._moving: dict[int, Ticket] = {}
+        self._moving: dict[int, CallToken] = {}
         #: Thread → updates of which a call is running on it, the innermost last.
-        self._running: dict[int, list[_Open]] = {}
+        self._running: dict[int, list[OpenUpdate]] = {}
         self._rebalancing = False
         #: Calls since the first runner's session began.
         self._session_calls = 0
@@ -243,22 +243,22 @@ class Ledger:
             counts = self._roles[name].skipped
             counts[reason] = counts.get(reason, 0) + 1
 
-    def count_altered(self, name: str, during: During, kinds: Iterable[Kind]) -> None:
+    def count_modified(self, name: str, during: During, kinds: Iterable[Kind]) -> None:
         """Tensors of these kinds hold other bytes than the last load or update left in them."""
         with self._lock:
-            counts = self._roles[name].altered.setdefault(during, {})
+            counts = self._roles[name].modified.setdefault(during, {})
             for kind in kinds:
                 counts[kind] = counts.get(kind, 0) + 1
 
     def fingerprint_counts(self, name: str) -> FingerprintCounts:
         with self._lock:
             role = self._roles[name]
-            altered = {during: dict(kinds) for during, kinds in role.altered.items()}
-            return FingerprintCounts(skipped=dict(role.skipped), altered=altered)
+            modified = {during: dict(kinds) for during, kinds in role.modified.items()}
+            return FingerprintCounts(skipped=dict(role.skipped), modified=modified)
 
     # What others ask.
 
-    def take_ended(self) -> list[Ended]:
+    def take_finished(self) -> list[FinishedUpdate]:
         """Loads and updates that have ended since this was asked last, in order."""
         with self._lock:
             ended, self._ended = self._ended, []
@@ -338,7 +338,7 @@ class Ledger:
                 moved=before.moved,
                 changes=before.changes,
                 skipped=before.skipped,
-                altered=before.altered,
+                modified=before.modified,
             )
 
     # Loads.
@@ -355,7 +355,7 @@ class Ledger:
         with self._lock:
             self._starting = False
             for name in self._roles:
-                self.tell_load(name)
+                self.report_load(name)
 
     def begin_load(self) -> float:
         """A load begins; the time it began, also kept for :meth:`load_began_at`."""
@@ -397,7 +397,7 @@ class Ledger:
             if not error:
                 role.model_path = model_path
                 self._weight_version = self._weight_version or weight_version
-            role.last_update = role.untold_load = Update(
+            role.last_update = role.unreported_load = Update(
                 action="load",
                 sequence=self._number,
                 started_at=started_at,
@@ -409,13 +409,13 @@ class Ledger:
                 weight_version=self._weight_version,
             )
             if error:
-                self.tell_load(name)
+                self.report_load(name)
 
     def finalize_load(self, name: str, *, error: str = "") -> None:
         """The values of a load that had left placeholders have come."""
         with self._lock:
             role = self._roles[name]
-            if role.loading_since is None or role.untold_load is None:
+            if role.loading_since is None or role.unreported_load is None:
                 return
             started_at, role.loading_since = role.loading_since, None
             ended_at = self._clock()
@@ -423,33 +423,33 @@ class Ledger:
                 role.loaded_at = role.updated_at = ended_at
                 role.update_started_at = started_at
                 role.load_seconds = _elapsed(started_at, ended_at)
-            role.last_update = role.untold_load = msgspec.structs.replace(
-                role.untold_load,
+            role.last_update = role.unreported_load = msgspec.structs.replace(
+                role.unreported_load,
                 ended_at=ended_at,
                 succeeded=not error,
                 effect="undefined" if error else "changed",
                 message=error,
             )
-            self.tell_load(name)
+            self.report_load(name)
 
-    def tell_load(self, name: str) -> None:
+    def report_load(self, name: str) -> None:
         """The table of a load is what it will be: let the load have ended, if it has."""
         with self._lock:
             role = self._roles[name]
             if self._starting or role.loading_since is not None:
                 return
-            load, role.untold_load = role.untold_load, None
+            load, role.unreported_load = role.unreported_load, None
             if load is not None:
                 # Ranks on several hosts know only now that they are one engine.
                 load = msgspec.structs.replace(load, trace_id=self._trace_id(load.sequence))
                 role.last_update = load
-                self._ended.append(Ended(name, load))
+                self._ended.append(FinishedUpdate(name, load))
 
     # Calls that write weights.
 
     def begin(
         self, name: str, source: Source, *, ends_with: EndsWith, since: float | None = None
-    ) -> Ticket:
+    ) -> CallToken:
         """A call is about to write weights: a whole update, or one part of it. ``since``: when the
         look at what is there before it began."""
         with self._lock:
@@ -458,29 +458,29 @@ class Ledger:
                 return self._begin(name, "eplb", "call", since)
             return self._begin(name, source, ends_with, since)
 
-    def finish(self, ticket: Ticket, verdict: Verdict) -> None:
+    def finish(self, token: CallToken, verdict: Verdict) -> None:
         """The call has returned or raised."""
         with self._lock:
-            if self._moving.get(self._thread()) is ticket:
+            if self._moving.get(self._thread()) is token:
                 del self._moving[self._thread()]
-            role = self._roles[ticket.role]
-            open_ = ticket.open
+            role = self._roles[token.role]
+            open_ = token.open
             open_.running -= 1
             running = self._running.get(self._thread(), [])
             if open_ in running:
                 running.remove(open_)
-            counts = role.updates[ticket.source]
-            role.updates[ticket.source] = msgspec.structs.replace(counts, calls=counts.calls + 1)
-            if not ticket.moves:
+            counts = role.updates[token.source]
+            role.updates[token.source] = msgspec.structs.replace(counts, calls=counts.calls + 1)
+            if not token.moves:
                 self._session_calls += 1
-                if open_.source is None or ticket.source != "external":
-                    open_.source = ticket.source
+                if open_.source is None or token.source != "external":
+                    open_.source = token.source
             open_.record(verdict, self._clock())
-            if not ticket.moves:  # Experts that move are the same experts.
-                self._leave_cache(verdict)
-            served = ticket.ends_with == "request" and self._thread() in self._requests
-            if ticket.opened and ticket.ends_with != "later" and not served:
-                self._end(ticket.role, open_, at=open_.last_call_at)
+            if not token.moves:  # Experts that move are the same experts.
+                self._mark_prefix_cache_stale(verdict)
+            served = token.ends_with == "request" and self._thread() in self._requests
+            if token.opened and token.ends_with != "later" and not served:
+                self._end(token.role, open_, at=open_.last_call_at)
 
     def fail_receiving(self, name: str, source: Source, message: str) -> None:
         """Tensors of an open update did not arrive."""
@@ -496,35 +496,35 @@ class Ledger:
         """Whether a call that writes weights is running on this thread."""
         return bool(self._running.get(self._thread()))
 
-    def bring(self, nbytes: int) -> None:
+    def add_bytes(self, nbytes: int) -> None:
         """What the call that is running on this thread brings is so large."""
         with self._lock:
             for open_ in self._running.get(self._thread(), [])[-1:]:
-                open_.arriving = (open_.arriving or 0) + nbytes
+                open_.incoming_bytes = (open_.incoming_bytes or 0) + nbytes
 
     # Where the time of updates goes.
 
-    def enter(self, phase: Phase, *roles: str) -> None:
+    def set_phase(self, phase: Phase, *roles: str) -> None:
         """From now on the updates of these roles are about something else; without roles, the
         update of which a call is running on this thread."""
         with self._lock:
             updates = [self._roles[name].update for name in roles]
             for open_ in updates or self._running.get(self._thread(), [])[-1:]:
                 if open_ is not None:
-                    open_.enter(phase, self._clock())
+                    open_.set_phase(phase, self._clock())
 
-    def spend(self, phase: Phase, since: float) -> None:
+    def add_time(self, phase: Phase, since: float) -> None:
         """Since a moment of the running phase of the call on this thread, time went elsewhere."""
         with self._lock:
             for open_ in self._running.get(self._thread(), [])[-1:]:
                 now = self._clock()
-                open_.enter(open_.phase, since)
-                open_.spend(phase, _elapsed(since, now))
+                open_.set_phase(open_.phase, since)
+                open_.add_time(phase, _elapsed(since, now))
                 open_.phase_since = now
 
     def _begin(
         self, name: str, source: Source, ends_with: EndsWith, since: float | None = None
-    ) -> Ticket:
+    ) -> CallToken:
         role = self._roles[name]
         moves = source == "eplb"
         open_ = role.rebalance if moves else role.update
@@ -539,9 +539,9 @@ class Ledger:
             bounded = moves and self._rebalancing
             open_ = self._open(role, source, now, bounded=bounded, since=since)
         open_.running += 1
-        open_.enter("load", now)
+        open_.set_phase("load", now)
         self._running.setdefault(self._thread(), []).append(open_)
-        return Ticket(name, source, ends_with, opened, open_, moves)
+        return CallToken(name, source, ends_with, opened, open_, moves)
 
     def _open(
         self,
@@ -551,11 +551,11 @@ class Ledger:
         *,
         bounded: bool,
         since: float | None = None,
-    ) -> _Open:
+    ) -> OpenUpdate:
         request = None if source == "eplb" else self._requests.get(self._thread())
         if request is None:
             self._number += 1
-        open_ = _Open(
+        open_ = OpenUpdate(
             source=source,
             number=self._number if request is None else request.number,
             started_at=now if since is None else since,
@@ -566,14 +566,14 @@ class Ledger:
             phase_since=now,
         )
         if since is not None:
-            open_.spend("capture", _elapsed(since, now))
+            open_.add_time("capture", _elapsed(since, now))
         if source == "eplb":
             role.rebalance = open_
         else:
             role.update = open_
         return open_
 
-    def _end(self, name: str, open_: _Open, *, at: float | None = None) -> None:
+    def _end(self, name: str, open_: OpenUpdate, *, at: float | None = None) -> None:
         """Close an update and count it. ``at``: it ends only now, and not with its last call."""
         role = self._roles[name]
         if role.update is open_:
@@ -583,10 +583,10 @@ class Ledger:
         else:
             return
         if open_.source is None:
-            self._ended.append(Ended(name, None))
+            self._ended.append(FinishedUpdate(name, None))
             return
         if at is not None:
-            open_.enter("wait", at)
+            open_.set_phase("wait", at)
         trace_id = self._trace_id(open_.number)
         counts = role.updates[open_.source]
         counted = open_.effect == "changed"
@@ -616,10 +616,15 @@ class Ledger:
             phases=open_.phases,
             nbytes=open_.nbytes,
         )
-        self._ended.append(Ended(name, role.last_update, at))
+        self._ended.append(FinishedUpdate(name, role.last_update, at))
 
     def compare(
-        self, ended: Ended, *, model_path: str, changes: TableChanges, same_bytes: bool = False
+        self,
+        ended: FinishedUpdate,
+        *,
+        model_path: str,
+        changes: TableChanges,
+        same_bytes: bool = False,
     ) -> Update | None:
         """Complete what has ended by what the look after it found, which is part of it.
         ``same_bytes``: every tensor holds what it held before, as fingerprints say."""
@@ -701,13 +706,13 @@ class Ledger:
             if error:
                 open_.source = open_.source or "p2p"
                 broken = Verdict(False, "undefined", error)
-                open_.arriving = 0
+                open_.incoming_bytes = 0
                 open_.record(broken, self._clock())
-                self._leave_cache(broken)
+                self._mark_prefix_cache_stale(broken)
             elif self._session_calls == 0 and run_post_load:
                 # Nothing came through SGLang: a peer wrote into the tensors (RDMA).
-                ticket = self._begin(name, "p2p", "later")
-                self.finish(ticket, Verdict(True, "changed"))
+                token = self._begin(name, "p2p", "later")
+                self.finish(token, Verdict(True, "changed"))
             if open_.calls:
                 open_.last_call_at = self._clock()
             self._end(name, open_, at=self._clock())
@@ -779,18 +784,18 @@ class Ledger:
                 if role.rebalance is not None:
                     self._end(name, role.rebalance)
 
-    def begin_move(self, name: str) -> Ticket | None:
+    def begin_move(self, name: str) -> CallToken | None:
         """Some layers' experts move; ``None`` inside another move of this thread."""
         with self._lock:
             if self._thread() in self._moving:
                 return None
-            ticket = self._begin(name, "eplb", "later" if self._rebalancing else "call")
-            self._moving[self._thread()] = ticket
-            return ticket
+            token = self._begin(name, "eplb", "later" if self._rebalancing else "call")
+            self._moving[self._thread()] = token
+            return token
 
     # The prefix cache, whose keys and values are those of the weights that computed them.
 
-    def _leave_cache(self, verdict: Verdict) -> None:
+    def _mark_prefix_cache_stale(self, verdict: Verdict) -> None:
         """Weights were written; what the cache holds now is the old ones'."""
         if verdict.effect == "unchanged":
             return
@@ -811,14 +816,14 @@ class Ledger:
             request = self._requests.get(self._thread())
             for role in self._roles.values():
                 if request and role.update and request.wrote(role.update):
-                    role.update.enter("flush", self._clock())
+                    role.update.set_phase("flush", self._clock())
 
     def flush(self, *, succeeded: bool) -> None:
         """The cache was to be flushed, and is empty, or SGLang refused."""
         with self._lock:
             for role in self._roles.values():
                 if role.update is not None and role.update.phase == "flush":
-                    role.update.enter("wait", self._clock())
+                    role.update.set_phase("wait", self._clock())
             cache = self._cache
             if cache is None:
                 return
@@ -836,7 +841,7 @@ class Ledger:
                 pauses = {**cache.pauses, how: cache.pauses.get(how, 0) + 1}
                 self._change_cache(pauses=pauses, paused=cache.paused or how != "abort")
 
-    def proceed(self) -> None:
+    def continue_generation(self) -> None:
         """Generation goes on."""
         with self._lock:
             self._change_cache(paused=False)
@@ -871,7 +876,7 @@ def _elapsed(started_at: float, ended_at: float) -> float:
     return max(0.0, ended_at - started_at)
 
 
-def _in_progress(open_: _Open) -> UpdateInProgress:
+def _in_progress(open_: OpenUpdate) -> UpdateInProgress:
     return UpdateInProgress(
         source=open_.source,
         started_at=open_.started_at,

@@ -47,7 +47,7 @@ class _Allowance:
     withheld: int = 0
 
 
-class Sparing(logging.Filter):
+class RateLimitFilter(logging.Filter):
     """Lets what is said over and over through a few times, and says how often it was withheld.
 
     Records are alike when they come from the same place in the code.

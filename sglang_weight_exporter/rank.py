@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""One rank: puts together what happened, what is there, and who is told.
+"""One rank: puts together what happened, what is there, and who is notified.
 
-It is handed a ledger that counts, a scan that looks and a publisher that writes, and does none of
-the three itself. The order of a step is always the same: the ledger is told; what has ended is
-looked at; all of it is published. Steps of several threads follow one another; none of them is
-held up while SGLang's own code runs.
+It is handed a ledger that counts, an inspector that captures and a publisher that writes, and does
+none of the three itself. The order of a step is always the same: the ledger is notified; the roles
+whose updates have finished are captured; all of it is published. Steps of several threads follow
+one another; none of them is held up while SGLang's own code runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 from sglang_weight_exporter.capture.weights import WeightCapture
-from sglang_weight_exporter.ledger import Ended, Ledger
+from sglang_weight_exporter.ledger import FinishedUpdate, Ledger
 from sglang_weight_exporter.publisher.publisher import Publisher
 from sglang_weight_exporter.records import (
     NAMED_CHANGES,
@@ -30,8 +30,8 @@ from sglang_weight_exporter.records import (
     TableRef,
     Update,
 )
+from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
-from sglang_weight_exporter.runners.scan import Scan
 from sglang_weight_exporter.store.rank import table_file
 from sglang_weight_exporter.weight_table import WeightTable, compare_tables
 
@@ -57,16 +57,18 @@ class Rank:
         self,
         *,
         roles: Roles,
-        scan: Scan,
+        inspector: ModelRunnerInspector,
         publisher: Publisher,
         hooks: Callable[[str], tuple[HookState, ...]],
         errors: Callable[[], dict[str, int]],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.roles = roles
-        self.ledger = Ledger(clock=clock, trace_id=self._trace_id, cached_tokens=scan.cached_tokens)
-        self.scan = scan
-        scan.memory.released = lambda: self.ledger.released
+        self.ledger = Ledger(
+            clock=clock, trace_id=self._trace_id, cached_tokens=inspector.cached_tokens
+        )
+        self.inspector = inspector
+        inspector.memory.released = lambda: self.ledger.released
         self._publisher = publisher
         self._hooks = hooks
         self._errors = errors
@@ -98,45 +100,45 @@ class Rank:
             return None
         with self._lock:
             result = tell(self.ledger)
-            ended = self.ledger.take_ended()
+            ended = self.ledger.take_finished()
             written = {each.role for each in ended if _wrote(each)}
             events = dict(enumerate(self._complete(each, written) for each in ended))
             if events or not quietly:
                 self._publish({index: event for index, event in events.items() if event})
             return result
 
-    def look(self, *roles: RunnerRole, derived: bool = False, pools: bool = False) -> None:
+    def capture(self, *roles: RunnerRole, derived: bool = False, pools: bool = False) -> None:
         """Look at roles before the next step: something else than an update has changed them."""
         if os.getpid() == self._pid:
             with self._lock:
                 seconds = self._fingerprint_seconds(load=True) if derived else None
-                self._look(*roles, derived=derived, pools=pools, fingerprint_seconds=seconds)
+                self._capture(*roles, derived=derived, pools=pools, fingerprint_seconds=seconds)
 
-    def _look(self, *roles: RunnerRole, fingerprint_seconds: float | None, **how: bool) -> None:
-        self.scan.look(*roles, fingerprint_seconds=fingerprint_seconds, **how)
+    def _capture(self, *roles: RunnerRole, fingerprint_seconds: float | None, **how: bool) -> None:
+        self.inspector.capture(*roles, fingerprint_seconds=fingerprint_seconds, **how)
         for role in roles if fingerprint_seconds is not None else ():
-            skipped = self.scan.of(role).skipped
+            skipped = self.inspector.of(role).skipped
             if skipped is not None:
                 self.ledger.count_skipped(role.name, skipped)
 
-    def _look_for_strays(
+    def _find_unexpected_writes(
         self, *roles: RunnerRole, during: During, garbage: frozenset[int] = frozenset()
     ) -> None:
         """Whether anything but loads and updates has written weights. ``garbage``: storages of
         which that is known."""
-        self._look(*roles, fingerprint_seconds=self._fingerprint_seconds(), written=False)
+        self._capture(*roles, fingerprint_seconds=self._fingerprint_seconds(), written=False)
         for role in roles:
-            self.scan.overlook(role, garbage)
-            self.ledger.count_altered(role.name, during, self.scan.of(role).altered.values())
+            self.inspector.ignore(role, garbage)
+            self.ledger.count_modified(role.name, during, self.inspector.of(role).modified.values())
 
     def release(self, tags: Collection[str] | None) -> None:
         """Memory is gone; of these tags and of no others. ``None`` or empty: of all."""
 
         def tell(ledger: Ledger) -> None:
             ledger.release(self._saved(tags))
-            self.scan.memory_is_there = True
-            self.scan.look_at_memory()
-            self.scan.memory.end_release()
+            self.inspector.memory_is_there = True
+            self.inspector.read_memory()
+            self.inspector.memory.end_release()
 
         self.step(tell)
 
@@ -150,11 +152,13 @@ class Rank:
             ledger.resume(resumed)
             for role in self.roles if WEIGHTS in resumed else ():
                 if role.keeps_a_copy:
-                    self._look_for_strays(role, during="release", garbage=self._without_a_copy())
+                    self._find_unexpected_writes(
+                        role, during="release", garbage=self._without_a_copy()
+                    )
                 else:
-                    self._look(role, fingerprint_seconds=self._fingerprint_seconds())
-                self.scan.start_over(role, known=role.keeps_a_copy)
-            self.scan.look_at_memory()
+                    self._capture(role, fingerprint_seconds=self._fingerprint_seconds())
+                self.inspector.start_over(role, known=role.keeps_a_copy)
+            self.inspector.read_memory()
 
         self.step(tell)
 
@@ -168,17 +172,17 @@ class Rank:
 
     def _without_a_copy(self) -> frozenset[int]:
         """Storages of models that are not copied. A draft that is holds some of its target's."""
-        looks = (self.scan.of(role) for role in self.roles if not role.keeps_a_copy)
-        return frozenset[int]().union(*(look.weights.storages for look in looks if look.weights))
+        captures = (self.inspector.of(role) for role in self.roles if not role.keeps_a_copy)
+        return frozenset[int]().union(*(look.weights.storages for look in captures if look.weights))
 
     def read_again(self, role: RunnerRole) -> None:
         """Somebody asks whether the weights are what they were; not inside an update."""
         if os.getpid() == self._pid:
             with self._lock:
                 if not self.ledger.updating:
-                    self._look_for_strays(role, during="serving")
+                    self._find_unexpected_writes(role, during="serving")
 
-    def look_before(self) -> float | None:
+    def capture_before_update(self) -> float | None:
         """An update is about to begin; after it nobody could tell that something else wrote, nor
         what it has added to torch's memory. Of all roles, and before the first of them is written:
         a draft holds tensors of the target's. When this look began; ``None`` where there was none.
@@ -186,15 +190,15 @@ class Rank:
         if os.getpid() != self._pid:
             return None
         with self._lock:
-            there = self.scan.memory_is_there and WEIGHTS not in self.ledger.released
-            known = [role for role in self.roles if self.scan.of(role).left is not None]
+            there = self.inspector.memory_is_there and WEIGHTS not in self.ledger.released
+            known = [role for role in self.roles if self.inspector.of(role).left is not None]
             if self.ledger.updating:
                 return None
-            self.scan.begin_update()
+            self.inspector.begin_update()
             if not known or not there:
                 return None
             began_at = self._clock()
-            self._look_for_strays(*known, during="serving")
+            self._find_unexpected_writes(*known, during="serving")
             return began_at
 
     def _fingerprint_seconds(self, *, load: bool = False) -> float:
@@ -204,12 +208,12 @@ class Rank:
             return 0.0
         return LOAD_FINGERPRINT_SECONDS if load else UPDATE_FINGERPRINT_SECONDS
 
-    def keep_readers_out(self) -> None:
+    def lock_tables(self) -> None:
         """Weights are about to be written. Not inside a step: it may wait for readers."""
         if os.getpid() == self._pid:
             began_at = self._clock()
-            self._publisher.keep_readers_out()
-            self.ledger.spend("wait", began_at)
+            self._publisher.lock_tables()
+            self.ledger.add_time("wait", began_at)
 
     def _trace_id(self, number: int) -> str:
         """The same on every rank of the engine, on all of its hosts, without a word between
@@ -218,22 +222,24 @@ class Rank:
         facts = f"{engine.group or engine.instance}|{number}"
         return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
-    def _complete(self, ended: Ended, written: set[str]) -> tuple[Event, WeightTable | None] | None:
+    def _complete(
+        self, ended: FinishedUpdate, written: set[str]
+    ) -> tuple[Event, WeightTable | None] | None:
         """Look at what an update has changed; the event that tells of it. ``written``: roles whose
         updates have ended together; each is looked at once, for its own."""
         role = self.roles.named(ended.role)
         if role is None:
             return None
         if _wrote(ended):
-            before = self.scan.of(role).weights
+            before = self.inspector.of(role).weights
             others = (
                 other
                 for other in self.roles
                 if other.name not in written and not self.ledger.is_updating(other.name)
             )
-            self._look(role, *others, fingerprint_seconds=self._fingerprint_seconds())
-            self.scan.memory.end_update()
-            after = self.scan.of(role).weights
+            self._capture(role, *others, fingerprint_seconds=self._fingerprint_seconds())
+            self.inspector.memory.end_update()
+            after = self.inspector.of(role).weights
             changes = compare_tables(
                 None if before is None else before.table, None if after is None else after.table
             )
@@ -249,7 +255,7 @@ class Rank:
 
     def _event(self, role: RunnerRole, update: Update) -> tuple[Event, WeightTable | None]:
         self._events += 1
-        weights = self.scan.of(role).weights
+        weights = self.inspector.of(role).weights
         table = None if weights is None else weights.table
         event = Event(
             number=self._events,
@@ -272,17 +278,17 @@ class Rank:
             return  # It is not known yet whose account this is.
         tables = {}
         for role in self.roles:
-            weights = self.scan.of(role).weights
+            weights = self.inspector.of(role).weights
             if weights is not None:
                 tables[role.name] = weights.table
         self._publisher.publish(self._snapshot(), tables, events)
-        self._publisher.leave_memory(self.scan.dump_memory)
+        self._publisher.leave_memory(self.inspector.dump_memory)
         if not self.ledger.in_session():
-            self._publisher.let_readers_in(update_is_over=not self.ledger.updating)
+            self._publisher.unlock_tables(update_is_over=not self.ledger.updating)
 
     def _snapshot(self) -> Snapshot:
         engine = self.roles.engine
-        memory = self.scan.memory.devices()
+        memory = self.inspector.memory.devices()
         for each in memory:
             self.roles.describe(each.device)
         return Snapshot(
@@ -301,11 +307,11 @@ class Rank:
             operations=self.ledger.operations,
             update_groups=self.ledger.update_groups,
             cache=self.ledger.cache,
-            snapshot_seconds=self.scan.seconds,
+            snapshot_seconds=self.inspector.seconds,
         )
 
     def _role(self, role: RunnerRole) -> Role:
-        look = self.scan.of(role)
+        look = self.inspector.of(role)
         weights = None if look.weights is None else look.weights.usage
         config = getattr(role.runner, "model_config", None)
         architectures = getattr(getattr(config, "hf_config", None), "architectures", None) or ()
@@ -317,27 +323,31 @@ class Rank:
             quantization=str(getattr(config, "quantization", None) or ""),
             weights=weights,
             resident=_resident(
-                weights, None if look.weights is None else look.weights.stays, WEIGHTS in released
+                weights,
+                None if look.weights is None else look.weights.outside_saver,
+                WEIGHTS in released,
             ),
             table=self._table_ref(role),
             kv_pools=look.kv_pools,
-            kv_resident=_resident(look.kv_pools, look.kv_stays, KV_CACHE in released),
+            kv_resident=_resident(look.kv_pools, look.kv_outside_saver, KV_CACHE in released),
             lora=look.lora,
             fingerprints=(
-                self.ledger.fingerprint_counts(role.name) if self.scan.takes_fingerprints else None
+                self.ledger.fingerprint_counts(role.name)
+                if self.inspector.takes_fingerprints
+                else None
             ),
         )
         return self.ledger.describe(role.name, record)
 
     def _table_ref(self, role: RunnerRole) -> TableRef | None:
-        look = self.scan.of(role)
+        look = self.inspector.of(role)
         weights = look.weights
         if weights is None:
             return None
         released = WEIGHTS in self.ledger.released
         known = look.left is not None and weights.table.fingerprint != ""
         # Buffers are counted by their kind and are no weights here: a forward pass may write them.
-        altered = tuple(name for name, kind in look.altered.items() if kind != "buffer")
+        modified = tuple(name for name, kind in look.modified.items() if kind != "buffer")
         return TableRef(
             file=table_file(weights.table),
             sha256=weights.table.sha256,
@@ -346,12 +356,12 @@ class Rank:
             captured_at=weights.table.captured_at,
             fingerprint="" if released else weights.table.fingerprint,
             fingerprint_seconds=None if released else weights.table.fingerprint_seconds,
-            altered=None if released or not known else len(altered),
-            altered_names=altered[:NAMED_CHANGES],
+            modified=None if released or not known else len(modified),
+            modified_names=modified[:NAMED_CHANGES],
         )
 
 
-def _wrote(ended: Ended) -> bool:
+def _wrote(ended: FinishedUpdate) -> bool:
     """Whether an update or a session has ended, and no load."""
     return ended.update is None or ended.update.action == "update"
 
@@ -363,7 +373,7 @@ def _same_bytes(before: WeightCapture | None, after: WeightCapture | None) -> bo
 
 
 def _resident(
-    usage: tuple[Any, ...] | None, stays: dict[str, int] | None, released: bool
+    usage: tuple[Any, ...] | None, outside_saver: dict[str, int] | None, released: bool
 ) -> dict[str, int] | None:
     """Bytes by device that have physical memory now."""
     if usage is None:
@@ -373,4 +383,4 @@ def _resident(
         totals[part.device] = totals.get(part.device, 0) + part.nbytes
     if not released:
         return totals
-    return {device: (stays or {}).get(device, 0) for device in totals}
+    return {device: (outside_saver or {}).get(device, 0) for device in totals}

@@ -130,8 +130,8 @@ class TableRef(Record, frozen=True, kw_only=True):
     #: Parameters and derived weights that hold other bytes than the last load or update left in
     #: them: how many, and the names of :data:`NAMED_CHANGES` of them.
     #: ``None``: not known, because nobody has looked at them when it ended, or looks now.
-    altered: int | None = None
-    altered_names: tuple[str, ...] = ()
+    modified: int | None = None
+    modified_names: tuple[str, ...] = ()
 
 
 class Histogram(Record, frozen=True, kw_only=True):
@@ -189,7 +189,7 @@ class FingerprintCounts(Record, frozen=True, kw_only=True):
 
     skipped: dict[Skip, int] = {}
     #: Tensors found with other bytes than the last load or update had left, at each look.
-    altered: dict[During, dict[Kind, int]] = {}
+    modified: dict[During, dict[Kind, int]] = {}
 
 
 class OperationCounts(Record, frozen=True, kw_only=True):
@@ -562,7 +562,7 @@ class Event(Record, frozen=True, kw_only=True):
     previous_sha256: str = ""
 
 
-class Endpoint(Record, frozen=True, kw_only=True):
+class ExporterEndpoint(Record, frozen=True, kw_only=True):
     """What the exporter process says of itself in ``exporter.json``."""
 
     schema: int = SCHEMA_VERSION

@@ -333,13 +333,13 @@ def _reload(
         for rank in ranks:
             if source != "ipc":
                 brought = sum(usage.nbytes for usage in _weights(role) if usage.kind == "parameter")
-                rank.ledger.bring(brought // _CALLS[source])
+                rank.ledger.add_bytes(brought // _CALLS[source])
             rank.publish()
         yield chance.uniform(0.4, 1.6)
         failed = fails and call == _CALLS[source] - 1
         verdict = Verdict(False, "undefined", message) if failed else Verdict(True, "changed")
-        for rank, ticket in zip(ranks, tickets, strict=True):
-            rank.ledger.finish(ticket, verdict)
+        for rank, token in zip(ranks, tickets, strict=True):
+            rank.ledger.finish(token, verdict)
     for rank in ranks:
         rank.place += moves
         rank.content = rank.content if fails else str(version)
@@ -348,7 +348,7 @@ def _reload(
         lambda ledger: ledger.end_request(succeeded=not fails, message=message, raised=False),
     )
     if pauses:
-        _tell(ranks, lambda ledger: ledger.proceed())
+        _tell(ranks, lambda ledger: ledger.continue_generation())
 
 
 def _tell(ranks: list[_Rank], what: Callable[[Ledger], None]) -> None:
@@ -432,7 +432,7 @@ class _Rank:
 
     def publish(self) -> None:
         """Write what the ledger knows, and an event for each load and update that has ended."""
-        for ended in self.ledger.take_ended():
+        for ended in self.ledger.take_finished():
             role = ended.role
             before, table = self._tables.get(role), _table(role, self.place)
             self._tables[role] = table
@@ -519,7 +519,7 @@ class _Rank:
             captured_at=self._clock(),
             fingerprint="" if released else hashlib.sha256(content.encode()).hexdigest()[:32],
             fingerprint_seconds=None if released else _FINGERPRINT_SECONDS,
-            altered=0,
+            modified=0,
         )
 
     def _trace_id(self, number: int) -> str:

@@ -147,7 +147,7 @@ def table_fingerprints(table: WeightTable) -> dict[str, str]:
     return {name: text for name, text in taken.items() if text != NO_FINGERPRINT}
 
 
-def altered_tensors(before: WeightTable, after: WeightTable) -> dict[str, Kind]:
+def modified_tensors(before: WeightTable, after: WeightTable) -> dict[str, Kind]:
     """Name → kind of the tensors of both tables that hold other bytes now. Empty where one of the
     two has no fingerprints: nothing is known then."""
     if before.fingerprint == after.fingerprint or not (before.fingerprint and after.fingerprint):

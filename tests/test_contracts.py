@@ -16,7 +16,7 @@ PACKAGE = "sglang_weight_exporter"
 
 #: The contract that fails, the module that gets an import, and the import.
 PLANTED = [
-    ("In the engine data flows one way", "capture/pools.py", f"{PACKAGE}.runners.pools"),
+    ("In the engine data flows one way", "capture/object_tensors.py", f"{PACKAGE}.runners.pools"),
     ("In the engine data flows one way", "ledger.py", f"{PACKAGE}.publisher.publisher"),
     ("In the engine data flows one way", "store/files.py", f"{PACKAGE}.capture.pools"),
     ("Beside the engine data flows one way", "store/reader.py", f"{PACKAGE}.export.views"),
@@ -25,7 +25,7 @@ PLANTED = [
     ("The bootstrap imports os and sys", "bootstrap.py", f"{PACKAGE}.rank"),
     ("The ledger is pure", "ledger.py", "torch"),
     ("The ledger is pure", "ledger.py", f"{PACKAGE}.store.files"),
-    ("Looking writes nothing", "runners/scan.py", f"{PACKAGE}.store.rank"),
+    ("Looking writes nothing", "runners/inspector.py", f"{PACKAGE}.store.rank"),
     ("Publishing and storing know no tensor", "publisher/publisher.py", "torch"),
     ("Publishing and storing know no tensor", "store/rank.py", "prometheus_client"),
     ("The engine process imports no exporter", "hooks/observer.py", f"{PACKAGE}.export.views"),

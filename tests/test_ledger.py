@@ -25,7 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from sglang_weight_exporter.ledger import IDLE_SECONDS, Ledger, Ticket, Verdict
+from sglang_weight_exporter.ledger import IDLE_SECONDS, CallToken, Ledger, Verdict
 from sglang_weight_exporter.records import Role, TableChanges, Update
 
 ROLES = ("target", "draft")
@@ -100,7 +100,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.open: dict[str, Modelled | None] = dict.fromkeys(ROLES)
         self.moves: Modelled | None = None
         self.rebalancing = False
-        self.moving: Ticket | None = None
+        self.moving: CallToken | None = None
         self.session_calls = 0
         self.updates: Counter[tuple[str, str]] = Counter()
         self.failures: Counter[tuple[str, str]] = Counter()
@@ -150,9 +150,9 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.add_role(role)
             began = self.ledger.begin_load()
             self.ledger.end_load(role, began, model_path="a", weight_version="default")
-        assert self.ledger.take_ended() == []  # Drafts may still share what they have.
+        assert self.ledger.take_finished() == []  # Drafts may still share what they have.
         self.ledger.end_start()
-        assert [ended.role for ended in self.ledger.take_ended()] == list(ROLES)
+        assert [ended.role for ended in self.ledger.take_finished()] == list(ROLES)
 
     @rule(seconds=st.sampled_from([0.01, 1.0, IDLE_SECONDS + 1]))
     def time_passes(self, seconds: float) -> None:
@@ -171,11 +171,11 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def write(self, role: str, source: Any, verdict: Verdict, ends_with: Any) -> None:
         update = self.began(role, source)
-        ticket = self.ledger.begin(role, source, ends_with=ends_with)
+        token = self.ledger.begin(role, source, ends_with=ends_with)
         if source in TELLS:
-            self.ledger.bring(BYTES)
+            self.ledger.add_bytes(BYTES)
         self.now += 0.5
-        self.ledger.finish(ticket, verdict)
+        self.ledger.finish(token, verdict)
         if verdict.effect != "unchanged":
             update.brought.append(BYTES if source in TELLS else None)
         update.source, update.last_call = source, self.now
@@ -305,8 +305,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.paused |= mode != "abort"
 
     @rule()
-    def proceed(self) -> None:
-        self.ledger.proceed()
+    def continue_generation(self) -> None:
+        self.ledger.continue_generation()
         self.paused = False
 
     # Experts, on the worker's thread, whatever the scheduler's does.
@@ -334,8 +334,8 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.moves is not None
         self.on = WORKER
         for _ in range(reads):  # Missing experts, again from disk.
-            ticket = self.ledger.begin("target", "disk", ends_with="request")
-            self.ledger.finish(ticket, verdict)
+            token = self.ledger.begin("target", "disk", ends_with="request")
+            self.ledger.finish(token, verdict)
             self.moves.verdicts.append(verdict)
             self.moves.brought.append(None)
             self.calls["target", "eplb"] += 1
@@ -371,7 +371,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def look(self) -> None:
         """What follows the end of an update, as a rank does it."""
-        for ended in self.ledger.take_ended():
+        for ended in self.ledger.take_finished():
             self.now += 0.25
             update = self.ledger.compare(ended, model_path="b", changes=TableChanges())
             if update is None or update.source is None:
@@ -451,7 +451,7 @@ class Clock:
         self.now += seconds
 
     def last(self) -> Update:
-        (ended,) = self.ledger.take_ended()
+        (ended,) = self.ledger.take_finished()
         self.pass_(32.0)  # The look at what has changed.
         update = self.ledger.compare(ended, model_path="b", changes=TableChanges())
         assert update is not None
@@ -466,22 +466,22 @@ def test_a_session_spends_its_time_on_what_its_calls_are_about() -> None:
     clock.pass_(64.0)  # The look at what is there.
     ledger.begin_session("target", since=before)
     clock.pass_(1.0)  # Unpacks.
-    ledger.enter("wait", "target")
+    ledger.set_phase("wait", "target")
     clock.pass_(2.0)
     ledger.begin_request(flush_cache=True, weight_version="2")
-    ledger.enter("receive", "target")
+    ledger.set_phase("receive", "target")
     clock.pass_(4.0)
-    ticket = ledger.begin("target", "distributed", ends_with="later")
+    token = ledger.begin("target", "distributed", ends_with="later")
     assert ledger.writing
-    ledger.bring(4096)
+    ledger.add_bytes(4096)
     clock.pass_(8.0)
-    ledger.finish(ticket, CHANGED)
+    ledger.finish(token, CHANGED)
     assert not ledger.writing
     ledger.begin_flush()
     clock.pass_(16.0)
     ledger.flush(succeeded=True)
     ledger.end_request(succeeded=True, message="", raised=False)
-    ledger.enter("post_process", "target")
+    ledger.set_phase("post_process", "target")
     clock.pass_(128.0)
     progress = ledger.describe("target", Role(name="target", device="cpu")).in_progress
     assert progress is not None
@@ -504,15 +504,15 @@ def test_post_processing_and_readers_are_told_apart_from_the_load_around_them() 
     clock = Clock()
     ledger = clock.ledger
     ledger.begin_request(flush_cache=True, weight_version="")
-    ticket = ledger.begin("target", "disk", ends_with="request")
+    token = ledger.begin("target", "disk", ends_with="request")
     before = clock.now
     clock.pass_(1.0)
-    ledger.spend("wait", before)  # Readers of the table were let go on.
+    ledger.add_time("wait", before)  # Readers of the table were let go on.
     clock.pass_(2.0)
-    ledger.enter("post_process")
+    ledger.set_phase("post_process")
     clock.pass_(4.0)
-    ledger.enter("load")
-    ledger.finish(ticket, CHANGED)
+    ledger.set_phase("load")
+    ledger.finish(token, CHANGED)
     ledger.end_request(succeeded=True, message="", raised=False)
     update = clock.last()
     assert update.phases == {"load": 2.0, "wait": 1.0, "post_process": 4.0, "capture": 32.0}
@@ -524,10 +524,10 @@ def test_an_update_that_nobody_ends_has_ended_with_its_last_call() -> None:
     ledger = clock.ledger
     for _ in range(2):
         clock.pass_(1.0)
-        ticket = ledger.begin("target", "tensor", ends_with="later")
-        ledger.bring(10)
+        token = ledger.begin("target", "tensor", ends_with="later")
+        ledger.add_bytes(10)
         clock.pass_(2.0)
-        ledger.finish(ticket, CHANGED)
+        ledger.finish(token, CHANGED)
     clock.pass_(IDLE_SECONDS + 1)
     role = ledger.describe("target", Role(name="target", device="cpu")).settled(clock.now)
     assert role.updates["tensor"].phases == {"load": 4.0, "wait": 1.0}
@@ -561,13 +561,13 @@ def test_a_clock_that_was_set_back_makes_no_negative_duration() -> None:
     now -= 500.0
     ledger.end_load("target", began, model_path="a", weight_version="default")
     ledger.end_start()
-    ticket = ledger.begin("target", "disk", ends_with="request")
+    token = ledger.begin("target", "disk", ends_with="request")
     now -= 500.0  # As NTP does it to a host that booted with a wrong clock.
-    ledger.finish(ticket, CHANGED)
+    ledger.finish(token, CHANGED)
     ledger.begin_session("target")
-    ticket = ledger.begin("target", "tensor", ends_with="later")
+    token = ledger.begin("target", "tensor", ends_with="later")
     now -= 500.0
-    ledger.finish(ticket, CHANGED)
+    ledger.finish(token, CHANGED)
     ledger.end_session("target")
     role = ledger.describe("target", Role(name="target", device="cpu"))
     assert role.load_seconds == 0.0

@@ -28,7 +28,7 @@ GRAPHS = "cuda_graph"
 
 
 @dataclass(frozen=True)
-class Known:
+class OwnedStorages:
     """Storages of one part, by address and bytes."""
 
     part: MemoryPart
@@ -45,13 +45,13 @@ class Account:
     reason: str = ""
 
 
-#: Known bytes of each block, by part.
+#: OwnedStorages bytes of each block, by part.
 _Owned = dict[MemoryPart, npt.NDArray[np.int64]]
 
 
 def account(
     segments: Segments,
-    known: Iterable[Known],
+    known: Iterable[OwnedStorages],
     *,
     device: int,
     released: Collection[str] = (),
@@ -103,7 +103,7 @@ def elsewhere(segments: Segments, start: Addresses, nbytes: Addresses) -> int:
     return int(nbytes[~inside].sum())
 
 
-def _owners(segments: Segments, known: Iterable[Known]) -> _Owned:
+def _owners(segments: Segments, known: Iterable[OwnedStorages]) -> _Owned:
     """Which part owns how much of each block. What several claim counts for one of them."""
     known = [each for each in known if len(each.start)]
     owned: _Owned = {part: np.zeros(len(segments.block_start), np.int64) for part in MEMORY_PARTS}

@@ -71,7 +71,7 @@ class AllocationMap:
         index, inside = self._find(storage_ptr)
         return np.where(inside, self.start[index], storage_ptr)
 
-    def stays(
+    def outside_saver(
         self,
         ptr: Addresses,
         nbytes: Addresses,

@@ -18,7 +18,7 @@ from sglang_weight_exporter.capture.fingerprint import (
     has_memory,
     in_memory_order,
 )
-from sglang_weight_exporter.capture.tensors import Slot, named_tensors
+from sglang_weight_exporter.capture.tensors import AttributePath, named_tensors
 from sglang_weight_exporter.capture.weights import joined, obstacle
 from sglang_weight_exporter.weight_table import WeightTable
 
@@ -26,7 +26,7 @@ from sglang_weight_exporter.weight_table import WeightTable
 def with_fingerprints(
     table: WeightTable,
     model: torch.nn.Module,
-    slots: Iterable[Slot],
+    slots: Iterable[AttributePath],
     fingerprinter: Fingerprinter,
     limit_seconds: float,
     after: torch.cuda.Stream | None = None,

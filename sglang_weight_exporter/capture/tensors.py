@@ -4,7 +4,7 @@
 
 Beside parameters and buffers, SGLang keeps weights as plain attributes of modules (DeepSeek's
 ``w_kc`` and ``w_vc``, scales, repacked copies) and binds some of them anew at every reload. Where
-they hang is found out by one thorough walk (:func:`derived_slots`) and then looked up again.
+they hang is found out by one thorough walk (:func:`derived_paths`) and then looked up again.
 
 Looks happen inside the engine, between the last byte of an update and the first token after it.
 No object is kept for a tensor and no tensor is kept alive: what remains between two looks are
@@ -24,7 +24,7 @@ import torch
 
 #: What a slot is looked up by: the module's number in the order of the walk, its name with a dot
 #: behind, and attribute, then index or key in the containers there.
-Slot = tuple[int, str, tuple[Any, ...]]
+AttributePath = tuple[int, str, tuple[Any, ...]]
 
 #: What torch itself keeps in a module's dictionary.
 _OF_TORCH = frozenset(vars(torch.nn.Module()))
@@ -47,7 +47,7 @@ class NamedTensors:
     modules: int
 
 
-def named_tensors(model: torch.nn.Module, slots: Iterable[Slot] = ()) -> NamedTensors:
+def named_tensors(model: torch.nn.Module, slots: Iterable[AttributePath] = ()) -> NamedTensors:
     """Names and tensors of a model, and of its derived weights in ``slots``.
 
     Unlike ``named_parameters()`` a tied tensor appears under all its names. Wrapper subclasses
@@ -129,7 +129,7 @@ def _flattened(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield from _flattened(f"{name}.{attribute}", inner)
 
 
-def derived_slots(model: torch.nn.Module) -> tuple[Slot, ...]:
+def derived_paths(model: torch.nn.Module) -> tuple[AttributePath, ...]:
     """Where tensors hang that are plain attributes of modules, or in lists, tuples and
     dictionaries there. Other objects are not entered (SGLang's caches, pools and managers), and
     no property is run. A parameter or buffer under a further name is none of them."""
@@ -139,7 +139,7 @@ def derived_slots(model: torch.nn.Module) -> tuple[Slot, ...]:
         for module in modules
         for tensor in chain(module._parameters.values(), module._buffers.values())
     }
-    slots: list[Slot] = []
+    slots: list[AttributePath] = []
     for number, (prefix, module) in enumerate(zip(prefixes, modules, strict=True)):
         for attribute, value in vars(module).items():
             if attribute in _OF_TORCH:
@@ -176,10 +176,10 @@ def _at(module: torch.nn.Module, path: tuple[Any, ...]) -> torch.Tensor | None:
 
 
 @dataclass(frozen=True)
-class Remembered:
+class PreviousCapture:
     """Enough of one look for the next to find what is elsewhere, a fraction of its price."""
 
-    slots: tuple[Slot, ...]
+    slots: tuple[AttributePath, ...]
     modules: int
     #: Names of parameters, buffers and child modules, in the order of the walk.
     keys: list[str]
@@ -203,14 +203,14 @@ class Remembered:
         cls,
         model: torch.nn.Module,
         found: NamedTensors,
-        slots: tuple[Slot, ...],
+        slots: tuple[AttributePath, ...],
         *,
         data_ptr: list[int],
         shape: list[torch.Size],
         dtype: list[torch.dtype],
         storage_ptr: list[int],
         storage_nbytes: list[int],
-    ) -> Remembered | None:
+    ) -> PreviousCapture | None:
         """The columns: of each of the tensors that were found. Equal shapes are one object, as
         twenty thousand would be the collector's work. ``None``: what was found is not what hangs
         under the names (parts of a wrapper), or a module contains itself."""
@@ -235,7 +235,7 @@ class Remembered:
             storage_nbytes=storage_nbytes,
         )
 
-    def look(self, model: torch.nn.Module) -> Remembered | None:
+    def capture(self, model: torch.nn.Module) -> PreviousCapture | None:
         """What hangs under the same names now, as long as every tensor is what it was, be it
         elsewhere; itself if nothing is. ``None``: something else has changed."""
         keys, absent, tensors = _held(model, self.slots, self.modules)
@@ -297,7 +297,7 @@ class Remembered:
 
 
 def _held(
-    model: torch.nn.Module, slots: tuple[Slot, ...], limit: int
+    model: torch.nn.Module, slots: tuple[AttributePath, ...], limit: int
 ) -> tuple[list[str], list[int], list[torch.Tensor]]:
     """All names, which of them and of the slots hold no tensor, and the tensors, in the order of
     :func:`named_tensors`. One pass, no names with dots: modules and their dictionaries are not in

@@ -24,19 +24,21 @@ import torch
 from sglang_weight_exporter.capture.allocations import AllocationMap
 from sglang_weight_exporter.capture.regions import Regions, merge_spans
 from sglang_weight_exporter.capture.tensors import (
+    AttributePath,
     NamedTensors,
-    Remembered,
-    Slot,
-    derived_slots,
+    PreviousCapture,
+    derived_paths,
     named_tensors,
 )
 from sglang_weight_exporter.records import Kind, WeightUsage
 from sglang_weight_exporter.weight_table import CODED, HASHED, WeightTable, table_sha256
 
-Spans: TypeAlias = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.bool_]]
+StorageRanges: TypeAlias = tuple[
+    npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.bool_]
+]
 
 
-def _no_spans() -> Spans:
+def _no_ranges() -> StorageRanges:
     return np.zeros(0, np.uint64), np.zeros(0, np.uint64), np.zeros(0, bool)
 
 
@@ -52,19 +54,19 @@ class WeightCapture:
     regions: dict[str, int]
     #: Device name to bytes that keep their memory while SGLang's memory saver has released the
     #: weights: what lies outside of its regions, and what is not on a GPU.
-    stays: dict[str, int]
+    outside_saver: dict[str, int]
     #: Why tensors have no row, a sentence each: they have no storage (uninitialized, sparse).
     unreadable: tuple[str, ...] = ()
     #: Address and bytes of each storage that was counted here, and whether it is derived.
-    spans: Spans = field(default_factory=_no_spans, repr=False, compare=False)
+    ranges: StorageRanges = field(default_factory=_no_ranges, repr=False, compare=False)
     #: Where derived weights hang.
-    slots: tuple[Slot, ...] = ()
-    remembered: Remembered | None = field(default=None, repr=False, compare=False)
+    slots: tuple[AttributePath, ...] = ()
+    remembered: PreviousCapture | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def storages(self) -> frozenset[int]:
         """Address of each unique storage that was counted here."""
-        return frozenset(self.spans[0].tolist())
+        return frozenset(self.ranges[0].tolist())
 
 
 def capture_weights(
@@ -96,7 +98,7 @@ def capture_weights(
         slots, remembered = now.slots, now
         columns, fields = _moved(previous.table, now)
     else:
-        slots = derived_slots(model) if thorough or previous is None else previous.slots
+        slots = derived_paths(model) if thorough or previous is None else previous.slots
         found = named_tensors(model, slots)
         columns, values, unreadable = _columns(found)
         fields = {
@@ -111,7 +113,7 @@ def capture_weights(
         }
         remembered = None
         if not unreadable:
-            remembered = Remembered.of(
+            remembered = PreviousCapture.of(
                 model,
                 found,
                 slots,
@@ -131,7 +133,7 @@ def capture_weights(
     map_of_allocations = allocations()
     regions = _regions(columns, fields["stride_values"], fields["shape_values"], map_of_allocations)
     device_values: tuple[str, ...] = fields["device_values"]
-    usage, spans, stays = _usage(
+    usage, ranges, outside_saver = _usage(
         columns,
         fields["dtype_values"],
         device_values,
@@ -158,24 +160,24 @@ def capture_weights(
                 strict=True,
             )
         ),
-        stays=stays,
+        outside_saver=outside_saver,
         unreadable=unreadable,
-        spans=spans,
+        ranges=ranges,
         slots=slots,
         remembered=remembered,
     )
 
 
-def _look_again(known: Remembered, model: torch.nn.Module) -> Remembered | None:
+def _look_again(known: PreviousCapture, model: torch.nn.Module) -> PreviousCapture | None:
     """``None`` too where a tensor is strange now: the whole look finds out which one."""
     try:
-        return known.look(model)
+        return known.capture(model)
     except Exception:
         return None
 
 
 def _moved(
-    table: WeightTable, now: Remembered
+    table: WeightTable, now: PreviousCapture
 ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
     """Columns and fields of a table whose tensors are elsewhere and otherwise the same."""
     addresses = {
@@ -197,7 +199,7 @@ def _again(capture: WeightCapture, captured_at: float) -> WeightCapture:
 
 def storages_of(model: torch.nn.Module) -> frozenset[int]:
     """Addresses of the storages behind a model's tensors, as ``WeightCapture.storages``."""
-    found = named_tensors(model, derived_slots(model))
+    found = named_tensors(model, derived_paths(model))
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in found.tensors) - {0}
 
 
@@ -332,7 +334,7 @@ def _usage(
     kind_values: tuple[Kind, ...],
     counted_elsewhere: frozenset[int],
     allocations: AllocationMap,
-) -> tuple[tuple[WeightUsage, ...], Spans, dict[str, int]]:
+) -> tuple[tuple[WeightUsage, ...], StorageRanges, dict[str, int]]:
     """Bytes of unique storages, where they lie, and the bytes that stay when others go."""
     group = (columns["device"].astype(np.int64) * len(kind_values) + columns["kind"]) * len(
         dtype_values
@@ -365,7 +367,7 @@ def _usage(
         if tensors[index]
     )
     counted = size > 0
-    stays = allocations.stays(
+    stays = allocations.outside_saver(
         unique[counted], size[counted], columns["device"][first[counted]], device_values
     )
     derived = np.array([kind == "derived" for kind in kind_values], dtype=bool)

@@ -12,7 +12,7 @@ import sys
 from dataclasses import replace
 
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
-from sglang_weight_exporter.process_log import PipeHandler, Sparing
+from sglang_weight_exporter.process_log import PipeHandler, RateLimitFilter
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         handler = pipe = PipeHandler(sys.stdout.fileno())
         log_format = "%(message)s"  # Time and level are for the engine's log to say.
         atexit.register(pipe.say_goodbye)
-    handler.addFilter(Sparing())
+    handler.addFilter(RateLimitFilter())
     logging.raiseExceptions = False  # Who reads our lines may be gone before us.
     logging.basicConfig(handlers=[handler], format=log_format, level=logging.INFO)
     # Imported here: `status` and `table` need no web server.

@@ -175,9 +175,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     for title, result in results:
         _print(title, result)
     statuses = {result.exit_status for _, result in results}
-    statuses |= {1 for table in tables if _print_altered(table)}
+    statuses |= {1 for table in tables if _print_modified(table)}
     if arguments.checkpoint is None and not arguments.manifest:
-        known = [table for table in looked_at if _altered(table) is not None]
+        known = [table for table in looked_at if _modified(table) is not None]
         if not results:
             for table in known:
                 print(f"{_title(table)}\n  {table.columns.rows:,} tensors looked at")
@@ -186,7 +186,7 @@ def _verify(arguments: argparse.Namespace) -> int:
                 "There are no two ranks here that should hold the same. Name a --checkpoint or a "
                 "--manifest to compare with."
             )
-        statuses |= {0 for table in known if not _altered(table)}
+        statuses |= {0 for table in known if not _modified(table)}
     return 1 if 1 in statuses else 0 if 0 in statuses else 2
 
 
@@ -389,16 +389,16 @@ def _replicas(tables: Sequence[Table]) -> list[tuple[str, Comparison]]:
     return results
 
 
-def _altered(table: Table) -> int | None:
+def _modified(table: Table) -> int | None:
     """Tensors that hold something else than the last load or update left in them."""
-    return None if table.role.table is None else table.role.table.altered
+    return None if table.role.table is None else table.role.table.modified
 
 
-def _print_altered(table: Table) -> bool:
-    count = _altered(table)
+def _print_modified(table: Table) -> bool:
+    count = _modified(table)
     if not count or table.role.table is None:
         return False
-    names = table.role.table.altered_names
+    names = table.role.table.modified_names
     print(f"{_title(table)}\n  {count:,} changed without an update")
     for name in names[:_NAMED]:
         print(f"  changed without an update  {name}")

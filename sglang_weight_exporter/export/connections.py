@@ -17,7 +17,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from sglang_weight_exporter.export.access import Access
+from sglang_weight_exporter.export.authenticator import Authenticator
 
 #: A client that has sent no whole request, or not taken its whole answer, in this time is
 #: disconnected. Prometheus gives a scrape 10 seconds by default.
@@ -36,14 +36,14 @@ ACCEPTED_AT_ONCE = 16
 _KEPT_DESCRIPTORS = 128
 
 
-class Connection(H11Protocol):
+class HttpProtocol(H11Protocol):
     """HTTP/1.1, over TLS where the web configuration says so at the time of the connection.
 
     TLS is begun here and not by the event loop, so that a new certificate is that of the next
     connection, and a client that never ends its handshake counts like any other.
     """
 
-    def __init__(self, *arguments: Any, access: Access, **more: Any) -> None:
+    def __init__(self, *arguments: Any, access: Authenticator, **more: Any) -> None:
         super().__init__(*arguments, **more)
         self._access = access
         self._handshake: asyncio.Task[None] | None = None
@@ -56,7 +56,7 @@ class Connection(H11Protocol):
         self._next_look = self.loop.call_later(EXCHANGE_SECONDS, self._look, None)
         if len(self.connections) > _most_connections():
             oldest = min(
-                (each for each in self.connections if isinstance(each, Connection)),
+                (each for each in self.connections if isinstance(each, HttpProtocol)),
                 key=lambda each: (each._is_answered, each._made_at),
             )
             self.connections.discard(oldest)  # It is told that it is lost only later.

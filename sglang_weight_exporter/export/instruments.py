@@ -260,10 +260,10 @@ def _without_change(view: RoleView) -> Iterator[Sample]:
         yield Sample((source,), view.role.updates.get(source, UpdateCounts()).without_change)
 
 
-def _altered(view: RoleView) -> Iterator[Sample]:
+def _modified(view: RoleView) -> Iterator[Sample]:
     if view.role.fingerprints is not None:
         for during, kind in itertools.product(DURINGS, KINDS):
-            counts = view.role.fingerprints.altered.get(during, {})
+            counts = view.role.fingerprints.modified.get(during, {})
             yield Sample((during, kind), counts.get(kind, 0))
 
 
@@ -552,7 +552,7 @@ INSTRUMENTS: tuple[Instrument, ...] = (
         "Tensors found, at each look, with other bytes than the last load or update left: changed "
         "while serving, or not brought back after a release.",
         ("during", "kind"),
-        _altered,
+        _modified,
     ),
     Instrument(
         "sglang_weight_tensors_moved",

@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterable, Mapping
 from prometheus_client import ProcessCollector
 
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.export.access import Access
+from sglang_weight_exporter.export.authenticator import Authenticator
 from sglang_weight_exporter.export.gpu_account import GpuAccount, GpuAccounts
 from sglang_weight_exporter.export.metadata import MetadataFollower
 from sglang_weight_exporter.export.nvml import GpuMemory, Nvml
-from sglang_weight_exporter.export.otlp.telemetry import Telemetry
+from sglang_weight_exporter.export.otlp.pipeline import OtlpPipeline
 from sglang_weight_exporter.export.prometheus import Exposition
 from sglang_weight_exporter.export.server import (
-    Endpoint,
     EndpointError,
+    MetricsApp,
     Server,
     bind,
     configure,
@@ -36,8 +36,7 @@ from sglang_weight_exporter.export.web_configuration import (
     WebConfigurationError,
     WebConfigurationSource,
 )
-from sglang_weight_exporter.records import Endpoint as EndpointRecord
-from sglang_weight_exporter.records import Snapshot
+from sglang_weight_exporter.records import ExporterEndpoint, Snapshot
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.reader import (
@@ -89,7 +88,7 @@ class Exporter:
         self._accounts = GpuAccounts()
         self._reading = threading.Lock()
         self._spans = SpanCounts()
-        self._telemetry = Telemetry(
+        self._telemetry = OtlpPipeline(
             runtime_dir, settings, environ, read=self._read, counts=self._spans
         )
         self._metadata = MetadataFollower(runtime_dir, settings.metadata_dir)
@@ -139,8 +138,8 @@ class Exporter:
         return self._accounts.read(snapshots, self._gpus(), time.monotonic())
 
     async def _serve(self) -> None:
-        access = Access()
-        application = Endpoint(self._exposition, access)
+        access = Authenticator()
+        application = MetricsApp(self._exposition, access)
         web = WebConfigurationSource(self._settings)
         predecessor_may_leave = True
         while True:
@@ -173,7 +172,7 @@ class Exporter:
                 await asyncio.gather(server, following, return_exceptions=True)
                 listener.close()
 
-    async def _follow(self, web: WebConfigurationSource, access: Access) -> None:
+    async def _follow(self, web: WebConfigurationSource, access: Authenticator) -> None:
         """Have each change of the web configuration and its certificates in force."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
@@ -193,7 +192,7 @@ class Exporter:
         if line and line != self._said:
             logger.log(logging.WARNING if problem else logging.INFO, line)
         self._said = line
-        record = EndpointRecord(
+        record = ExporterEndpoint(
             pid=os.getpid(),
             started_at=self._started_at,
             version=__version__,

@@ -20,8 +20,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 
+from sglang_weight_exporter.export.data_points import label_names, measure_host, measure_roles
 from sglang_weight_exporter.export.instruments import INSTRUMENTS, Instrument, Sample
-from sglang_weight_exporter.export.measurement import label_names, measure_host, measure_roles
 from sglang_weight_exporter.export.views import HostView, RoleView, role_views, roles_of
 from sglang_weight_exporter.records import DURATION_BUCKETS, Histogram, Snapshot
 

@@ -17,8 +17,8 @@ from typing import Any, cast
 import uvicorn
 
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.export.access import Access
-from sglang_weight_exporter.export.connections import ACCEPTED_AT_ONCE, Connection
+from sglang_weight_exporter.export.authenticator import Authenticator
+from sglang_weight_exporter.export.connections import ACCEPTED_AT_ONCE, HttpProtocol
 from sglang_weight_exporter.export.prometheus import Exposition
 from sglang_weight_exporter.settings import DEFAULT_PORT, PREFIX, Settings
 
@@ -40,10 +40,10 @@ class EndpointError(Exception):
     """The endpoint cannot be opened now; the message says why and what to do."""
 
 
-class Endpoint:
+class MetricsApp:
     """The ASGI application."""
 
-    def __init__(self, exposition: Exposition, access: Access) -> None:
+    def __init__(self, exposition: Exposition, access: Authenticator) -> None:
         self._exposition = exposition
         self._access = access
         self._encoding = asyncio.Lock()
@@ -201,11 +201,11 @@ def bind(settings: Settings) -> socket.socket:
         ) from error
 
 
-def configure(application: Endpoint, access: Access) -> uvicorn.Config:
+def configure(application: MetricsApp, access: Authenticator) -> uvicorn.Config:
     """uvicorn's configuration; TLS is the connections' own."""
     return uvicorn.Config(
         application,
-        http=cast(Any, functools.partial(Connection, access=access)),
+        http=cast(Any, functools.partial(HttpProtocol, access=access)),
         ws="none",
         lifespan="off",
         interface="asgi3",

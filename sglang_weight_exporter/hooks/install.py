@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sglang_weight_exporter.hooks.calls import Around, Call, Outcome
 from sglang_weight_exporter.hooks.targets import TARGETS, Target, version_key
+from sglang_weight_exporter.hooks.wrapped_call import Around, Call, Outcome
 
 if TYPE_CHECKING:
     from sglang_weight_exporter.hooks.observer import Observer
@@ -261,7 +261,7 @@ class Installation:
 
 
 def _sglang_version() -> str:
-    from sglang_weight_exporter.runners.release import sglang_version
+    from sglang_weight_exporter.runners.sglang_version import sglang_version
 
     return sglang_version()
 
@@ -306,8 +306,8 @@ def _make_observer(installation: Installation) -> Observer:
     from sglang_weight_exporter.hooks.observer import Observer
     from sglang_weight_exporter.publisher.publisher import Publisher
     from sglang_weight_exporter.rank import Rank
+    from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
     from sglang_weight_exporter.runners.roles import Roles
-    from sglang_weight_exporter.runners.scan import Scan
     from sglang_weight_exporter.settings import Settings
 
     settings, complaints = Settings.from_environ(os.environ)
@@ -317,7 +317,7 @@ def _make_observer(installation: Installation) -> Observer:
     return Observer(
         Rank(
             roles=roles,
-            scan=Scan(
+            inspector=ModelRunnerInspector(
                 roles,
                 report=installation.report,
                 fingerprinter=Fingerprinter() if settings.fingerprint else None,

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from functools import partial
 
-from sglang_weight_exporter.capture import incoming
-from sglang_weight_exporter.hooks.calls import Around, Call, Outcome, effect_of, verdict_on
+from sglang_weight_exporter.capture import update_bytes
 from sglang_weight_exporter.hooks.phases import Phases
-from sglang_weight_exporter.ledger import EndsWith, Ledger, Ticket, Verdict
+from sglang_weight_exporter.hooks.wrapped_call import Around, Call, Outcome, effect_of, verdict_on
+from sglang_weight_exporter.ledger import CallToken, EndsWith, Ledger, Verdict
 from sglang_weight_exporter.records import PAUSES, Source
 from sglang_weight_exporter.runners.roles import RunnerRole
 
@@ -32,8 +32,8 @@ class Observer(Phases):
         self._rank.step(Ledger.begin_start, quietly=True)
         yield
         self._rank.roles.identify(call.owner)
-        self._rank.scan.watch(call.owner)
-        self._rank.look(*self._rank.roles, derived=True, pools=True)
+        self._rank.inspector.watch(call.owner)
+        self._rank.capture(*self._rank.roles, derived=True, pools=True)
         self._rank.step(Ledger.end_start)
 
     def construct(self, call: Call) -> Around:
@@ -52,7 +52,7 @@ class Observer(Phases):
 
     def _end_load(self, role: RunnerRole, outcome: Outcome, started_at: float | None) -> None:
         if outcome.error is None:
-            self._rank.look(role, derived=True, pools=True)
+            self._rank.capture(role, derived=True, pools=True)
         self._rank.step(
             lambda ledger: ledger.end_load(
                 role.name,
@@ -69,7 +69,7 @@ class Observer(Phases):
         placeholders and the values have come only now."""
         outcome = yield
         if (role := self._rank.roles.find(call.owner)) is not None:
-            self._rank.look(role, derived=True, pools=True)
+            self._rank.capture(role, derived=True, pools=True)
             self._rank.step(lambda ledger: ledger.finalize_load(role.name, error=_error(outcome)))
 
     def allocate_kv_pool(self, call: Call) -> Around:
@@ -80,9 +80,9 @@ class Observer(Phases):
 
     def _tell_load(self, role: RunnerRole | None, outcome: Outcome, *, complete: bool) -> None:
         if role is not None and outcome.error is None:
-            self._rank.look(role, derived=True, pools=True)
-            complete = complete or self._rank.scan.of(role).kv_pools is not None
-            self._rank.step(lambda ledger: ledger.tell_load(role.name) if complete else None)
+            self._rank.capture(role, derived=True, pools=True)
+            complete = complete or self._rank.inspector.of(role).kv_pools is not None
+            self._rank.step(lambda ledger: ledger.report_load(role.name) if complete else None)
 
     # Models without a model runner.
 
@@ -103,12 +103,12 @@ class Observer(Phases):
         role = self._rank.role(call.owner)
         if role is not None:
             self._end_load(role, outcome, self._rank.ledger.load_began_at)
-            self._rank.step(lambda ledger: ledger.tell_load(role.name))
+            self._rank.step(lambda ledger: ledger.report_load(role.name))
 
     def map_weights(self, call: Call) -> Around:
         """``IpcModelLoader`` maps a weight-cache daemon's tensors: they count there."""
         outcome = yield
-        self._rank.scan.map(outcome.result)
+        self._rank.inspector.map(outcome.result)
 
     # Updates, at the level where tensors change.
 
@@ -144,53 +144,53 @@ class Observer(Phases):
         role = self._rank.role(call.owner)
         if role is None or source is None:
             return (yield)
-        since = self._rank.look_before()
+        since = self._rank.capture_before_update()
         begin = partial(
             Ledger.begin, name=role.name, source=source, ends_with=ends_with, since=since
         )
-        nbytes = incoming.of_call(call.argument)
+        nbytes = update_bytes.of_call(call.argument)
         return (yield from self._account(source, begin, announced=announced, nbytes=nbytes))
 
     def _account(
         self,
         source: Source,
-        begin: Callable[[Ledger], Ticket | None],
+        begin: Callable[[Ledger], CallToken | None],
         *,
         announced: bool,
         nbytes: int | None = None,
     ) -> Generator[None, Outcome, Outcome]:
         """Around one call that writes weights; all of them come through here. ``announced``: not
         SGLang's, whose failures are known by what they say."""
-        ticket = self._rank.step(begin)
-        self._rank.keep_readers_out()
-        if ticket is not None and nbytes is not None:
-            self._rank.ledger.bring(nbytes)
+        token = self._rank.step(begin)
+        self._rank.lock_tables()
+        if token is not None and nbytes is not None:
+            self._rank.ledger.add_bytes(nbytes)
         outcome = yield
-        if ticket is not None:
+        if token is not None:
             succeeded, message = verdict_on(outcome)
             effect = effect_of(None if announced else source, outcome, succeeded, message)
             verdict = Verdict(succeeded, effect, message)
-            self._rank.step(lambda ledger: ledger.finish(ticket, verdict))
+            self._rank.step(lambda ledger: ledger.finish(token, verdict))
         return outcome
 
     def begin_session(self, call: Call) -> Around:
         """An update with a beginning and an end, and any number of calls between."""
         role = self._rank.role(call.owner)
         if role is not None:
-            since = self._rank.look_before()
+            since = self._rank.capture_before_update()
             self._rank.step(lambda ledger: ledger.begin_session(role.name, since=since))
-            self._rank.keep_readers_out()
+            self._rank.lock_tables()
             outcome = yield
             if outcome.error is not None:
                 self._rank.step(lambda ledger: ledger.abandon_session(role.name))
             else:
-                self._rank.step(lambda ledger: ledger.enter("wait", role.name))
+                self._rank.step(lambda ledger: ledger.set_phase("wait", role.name))
 
     def end_session(self, call: Call) -> Around:
         """The session is over, and weights that were unpacked for it are packed again."""
         role = self._rank.role(call.owner)
         if role is not None:
-            self._rank.step(lambda ledger: ledger.enter("post_process", role.name))
+            self._rank.step(lambda ledger: ledger.set_phase("post_process", role.name))
         outcome = yield
         if role is not None:
             run_post_load = bool(call.argument("run_post_load"))
@@ -235,11 +235,11 @@ class Observer(Phases):
         if mode in PAUSES and outcome.error is None:
             self._rank.step(lambda ledger: ledger.pause(mode))
 
-    def proceed(self, call: Call) -> Around:
+    def continue_generation(self, call: Call) -> Around:
         """Generation goes on; also where it was not paused."""
         outcome = yield
         if outcome.error is None:
-            self._rank.step(lambda ledger: ledger.proceed())
+            self._rank.step(lambda ledger: ledger.continue_generation())
 
     def abort(self, call: Call) -> Around:
         """Requests are aborted: one that a client gave up, which is nothing to us, or all."""
@@ -251,7 +251,7 @@ class Observer(Phases):
 
     def release(self, call: Call) -> Around:
         """Physical memory goes, addresses stay. Where it failed, nobody knows which."""
-        self._rank.scan.memory_is_there = False
+        self._rank.inspector.memory_is_there = False
         outcome = yield
         if outcome.error is None:
             self._rank.release(call.requested("tags"))
@@ -286,7 +286,7 @@ class Observer(Phases):
         """An adapter is loaded or unloaded."""
         outcome = yield
         if (role := self._rank.role(call.owner)) is not None:
-            self._rank.look(role, pools=True)
+            self._rank.capture(role, pools=True)
         self._count(call, outcome)
 
     def _count(self, call: Call, outcome: Outcome, *, failed: bool = False) -> None:

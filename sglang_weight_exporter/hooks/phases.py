@@ -9,8 +9,8 @@ post-processing inside of one function with the loading are not told apart.
 
 from __future__ import annotations
 
-from sglang_weight_exporter.capture import incoming
-from sglang_weight_exporter.hooks.calls import Around, Call
+from sglang_weight_exporter.capture import update_bytes
+from sglang_weight_exporter.hooks.wrapped_call import Around, Call
 from sglang_weight_exporter.ledger import Ledger
 from sglang_weight_exporter.rank import Rank
 
@@ -26,11 +26,11 @@ class Phases:
         role, source = self._rank.role(call.owner), call.target.source
         if role is None or source is None:
             return
-        self._rank.step(lambda ledger: ledger.enter("receive", role.name))
+        self._rank.step(lambda ledger: ledger.set_phase("receive", role.name))
         outcome = yield
         message = outcome.raised
         if outcome.error is None:
-            self._rank.step(lambda ledger: ledger.enter("wait", role.name), quietly=True)
+            self._rank.step(lambda ledger: ledger.set_phase("wait", role.name), quietly=True)
         else:
             self._rank.step(lambda ledger: ledger.fail_receiving(role.name, source, message))
 
@@ -39,16 +39,16 @@ class Phases:
         outcome = yield
         if outcome.error is None and self._rank.ledger.writing:
             _, files, _ = outcome.result
-            nbytes = incoming.of_files(files)
-            self._rank.step(lambda ledger: ledger.bring(nbytes), quietly=True)
+            nbytes = update_bytes.of_files(files)
+            self._rank.step(lambda ledger: ledger.add_bytes(nbytes), quietly=True)
 
     def post_process(self, call: Call) -> Around:
         """Weights are unpacked before a load or packed after it, inside the call that loads; in a
         session its beginning and its end do the same."""
         if self._rank.ledger.writing:
-            self._rank.step(lambda ledger: ledger.enter("post_process"))
+            self._rank.step(lambda ledger: ledger.set_phase("post_process"))
             yield
-            self._rank.step(lambda ledger: ledger.enter("load"), quietly=True)
+            self._rank.step(lambda ledger: ledger.set_phase("load"), quietly=True)
 
     def flush(self, call: Call) -> Around:
         """``Scheduler.flush_cache``, which refuses while requests run or wait."""

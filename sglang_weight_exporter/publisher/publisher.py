@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import msgspec
 
-from sglang_weight_exporter.publisher.supervisor import Supervisor
+from sglang_weight_exporter.publisher.exporter_process import Supervisor
 from sglang_weight_exporter.records import Engine, Event, MemoryDump, Snapshot
 from sglang_weight_exporter.settings import Settings
-from sglang_weight_exporter.store.claims import claim_engine_name
+from sglang_weight_exporter.store.engine_names import claim_engine_name
 from sglang_weight_exporter.store.namespaces import pid_namespace
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -100,7 +100,7 @@ class Publisher:
             except Exception as error:
                 self._report("memory", error)
 
-    def keep_readers_out(self) -> None:
+    def lock_tables(self) -> None:
         """Weights are about to be written, and the snapshot says so already.
 
         All calls of an update together wait for readers for as long as the setting says.
@@ -114,7 +114,7 @@ class Publisher:
             except Exception as error:
                 self._report("table_lock", error)
 
-    def let_readers_in(self, *, update_is_over: bool) -> None:
+    def unlock_tables(self, *, update_is_over: bool) -> None:
         """Readers may come in. Between the calls of an update without a session they find in the
         snapshot that it is not over: an update that nobody ends keeps nobody out."""
         with self._lock:

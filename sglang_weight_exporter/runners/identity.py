@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_weight_exporter.records import Engine, MemoryBudget, Ranks
-from sglang_weight_exporter.runners.release import sglang_version
+from sglang_weight_exporter.runners.sglang_version import sglang_version
 
 _ENCODER, _WEIGHT_CACHE = "encoder", "weight_cache"
 

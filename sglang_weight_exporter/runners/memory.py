@@ -19,10 +19,10 @@ import msgspec
 import numpy as np
 import torch
 
-from sglang_weight_exporter.capture.account import Account, Known, account, elsewhere
+from sglang_weight_exporter.capture.account import Account, OwnedStorages, account, elsewhere
 from sglang_weight_exporter.capture.allocations import Segments
-from sglang_weight_exporter.capture.pools import Storage
-from sglang_weight_exporter.capture.weights import Spans
+from sglang_weight_exporter.capture.object_tensors import Storage
+from sglang_weight_exporter.capture.weights import StorageRanges
 from sglang_weight_exporter.records import DeviceMemory, MemoryPart
 from sglang_weight_exporter.runners.pools import graph_pools
 
@@ -70,10 +70,10 @@ class Memory:
     def _change(self, device: int, **fields: Any) -> None:
         self._devices[device] = msgspec.structs.replace(self._devices[device], **fields)
 
-    def look(
+    def read(
         self,
         segments: Callable[[], Segments],
-        known: Callable[[], Iterable[Known]],
+        known: Callable[[], Iterable[OwnedStorages]],
         pools: Iterable[Storage],
         *,
         thorough: bool,
@@ -83,7 +83,7 @@ class Memory:
         read the segments in any case."""
         found = self._stats()
         pools = list(pools)
-        owners: list[Known] | None = None
+        owners: list[OwnedStorages] | None = None
         for device, stats in found.items():
             before = self._devices.get(device)
             same = (
@@ -104,7 +104,7 @@ class Memory:
         self,
         device: int,
         segments: Callable[[], Segments],
-        known: list[Known],
+        known: list[OwnedStorages],
         pools: list[Storage],
     ) -> tuple[Account, int]:
         """The account, and the bytes of KV pools that are in virtual memory of their own."""
@@ -146,17 +146,17 @@ class Memory:
         )
 
 
-def of_storages(part: MemoryPart, storages: Iterable[Storage]) -> Known:
+def of_storages(part: MemoryPart, storages: Iterable[Storage]) -> OwnedStorages:
     """Storages of pools, slots and tables as a part."""
-    return Known(part, *_columns(storages))
+    return OwnedStorages(part, *_columns(storages))
 
 
-def of_weights(spans: Spans) -> tuple[Known, Known]:
+def of_weights(ranges: StorageRanges) -> tuple[OwnedStorages, OwnedStorages]:
     """Storages of weights as two parts."""
-    start, nbytes, derived = spans
+    start, nbytes, derived = ranges
     return (
-        Known("weights", start[~derived], nbytes[~derived]),
-        Known("derived_weights", start[derived], nbytes[derived]),
+        OwnedStorages("weights", start[~derived], nbytes[~derived]),
+        OwnedStorages("derived_weights", start[derived], nbytes[derived]),
     )
 
 

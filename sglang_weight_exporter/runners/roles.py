@@ -87,7 +87,7 @@ class Roles:
         self._report = report
         self._roles: list[RunnerRole] = []
         self._devices: dict[str, Device] = {}
-        #: Known since the first runner.
+        #: OwnedStorages since the first runner.
         self.engine = Engine(name="", instance="")
         self.ranks = Ranks()
         self._dp_rank: int | None = None

@@ -10,10 +10,10 @@ import time
 
 from sglang_weight_exporter.records import Event, MemoryDump, Snapshot
 from sglang_weight_exporter.store.encoding import encode
-from sglang_weight_exporter.store.events import EVENT_BYTES, EVENT_COUNT, EventQueue
 from sglang_weight_exporter.store.files import Directory
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
+from sglang_weight_exporter.store.spool import EVENT_BYTES, EVENT_COUNT, SpoolWriter
 from sglang_weight_exporter.weight_table import WeightTable
 
 #: What a look leaves of torch's memory, and who asks for it.
@@ -49,7 +49,7 @@ class RankStore:
         self.path = runtime_dir.ranks / rank_id
         self._directory = self._make()
         events = self._directory.open_directory("events")
-        self._events = EventQueue(events, event_bytes=event_bytes, event_count=event_count)
+        self._events = SpoolWriter(events, event_bytes=event_bytes, event_count=event_count)
         #: Files of tables that are in the directory.
         self._tables: set[str] = set()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from sglang_weight_exporter.records import Endpoint, MemoryDump, Snapshot
+from sglang_weight_exporter.records import ExporterEndpoint, MemoryDump, Snapshot
 from sglang_weight_exporter.store.decoding import (
     AnyRecord,
     UnreadableError,
@@ -21,11 +21,11 @@ from sglang_weight_exporter.store.decoding import (
     read_json,
     read_snapshot,
 )
-from sglang_weight_exporter.store.events import WaitingEvents
 from sglang_weight_exporter.store.files import Directory, write_atomically
 from sglang_weight_exporter.store.locks import FileLock, is_held
 from sglang_weight_exporter.store.rank import MEMORY, MEMORY_WANTED
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.store.spool import SpoolReader
 from sglang_weight_exporter.weight_table import WeightTable
 
 
@@ -65,9 +65,9 @@ class RankDirectory:
         return read(self.path / MEMORY, MemoryDump)
 
     @property
-    def events(self) -> WaitingEvents:
+    def events(self) -> SpoolReader:
         """Loads and updates that wait to be exported."""
-        return WaitingEvents(self.path / "events")
+        return SpoolReader(self.path / "events")
 
     def exported(self, kind: type[AnyRecord]) -> AnyRecord:
         """What the exporter process noted of its last export. Raises ``OSError`` and
@@ -116,17 +116,17 @@ def keep_from_cleaners(runtime_dir: RuntimeDir) -> None:
                 os.utime(path, ns=(time.time_ns(), changed), follow_symlinks=False)
 
 
-def read_endpoint(runtime_dir: RuntimeDir) -> Endpoint | None:
+def read_endpoint(runtime_dir: RuntimeDir) -> ExporterEndpoint | None:
     """What the exporter process says of itself, if one is alive."""
     try:
         if not is_held(runtime_dir.exporter_lock):
             return None
-        return read_json(runtime_dir.exporter_file, Endpoint)
+        return read_json(runtime_dir.exporter_file, ExporterEndpoint)
     except (OSError, UnreadableError):
         return None
 
 
-def write_endpoint(runtime_dir: RuntimeDir, endpoint: Endpoint) -> None:
+def write_endpoint(runtime_dir: RuntimeDir, endpoint: ExporterEndpoint) -> None:
     """Say where the exporter process serves. Raises ``OSError``."""
     write_atomically(runtime_dir.exporter_file, msgspec.json.encode(endpoint))
 

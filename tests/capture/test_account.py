@@ -16,7 +16,7 @@ pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from sglang_weight_exporter.capture.account import Account, Known, account  # noqa: E402
+from sglang_weight_exporter.capture.account import Account, OwnedStorages, account  # noqa: E402
 from sglang_weight_exporter.capture.allocations import Segments  # noqa: E402
 from sglang_weight_exporter.records import MEMORY_PARTS, MemoryPart  # noqa: E402
 
@@ -47,7 +47,7 @@ def segment(
 
 def taken(segments: list[dict[str, Any]], owners: list[Owner], **how: Any) -> Account:
     known = [
-        Known(part, np.array([start], dtype=np.uint64), np.array([nbytes], dtype=np.uint64))
+        OwnedStorages(part, np.array([start], dtype=np.uint64), np.array([nbytes], dtype=np.uint64))
         for part, start, nbytes in owners
     ]
     return account(Segments.of_snapshot(segments), known, device=0, **how)

@@ -46,7 +46,7 @@ class Allocator:
 
 
 def look(memory: Memory, allocator: Allocator, *, thorough: bool = False) -> DeviceMemory:
-    memory.look(allocator.segments, list, [], thorough=thorough)
+    memory.read(allocator.segments, list, [], thorough=thorough)
     (found,) = memory.devices()
     return found
 

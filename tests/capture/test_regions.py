@@ -138,9 +138,9 @@ def test_neighbours_in_one_allocation_are_merged() -> None:
 GPU_REGION, GPU_OTHER = (4096, 8192, True), (16384, 32768, False)
 
 
-def stays(spans: list[tuple[int, int, bool]], storages: dict[int, int]) -> dict[str, int]:
+def outside_saver(spans: list[tuple[int, int, bool]], storages: dict[int, int]) -> dict[str, int]:
     """What stays of storages on a GPU, by address and bytes, and of 64 bytes on the CPU."""
-    return AllocationMap.of_spans(spans).stays(
+    return AllocationMap.of_spans(spans).outside_saver(
         np.array([*storages, 1 << 40], dtype=np.uint64),
         np.array([*storages.values(), 64], dtype=np.uint64),
         np.array([*[0] * len(storages), 1], dtype=np.uint32),
@@ -150,9 +150,9 @@ def stays(spans: list[tuple[int, int, bool]], storages: dict[int, int]) -> dict[
 
 def test_what_lies_outside_of_the_savers_regions_keeps_its_memory() -> None:
     inside, outside, of_no_segment = {4096: 1024, 5120: 512}, {16384: 256}, {1 << 30: 128}
-    found = stays([GPU_REGION, GPU_OTHER], inside | outside | of_no_segment)
+    found = outside_saver([GPU_REGION, GPU_OTHER], inside | outside | of_no_segment)
     assert found == {"cuda:0": 256 + 128, "cpu": 64}
 
 
 def test_a_saver_whose_regions_cannot_be_told_apart_releases_the_whole_gpu() -> None:
-    assert stays([GPU_OTHER], {16384: 256}) == {"cuda:0": 0, "cpu": 64}
+    assert outside_saver([GPU_OTHER], {16384: 256}) == {"cuda:0": 0, "cpu": 64}

@@ -170,8 +170,8 @@ def test_what_was_never_wrong_was_never_told(pair: Pair, monitoring: Monitoring)
     assert monitoring.query('ALERTS{alertname="SGLangWeightsNotBroughtBack"}') == []
     skipped = pair[0].scrape().sum("sglang_weight_fingerprint_skipped_total")
     assert skipped == 0
-    altered = pair[0].scrape().sum("sglang_weight_tensors_altered_total", engine=str(pair[0].port))
-    assert altered == 0
+    modified = pair[0].scrape().sum("sglang_weight_tensors_altered_total", engine=str(pair[0].port))
+    assert modified == 0
 
 
 def versions(pair: Pair) -> list[float]:

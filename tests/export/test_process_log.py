@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from sglang_weight_exporter.process_log import Message, PipeHandler, Sparing, read_messages
+from sglang_weight_exporter.process_log import Message, PipeHandler, RateLimitFilter, read_messages
 
 
 class Clock:
@@ -32,7 +32,7 @@ def clock() -> Clock:
 @pytest.fixture
 def said(clock: Clock, caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     caplog.set_level(logging.INFO)
-    with caplog.filtering(Sparing(clock)):
+    with caplog.filtering(RateLimitFilter(clock)):
         yield caplog
 
 

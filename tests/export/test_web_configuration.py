@@ -24,7 +24,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from serving import Exporter
 
-from sglang_weight_exporter.export.access import Access
+from sglang_weight_exporter.export.authenticator import Authenticator
 from sglang_weight_exporter.export.web_configuration import (
     WebConfiguration,
     WebConfigurationError,
@@ -171,7 +171,7 @@ def test_more_requests_than_the_rate_are_refused(configured: Started) -> None:
 
 def test_the_rate_comes_back_with_time() -> None:
     now = 100.0
-    access = Access(clock=lambda: now)
+    access = Authenticator(clock=lambda: now)
     access.use(WebConfiguration(interval=0.5, burst=2))
     assert [access.is_within_rate() for _ in range(3)] == [True, True, False]
     now += 0.4

@@ -157,7 +157,7 @@ def test_a_manifest_is_of_one_rank_with_fingerprints(tmp_path: Path) -> None:
 
 def test_what_changed_without_an_update_is_named(tmp_path: Path) -> None:
     alone = rank(tmp_path)
-    alone.publish(table=holding("a", **{CHANGED: "other"}), altered=(CHANGED,))
+    alone.publish(table=holding("a", **{CHANGED: "other"}), modified=(CHANGED,))
     status, text = run("verify", tmp_path, "--recorded")
     assert status == 1, text
     assert f"changed without an update  {CHANGED}" in text
@@ -245,7 +245,7 @@ def test_the_engine_is_asked_where_its_settings_say(tmp_path: Path, answer: int)
     """Past any proxy, which neither reaches an engine on this host nor is to know its key. With
     status 400 a release answers that knows no such action and looks all the same."""
     alone = rank(tmp_path, engine="1")
-    with checker(lambda: alone.publish(table=holding("a"), altered=()), answer) as (url, asked):
+    with checker(lambda: alone.publish(table=holding("a"), modified=()), answer) as (url, asked):
         alone.engine = msgspec.structs.replace(alone.engine, url=url)
         alone.publish(table=holding("a"))
         proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:9")

@@ -253,7 +253,7 @@ class Probe:
             "segments": milliseconds(Segments.of_cuda),
             "allocation map": milliseconds(AllocationMap.of_cuda),
             "account": milliseconds(
-                lambda: account(Segments.of_cuda(), of_weights(first.spans), device=0)
+                lambda: account(Segments.of_cuda(), of_weights(first.ranges), device=0)
             ),
             "capture, changed": milliseconds(lambda: capture(allocations=AllocationMap.of_cuda)),
             "capture, unchanged": milliseconds(lambda: capture(previous=first)),

@@ -226,7 +226,7 @@ def test_every_weight_block_of_a_snapshot_has_its_name(
 STEPS = """
 import json, os, sys, time
 import pynvml, torch
-from sglang_weight_exporter.capture.account import Known, account
+from sglang_weight_exporter.capture.account import OwnedStorages, account
 from sglang_weight_exporter.capture.allocations import Segments
 import numpy as np
 
@@ -254,7 +254,7 @@ torch.empty(0, device="cuda")
 step("context")
 sizes = (3000, 1 << 20, 50 << 20)
 weights = [torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes]
-known = [Known("weights", np.array([t.data_ptr() for t in weights], dtype=np.uint64),
+known = [OwnedStorages("weights", np.array([t.data_ptr() for t in weights], dtype=np.uint64),
                np.array([t.nbytes for t in weights], dtype=np.uint64))]
 step("tensors", known)
 x = torch.ones(1024, 1024, device="cuda", dtype=torch.bfloat16)

@@ -32,7 +32,7 @@ from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.weight_sync.tensor_bucket import FlattenedTensorBucket
 
 from sglang_weight_exporter import TableReader, open_tables, record_update, updating
-from sglang_weight_exporter.runners.scan import Scan
+from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader, rank_directories
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -135,7 +135,7 @@ def delays(scheduler: Any, seconds: dict[str, float]) -> Iterator[None]:
         "load": (model, "load_weights"),
         "post_process": (quantization, "process_weights_after_loading"),
         "flush": (scheduler.tree_cache, "reset"),
-        "capture": (Scan, "look"),
+        "capture": (ModelRunnerInspector, "look"),
     }
 
     def late(original: Any, delay: float) -> Any:

@@ -147,7 +147,7 @@ def test_nothing_is_read_inside_a_session(rank: Rank, counting: Counting) -> Non
     assert counting.times == before
     runner.weight_updater.end_weight_update(run_post_load=False)
     assert counting.times == before + 1
-    assert counts(rank).altered == {"serving": {}}
+    assert counts(rank).modified == {"serving": {}}
 
 
 @pytest.mark.parametrize(
@@ -321,7 +321,7 @@ def test_an_update_that_succeeds_and_changes_nothing_is_counted(rank: Rank) -> N
     runner.answers["tensor"] = writes(runner)
     session(runner, loads=2)
     assert without_change(rank) == {"disk": 1, "tensor": 1}
-    assert counts(rank).altered["serving"] == {}
+    assert counts(rank).modified["serving"] == {}
 
 
 def test_without_a_fingerprint_on_both_sides_no_update_is_said_to_have_changed_nothing(
@@ -342,23 +342,23 @@ def test_what_wrote_between_two_updates_is_found_by_a_check_and_before_the_next_
     runner.answers["disk"] = writes(runner)
     loaded = of(rank)
     runner.check_weights("checksum")
-    assert counts(rank).altered == {"serving": {}}
+    assert counts(rank).modified == {"serving": {}}
     add_one(runner)
     runner.check_weights("checksum")
-    assert counts(rank).altered == {"serving": {"parameter": 1}}
+    assert counts(rank).modified == {"serving": {"parameter": 1}}
     table = rank.role().table
     assert table is not None
-    assert (table.altered, table.altered_names) == (1, ("proj.weight",))
+    assert (table.modified, table.modified_names) == (1, ("proj.weight",))
     runner.check_weights("checksum")  # It still does not hold what the load left.
-    assert counts(rank).altered == {"serving": {"parameter": 2}}
+    assert counts(rank).modified == {"serving": {"parameter": 2}}
     runner.weight_updater.update_weights_from_disk("other", "auto")
-    assert counts(rank).altered == {"serving": {"parameter": 3}}
+    assert counts(rank).modified == {"serving": {"parameter": 3}}
     table = rank.role().table
     assert table is not None
-    assert (table.altered, table.altered_names) == (0, ())
+    assert (table.modified, table.modified_names) == (0, ())
     runner.check_weights("checksum")
     runner.weight_updater.update_weights_from_disk("other", "auto")
-    assert counts(rank).altered == {"serving": {"parameter": 3}}
+    assert counts(rank).modified == {"serving": {"parameter": 3}}
     assert of(rank) == expected(runner) != loaded
 
 
@@ -369,15 +369,15 @@ def test_a_buffer_that_changed_is_counted_and_is_no_weight_that_did(rank: Rank) 
     runner = rank.runner(model=made)
     made.cache += 1
     runner.check_weights("checksum")
-    assert counts(rank).altered == {"serving": {"buffer": 1}}
+    assert counts(rank).modified == {"serving": {"buffer": 1}}
     table = rank.role().table
     assert table is not None
-    assert (table.altered, table.altered_names) == (0, ())
+    assert (table.modified, table.modified_names) == (0, ())
     add_one(runner)
     runner.check_weights("checksum")
     table = rank.role().table
     assert table is not None
-    assert (table.altered, table.altered_names) == (1, ("proj.weight",))
+    assert (table.modified, table.modified_names) == (1, ("proj.weight",))
 
 
 def test_what_a_bucket_of_a_session_wrote_is_none_of_it(rank: Rank) -> None:
@@ -390,7 +390,7 @@ def test_what_a_bucket_of_a_session_wrote_is_none_of_it(rank: Rank) -> None:
         scheduler.update_weights_from_tensor(Request(flush_cache=False))
         scheduler.update_weights_from_tensor(Request())
     runner.check_weights("checksum")
-    assert counts(rank).altered == {"serving": {}}
+    assert counts(rank).modified == {"serving": {}}
 
 
 def test_experts_that_move_are_not_looked_at_before(rank: Rank, counting: Counting) -> None:
@@ -411,18 +411,18 @@ def test_a_resume_that_brings_other_bytes_is_one_only_where_a_copy_was_kept(
     for _ in range(2):
         scheduler.release_memory_occupation(Request(tags=["weights"]))
         scheduler.resume_memory_occupation(Request(tags=["weights"]))
-    assert counts(rank).altered.get("release", {}) == {}
+    assert counts(rank).modified.get("release", {}) == {}
     scheduler.release_memory_occupation(Request(tags=["weights"]))
     add_one(runner)
     scheduler.resume_memory_occupation(Request(tags=["weights"]))
     found = {"parameter": 1} if copied else {}
-    assert counts(rank).altered.get("release", {}) == found
+    assert counts(rank).modified.get("release", {}) == found
     # What came back is known now, and is not found again.
     runner.check_weights("checksum")
     runner.weight_updater.update_weights_from_disk("other", "auto")
     runner.check_weights("checksum")
-    assert counts(rank).altered.get("release", {}) == found
-    assert counts(rank).altered.get("serving", {}) == {}
+    assert counts(rank).modified.get("release", {}) == found
+    assert counts(rank).modified.get("serving", {}) == {}
 
 
 def test_an_update_of_released_memory_counts_what_was_not_taken(
@@ -484,7 +484,7 @@ def altered_of(rank: Rank) -> dict[str, dict[Kind, int]]:
     for name in ("target", "draft"):
         counted = rank.role(name).fingerprints
         assert counted is not None
-        found[name] = dict(counted.altered.get("serving", {}))
+        found[name] = dict(counted.modified.get("serving", {}))
     return found
 
 
@@ -531,7 +531,7 @@ def test_a_check_of_both_reads_each_once(rank: Rank, counting: Counting) -> None
     assert altered_of(rank) == {"target": {}, "draft": {"parameter": 1}}
     table = rank.role("draft").table
     assert table is not None
-    assert table.altered_names == ("proj.weight",)
+    assert table.modified_names == ("proj.weight",)
 
 
 def test_tensors_that_moved_in_a_draft_are_counted_where_both_are_updated(rank: Rank) -> None:
@@ -571,7 +571,7 @@ def test_a_draft_that_is_kept_a_copy_of_has_the_targets_garbage_until_an_update(
         scheduler.resume_memory_occupation(Request(tags=["weights"]))
         counted = rank.role("draft").fingerprints
         assert counted is not None
-        return dict(counted.altered.get("release", {}))
+        return dict(counted.modified.get("release", {}))
 
     assert brought_back("embed_tokens.weight") == {}
     assert brought_back("embed_tokens.weight", "proj.weight") == {"parameter": 1}

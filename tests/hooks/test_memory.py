@@ -18,7 +18,7 @@ from standins import ModelRunner, Rank, Request
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.hooks.targets import RUNNER
 from sglang_weight_exporter.records import Device, DeviceMemory, MemoryDump, MemoryOwner
-from sglang_weight_exporter.runners.scan import Scan
+from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
@@ -153,7 +153,7 @@ def test_memory_is_left_once_for_each_time_that_it_was_asked_for(
         segments=b"[]",
         owners=(MemoryOwner(address=1, nbytes=2, part="weights", name="w (target)"),),
     )
-    monkeypatch.setattr(Scan, "dump_memory", lambda scan: left)
+    monkeypatch.setattr(ModelRunnerInspector, "dump_memory", lambda scan: left)
     runner = rank.runner()
     scheduler = rank.scheduler(runner)
     scheduler.update_weights_from_disk(Request())
@@ -168,7 +168,7 @@ def test_memory_is_left_once_for_each_time_that_it_was_asked_for(
 def test_names_of_weights_are_those_of_the_table(rank: Rank) -> None:
     rank.runner()
     rank.runner(is_draft_worker=True)
-    scan = rank.installation._the_observer()._rank.scan
+    scan = rank.installation._the_observer()._rank.inspector
     assert {(owner.name, owner.part, owner.nbytes) for owner in scan._owners()} == {
         ("embed_tokens.weight (target)", "weights", 8 * 4 * 4),
         ("proj.weight (target)", "weights", 4 * 4 * 4),

@@ -482,7 +482,7 @@ def test_a_daemon_is_a_rank_of_its_own(
 class OnGpu(AllocationMap):
     """All of the memory saver's regions: its releases need a GPU."""
 
-    def stays(
+    def outside_saver(
         self, ptr: Any, nbytes: Any, device: Any, device_values: tuple[str, ...]
     ) -> dict[str, int]:
         return dict.fromkeys(device_values, 0)

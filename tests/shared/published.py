@@ -71,7 +71,7 @@ class PublishedRank:
         table: WeightTable | None = None,
         changes: TableChanges = TableChanges(),  # noqa: B008
         weight_version: str = "",
-        altered: tuple[str, ...] = (),
+        modified: tuple[str, ...] = (),
     ) -> None:
         """A load or, from the second time on, an update has ended with this table."""
         made = table or table_of_rows(rows, role=self.role.name, captured_at=time.time())
@@ -86,8 +86,8 @@ class PublishedRank:
                 regions={},
                 captured_at=now,
                 fingerprint=made.fingerprint,
-                altered=len(altered) if made.fingerprint else None,
-                altered_names=altered,
+                modified=len(modified) if made.fingerprint else None,
+                modified_names=modified,
             ),
             weights=(
                 WeightUsage(

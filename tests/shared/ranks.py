@@ -29,9 +29,9 @@ from sglang_weight_exporter.records import (
     Update,
     WeightUsage,
 )
-from sglang_weight_exporter.store.events import EVENT_COUNT
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.store.spool import EVENT_COUNT
 from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows
 
 

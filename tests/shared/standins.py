@@ -39,8 +39,8 @@ from sglang_weight_exporter.records import (
     UpdateInProgress,
     WeightUsage,
 )
+from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
 from sglang_weight_exporter.runners.roles import Roles
-from sglang_weight_exporter.runners.scan import Scan
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -93,7 +93,7 @@ class Rank:
             reader_wait_seconds=self.reader_wait_seconds,
         )
         roles = Roles(installation.report)
-        scan = Scan(
+        inspector = ModelRunnerInspector(
             roles,
             report=installation.report,
             clock=self.clock,
@@ -103,7 +103,7 @@ class Rank:
         return Observer(
             SglangRank(
                 roles=roles,
-                scan=scan,
+                inspector=inspector,
                 publisher=Publisher(settings, os.environ, report=installation.report),
                 hooks=installation.states,
                 errors=lambda: dict(installation.errors),

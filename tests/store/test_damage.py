@@ -27,8 +27,8 @@ from sglang_weight_exporter.records import (
     Snapshot,
     UpdateCounts,
 )
-from sglang_weight_exporter.store.claims import claim_engine_name
 from sglang_weight_exporter.store.decoding import UnreadableError, read
+from sglang_weight_exporter.store.engine_names import claim_engine_name
 from sglang_weight_exporter.store.files import read_file
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.reader import SnapshotReader, read_endpoint

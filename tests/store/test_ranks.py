@@ -31,14 +31,14 @@ from sglang_weight_exporter.records import (
     TableRef,
     Update,
 )
-from sglang_weight_exporter.store.claims import claim_engine_name
 from sglang_weight_exporter.store.decoding import UnreadableError, read
-from sglang_weight_exporter.store.events import EventQueue, WaitingEvents
+from sglang_weight_exporter.store.engine_names import claim_engine_name
 from sglang_weight_exporter.store.files import Directory
 from sglang_weight_exporter.store.locks import FileLock, is_held
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.reader import SnapshotReader, rank_directories
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.store.spool import SpoolReader, SpoolWriter
 from sglang_weight_exporter.weight_table import WeightTable
 
 
@@ -311,13 +311,13 @@ def test_where_files_have_no_second_name_the_queue_has_copies_of_tables(
 ) -> None:
     """As on shared folders without hard links; here the queue is on another file system."""
     (small_disk / "events").mkdir()
-    queue = EventQueue(Directory.open(small_disk / "events"))
+    queue = SpoolWriter(Directory.open(small_disk / "events"))
     rank = RankStore(RuntimeDir.open(tmp_path / "runtime", {}), "a")
     kept = table()
     occurred = event(1, rank, kept)
     assert occurred.table is not None
     queue.append(occurred, kept, beside=(Directory.open(rank.path), occurred.table.file))
-    waiting = WaitingEvents(small_disk / "events")
+    waiting = SpoolReader(small_disk / "events")
     (found,) = (waiting.event(file) for file in waiting.waiting())
     assert waiting.table(found) == kept
 

@@ -34,7 +34,7 @@ def without_change(selection: Selection) -> str:
     return by_source(selection, "sglang_weight_updates_without_change_total")
 
 
-def altered(selection: Selection) -> str:
+def modified(selection: Selection) -> str:
     counted = happened(selection.series("sglang_weight_tensors_altered_total"))
     return f"sum by (during, kind) ({counted})"
 

@@ -41,7 +41,7 @@ def panels() -> list[Json]:
             "Tensors changed without an update",
             "Tensors found with other bytes than the last load or update left, by each look that "
             "found them: changed while serving, or not brought back after a release. Always zero.",
-            [query(fingerprints.altered(ENGINES), "{{kind}} while {{during}}")],
+            [query(fingerprints.modified(ENGINES), "{{kind}} while {{during}}")],
             "short",
             OFF,
             width=8,

@@ -6,15 +6,15 @@ from __future__ import annotations
 
 from google.protobuf.json_format import MessageToJson
 
-from sglang_weight_exporter.export.otlp.collector import Answer, Request
+from sglang_weight_exporter.export.otlp.client import ExportResult, Request
 
 
 class ConsoleConnection:
     """Standard output, which always takes what it is sent."""
 
-    def send(self, request: Request) -> Answer:
+    def send(self, request: Request) -> ExportResult:
         print(MessageToJson(request, indent=None), flush=True)
-        return Answer(True)
+        return ExportResult(True)
 
     def close(self) -> None:
         """There is nothing to give up."""

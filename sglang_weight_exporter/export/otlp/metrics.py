@@ -31,14 +31,14 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.metrics.export import Histogram as HistogramData
 from opentelemetry.sdk.resources import Resource
 
-from sglang_weight_exporter.export.instruments import INSTRUMENTS, Instrument
-from sglang_weight_exporter.export.measurement import (
-    Measurement,
+from sglang_weight_exporter.export.data_points import (
+    DataPoint,
     label_names,
     measure_host,
     measure_roles,
 )
-from sglang_weight_exporter.export.otlp.collector import Collector
+from sglang_weight_exporter.export.instruments import INSTRUMENTS, Instrument
+from sglang_weight_exporter.export.otlp.client import OtlpClient
 from sglang_weight_exporter.export.otlp.spans import SCHEMA_URL, SCOPE
 from sglang_weight_exporter.export.otlp.spans import resource as make_resource
 from sglang_weight_exporter.export.views import HostView, role_views
@@ -84,7 +84,7 @@ def messages(view: HostView, resource: Resource) -> Iterator[MetricsData]:
         yield _message(metrics, resource)
 
 
-def _measurements(view: HostView) -> Iterator[tuple[Instrument, list[Measurement]]]:
+def _measurements(view: HostView) -> Iterator[tuple[Instrument, list[DataPoint]]]:
     """Every instrument with the host's values, and with those of a few roles at a time."""
     roles = list(role_views(view.snapshots, view.now))
     for instrument in INSTRUMENTS:
@@ -124,7 +124,7 @@ def host_resource(view: HostView, instance: str) -> Resource:
 
 
 def _point(
-    names: tuple[str, ...], measurement: Measurement, now: float
+    names: tuple[str, ...], measurement: DataPoint, now: float
 ) -> NumberDataPoint | HistogramDataPoint:
     sample = measurement.sample
     # What SGLang does not have is no attribute; to Prometheus an empty label is the same.
@@ -167,7 +167,7 @@ class PeriodicMetrics:
     def __init__(
         self,
         read: Callable[[], HostView],
-        collector: Collector,
+        collector: OtlpClient,
         *,
         instance: str,
         seconds: float,

@@ -24,7 +24,7 @@ _DEFAULT_TIMEOUT = 10.0
 
 
 @dataclass(frozen=True)
-class Choice:
+class SignalConfig:
     """How one signal is sent."""
 
     exporter: Literal["otlp", "console"]
@@ -35,7 +35,7 @@ class Choice:
     destination: str
 
 
-def choose(environ: Mapping[str, str], signal: Signal) -> Choice | None:
+def choose(environ: Mapping[str, str], signal: Signal) -> SignalConfig | None:
     """What the standard variables ask for; ``None``: nothing is sent.
 
     ``OTEL_TRACES_EXPORTER`` and ``OTEL_METRICS_EXPORTER`` decide. Without the first, spans are
@@ -58,9 +58,9 @@ def choose(environ: Mapping[str, str], signal: Signal) -> Choice | None:
         names = {"otlp"}
     if "otlp" in names:
         default = _DEFAULT_HTTP if protocol == "http/protobuf" else _DEFAULT_GRPC
-        return Choice("otlp", protocol, _without_secrets(own or general or default))
+        return SignalConfig("otlp", protocol, _without_secrets(own or general or default))
     if "console" in names:
-        return Choice("console", "", "the console")
+        return SignalConfig("console", "", "the console")
     unknown = names - {"none", "prometheus"}
     if unknown:
         logger.warning(

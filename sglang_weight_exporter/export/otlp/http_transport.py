@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from opentelemetry.util.re import parse_env_headers
 
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.export.otlp.collector import Answer, Request, partial_success
+from sglang_weight_exporter.export.otlp.client import ExportResult, Request, partial_success
 from sglang_weight_exporter.export.otlp.settings import ConnectionSettings
 
 _COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflate": zlib.compress}
@@ -26,7 +26,7 @@ _COMPRESS: dict[str, Callable[[bytes], bytes]] = {"gzip": gzip.compress, "deflat
 _LARGEST_ANSWER = 2**20
 
 
-class HttpConnection:
+class HttpTransport:
     """``response``: the type of the answer, ``ExportTraceServiceResponse`` or
     ``ExportMetricsServiceResponse``."""
 
@@ -49,7 +49,7 @@ class HttpConnection:
         elif settings.client_certificate:
             self._session.cert = settings.client_certificate
 
-    def send(self, request: Request) -> Answer:
+    def send(self, request: Request) -> ExportResult:
         """Send a message. Raises ``OSError`` (as ``requests.RequestException`` is one)."""
         body = request.SerializeToString()
         with self._session.post(
@@ -70,9 +70,9 @@ class HttpConnection:
                 reason += f" and refers to {location.partition('?')[0]}, which is not followed"
             if content and "text/plain" in response.headers.get("Content-Type", ""):
                 reason += f": {content[:500].decode(errors='replace').strip()}"
-            return Answer(False, reason, retry_after=_retry_after(response))
+            return ExportResult(False, reason, retry_after=_retry_after(response))
 
-    def _success(self, response: requests.Response, content: bytes) -> Answer:
+    def _success(self, response: requests.Response, content: bytes) -> ExportResult:
         kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         message = self._response()
         try:
@@ -81,13 +81,13 @@ class HttpConnection:
             elif kind == "application/x-protobuf" or not (kind or content):
                 message.ParseFromString(content)
             else:
-                return Answer(
+                return ExportResult(
                     False,
                     f"it answered {response.status_code} with {kind or 'something'} and not with "
                     "an answer of OTLP's, so it is no collector",
                 )
         except (DecodeError, json_format.ParseError, UnicodeDecodeError, RecursionError) as error:
-            return Answer(False, f"its answer is none of OTLP's ({error})")
+            return ExportResult(False, f"its answer is none of OTLP's ({error})")
         return partial_success(message)
 
     def close(self) -> None:

@@ -25,14 +25,14 @@ import psutil
 import pytest
 from ports import free_port
 
-from sglang_weight_exporter.records import Endpoint
+from sglang_weight_exporter.records import ExporterEndpoint
 from sglang_weight_exporter.store.reader import SnapshotReader, read_endpoint
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 RANK = """
 import logging, os, sys
 from pathlib import Path
-from sglang_weight_exporter.publisher.supervisor import Supervisor
+from sglang_weight_exporter.publisher.exporter_process import Supervisor
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
@@ -125,9 +125,9 @@ def wait_for(check: Callable[[], object], seconds: float) -> None:
         time.sleep(0.05)
 
 
-def serving(runtime_dir: RuntimeDir, *, unlike: int = 0, seconds: float = 30.0) -> Endpoint:
+def serving(runtime_dir: RuntimeDir, *, unlike: int = 0, seconds: float = 30.0) -> ExporterEndpoint:
     """The exporter that serves now, once it does; a process other than ``unlike``."""
-    found: list[Endpoint] = []
+    found: list[ExporterEndpoint] = []
 
     def look() -> bool:
         endpoint = read_endpoint(runtime_dir)
@@ -388,7 +388,7 @@ def test_an_exporter_that_cannot_start_says_why_once_and_leaves_the_rank_alone(
     ), output
 
 
-def send_garbage(endpoint: Endpoint, requests: int) -> None:
+def send_garbage(endpoint: ExporterEndpoint, requests: int) -> None:
     """Requests that are none: the exporter complains of each."""
     assert endpoint.url is not None
     address = urllib.parse.urlsplit(endpoint.url)

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import torch
 
-from sglang_weight_exporter.capture.account import Known
+from sglang_weight_exporter.capture.account import OwnedStorages
 from sglang_weight_exporter.capture.allocations import (
     AllocationMap,
     Segments,
@@ -26,7 +26,7 @@ from sglang_weight_exporter.capture.fingerprint import (
     FingerprintError,
     FingerprintTimeoutError,
 )
-from sglang_weight_exporter.capture.pools import Storage
+from sglang_weight_exporter.capture.object_tensors import Storage
 from sglang_weight_exporter.capture.table_fingerprints import with_fingerprints
 from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights, storages_of
 from sglang_weight_exporter.records import (
@@ -39,12 +39,12 @@ from sglang_weight_exporter.records import (
     Skip,
 )
 from sglang_weight_exporter.runners import pools as runner_pools
-from sglang_weight_exporter.runners.cache import cached_tokens
 from sglang_weight_exporter.runners.memory import Memory, of_storages, of_weights
+from sglang_weight_exporter.runners.prefix_cache import cached_tokens
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
 from sglang_weight_exporter.weight_table import (
     WeightTable,
-    altered_tensors,
+    modified_tensors,
     table_rows,
     without_fingerprints,
 )
@@ -53,14 +53,14 @@ logger = logging.getLogger("sglang_weight_exporter")
 
 
 @dataclass
-class Look:
+class RoleCapture:
     """What the last look at a role found; ``None``: it could not be read, or is not there yet."""
 
     weights: WeightCapture | None = None
     kv_pools: tuple[KvPoolUsage, ...] | None = None
     kv_storages: tuple[Storage, ...] = ()
     #: Device name to bytes of KV pools that keep their memory while the pools are released.
-    kv_stays: dict[str, int] | None = None
+    kv_outside_saver: dict[str, int] | None = None
     lora: tuple[LoraUsage, ...] = ()
     lora_storages: tuple[Storage, ...] = ()
     #: Why fingerprints were not taken; ``None`` where they were, or were not asked for.
@@ -68,10 +68,10 @@ class Look:
     #: The table as the last load or update left it, with fingerprints. ``None``: nobody knows.
     left: WeightTable | None = None
     #: Name → kind of tensors that hold other bytes than that.
-    altered: dict[str, Kind] = field(default_factory=dict)
+    modified: dict[str, Kind] = field(default_factory=dict)
 
 
-class Scan:
+class ModelRunnerInspector:
     """The looks at all roles of a process.
 
     ``report`` is told of what could not be read; ``allocations`` is where one allocation ends and
@@ -95,7 +95,7 @@ class Scan:
         self._allocations = allocations
         #: What torch's allocator has of the GPUs.
         self.memory = memory or Memory(clock=clock)
-        self._looks: dict[RunnerRole, Look] = {}
+        self._captures: dict[RunnerRole, RoleCapture] = {}
         #: Addresses of storages that a weight-cache daemon holds, which count there.
         self._mapped: frozenset[int] = frozenset()
         #: How long the last look took.
@@ -110,26 +110,28 @@ class Scan:
     def takes_fingerprints(self) -> bool:
         return self._fingerprinter is not None
 
-    def of(self, role: RunnerRole) -> Look:
+    def of(self, role: RunnerRole) -> RoleCapture:
         """What is known of a role, without looking."""
-        return self._looks.get(role, Look())
+        return self._captures.get(role, RoleCapture())
 
     def start_over(self, role: RunnerRole, *, known: bool) -> None:
         """Later looks are compared with the last one, or, unless ``known``, with none until the
         next update."""
-        look = self._looks.get(role)
+        look = self._captures.get(role)
         if look is not None:
             table = None if look.weights is None else look.weights.table
             look.left = table if known and table and table.fingerprint else None
 
-    def overlook(self, role: RunnerRole, storages: frozenset[int]) -> None:
+    def ignore(self, role: RunnerRole, storages: frozenset[int]) -> None:
         """That tensors in these storages hold other bytes is no news."""
-        look = self._looks.get(role)
-        if storages and look is not None and look.altered and look.weights is not None:
+        look = self._captures.get(role)
+        if storages and look is not None and look.modified and look.weights is not None:
             there = {
                 row.name for row in table_rows(look.weights.table) if row.storage_ptr in storages
             }
-            look.altered = {name: kind for name, kind in look.altered.items() if name not in there}
+            look.modified = {
+                name: kind for name, kind in look.modified.items() if name not in there
+            }
 
     def map(self, model: object) -> None:
         """A model's tensors were mapped from a weight-cache daemon, where they count."""
@@ -157,7 +159,7 @@ class Scan:
             self._report("prefix_cache", error)
             return None
 
-    def look(
+    def capture(
         self,
         *roles: RunnerRole,
         derived: bool = False,
@@ -177,7 +179,7 @@ class Scan:
         segments = _Once(Segments.of_cuda)
         on_gpu = _Once(lambda: AllocationMap.of_segments(segments()))
         for role in roles:
-            look = self._looks.setdefault(role, Look())
+            look = self._captures.setdefault(role, RoleCapture())
             map_of_allocations = self._map(role.device, on_gpu)
             try:
                 look.weights = self._weights(role, look, map_of_allocations, derived=derived)
@@ -191,12 +193,12 @@ class Scan:
                 try:
                     self._pools(role, look, map_of_allocations)
                 except Exception as error:
-                    look.kv_pools, look.kv_stays, look.lora = None, None, ()
+                    look.kv_pools, look.kv_outside_saver, look.lora = None, None, ()
                     look.kv_storages, look.lora_storages = (), ()
                     self._report("kv_pool", error)
         living = set(self._roles)
-        self._looks = {role: look for role, look in self._looks.items() if role in living}
-        self.look_at_memory(segments, thorough=derived or pools)
+        self._captures = {role: look for role, look in self._captures.items() if role in living}
+        self.read_memory(segments, thorough=derived or pools)
         self.seconds = time.perf_counter() - started
 
     def begin_update(self) -> None:
@@ -206,13 +208,13 @@ class Scan:
         except Exception as error:
             self._report("memory", error)
 
-    def look_at_memory(
+    def read_memory(
         self, segments: Callable[[], Segments] | None = None, *, thorough: bool = True
     ) -> None:
         """Read the account of the GPUs again. ``thorough``: its parts in any case."""
-        pools = [storage for look in self._looks.values() for storage in look.kv_storages]
+        pools = [storage for look in self._captures.values() for storage in look.kv_storages]
         try:
-            self.memory.look(segments or Segments.of_cuda, self._known, pools, thorough=thorough)
+            self.memory.read(segments or Segments.of_cuda, self._known, pools, thorough=thorough)
         except Exception as error:
             self._report("memory", error)
 
@@ -229,15 +231,15 @@ class Scan:
 
     def _owners(self) -> Iterator[MemoryOwner]:
         pools = frozenset(
-            storage.address for look in self._looks.values() for storage in look.kv_storages
+            storage.address for look in self._captures.values() for storage in look.kv_storages
         )
-        for role, look in self._looks.items():
+        for role, look in self._captures.items():
             if look.weights is not None:
                 names: dict[int, tuple[str, MemoryPart]] = {}
                 for row in table_rows(look.weights.table):
                     part: MemoryPart = "derived_weights" if row.kind == "derived" else "weights"
                     names.setdefault(row.storage_ptr, (row.name, part))
-                start, nbytes, _ = look.weights.spans
+                start, nbytes, _ = look.weights.ranges
                 for address, size in zip(start.tolist(), nbytes.tolist(), strict=True):
                     name, part = names[address]
                     yield MemoryOwner(
@@ -258,15 +260,15 @@ class Scan:
                         name=f"{each.label} {number} ({role.name})",
                     )
 
-    def _known(self) -> list[Known]:
+    def _known(self) -> list[OwnedStorages]:
         """Storages by what they are part of."""
-        known: list[Known] = []
+        known: list[OwnedStorages] = []
         pools = frozenset(
-            storage.address for look in self._looks.values() for storage in look.kv_storages
+            storage.address for look in self._captures.values() for storage in look.kv_storages
         )
-        for role, look in self._looks.items():
+        for role, look in self._captures.items():
             if look.weights is not None:
-                known += of_weights(look.weights.spans)
+                known += of_weights(look.weights.ranges)
             known.append(of_storages("kv_pool", look.kv_storages))
             known.append(of_storages("lora", look.lora_storages))
             if role.runner is not None:
@@ -280,7 +282,7 @@ class Scan:
             return _Once(lambda: allocations(device))
         return on_gpu if device.startswith("cuda") else AllocationMap.of_storages
 
-    def _earlier(self, role: RunnerRole) -> list[Look]:
+    def _earlier(self, role: RunnerRole) -> list[RoleCapture]:
         earlier = []
         for other in self._roles:
             if other is role:
@@ -291,7 +293,7 @@ class Scan:
     def _weights(
         self,
         role: RunnerRole,
-        look: Look,
+        look: RoleCapture,
         allocations: Callable[[], AllocationMap],
         *,
         derived: bool,
@@ -320,7 +322,11 @@ class Scan:
         return capture
 
     def _take_fingerprints(
-        self, role: RunnerRole, look: Look, fingerprinter: Fingerprinter, limit_seconds: float
+        self,
+        role: RunnerRole,
+        look: RoleCapture,
+        fingerprinter: Fingerprinter,
+        limit_seconds: float,
     ) -> None:
         """Anew or not at all: what was true before the update is true no more."""
         look.skipped = None
@@ -359,19 +365,19 @@ class Scan:
                 error,
             )
 
-    def _compare(self, look: Look, *, written: bool) -> None:
+    def _compare(self, look: RoleCapture, *, written: bool) -> None:
         table = None if look.weights is None else look.weights.table
         if written:
-            look.left, look.altered = (table if table and table.fingerprint else None), {}
+            look.left, look.modified = (table if table and table.fingerprint else None), {}
         elif table is not None and look.left is not None:
             try:
-                look.altered = altered_tensors(look.left, table)
+                look.modified = modified_tensors(look.left, table)
             except Exception as error:
-                look.altered = {}
+                look.modified = {}
                 self._report("fingerprint", error)
 
     def _pools(
-        self, role: RunnerRole, look: Look, allocations: Callable[[], AllocationMap]
+        self, role: RunnerRole, look: RoleCapture, allocations: Callable[[], AllocationMap]
     ) -> None:
         runner = role.runner
         counted = {each.address for other in self._earlier(role) for each in other.kv_storages}
@@ -379,11 +385,11 @@ class Scan:
         look.lora_storages = tuple(runner_pools.lora_storages(runner))
         look.lora = runner_pools.lora_usage(runner, look.lora_storages)
         if storages is None:
-            look.kv_pools, look.kv_stays, look.kv_storages = None, None, ()
+            look.kv_pools, look.kv_outside_saver, look.kv_storages = None, None, ()
             return
         look.kv_storages = tuple(storages)
         look.kv_pools = runner_pools.kv_usage(runner, storages)
-        look.kv_stays = _stays(storages, allocations())
+        look.kv_outside_saver = _outside_saver(storages, allocations())
 
 
 class UnreadableTensorsError(Exception):
@@ -412,9 +418,9 @@ class _Once(Generic[_Made]):
         return self._made[0]
 
 
-def _stays(storages: list[Storage], allocations: AllocationMap) -> dict[str, int]:
+def _outside_saver(storages: list[Storage], allocations: AllocationMap) -> dict[str, int]:
     devices = tuple(dict.fromkeys(storage.device for storage in storages))
-    return allocations.stays(
+    return allocations.outside_saver(
         np.array([storage.address for storage in storages], dtype=np.uint64),
         np.array([storage.nbytes for storage in storages], dtype=np.uint64),
         np.array([devices.index(storage.device) for storage in storages], dtype=np.uint32),

@@ -15,11 +15,11 @@ from google.rpc.status_pb2 import Status
 from opentelemetry.util.re import parse_env_headers
 
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.export.otlp.collector import Answer, Request, partial_success
+from sglang_weight_exporter.export.otlp.client import ExportResult, Request, partial_success
 from sglang_weight_exporter.export.otlp.settings import ConnectionSettings
 
 
-class GrpcConnection:
+class GrpcTransport:
     """``stub``: ``TraceServiceStub`` or ``MetricsServiceStub``.
 
     Raises ``OSError`` where a certificate cannot be read.
@@ -48,12 +48,12 @@ class GrpcConnection:
             self._channel = grpc.secure_channel(target, credentials, options, compression)
         self._export = stub(self._channel).Export
 
-    def send(self, request: Request) -> Answer:
+    def send(self, request: Request) -> ExportResult:
         """Send a message."""
         try:
             response = self._export(request, metadata=self._headers, timeout=self._timeout)
         except grpc.RpcError as error:
-            return Answer(
+            return ExportResult(
                 False,
                 f"{error.code().name}: {error.details()}",
                 retry_after=_retry_after(error),

@@ -8,8 +8,8 @@
                            ("none" without one; the first 16 digits)
     SHA256.table           a table that events here refer to, kept while any of them may
 
-The rank appends and bounds the queue (:class:`EventQueue`), the exporter process takes events out
-of it (:class:`WaitingEvents`); neither waits for the other. Only the rank removes tables, so that
+The rank appends and bounds the queue (:class:`SpoolWriter`), the exporter process takes events out
+of it (:class:`SpoolReader`); neither waits for the other. Only the rank removes tables, so that
 none goes while a new event begins to refer to it.
 """
 
@@ -51,7 +51,7 @@ class _Queued:
     table: str
 
 
-class EventQueue:
+class SpoolWriter:
     """The rank's side. What waits is known here and not looked up: appending costs the same
     whatever waits, and nothing races with the exporter, which only removes."""
 
@@ -143,7 +143,7 @@ class EventQueue:
 
 
 @dataclass(frozen=True)
-class WaitingEvents:
+class SpoolReader:
     """The exporter's side. Any of this may fail at any moment: ranks die."""
 
     path: Path

@@ -24,7 +24,7 @@ LONGEST_WAIT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
-class Answer:
+class ExportResult:
     """What a collector said to a message."""
 
     taken: bool
@@ -36,24 +36,24 @@ class Answer:
     retry_after: float = 0.0
 
 
-def partial_success(response: Any) -> Answer:
+def partial_success(response: Any) -> ExportResult:
     """The answer of a collector that took a message, perhaps without some of what is in it."""
     partial = response.partial_success
     rejected = getattr(partial, "rejected_spans", 0) or getattr(partial, "rejected_data_points", 0)
-    return Answer(True, partial.error_message, rejected=max(0, rejected))
+    return ExportResult(True, partial.error_message, rejected=max(0, rejected))
 
 
-class Connection(Protocol):
+class Transport(Protocol):
     """A way to a collector."""
 
-    def send(self, request: Request) -> Answer:
+    def send(self, request: Request) -> ExportResult:
         """Send a message. Blocks for as long as ``OTEL_EXPORTER_OTLP_TIMEOUT``; may raise."""
 
     def close(self) -> None:
         """Give the connection up, and a try that is under way in another thread."""
 
 
-class Collector:
+class OtlpClient:
     """Where one signal goes.
 
     ``connect`` reads certificates; what it raises counts as a failure, so that a file that appears
@@ -62,7 +62,7 @@ class Collector:
 
     def __init__(
         self,
-        connect: Callable[[], Connection],
+        connect: Callable[[], Transport],
         *,
         signal: str,
         destination: str,
@@ -74,7 +74,7 @@ class Collector:
         self.failing = False
         self._connect = connect
         self._clock = clock
-        self._connection: Connection | None = None
+        self._connection: Transport | None = None
         self._not_before = 0.0
         self._remark = ""
 
@@ -83,7 +83,7 @@ class Collector:
         """For how long it wants to be left alone (``Retry-After``)."""
         return max(0.0, self._not_before - self._clock())
 
-    def take(self, request: Request) -> Answer:
+    def take(self, request: Request) -> ExportResult:
         """What the collector answers to a message. Blocks for as long as
         ``OTEL_EXPORTER_OTLP_TIMEOUT``; never raises."""
         try:
@@ -91,7 +91,7 @@ class Collector:
                 self._connection = self._connect()
             answer = self._connection.send(request)
         except Exception as error:
-            answer = Answer(False, f"{type(error).__name__}: {error}")
+            answer = ExportResult(False, f"{type(error).__name__}: {error}")
         self._not_before = self._clock() + min(answer.retry_after, LONGEST_WAIT_SECONDS)
         if not answer.taken:
             # Anew, because certificates may have changed and gRPC waits long to connect again.
@@ -100,7 +100,7 @@ class Collector:
         self.failing = not answer.taken
         return answer
 
-    def _say(self, answer: Answer) -> None:
+    def _say(self, answer: ExportResult) -> None:
         """One line when it stops taking what it is sent, one when it takes it again, and one for
         each new remark."""
         reason = answer.reason.rstrip(".") or "without a reason"

@@ -12,7 +12,7 @@ from sglang_weight_exporter.export.views import IDENTITY, HostView, RoleView, id
 
 
 @dataclass(frozen=True)
-class Measurement:
+class DataPoint:
     """One value of an instrument, with all its labels."""
 
     #: Values in the order of :func:`label_names`; what SGLang does not have is the empty string.
@@ -27,21 +27,21 @@ def label_names(instrument: Instrument) -> tuple[str, ...]:
     return (*(IDENTITY if instrument.read_role else ()), *instrument.labels)
 
 
-def measure_host(instrument: Instrument, view: HostView) -> list[Measurement]:
+def measure_host(instrument: Instrument, view: HostView) -> list[DataPoint]:
     """Values that are the host's and no rank's."""
     if instrument.read_host is None:
         return []
     return [
-        Measurement(sample.labels, sample, view.started_at) for sample in instrument.read_host(view)
+        DataPoint(sample.labels, sample, view.started_at) for sample in instrument.read_host(view)
     ]
 
 
-def measure_roles(instrument: Instrument, roles: Iterable[RoleView]) -> list[Measurement]:
+def measure_roles(instrument: Instrument, roles: Iterable[RoleView]) -> list[DataPoint]:
     """Values of these roles."""
     if instrument.read_role is None:
         return []
     return [
-        Measurement(
+        DataPoint(
             (*identity(role, sample.device), *sample.labels), sample, role.snapshot.started_at
         )
         for role in roles

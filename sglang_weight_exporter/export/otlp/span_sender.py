@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 
-from sglang_weight_exporter.export.otlp.collector import Answer, Collector
+from sglang_weight_exporter.export.otlp.client import ExportResult, OtlpClient
 from sglang_weight_exporter.export.otlp.spans import (
     EventSpans,
     SentTable,
@@ -29,9 +29,9 @@ from sglang_weight_exporter.export.otlp.spans import (
 from sglang_weight_exporter.export.views import SpanCounts
 from sglang_weight_exporter.records import Event, Record
 from sglang_weight_exporter.store.decoding import UnreadableError
-from sglang_weight_exporter.store.events import EVENT_BYTES
 from sglang_weight_exporter.store.reader import RankDirectory, rank_directories
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.store.spool import EVENT_BYTES
 from sglang_weight_exporter.weight_table import WeightTable
 
 logger = logging.getLogger("sglang_weight_exporter")
@@ -65,13 +65,13 @@ class _Exported(Record, frozen=True, kw_only=True):
     tables: dict[str, SentTable] = msgspec.field(default_factory=dict)
 
 
-class Delivery:
+class SpanSender:
     """Sends the events of all ranks, dead ones included, from a thread of its own."""
 
     def __init__(
         self,
         runtime_dir: RuntimeDir,
-        collector: Collector,
+        collector: OtlpClient,
         counts: SpanCounts,
         *,
         table: bool = True,
@@ -172,7 +172,7 @@ class Delivery:
                 break
         return accepted > 0 or not (failed or unreadable)
 
-    def _refuse(self, path: Path, refused: Answer) -> None:
+    def _refuse(self, path: Path, refused: ExportResult) -> None:
         self._refusals[path] += 1
         if self._refusals[path] >= REFUSALS:
             self._give_up(
@@ -188,7 +188,7 @@ class Delivery:
             for path in directory.events.waiting():
                 yield directory, path
 
-    def _send(self, directory: RankDirectory, path: Path) -> Answer | None:
+    def _send(self, directory: RankDirectory, path: Path) -> ExportResult | None:
         """``None`` when nothing of this event has to wait any more, else why the collector did
         not take it. Raises ``OSError`` when it cannot be read or removed now."""
         try:

@@ -52,7 +52,7 @@ class Supervisor:
 
     def start(self) -> None:
         threading.Thread(
-            target=self._run, name="sglang-weight-exporter-supervisor", daemon=True
+            target=self._run, name="sglang-weight-exporter-process", daemon=True
         ).start()
 
     def _run(self) -> None:

@@ -22,7 +22,7 @@ from sglang_weight_exporter.export.web_configuration import WebConfiguration
 _MOST_OF_A_PASSWORD = 72
 
 
-class Access:
+class Authenticator:
     """Asked by connections and requests of one event loop, for each of them anew."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -12,10 +12,10 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-from sglang_weight_exporter.export.otlp.collector import Collector, Connection
+from sglang_weight_exporter.export.otlp.client import OtlpClient, Transport
 from sglang_weight_exporter.export.otlp.settings import (
-    Choice,
     Signal,
+    SignalConfig,
     choose,
     connection_settings,
     metric_interval,
@@ -27,8 +27,8 @@ from sglang_weight_exporter.store.reader import RankDirectory
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 if TYPE_CHECKING:
-    from sglang_weight_exporter.export.otlp.delivery import Delivery
     from sglang_weight_exporter.export.otlp.metrics import PeriodicMetrics
+    from sglang_weight_exporter.export.otlp.span_sender import SpanSender
 
 logger = logging.getLogger("sglang_weight_exporter")
 
@@ -40,7 +40,7 @@ class ProtocolError(Exception):
     """A protocol that is not spoken here."""
 
 
-def _connect(choice: Choice, signal: Signal, environ: Mapping[str, str]) -> Connection:
+def _connect(choice: SignalConfig, signal: Signal, environ: Mapping[str, str]) -> Transport:
     """The connection of a signal. Raises :class:`ProtocolError` and ``OSError``."""
     if choice.exporter == "console":
         from sglang_weight_exporter.export.otlp.console import ConsoleConnection
@@ -58,9 +58,9 @@ def _connect(choice: Choice, signal: Signal, environ: Mapping[str, str]) -> Conn
         )
         from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceServiceStub
 
-        from sglang_weight_exporter.export.otlp.grpc_connection import GrpcConnection
+        from sglang_weight_exporter.export.otlp.grpc_transport import GrpcTransport
 
-        return GrpcConnection(
+        return GrpcTransport(
             settings, TraceServiceStub if signal == "traces" else MetricsServiceStub
         )
     from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
@@ -68,15 +68,15 @@ def _connect(choice: Choice, signal: Signal, environ: Mapping[str, str]) -> Conn
     )
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
-    from sglang_weight_exporter.export.otlp.http_connection import HttpConnection
+    from sglang_weight_exporter.export.otlp.http_transport import HttpTransport
 
-    return HttpConnection(
+    return HttpTransport(
         settings,
         ExportTraceServiceResponse if signal == "traces" else ExportMetricsServiceResponse,
     )
 
 
-class Telemetry:
+class OtlpPipeline:
     """Sends spans and metrics if they are asked for."""
 
     def __init__(
@@ -89,14 +89,14 @@ class Telemetry:
         counts: SpanCounts,
     ) -> None:
         self._environ = environ
-        self._collectors: list[Collector] = []
-        self._delivery: Delivery | None = None
+        self._collectors: list[OtlpClient] = []
+        self._delivery: SpanSender | None = None
         self._metrics: PeriodicMetrics | None = None
         if (choice := choose(environ, "traces")) is not None:
-            from sglang_weight_exporter.export.otlp.delivery import Delivery
+            from sglang_weight_exporter.export.otlp.span_sender import SpanSender
 
             table, names = table_selection(settings)
-            self._delivery = Delivery(
+            self._delivery = SpanSender(
                 runtime_dir,
                 self._collector(choice, "traces"),
                 counts,
@@ -121,8 +121,8 @@ class Telemetry:
                 seconds=metric_interval(environ),
             )
 
-    def _collector(self, choice: Choice, signal: Signal) -> Collector:
-        collector = Collector(
+    def _collector(self, choice: SignalConfig, signal: Signal) -> OtlpClient:
+        collector = OtlpClient(
             lambda: _connect(choice, signal, self._environ),
             signal="spans" if signal == "traces" else "metrics",
             destination=choice.destination,
