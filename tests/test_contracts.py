@@ -18,21 +18,21 @@ PACKAGE = "sglang_weight_exporter"
 PLANTED = [
     ("In the engine data flows one way", "capture/object_tensors.py", f"{PACKAGE}.runners.pools"),
     ("In the engine data flows one way", "ledger.py", f"{PACKAGE}.publisher.publisher"),
-    ("In the engine data flows one way", "store/files.py", f"{PACKAGE}.capture.pools"),
+    ("In the engine data flows one way", "store/files.py", f"{PACKAGE}.capture.object_tensors"),
     ("Beside the engine data flows one way", "store/reader.py", f"{PACKAGE}.export.views"),
     ("Beside the engine data flows one way", "export/views.py", f"{PACKAGE}.cli.flags"),
     ("The bootstrap imports os and sys", "bootstrap.py", "logging"),
     ("The bootstrap imports os and sys", "bootstrap.py", f"{PACKAGE}.rank"),
     ("The ledger is pure", "ledger.py", "torch"),
     ("The ledger is pure", "ledger.py", f"{PACKAGE}.store.files"),
-    ("Looking writes nothing", "runners/inspector.py", f"{PACKAGE}.store.rank"),
+    ("Capturing writes nothing", "runners/inspector.py", f"{PACKAGE}.store.rank"),
     ("Publishing and storing know no tensor", "publisher/publisher.py", "torch"),
     ("Publishing and storing know no tensor", "store/rank.py", "prometheus_client"),
     ("The engine process imports no exporter", "hooks/observer.py", f"{PACKAGE}.export.views"),
     ("The engine process imports no exporter", "rank.py", "opentelemetry"),
     ("The exporter process needs neither", "export/views.py", "torch"),
     ("The exporter process needs neither", "export/process.py", f"{PACKAGE}.runners.identity"),
-    ("Commands need neither", "cli/status.py", f"{PACKAGE}.capture.pools"),
+    ("Commands need neither", "cli/status.py", f"{PACKAGE}.capture.object_tensors"),
     ("The data model imports no room", "records.py", f"{PACKAGE}.store.files"),
 ]
 
@@ -81,7 +81,7 @@ def test_a_planted_import_is_found(
 
 @pytest.mark.parametrize("late", LATE.values(), ids=LATE)
 def test_an_import_that_runs_late_or_never_is_found(checkout: Path, late: str) -> None:
-    path = checkout / PACKAGE / "capture" / "pools.py"
+    path = checkout / PACKAGE / "capture" / "object_tensors.py"
     path.write_text(f"{path.read_text()}\n{late.format(f'{PACKAGE}.hooks.observer')}")
     ran = lint(checkout)
     assert ran.returncode == 1, ran.stdout
