@@ -14,6 +14,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "shared"))
 
 import tiny_model
-from engines import Engine, Installation, Scrape, clean_environment, eventually, http_get
+from engines import Engine, Installation, Scrape, clean_environment, eventually
 from ports import free_port
 
 TERMINAL = sys.stdout.isatty()
@@ -79,11 +80,12 @@ def gpu_here() -> bool:
     return subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0
 
 
-def port_or_free(port: int) -> int:
-    """The usual port when nothing answers there, another one otherwise."""
-    with contextlib.suppress(OSError):
-        http_get(f"http://127.0.0.1:{port}/", timeout=1)
-        return free_port()
+def port_or_free(port: int, *, engine: bool = False) -> int:
+    """The usual port when nobody has it, whether he answers or not; another one otherwise."""
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return free_port(engine=engine)
     return port
 
 
@@ -117,7 +119,7 @@ def show(directory: Path, *, stay: bool) -> None:
     engine = Engine(
         Installation(Path(sys.executable), gpu=gpu),
         first,
-        port=port_or_free(PORT),
+        port=port_or_free(PORT, engine=True),
         exporter_port=port_or_free(EXPORTER_PORT),
     )
     try:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from ports import free_port
 from sglang_weight_exporter.export.gpu_account import GpuAccounts
 from sglang_weight_exporter.hooks.targets import TARGETS
 from sglang_weight_exporter.records import Snapshot
+from sglang_weight_exporter.settings import DEFAULT_PORT
 from sglang_weight_exporter.simulation import Simulation
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -264,18 +266,18 @@ def test_real_ranks_get_no_simulated_neighbours(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_demo_shows_one_of_their_updates() -> None:
+def test_the_demo_shows_one_of_their_updates_where_its_usual_port_is_taken() -> None:
+    """By somebody who never answers. With a port of its own nobody follows it there."""
     demo = Path(__file__).parents[2] / "demo" / "demo.py"
-    done = subprocess.run(
-        [sys.executable, str(demo), "--simulated", "--exit"],
-        capture_output=True,
-        text=True,
-        timeout=90,
-    )
+    with eventually(lambda: socket.create_server(("127.0.0.1", DEFAULT_PORT)), what="the port"):
+        done = subprocess.run(
+            [sys.executable, str(demo), "--simulated", "--exit"], capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = re.findall(r"^ *sglang_weight_updates_total.*$", done.stdout, re.MULTILINE)
     assert line.split()[1:3] == ["0", "1"]
     # The exporter has ended, and its port is free again.
     (url,) = re.findall(r"Metrics +(\S+)", done.stdout)
+    assert f":{DEFAULT_PORT}/" not in url
     with pytest.raises(OSError, match="refused"):
         Scrape.of(url)
