@@ -30,7 +30,8 @@ from sglang_weight_exporter.capture.allocations import AllocationMap
 from sglang_weight_exporter.capture.regions import merge_spans
 from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
 from sglang_weight_exporter.cli import formats
-from sglang_weight_exporter.records import Engine, Ranks, Role
+from sglang_weight_exporter.records.engine import Engine, Ranks
+from sglang_weight_exporter.records.snapshot import Role
 from sglang_weight_exporter.store.encoding import encode
 from sglang_weight_exporter.store.files import write_atomically
 from sglang_weight_exporter.store.tables import Table

@@ -26,7 +26,10 @@ from typing import NamedTuple
 
 from scrape import CLIENTS, scrape
 
-from sglang_weight_exporter.records import Engine, Ranks, Role, Snapshot, UpdateCounts, WeightUsage
+from sglang_weight_exporter.records.engine import Engine, Ranks
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.updates import UpdateCounts
+from sglang_weight_exporter.records.weights import WeightUsage
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
@@ -43,7 +46,10 @@ import os, sys, time
 from pathlib import Path
 from sglang_weight_exporter.ledger import Ledger, Verdict
 from sglang_weight_exporter.publisher.publisher import Publisher
-from sglang_weight_exporter.records import Device, Engine, Event, Ranks, Role, Snapshot, TableRef
+from sglang_weight_exporter.records.engine import Device, Engine, Ranks
+from sglang_weight_exporter.records.event import Event
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.weights import TableRef
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.rank import table_file
 from sglang_weight_exporter.weight_table import Row, table_of_rows

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from sglang_weight_exporter.export.instruments import INSTRUMENTS, Instrument
 from sglang_weight_exporter.export.views import IDENTITY
-from sglang_weight_exporter.records import CHANGES, DURATION_BUCKETS, SOURCES
+from sglang_weight_exporter.records.updates import DURATION_BUCKETS, SOURCES
+from sglang_weight_exporter.records.weights import CHANGES
 from sglang_weight_exporter.settings import PREFIX, Settings
 
 DIRECTORY = Path(__file__).parent

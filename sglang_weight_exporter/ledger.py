@@ -26,29 +26,22 @@ from typing import Any, Literal
 
 import msgspec
 
-from sglang_weight_exporter.records import (
-    CHANGES,
-    PAUSES,
+from sglang_weight_exporter.records.fingerprints import During, FingerprintCounts, Skip
+from sglang_weight_exporter.records.pools import PAUSES, CacheCounts, Pause
+from sglang_weight_exporter.records.snapshot import Role
+from sglang_weight_exporter.records.updates import (
     SOURCES,
-    CacheCounts,
-    Change,
-    During,
     Effect,
-    FingerprintCounts,
-    Kind,
     OperationCounts,
-    Pause,
     Phase,
-    Role,
-    Skip,
     Source,
-    TableChanges,
     Update,
     UpdateCounts,
     UpdateInProgress,
     add_bytes,
     add_phases,
 )
+from sglang_weight_exporter.records.weights import CHANGES, Change, Kind, TableChanges
 
 #: An update whose release reports no end counts as ended after this long without a call.
 IDLE_SECONDS = 10.0

@@ -20,16 +20,12 @@ from typing import Any, TypeVar
 from sglang_weight_exporter.capture.weights import WeightCapture
 from sglang_weight_exporter.ledger import FinishedUpdate, Ledger
 from sglang_weight_exporter.publisher.publisher import Publisher
-from sglang_weight_exporter.records import (
-    NAMED_CHANGES,
-    During,
-    Event,
-    HookState,
-    Role,
-    Snapshot,
-    TableRef,
-    Update,
-)
+from sglang_weight_exporter.records.engine import HookState
+from sglang_weight_exporter.records.event import Event
+from sglang_weight_exporter.records.fingerprints import During
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.updates import Update
+from sglang_weight_exporter.records.weights import NAMED_CHANGES, TableRef
 from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
 from sglang_weight_exporter.store.rank import table_file

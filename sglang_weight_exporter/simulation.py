@@ -30,25 +30,18 @@ from pathlib import Path
 
 from sglang_weight_exporter.export.nvml import GpuMemory
 from sglang_weight_exporter.ledger import Ledger, Verdict
-from sglang_weight_exporter.records import (
+from sglang_weight_exporter.records.engine import Device, Engine, HookState, Ranks
+from sglang_weight_exporter.records.event import Event
+from sglang_weight_exporter.records.memory import (
     MEMORY_PARTS,
-    Device,
     DeviceMemory,
-    Engine,
-    Event,
-    HookState,
-    Kind,
-    KvPoolUsage,
-    LoraUsage,
     MemoryBudget,
     MemoryPart,
-    Ranks,
-    Role,
-    Snapshot,
-    Source,
-    TableRef,
-    WeightUsage,
 )
+from sglang_weight_exporter.records.pools import KvPoolUsage, LoraUsage
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.updates import Source
+from sglang_weight_exporter.records.weights import Kind, TableRef, WeightUsage
 from sglang_weight_exporter.store.namespaces import pid_namespace
 from sglang_weight_exporter.store.rank import RankStore, table_file
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir

@@ -11,13 +11,8 @@ from typing import Any, NamedTuple, cast
 
 import msgspec
 
-from sglang_weight_exporter.records import (
-    NAMED_CHANGES,
-    SCHEMA_VERSION,
-    Kind,
-    Record,
-    TableChanges,
-)
+from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
+from sglang_weight_exporter.records.weights import NAMED_CHANGES, Kind, TableChanges
 
 
 class Row(NamedTuple):

@@ -26,7 +26,9 @@ from hypothesis.stateful import (
 )
 
 from sglang_weight_exporter.ledger import IDLE_SECONDS, CallToken, Ledger, Verdict
-from sglang_weight_exporter.records import Role, TableChanges, Update
+from sglang_weight_exporter.records.snapshot import Role
+from sglang_weight_exporter.records.updates import Update
+from sglang_weight_exporter.records.weights import TableChanges
 
 ROLES = ("target", "draft")
 BUCKETS = ("tensor", "distributed")

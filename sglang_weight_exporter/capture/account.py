@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_weight_exporter.capture.allocations import DEFAULT_POOL, Addresses, Segments
-from sglang_weight_exporter.records import MEMORY_PARTS, MemoryPart
+from sglang_weight_exporter.records.memory import MEMORY_PARTS, MemoryPart
 
 Mask = npt.NDArray[np.bool_]
 

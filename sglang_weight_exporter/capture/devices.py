@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sglang_weight_exporter.records import Device
+from sglang_weight_exporter.records.engine import Device
 
 
 def describe(name: str) -> Device:

@@ -30,7 +30,7 @@ from sglang_weight_exporter.capture.tensors import (
     derived_paths,
     named_tensors,
 )
-from sglang_weight_exporter.records import Kind, WeightUsage
+from sglang_weight_exporter.records.weights import Kind, WeightUsage
 from sglang_weight_exporter.weight_table import CODED, HASHED, WeightTable, table_sha256
 
 StorageRanges: TypeAlias = tuple[

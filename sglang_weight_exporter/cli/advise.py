@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.export.gpu_account import GpuAccount, GpuAccounts, RankOnGpu
 from sglang_weight_exporter.export.nvml import Nvml
-from sglang_weight_exporter.records import Snapshot
+from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 

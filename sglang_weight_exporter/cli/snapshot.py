@@ -18,7 +18,8 @@ from typing import Any
 import msgspec
 
 from sglang_weight_exporter.cli.flags import add_flags, ranks, settings_from
-from sglang_weight_exporter.records import MemoryOwner, Snapshot
+from sglang_weight_exporter.records.memory import MemoryOwner
+from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.decoding import UnreadableError
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir

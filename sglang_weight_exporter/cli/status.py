@@ -10,7 +10,9 @@ import time
 from datetime import datetime, timezone
 
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
-from sglang_weight_exporter.records import HookState, Role, Snapshot, Update
+from sglang_weight_exporter.records.engine import HookState
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.updates import Update
 from sglang_weight_exporter.store.locks import is_held
 from sglang_weight_exporter.store.reader import SnapshotReader, read_endpoint
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir

@@ -18,7 +18,8 @@ import msgspec
 from sglang_weight_exporter.cli import formats
 from sglang_weight_exporter.cli.flags import add_flags, ranks, settings_from
 from sglang_weight_exporter.cli.trace_reader import TraceError, tables_from_trace
-from sglang_weight_exporter.records import CHANGES, Ranks
+from sglang_weight_exporter.records.engine import Ranks
+from sglang_weight_exporter.records.weights import CHANGES
 from sglang_weight_exporter.store.tables import Table, TableError, TableReader, open_tables
 from sglang_weight_exporter.store.weights_metadata import owners, write_files
 from sglang_weight_exporter.weight_table import Row, compare_rows, table_fingerprints

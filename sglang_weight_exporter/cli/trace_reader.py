@@ -18,7 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang_weight_exporter.records import Engine, Ranks, Role, TableRef, Update
+from sglang_weight_exporter.records.engine import Engine, Ranks
+from sglang_weight_exporter.records.snapshot import Role
+from sglang_weight_exporter.records.updates import Update
+from sglang_weight_exporter.records.weights import TableRef
 from sglang_weight_exporter.store.tables import Table
 from sglang_weight_exporter.weight_table import without_fingerprints
 from sglang_weight_exporter.weight_table_events import (

@@ -12,7 +12,8 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from sglang_weight_exporter.export.nvml import GpuMemory
-from sglang_weight_exporter.records import MEMORY_PARTS, DeviceMemory, Snapshot
+from sglang_weight_exporter.records.memory import MEMORY_PARTS, DeviceMemory
+from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.namespaces import HOST_PIDS, pid_namespace
 
 #: Parts of a GPU beside those of torch in its ranks, see ``docs/memory.md``.

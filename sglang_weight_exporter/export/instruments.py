@@ -18,20 +18,12 @@ from sglang_weight_exporter import __version__
 from sglang_weight_exporter.export.gpu_account import GpuAccount, RankOnGpu, ranks_on_gpus
 from sglang_weight_exporter.export.views import IDENTITY, HostView, RoleView, identity
 from sglang_weight_exporter.fingerprint import as_number
-from sglang_weight_exporter.records import (
-    CHANGES,
-    DURINGS,
-    KINDS,
-    PAUSES,
-    PHASES,
-    SKIPS,
-    SOURCES,
-    CacheCounts,
-    DeviceMemory,
-    Histogram,
-    Snapshot,
-    UpdateCounts,
-)
+from sglang_weight_exporter.records.fingerprints import DURINGS, SKIPS
+from sglang_weight_exporter.records.memory import DeviceMemory
+from sglang_weight_exporter.records.pools import PAUSES, CacheCounts
+from sglang_weight_exporter.records.snapshot import Snapshot
+from sglang_weight_exporter.records.updates import PHASES, SOURCES, Histogram, UpdateCounts
+from sglang_weight_exporter.records.weights import CHANGES, KINDS
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from sglang_weight_exporter.records import Role, Snapshot
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.store.tables import TableError, TableReader

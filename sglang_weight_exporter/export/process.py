@@ -36,7 +36,8 @@ from sglang_weight_exporter.export.web_configuration import (
     WebConfigurationError,
     WebConfigurationSource,
 )
-from sglang_weight_exporter.records import ExporterEndpoint, Snapshot
+from sglang_weight_exporter.records.endpoint import ExporterEndpoint
+from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.reader import (

@@ -23,7 +23,8 @@ from prometheus_client.samples import Exemplar
 from sglang_weight_exporter.export.data_points import label_names, measure_host, measure_roles
 from sglang_weight_exporter.export.instruments import INSTRUMENTS, Instrument, Sample
 from sglang_weight_exporter.export.views import HostView, RoleView, role_views, roles_of
-from sglang_weight_exporter.records import DURATION_BUCKETS, Histogram, Snapshot
+from sglang_weight_exporter.records.snapshot import Snapshot
+from sglang_weight_exporter.records.updates import DURATION_BUCKETS, Histogram
 
 #: zlib's name for gzip's container around the stream.
 _GZIP = 31

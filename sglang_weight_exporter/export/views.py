@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from sglang_weight_exporter.export.gpu_account import GpuAccount
-from sglang_weight_exporter.records import Ranks, Role, Snapshot
+from sglang_weight_exporter.records.engine import Ranks
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
 
 #: Labels of every series of a rank; the rank labels are SGLang's own, so that series join.
 IDENTITY = (

@@ -21,7 +21,7 @@ from sglang_weight_exporter.hooks.wrapped_call import Around, Call, Outcome
 
 if TYPE_CHECKING:
     from sglang_weight_exporter.hooks.observer import Observer
-    from sglang_weight_exporter.records import HookState
+    from sglang_weight_exporter.records.engine import HookState
 
 logger = logging.getLogger("sglang_weight_exporter")
 
@@ -224,7 +224,7 @@ class Installation:
         """One state a target name, in the table's order; looked up again after each import."""
         if self._states is not None:
             return self._states
-        from sglang_weight_exporter.records import HookState
+        from sglang_weight_exporter.records.engine import HookState
 
         names = dict.fromkeys(target.name for target in self._targets)
         states = []

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from sglang_weight_exporter.hooks.install import Installation
 from sglang_weight_exporter.hooks.targets import Target
-from sglang_weight_exporter.records import Source
+from sglang_weight_exporter.records.updates import Source
 
 
 @contextlib.contextmanager
@@ -25,7 +25,8 @@ def updating(model_runner: Any, source: Source = "external") -> Iterator[None]:
     ``model_runner``: SGLang's ``ModelRunner``. An exception leaves the block unchanged and counts
     as a failed update that left the weights undefined. Inside an update of SGLang's own the block
     is one of its calls. To be called from the thread that runs the scheduler. Raises
-    ``ValueError`` for a source that is none of :data:`~sglang_weight_exporter.records.SOURCES`.
+    ``ValueError`` for a source that is none of
+    :data:`~sglang_weight_exporter.records.updates.SOURCES`.
     """
     if source not in get_args(Source):
         raise ValueError(

@@ -16,7 +16,8 @@ from sglang_weight_exporter.capture import update_bytes
 from sglang_weight_exporter.hooks.phases import Phases
 from sglang_weight_exporter.hooks.wrapped_call import Around, Call, Outcome, effect_of, verdict_on
 from sglang_weight_exporter.ledger import CallToken, EndsWith, Ledger, Verdict
-from sglang_weight_exporter.records import PAUSES, Source
+from sglang_weight_exporter.records.pools import PAUSES
+from sglang_weight_exporter.records.updates import Source
 from sglang_weight_exporter.runners.roles import RunnerRole
 
 

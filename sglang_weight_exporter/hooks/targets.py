@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sglang_weight_exporter.records import Source
+    from sglang_weight_exporter.records.updates import Source
 
 RUNNER = "sglang.srt.model_executor.model_runner"
 UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sglang_weight_exporter.hooks.targets import Target
-    from sglang_weight_exporter.records import Effect, Source
+    from sglang_weight_exporter.records.updates import Effect, Source
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 import msgspec
 
 from sglang_weight_exporter.publisher.exporter_process import Supervisor
-from sglang_weight_exporter.records import Engine, Event, MemoryDump, Snapshot
+from sglang_weight_exporter.records.engine import Engine
+from sglang_weight_exporter.records.event import Event
+from sglang_weight_exporter.records.memory import MemoryDump
+from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.engine_names import claim_engine_name
 from sglang_weight_exporter.store.namespaces import pid_namespace

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sglang_weight_exporter.records import Engine, MemoryBudget, Ranks
+from sglang_weight_exporter.records.engine import Engine, Ranks
+from sglang_weight_exporter.records.memory import MemoryBudget
 from sglang_weight_exporter.runners.sglang_version import sglang_version
 
 _ENCODER, _WEIGHT_CACHE = "encoder", "weight_cache"

@@ -29,15 +29,10 @@ from sglang_weight_exporter.capture.fingerprint import (
 from sglang_weight_exporter.capture.object_tensors import Storage
 from sglang_weight_exporter.capture.table_fingerprints import with_fingerprints
 from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights, storages_of
-from sglang_weight_exporter.records import (
-    Kind,
-    KvPoolUsage,
-    LoraUsage,
-    MemoryDump,
-    MemoryOwner,
-    MemoryPart,
-    Skip,
-)
+from sglang_weight_exporter.records.fingerprints import Skip
+from sglang_weight_exporter.records.memory import MemoryDump, MemoryOwner, MemoryPart
+from sglang_weight_exporter.records.pools import KvPoolUsage, LoraUsage
+from sglang_weight_exporter.records.weights import Kind
 from sglang_weight_exporter.runners import pools as runner_pools
 from sglang_weight_exporter.runners.memory import Memory, of_storages, of_weights
 from sglang_weight_exporter.runners.prefix_cache import cached_tokens

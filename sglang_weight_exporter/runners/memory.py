@@ -23,7 +23,7 @@ from sglang_weight_exporter.capture.account import Account, OwnedStorages, accou
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.object_tensors import Storage
 from sglang_weight_exporter.capture.weights import StorageRanges
-from sglang_weight_exporter.records import DeviceMemory, MemoryPart
+from sglang_weight_exporter.records.memory import DeviceMemory, MemoryPart
 from sglang_weight_exporter.runners.pools import graph_pools
 
 #: So many can be read at every look.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sglang_weight_exporter.capture.object_tensors import Storage, owned_tensors, unique_storages
-from sglang_weight_exporter.records import KvPoolUsage, LoraUsage
+from sglang_weight_exporter.records.pools import KvPoolUsage, LoraUsage
 
 #: Tensors that help kernels find the pool and hold no key, value or state.
 _BOOKKEEPING = ("_ptrs", "_strides", "_mapping", "_pos", "_loc", "free_slots")

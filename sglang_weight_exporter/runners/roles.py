@@ -16,7 +16,8 @@ from typing import Any
 import msgspec
 
 from sglang_weight_exporter.capture import devices
-from sglang_weight_exporter.records import Device, Engine, MemoryBudget, Ranks
+from sglang_weight_exporter.records.engine import Device, Engine, Ranks
+from sglang_weight_exporter.records.memory import MemoryBudget
 from sglang_weight_exporter.runners import identity
 
 

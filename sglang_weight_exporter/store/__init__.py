@@ -10,8 +10,8 @@
       engines.lock               held while a rank picks its engine's name
       ranks/RANK_ID/
         lock                     held by the rank for as long as it lives
-        snapshot                 records.Snapshot, replaced atomically
-        ROLE-SHA256.table        records.WeightTable, written once
+        snapshot                 records.snapshot.Snapshot, replaced atomically
+        ROLE-SHA256.table        weight_table.WeightTable, written once
         table.lock               held exclusively by an update, shared by readers of tables
         events/NUMBER-SHA256.event, SHA256.table
 

@@ -18,18 +18,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from sglang_weight_exporter.records import (
-    DURATION_BUCKETS,
-    SCHEMA_VERSION,
-    Histogram,
-    MemoryDump,
-    Record,
-    Role,
-    Snapshot,
-    TableRef,
-    Update,
-    UpdateCounts,
-)
+from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
+from sglang_weight_exporter.records.memory import MemoryDump
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.updates import DURATION_BUCKETS, Histogram, Update, UpdateCounts
+from sglang_weight_exporter.records.weights import TableRef
 from sglang_weight_exporter.store.files import read_file
 from sglang_weight_exporter.weight_table import CODED, NUMBERS, WeightTable
 

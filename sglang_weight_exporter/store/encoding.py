@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from sglang_weight_exporter.records import Record
+from sglang_weight_exporter.records.base import Record
 
 
 def encode(record: Record) -> bytes:

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from sglang_weight_exporter.records import Engine, Ranks
+from sglang_weight_exporter.records.engine import Engine, Ranks
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir

@@ -8,7 +8,9 @@ import contextlib
 import os
 import time
 
-from sglang_weight_exporter.records import Event, MemoryDump, Snapshot
+from sglang_weight_exporter.records.event import Event
+from sglang_weight_exporter.records.memory import MemoryDump
+from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.encoding import encode
 from sglang_weight_exporter.store.files import Directory
 from sglang_weight_exporter.store.locks import FileLock

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import msgspec
 
-from sglang_weight_exporter.records import ExporterEndpoint, MemoryDump, Snapshot
+from sglang_weight_exporter.records.endpoint import ExporterEndpoint
+from sglang_weight_exporter.records.memory import MemoryDump
+from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.decoding import (
     AnyRecord,
     UnreadableError,

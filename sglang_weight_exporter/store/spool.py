@@ -4,7 +4,7 @@
 
 ::
 
-    NUMBER-SHA256.event    records.Event; sorts by number and names the table it belongs to
+    NUMBER-SHA256.event    records.event.Event; sorts by number and names the table it belongs to
                            ("none" without one; the first 16 digits)
     SHA256.table           a table that events here refer to, kept while any of them may
 
@@ -20,7 +20,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_weight_exporter.records import Event
+from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.store.decoding import read
 from sglang_weight_exporter.store.encoding import encode
 from sglang_weight_exporter.store.files import Directory

@@ -21,7 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_weight_exporter.records import Engine, Ranks, Role, Snapshot, TableRef
+from sglang_weight_exporter.records.engine import Engine, Ranks
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.weights import TableRef
 from sglang_weight_exporter.store.decoding import (
     LARGEST_RECORD,
     UnreadableError,

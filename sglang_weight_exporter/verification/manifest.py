@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from sglang_weight_exporter import fingerprint as _fingerprint
-from sglang_weight_exporter.records import Engine, Ranks
+from sglang_weight_exporter.records.engine import Engine, Ranks
 
 SCHEMA_VERSION = 1
 

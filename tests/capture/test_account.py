@@ -18,7 +18,7 @@ from hypothesis import strategies as st  # noqa: E402
 
 from sglang_weight_exporter.capture.account import Account, OwnedStorages, account  # noqa: E402
 from sglang_weight_exporter.capture.allocations import Segments  # noqa: E402
-from sglang_weight_exporter.records import MEMORY_PARTS, MemoryPart  # noqa: E402
+from sglang_weight_exporter.records.memory import MEMORY_PARTS, MemoryPart  # noqa: E402
 
 DEFAULT, SAVED_WEIGHTS, SAVED_POOL, GRAPHS = (0, 0), (0, 1), (0, 2), (0, 3)
 Owner = tuple[MemoryPart, int, int]  # part, start, bytes

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 
 from sglang_weight_exporter.capture.allocations import Segments
-from sglang_weight_exporter.records import DeviceMemory
+from sglang_weight_exporter.records.memory import DeviceMemory
 from sglang_weight_exporter.runners.memory import FEW_BLOCKS, Memory
 
 

@@ -31,14 +31,10 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from serving import Exporter
 
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.records import (
-    Engine,
-    Ranks,
-    Role,
-    Snapshot,
-    UpdateInProgress,
-    WeightUsage,
-)
+from sglang_weight_exporter.records.engine import Engine, Ranks
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.updates import UpdateInProgress
+from sglang_weight_exporter.records.weights import WeightUsage
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 

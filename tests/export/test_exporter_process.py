@@ -25,7 +25,7 @@ import psutil
 import pytest
 from ports import free_port
 
-from sglang_weight_exporter.records import ExporterEndpoint
+from sglang_weight_exporter.records.endpoint import ExporterEndpoint
 from sglang_weight_exporter.store.reader import SnapshotReader, read_endpoint
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
@@ -47,7 +47,8 @@ CHANGING_RANK = """
 import itertools, os, sys
 from pathlib import Path
 from sglang_weight_exporter.publisher.publisher import Publisher
-from sglang_weight_exporter.records import Engine, Role, Snapshot
+from sglang_weight_exporter.records.engine import Engine
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.settings import Settings
 publisher = Publisher(
     Settings(runtime_dir=Path(sys.argv[1])), os.environ,

@@ -10,14 +10,9 @@ import pytest
 
 from sglang_weight_exporter.export.gpu_account import WINDOW_SECONDS, GpuAccount, GpuAccounts
 from sglang_weight_exporter.export.nvml import GpuMemory
-from sglang_weight_exporter.records import (
-    MEMORY_PARTS,
-    Device,
-    DeviceMemory,
-    Engine,
-    MemoryPart,
-    Snapshot,
-)
+from sglang_weight_exporter.records.engine import Device, Engine
+from sglang_weight_exporter.records.memory import MEMORY_PARTS, DeviceMemory, MemoryPart
+from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.namespaces import HOST_PIDS
 
 UUID = "GPU-1"

@@ -18,7 +18,7 @@ from ports import free_port
 
 from sglang_weight_exporter.export.gpu_account import GpuAccounts
 from sglang_weight_exporter.hooks.targets import TARGETS
-from sglang_weight_exporter.records import Snapshot
+from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.settings import DEFAULT_PORT
 from sglang_weight_exporter.simulation import Simulation
 from sglang_weight_exporter.store.reader import SnapshotReader

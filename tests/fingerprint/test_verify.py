@@ -29,7 +29,7 @@ from published import ROWS, PublishedRank
 from safetensors_files import write
 
 from sglang_weight_exporter import fingerprint
-from sglang_weight_exporter.records import Ranks
+from sglang_weight_exporter.records.engine import Ranks
 from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows
 
 CHANGED = "layers.1.w"

@@ -45,7 +45,10 @@ from sglang_weight_exporter.export.web_configuration import (
     WebConfigurationError,
     WebConfigurationSource,
 )
-from sglang_weight_exporter.records import SCHEMA_VERSION, Event, Histogram, Snapshot
+from sglang_weight_exporter.records.base import SCHEMA_VERSION
+from sglang_weight_exporter.records.event import Event
+from sglang_weight_exporter.records.snapshot import Snapshot
+from sglang_weight_exporter.records.updates import Histogram
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.decoding import UnreadableError, decode, decode_snapshot
 from sglang_weight_exporter.store.rank import RankStore

@@ -20,7 +20,7 @@ from ranks import ExporterProcess
 from standins import Rank, Request
 
 from sglang_weight_exporter.hooks.targets import SCHEDULER
-from sglang_weight_exporter.records import Engine
+from sglang_weight_exporter.records.engine import Engine
 from sglang_weight_exporter.runners import identity
 
 ADDRESS = "10.0.0.1:5000"

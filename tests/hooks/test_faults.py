@@ -33,7 +33,8 @@ from standins import (
 )
 
 from sglang_weight_exporter.hooks.targets import EPLB_MANAGER
-from sglang_weight_exporter.records import Role, Snapshot, Source
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.updates import Source
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 

@@ -21,7 +21,8 @@ from sglang_weight_exporter.capture.fingerprint import (
     FingerprintError,
     FingerprintTimeoutError,
 )
-from sglang_weight_exporter.records import FingerprintCounts, Kind
+from sglang_weight_exporter.records.fingerprints import FingerprintCounts
+from sglang_weight_exporter.records.weights import Kind
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 

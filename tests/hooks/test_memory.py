@@ -17,7 +17,8 @@ from standins import ModelRunner, Rank, Request
 
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.hooks.targets import RUNNER
-from sglang_weight_exporter.records import Device, DeviceMemory, MemoryDump, MemoryOwner
+from sglang_weight_exporter.records.engine import Device
+from sglang_weight_exporter.records.memory import DeviceMemory, MemoryDump, MemoryOwner
 from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir

@@ -27,7 +27,8 @@ from engines import PREFIX, Installation, sglang_version
 from ports import free_port
 
 from sglang_weight_exporter.hooks.targets import version_key
-from sglang_weight_exporter.records import Event, Role, Snapshot
+from sglang_weight_exporter.records.event import Event
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
 
 EXTRA = "SGLANG_EXTRA_ENVIRONMENT"
 LORA_RANK = 8

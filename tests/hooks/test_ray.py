@@ -25,7 +25,7 @@ import pytest
 import tiny_model
 from engines import PREFIX, Installation, kill
 
-from sglang_weight_exporter.records import Role, Snapshot
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
 
 SECONDS = 400.0
 

@@ -14,7 +14,7 @@ import pytest
 import tiny_model
 from engines import PREFIX, READY_SECONDS, Installation, eventually, kill
 
-from sglang_weight_exporter.records import Snapshot
+from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 

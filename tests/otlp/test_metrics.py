@@ -16,14 +16,10 @@ from engines import eventually, http_get
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from ranks import ExporterProcess, Rank, rows
 
-from sglang_weight_exporter.records import (
-    Device,
-    Histogram,
-    Role,
-    Snapshot,
-    UpdateCounts,
-    WeightUsage,
-)
+from sglang_weight_exporter.records.engine import Device
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.updates import Histogram, UpdateCounts
+from sglang_weight_exporter.records.weights import WeightUsage
 
 StartExporter = Callable[..., ExporterProcess]
 TRACE = "0af7651916cd43dd8448eb211c80319c"

@@ -19,7 +19,7 @@ from typing import Any
 import tiny_model
 from engines import Engine, Installation
 
-from sglang_weight_exporter.records import Snapshot
+from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.weight_table import WeightTable

@@ -18,17 +18,10 @@ from typing import Any
 
 import msgspec
 
-from sglang_weight_exporter.records import (
-    Engine,
-    Ranks,
-    Role,
-    Snapshot,
-    TableChanges,
-    TableRef,
-    Update,
-    UpdateInProgress,
-    WeightUsage,
-)
+from sglang_weight_exporter.records.engine import Engine, Ranks
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.updates import Update, UpdateInProgress
+from sglang_weight_exporter.records.weights import TableChanges, TableRef, WeightUsage
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows

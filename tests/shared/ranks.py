@@ -18,17 +18,11 @@ from pathlib import Path
 from engines import PREFIX, Scrape, clean_environment
 from ports import free_port
 
-from sglang_weight_exporter.records import (
-    Device,
-    Engine,
-    Event,
-    Ranks,
-    Role,
-    Snapshot,
-    TableRef,
-    Update,
-    WeightUsage,
-)
+from sglang_weight_exporter.records.engine import Device, Engine, Ranks
+from sglang_weight_exporter.records.event import Event
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.updates import Update
+from sglang_weight_exporter.records.weights import TableRef, WeightUsage
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.store.spool import EVENT_COUNT

@@ -20,7 +20,9 @@ from threading import Thread
 import pytest
 from ports import free_port
 
-from sglang_weight_exporter.records import Engine, Ranks, Role, Snapshot, WeightUsage
+from sglang_weight_exporter.records.engine import Engine, Ranks
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.weights import WeightUsage
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 

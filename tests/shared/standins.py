@@ -31,14 +31,10 @@ from sglang_weight_exporter.hooks.targets import (
 from sglang_weight_exporter.ledger import IDLE_SECONDS
 from sglang_weight_exporter.publisher.publisher import Publisher
 from sglang_weight_exporter.rank import Rank as SglangRank
-from sglang_weight_exporter.records import (
-    Event,
-    Role,
-    Snapshot,
-    Update,
-    UpdateInProgress,
-    WeightUsage,
-)
+from sglang_weight_exporter.records.event import Event
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.updates import Update, UpdateInProgress
+from sglang_weight_exporter.records.weights import WeightUsage
 from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
 from sglang_weight_exporter.runners.roles import Roles
 from sglang_weight_exporter.settings import Settings

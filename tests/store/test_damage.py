@@ -19,14 +19,9 @@ import pytest
 from engines import PREFIX, clean_environment, eventually
 from ranks import ExporterProcess, Rank, rows
 
-from sglang_weight_exporter.records import (
-    Engine,
-    Histogram,
-    Ranks,
-    Role,
-    Snapshot,
-    UpdateCounts,
-)
+from sglang_weight_exporter.records.engine import Engine, Ranks
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.updates import Histogram, UpdateCounts
 from sglang_weight_exporter.store.decoding import UnreadableError, read
 from sglang_weight_exporter.store.engine_names import claim_engine_name
 from sglang_weight_exporter.store.files import read_file

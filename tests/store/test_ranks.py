@@ -21,16 +21,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from sglang_weight_exporter.records import (
-    Device,
-    Engine,
-    Event,
-    Ranks,
-    Role,
-    Snapshot,
-    TableRef,
-    Update,
-)
+from sglang_weight_exporter.records.engine import Device, Engine, Ranks
+from sglang_weight_exporter.records.event import Event
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.updates import Update
+from sglang_weight_exporter.records.weights import TableRef
 from sglang_weight_exporter.store.decoding import UnreadableError, read
 from sglang_weight_exporter.store.engine_names import claim_engine_name
 from sglang_weight_exporter.store.files import Directory
@@ -108,7 +103,8 @@ def event(number: int, rank: RankStore, kept: WeightTable | None) -> Event:
 RANK = """
 import os, sys, time
 from pathlib import Path
-from sglang_weight_exporter.records import Engine, Snapshot
+from sglang_weight_exporter.records.engine import Engine
+from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 rank = RankStore(RuntimeDir.open(Path(sys.argv[1]), {}), sys.argv[2])

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_weight_exporter.records import Engine, Snapshot
+from sglang_weight_exporter.records.engine import Engine
+from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.files import write_atomically
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.reader import rank_directories

@@ -14,16 +14,10 @@ from published import Command
 from sglang_weight_exporter.cli import advise
 from sglang_weight_exporter.export.gpu_account import GpuAccount, GpuAccounts
 from sglang_weight_exporter.export.nvml import GpuMemory
-from sglang_weight_exporter.records import (
-    Device,
-    DeviceMemory,
-    Engine,
-    KvPoolUsage,
-    LoraUsage,
-    MemoryBudget,
-    Role,
-    Snapshot,
-)
+from sglang_weight_exporter.records.engine import Device, Engine
+from sglang_weight_exporter.records.memory import DeviceMemory, MemoryBudget
+from sglang_weight_exporter.records.pools import KvPoolUsage, LoraUsage
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.store.namespaces import HOST_PIDS
 
 GIB = 2**30

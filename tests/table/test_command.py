@@ -18,7 +18,8 @@ import pytest
 from engines import PREFIX, clean_environment
 from published import ROWS, Command, PublishedRank
 
-from sglang_weight_exporter.records import Ranks, TableChanges
+from sglang_weight_exporter.records.engine import Ranks
+from sglang_weight_exporter.records.weights import TableChanges
 
 COLUMNS = [
     "name",

@@ -26,7 +26,7 @@ from sglang_weight_exporter import (
     UpdateInProgressError,
     open_tables,
 )
-from sglang_weight_exporter.records import Ranks
+from sglang_weight_exporter.records.engine import Ranks
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.weight_table import table_of_rows
 

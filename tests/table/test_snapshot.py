@@ -17,7 +17,7 @@ import msgspec
 import pytest
 from published import ROWS, Command, PublishedRank
 
-from sglang_weight_exporter.records import MemoryDump, MemoryOwner
+from sglang_weight_exporter.records.memory import MemoryDump, MemoryOwner
 from sglang_weight_exporter.store.rank import MEMORY
 from sglang_weight_exporter.weight_table import Row
 

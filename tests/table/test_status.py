@@ -9,7 +9,7 @@ from pathlib import Path
 
 from published import Command, PublishedRank
 
-from sglang_weight_exporter.records import Ranks
+from sglang_weight_exporter.records.engine import Ranks
 
 
 def test_an_update_that_nobody_ended_is_over_once_it_is_idle(

@@ -18,7 +18,7 @@ import pytest
 from published import ROWS, PublishedRank
 
 from sglang_weight_exporter import open_tables
-from sglang_weight_exporter.records import Ranks
+from sglang_weight_exporter.records.engine import Ranks
 from sglang_weight_exporter.store.weights_metadata import MetadataFiles
 
 

@@ -42,7 +42,7 @@ from sglang_weight_exporter.export.otlp.client import OtlpClient
 from sglang_weight_exporter.export.otlp.spans import SCHEMA_URL, SCOPE
 from sglang_weight_exporter.export.otlp.spans import resource as make_resource
 from sglang_weight_exporter.export.views import HostView, role_views
-from sglang_weight_exporter.records import DURATION_BUCKETS, Histogram
+from sglang_weight_exporter.records.updates import DURATION_BUCKETS, Histogram
 from sglang_weight_exporter.weight_table_events import AttributeValue
 
 logger = logging.getLogger("sglang_weight_exporter")

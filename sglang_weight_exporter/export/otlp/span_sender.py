@@ -27,7 +27,8 @@ from sglang_weight_exporter.export.otlp.spans import (
     selected,
 )
 from sglang_weight_exporter.export.views import SpanCounts
-from sglang_weight_exporter.records import Event, Record
+from sglang_weight_exporter.records.base import Record
+from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.store.decoding import UnreadableError
 from sglang_weight_exporter.store.reader import RankDirectory, rank_directories
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir

@@ -26,7 +26,8 @@ from opentelemetry.trace import Link, SpanContext, TraceFlags
 from opentelemetry.trace.status import Status, StatusCode
 
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.records import SCHEMA_VERSION, Event, Record
+from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
+from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.weight_table import WeightTable, with_names, without_fingerprints
 from sglang_weight_exporter.weight_table_events import (
     TABLE_EVENT,

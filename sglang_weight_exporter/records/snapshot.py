@@ -1,0 +1,128 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank says of itself now."""
+
+from __future__ import annotations
+
+import msgspec
+
+from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
+from sglang_weight_exporter.records.engine import Device, Engine, HookState, Ranks
+from sglang_weight_exporter.records.fingerprints import FingerprintCounts
+from sglang_weight_exporter.records.memory import DeviceMemory, MemoryBudget
+from sglang_weight_exporter.records.pools import CacheCounts, KvPoolUsage, LoraUsage
+from sglang_weight_exporter.records.updates import (
+    OperationCounts,
+    Source,
+    Update,
+    UpdateCounts,
+    UpdateInProgress,
+    add_bytes,
+    add_phases,
+)
+from sglang_weight_exporter.records.weights import Change, TableRef, WeightUsage
+
+
+class Role(Record, frozen=True, kw_only=True):
+    """One model of a rank: the target, or a draft; or what a process without an engine holds."""
+
+    #: ``target``, ``draft``, ``draft_1``, …, ``encoder``, ``weight_cache``.
+    name: str
+    #: The device of the model runner.
+    device: str
+    architecture: str = ""
+    quantization: str = ""
+    #: The checkpoint that is served.
+    model_path: str = ""
+    weights: tuple[WeightUsage, ...] | None = None
+    #: Physical bytes by device: the sum of ``weights``, or while released what lies outside of the
+    #: memory saver's regions.
+    resident: dict[str, int] | None = None
+    table: TableRef | None = None
+    kv_pools: tuple[KvPoolUsage, ...] | None = None
+    kv_resident: dict[str, int] | None = None
+    lora: tuple[LoraUsage, ...] = ()
+    loaded_at: float | None = None
+    load_seconds: float | None = None
+    #: When weights last changed, also by an update that failed half-way.
+    updated_at: float | None = None
+    #: When the last load or update began that ``updates`` counts: ranks that hold the same weights
+    #: were called at the same moment, however long each took.
+    update_started_at: float | None = None
+    updates: dict[Source, UpdateCounts] = {}
+    moved: int = 0
+    changes: dict[Change, int] = {}
+    #: ``None``: fingerprints are switched off.
+    fingerprints: FingerprintCounts | None = None
+    in_progress: UpdateInProgress | None = None
+    last_update: Update | None = None
+
+    @property
+    def released(self) -> bool:
+        """Whether the memory behind the weights has been given back for now."""
+        held = sum(part.nbytes for part in self.weights or ())
+        return self.resident is not None and sum(self.resident.values()) < held
+
+    def settled(self, now: float) -> Role:
+        """The role as it is once an update that is over (:meth:`UpdateInProgress.is_over`) has
+        been counted."""
+        progress = self.in_progress
+        if progress is None or not progress.is_over(now):
+            return self
+        if progress.source is None:
+            return msgspec.structs.replace(self, in_progress=None)
+        counts = self.updates.get(progress.source, UpdateCounts())
+        ended = msgspec.structs.replace(
+            counts,
+            updates=counts.updates + (not progress.failed),
+            failures=counts.failures + progress.failed,
+            duration=counts.duration.observe(
+                # The clock may have been set back.
+                max(0.0, progress.last_call_at - progress.started_at)
+            ),
+            phases=add_phases(counts.phases, progress.phases),
+            nbytes=add_bytes(counts.nbytes, progress.nbytes),
+        )
+        return msgspec.structs.replace(
+            self,
+            in_progress=None,
+            updated_at=self.updated_at if progress.failed else progress.last_call_at,
+            update_started_at=(self.update_started_at if progress.failed else progress.started_at),
+            updates={**self.updates, progress.source: ended},
+        )
+
+
+class Snapshot(Record, frozen=True, kw_only=True):
+    """All that a rank says of itself; one file, replaced atomically."""
+
+    schema: int = SCHEMA_VERSION
+    rank_id: str
+    pid: int
+    started_at: float
+    engine: Engine
+    ranks: Ranks = Ranks()
+    devices: tuple[Device, ...] = ()
+    #: Each device that torch's allocator has memory of; empty where there is no GPU.
+    memory: tuple[DeviceMemory, ...] = ()
+    budget: MemoryBudget = MemoryBudget()
+    #: Inode of the namespace that ``pid`` is of; 0: not known.
+    pid_namespace: int = 0
+    roles: tuple[Role, ...] = ()
+    weight_version: str = ""
+    hooks: tuple[HookState, ...] = ()
+    #: Exceptions of our own that were caught in the engine, by the hook they came from.
+    hook_errors: dict[str, int] = {}
+    operations: dict[str, OperationCounts] = {}
+    update_groups: int = 0
+    #: ``None`` where no scheduler serves requests.
+    cache: CacheCounts | None = None
+    #: Seconds the engine spent on the last capture and on writing it.
+    snapshot_seconds: float | None = None
+    events_dropped: int = 0
+    #: Where the exporter process is to keep ``weights_metadata`` files; empty: nowhere.
+    metadata_dir: str = ""
+
+    @property
+    def order(self) -> tuple[str, tuple[int, int, int], float]:
+        """Sorts ranks for people: by engine, ranks, and start."""
+        return self.engine.name, self.ranks.order, self.started_at
