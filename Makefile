@@ -28,7 +28,7 @@ OTHER_PYTHONS := 3.10 3.13
 LIGHT := tests/bootstrap tests/docs tests/store tests/export tests/fuzz tests/test_ledger.py \
 	tests/test_weight_table.py \
 	tests/test_contracts.py \
-	$(addprefix tests/table/test_,command.py readers.py status.py weight_table_events.py weights_metadata.py)
+	$(addprefix tests/table/test_,command.py main.py readers.py status.py weight_table_events.py weights_metadata.py)
 DEBIAN_PACKAGES := gcc libc6-dev binutils e2fsprogs libibverbs1 libnuma1 prometheus \
 	prometheus-alertmanager chromium fonts-dejavu-core mmdebstrap buildah victoria-metrics iproute2
 

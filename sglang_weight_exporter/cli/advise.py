@@ -35,13 +35,11 @@ KEEP = 2**30
 _STEP = 1000
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "advise",
-        help="how much GPU memory was really free, and what it could be",
-        description="For each engine of this user on this host: what was free at the worst moment "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "For each engine of this user on this host: what was free at the worst moment "
         "on its fullest GPU, how many tokens of KV that is, which --mem-fraction-static would use "
-        "it, and what a replica, a draft or more adapters would cost.",
+        "it, and what a replica, a draft or more adapters would cost."
     )
     add_flags(parser, "runtime_dir")
     parser.add_argument(
@@ -69,7 +67,7 @@ class UnanswerableError(Exception):
 
 def run(arguments: argparse.Namespace) -> int:
     settings = settings_from(arguments, os.environ)
-    runtime_dir = RuntimeDir.open(settings.runtime_dir, os.environ)
+    runtime_dir = RuntimeDir.find(settings.runtime_dir, os.environ)
     snapshots = [each for _, each in SnapshotReader(runtime_dir).read()]
     accounts = GpuAccounts().read(snapshots, Nvml().read(), time.monotonic())
     most_used: Callable[[GpuAccount], int] = _peaks

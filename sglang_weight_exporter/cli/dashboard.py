@@ -12,14 +12,12 @@ BOARDS = {"fleet": "sglang-fleet.json", "engine": "sglang-engine.json"}
 RULES = "sglang-weights.rules.yml"
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "dashboard",
-        help="print or write the Grafana dashboards and the Prometheus rules",
-        description="Prints a Grafana dashboard (JSON, to import into Grafana 10 or later): the "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Prints a Grafana dashboard (JSON, to import into Grafana 10 or later): the "
         "fleet on one screen, or the detail of its engines. The two link to each other. With "
         "--rules it prints the Prometheus recording and alert rules (YAML, for rule_files). With "
-        "--output all three are written as files.",
+        "--output all three are written as files."
     )
     parser.add_argument(
         "board",

@@ -38,24 +38,6 @@ def _parser(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return parsed
 
 
-_RANKS = ("tp", "pp", "dp", "moe_ep")
-
-
-def ranks(text: str) -> dict[str, int]:
-    """A rank as ``--rank`` names it: tensor-parallel rank N, or a list such as ``tp=1,dp=0``."""
-    named = {}
-    for part in text.split(","):
-        name, separator, number = part.rpartition("=")
-        name = name.strip() if separator else "tp"
-        if name not in _RANKS or not number.strip().isdigit():
-            raise argparse.ArgumentTypeError(
-                f"{text!r} names no rank: give a number, or a list such as tp=1,dp=0 "
-                f"of {', '.join(_RANKS)}"
-            )
-        named[name] = int(number)
-    return named
-
-
 def settings_from(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
     """The settings in force for a command; unusable variables are named on standard error."""
     settings, complaints = Settings.from_environ(environ)

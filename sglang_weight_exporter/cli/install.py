@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""``install`` and ``uninstall``: the hooks in an interpreter that pip cannot reach.
+"""``install``: the hooks in an interpreter that pip cannot reach.
 
 Three things go into its site-packages, and nothing of its own is changed: the ``.pth`` and the
 ``.start`` that pip would put there, and a directory with a link to this package. The directory is
@@ -16,12 +16,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 _NAME = "sglang_weight_exporter"
-_PTH, _START, _LINKS = f"{_NAME}.pth", f"{_NAME}.start", f"{_NAME}.path"
+PTH, START, LINKS = f"{_NAME}.pth", f"{_NAME}.start", f"{_NAME}.path"
 
 #: Runs in the other interpreter, which may be older than ours: plain and without our package.
 _QUESTIONS = """
@@ -103,43 +104,31 @@ class Interpreter:
         return (self.site / _NAME).exists() or any(self.site.glob(f"{_NAME}-*.dist-info"))
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    for name, run_command, does, text in (
-        (
-            "install",
-            install,
-            "put the hooks into another interpreter's site-packages",
-            "Put the hooks into the site-packages of another interpreter, where pip cannot be "
-            "used: two files that Python reads when it starts, and a link to this package, which "
-            "has to stay where it is. Where pip works, `PYTHON -m pip install "
-            "sglang-weight-exporter` is better.",
-        ),
-        (
-            "uninstall",
-            uninstall,
-            "take out what `install` put there",
-            "Take out of another interpreter's site-packages what `install` put there, and "
-            "nothing else. What pip installed, `PYTHON -m pip uninstall sglang-weight-exporter` "
-            "takes out.",
-        ),
-    ):
-        parser = subparsers.add_parser(name, help=does, description=text)
-        parser.add_argument(
-            "--python", required=True, metavar="PATH", help="the interpreter that runs SGLang"
-        )
-        parser.set_defaults(run=_reported(run_command))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Put the hooks into the site-packages of another interpreter, where pip cannot be used: "
+        "two files that Python reads when it starts, and a link to this package, which has to "
+        "stay where it is. Where pip works, `PYTHON -m pip install sglang-weight-exporter` is "
+        "better."
+    )
+    add_interpreter(parser, install)
 
 
-def _reported(command: Any) -> Any:
+def add_interpreter(parser: argparse.ArgumentParser, change: Callable[[Interpreter], None]) -> None:
+    """``--python``, and a command that changes it."""
+    parser.add_argument(
+        "--python", required=True, metavar="PATH", help="the interpreter that runs SGLang"
+    )
+
     def run(arguments: argparse.Namespace) -> int:
         try:
-            command(Interpreter.ask(arguments.python))
+            change(Interpreter.ask(arguments.python))
         except InstallError as error:
             print(error, file=sys.stderr)
             return 1
         return 0
 
-    return run
+    parser.set_defaults(run=run)
 
 
 def install(interpreter: Interpreter) -> None:
@@ -161,7 +150,7 @@ def install(interpreter: Interpreter) -> None:
         )
     made = []
     try:
-        links = site / _LINKS
+        links = site / LINKS
         links.mkdir(parents=True, exist_ok=True)
         made.append(links)
         link = links / _NAME
@@ -172,11 +161,11 @@ def install(interpreter: Interpreter) -> None:
             path.write_text(content, encoding="utf-8")
             made.append(path)
     except OSError as error:
-        _remove(made)
-        raise InstallError(_refused(interpreter, error)) from error
+        remove(made)
+        raise InstallError(refused(interpreter, error)) from error
     problem = _verify(interpreter)
     if problem:
-        _remove(made)
+        remove(made)
         raise InstallError(
             f"The files were put there and did not work, so they were taken out again: {problem}"
         )
@@ -194,35 +183,10 @@ def install(interpreter: Interpreter) -> None:
         )
 
 
-def uninstall(interpreter: Interpreter) -> None:
-    """Take the files out again. Raises :class:`InstallError`."""
-    site = interpreter.site
-    print(f"{interpreter.describe()}, site-packages {site}")
-    links = site / _LINKS
-    if not links.is_dir():
-        by_pip = (
-            " It was installed by pip there, and "
-            f"`{interpreter.python} -m pip uninstall sglang-weight-exporter` takes it out."
-        )
-        raise InstallError(
-            f"`install` has put nothing into {site}, so nothing was changed."
-            + (by_pip if interpreter.has_package else "")
-        )
-    # pip's own files have the same names: where it came after us, they are no longer ours.
-    ours = [links] if interpreter.has_package else [site / _PTH, site / _START, links]
-    try:
-        _remove(ours, strict=True)
-    except OSError as error:
-        raise InstallError(_refused(interpreter, error)) from error
-    for path in ours:
-        print(f"  removed {path}")
-    print("Engines that run stay hooked until they end.")
-
-
 def _start_files() -> dict[str, str]:
     package = Path(__file__).resolve().parents[1]
     files = {}
-    for name in (_PTH, _START):
+    for name in (PTH, START):
         # A wheel has put them beside the package; a checkout keeps them in `autoload`.
         beside = package.parent / name
         path = beside if beside.exists() else package.parent / "autoload" / name
@@ -233,7 +197,7 @@ def _start_files() -> dict[str, str]:
             )
         files[name] = path.read_text(encoding="utf-8")
     # First the path, relative to site-packages, then the line that imports from it.
-    files[_PTH] = f"{_LINKS}\n{files[_PTH]}"
+    files[PTH] = f"{LINKS}\n{files[PTH]}"
     return files
 
 
@@ -260,7 +224,7 @@ def _verify(interpreter: Interpreter) -> str:
     return "" if ran.returncode == 0 else ran.stderr.strip().rpartition("\n")[2]
 
 
-def _remove(paths: list[Path], *, strict: bool = False) -> None:
+def remove(paths: list[Path], *, strict: bool = False) -> None:
     for path in paths:
         try:
             if path.is_dir() and not path.is_symlink():
@@ -273,7 +237,7 @@ def _remove(paths: list[Path], *, strict: bool = False) -> None:
                 raise
 
 
-def _refused(interpreter: Interpreter, error: OSError) -> str:
+def refused(interpreter: Interpreter, error: OSError) -> str:
     return (
         f"{error.filename or interpreter.site} cannot be changed ({error.strerror}), so nothing "
         f"was. Run this as the user who owns {interpreter.site}, or start the engine with "

@@ -5,13 +5,18 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-from sglang_weight_exporter.cli.flags import add_flags, ranks, settings_from
+from sglang_weight_exporter.cli.choice import (
+    CommandError,
+    add_choice,
+    choices,
+    chosen_tables,
+)
+from sglang_weight_exporter.cli.flags import add_flags
 from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
-from sglang_weight_exporter.store.tables import TableError, open_tables
+from sglang_weight_exporter.store.tables import TableError
 from sglang_weight_exporter.verification.checkpoint import Checkpoint, CheckpointError
 from sglang_weight_exporter.verification.checkpoint_layout import fuse, fused_bytes
 from sglang_weight_exporter.verification.manifest import (
@@ -24,17 +29,11 @@ from sglang_weight_exporter.verification.manifest import (
 from sglang_weight_exporter.weight_table import table_fingerprints
 
 
-class _ProblemError(Exception):
-    """What was asked for cannot be done; the message says why and what to do."""
-
-
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "manifest",
-        help="write the fingerprints of a checkpoint or of a running rank, for verify --manifest",
-        description="Write name and fingerprint of every tensor as JSON: of a checkpoint, under "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Write name and fingerprint of every tensor as JSON: of a checkpoint, under "
         "its names, or of a running rank, under SGLang's, as its last load, update or verify found "
-        "them. Exit status: 0, or 2 when it cannot be read.",
+        "them. Exit status: 0, or 2 when it cannot be read."
     )
     parser.add_argument(
         "checkpoint",
@@ -48,15 +47,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="with a checkpoint: q_proj, k_proj and v_proj as qkv_proj, gate_proj and up_proj as "
         "gate_up_proj, as an engine without tensor parallelism has them",
     )
-    parser.add_argument(
-        "--rank",
-        type=ranks,
-        metavar="RANK",
-        help="in place of a checkpoint a running rank of this host: tensor-parallel rank N, or a "
-        "list such as tp=1,dp=0",
-    )
-    parser.add_argument("--engine", help="with --rank: of the engine with this label")
-    parser.add_argument("--role", default="target", help="with --rank (default: target)")
+    running = parser.add_argument_group("in place of a checkpoint, a running rank of this host")
+    add_choice(running, role="target")
     add_flags(parser, "runtime_dir")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="FILE", help="default: standard output"
@@ -80,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
             sys.stdout.buffer.flush()
         else:
             write_manifest(arguments.output, tensors, weight_version=version, shard=shard)
-    except (CheckpointError, RuntimeDirError, TableError, _ProblemError) as error:
+    except (CheckpointError, RuntimeDirError, TableError, CommandError) as error:
         print(error, file=sys.stderr)
     except ModuleNotFoundError as error:
         print(f"{error.name} is needed to read tensors and not installed here.", file=sys.stderr)
@@ -96,9 +88,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _held(
     arguments: argparse.Namespace,
 ) -> tuple[dict[str, ManifestTensor], str, Shard | None]:
-    if (arguments.checkpoint is None) == (arguments.rank is None):
-        raise _ProblemError("Name a checkpoint, or a running rank with --rank, and not both.")
-    if arguments.rank is not None:
+    if (arguments.checkpoint is None) == (not arguments.rank):
+        raise CommandError("Name a checkpoint, or a running rank with --rank, and not both.")
+    if arguments.rank:
         return _of_rank(arguments)
     checkpoint = Checkpoint(arguments.checkpoint)
     stored = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
@@ -117,24 +109,15 @@ def _held(
 
 
 def _of_rank(arguments: argparse.Namespace) -> tuple[dict[str, ManifestTensor], str, Shard]:
-    settings = settings_from(arguments, os.environ)
-    readers = [
-        reader
-        for reader in open_tables(
-            settings.runtime_dir, engine=arguments.engine, role=arguments.role
-        )
-        if all(getattr(reader.ranks, name) == rank for name, rank in arguments.rank.items())
-    ]
-    if len(readers) != 1:
-        named = "; ".join(f"engine {each.engine.name} {each.ranks}" for each in readers)
-        raise _ProblemError(
-            f"A manifest is of one rank, and {len(readers)} are chosen{named and f' ({named})'}. "
-            "`sglang-weight-exporter status` lists those that are here; --rank and --engine choose."
+    readers = chosen_tables(arguments)
+    if len(readers) > 1:
+        raise CommandError(
+            f"A manifest is of one rank, and {len(readers)} are chosen:\n{choices(readers)}"
         )
     table = readers[0].read(timeout=10.0)
     fingerprints = table_fingerprints(table.columns)
     if not fingerprints or table.released:
-        raise _ProblemError(
+        raise CommandError(
             "This rank has no fingerprints. Start SGLang with "
             "SGLANG_WEIGHT_EXPORTER_FINGERPRINT=on; they are absent too while the memory of the "
             "weights is released, and where taking them failed, which SGLang's log says."

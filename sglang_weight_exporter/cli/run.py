@@ -14,15 +14,13 @@ from pathlib import Path
 START_PATH = Path(__file__).with_name("start_path")
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "run",
-        help="start a command with the hooks, where nothing can be installed beside SGLang",
-        usage="sglang-weight-exporter run -- COMMAND [ARGUMENT ...]",
-        description="Start a command, such as `python -m sglang.launch_server …`, with the hooks "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "sglang-weight-exporter run -- COMMAND [ARGUMENT ...]"
+    parser.description = (
+        "Start a command, such as `python -m sglang.launch_server …`, with the hooks "
         "in each Python that it starts, through PYTHONPATH. Nothing is installed anywhere. Not "
         "needed where this package is installed beside SGLang. A Python that ignores PYTHONPATH "
-        "(-I, -E) is not hooked.",
+        "(-I, -E) is not hooked."
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND")
     parser.set_defaults(run=run)

@@ -15,13 +15,11 @@ from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.process_log import PipeHandler, RateLimitFilter
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "serve",
-        help="serve the metrics of this host's ranks",
-        description="Serve the metrics of all ranks of this user on this host. Ranks start this "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Serve the metrics of all ranks of this user on this host. Ranks start this "
         "by themselves; run it as a service or a sidecar with SGLANG_WEIGHT_EXPORTER_SERVE=off "
-        "where the engine runs.",
+        "where the engine runs."
     )
     add_flags(
         parser,

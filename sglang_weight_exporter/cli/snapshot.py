@@ -17,7 +17,8 @@ from typing import Any
 
 import msgspec
 
-from sglang_weight_exporter.cli.flags import add_flags, ranks, settings_from
+from sglang_weight_exporter.cli.choice import add_rank, is_chosen
+from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.records.memory import MemoryOwner
 from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.decoding import UnreadableError
@@ -32,13 +33,11 @@ LARGEST_PICKLE = 2**32
 VIEWERS_PROTOCOL = 4
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "snapshot",
-        help="torch's memory with its blocks named, for PyTorch's viewer and Perfetto",
-        description="Without a file: take what ranks have left of their memory since --ask. With "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Without a file: take what ranks have left of their memory since --ask. With "
         "one: name the blocks of a snapshot that torch.cuda.memory._dump_snapshot has written in "
-        "a rank that is alive here, by its pointer table.",
+        "a rank that is alive here, by its pointer table."
     )
     add_flags(parser, "runtime_dir")
     parser.add_argument("file", nargs="?", type=Path, help="a snapshot that torch has written")
@@ -49,7 +48,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "a release, a flush of the cache",
     )
     parser.add_argument("--engine", help="the engine with this label")
-    parser.add_argument("--rank", type=ranks, default={}, help="the rank, as tp=1,dp=0")
+    add_rank(parser)
     parser.add_argument(
         "--output", type=Path, default=Path(), metavar="DIRECTORY", help="where files are written"
     )
@@ -58,12 +57,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     settings = settings_from(arguments, os.environ)
-    reader = SnapshotReader(RuntimeDir.open(settings.runtime_dir, os.environ))
+    reader = SnapshotReader(RuntimeDir.find(settings.runtime_dir, os.environ))
     found = [
         (directory, snapshot)
         for directory, snapshot in reader.read()
-        if arguments.engine in {None, snapshot.engine.name}
-        and all(snapshot.ranks.labels[f"{k}_rank"] == v for k, v in arguments.rank.items())
+        if is_chosen(arguments, snapshot.engine, snapshot.ranks)
     ]
     if not found:
         print("No such rank is alive here. See `sglang-weight-exporter status`.", file=sys.stderr)

@@ -10,6 +10,7 @@ import time
 from datetime import datetime, timezone
 
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
+from sglang_weight_exporter.cli.terminal import print_line
 from sglang_weight_exporter.records.engine import HookState
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import Update
@@ -18,12 +19,10 @@ from sglang_weight_exporter.store.reader import SnapshotReader, read_endpoint
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "status",
-        help="what is hooked, loaded and served on this host",
-        description="For each engine and rank of this user on this host: hooked or not and why, "
-        "the last update, and where the endpoint is. Exit status 0 only when all is well.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "For each engine and rank of this user on this host: hooked or not and why, "
+        "the last update, and where the endpoint is. Exit status 0 only when all is well."
     )
     add_flags(parser, "runtime_dir")
     parser.add_argument("-v", "--verbose", action="store_true", help="list every hook")
@@ -32,11 +31,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def run(arguments: argparse.Namespace) -> int:
     settings = settings_from(arguments, os.environ)
-    runtime_dir = RuntimeDir.open(settings.runtime_dir, os.environ)
+    runtime_dir = RuntimeDir.find(settings.runtime_dir, os.environ)
     problems: list[str] = []
     endpoint = read_endpoint(runtime_dir)
     if endpoint is not None and endpoint.url is not None:
-        print(f"endpoint  {endpoint.url}  (process {endpoint.pid}, version {endpoint.version})")
+        print_line(
+            f"endpoint  {endpoint.url}  (process {endpoint.pid}, version {endpoint.version})"
+        )
     if endpoint is not None and (endpoint.url is not None or endpoint.problem):
         if endpoint.problem:
             problems.append(endpoint.problem)
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     for snapshot in sorted(snapshots, key=lambda each: each.order):
         problems += _print_rank(snapshot, now, verbose=arguments.verbose)
     for problem in problems:
-        print(f"! {problem}")
+        print_line(f"! {problem}")
     return 1 if problems else 0
 
 
@@ -71,13 +72,17 @@ def _print_rank(snapshot: Snapshot, now: float, *, verbose: bool) -> list[str]:
     name = f"engine {engine.name}, {snapshot.ranks}"
     problems = []
     print()
-    print(f"{name}  (process {snapshot.pid}, SGLang {engine.sglang_version}, {engine.model_name})")
+    print_line(
+        f"{name}  (process {snapshot.pid}, SGLang {engine.sglang_version}, {engine.model_name})"
+    )
     hooked = [hook for hook in snapshot.hooks if hook.status == "installed"]
     failed = [hook for hook in snapshot.hooks if hook.status == "failed"]
     others = [hook for hook in snapshot.hooks if hook.status in {"absent", "pending"}]
-    print(f"  hooks     {len(hooked)} installed, {len(failed)} failed, {len(others)} not needed")
+    print_line(
+        f"  hooks     {len(hooked)} installed, {len(failed)} failed, {len(others)} not needed"
+    )
     for hook in snapshot.hooks if verbose else failed:
-        print(f"            {_hook_line(hook)}")
+        print_line(f"            {_hook_line(hook)}")
     problems += [f"{name}: hook {hook.target} failed: {hook.reason}." for hook in failed]
     for hook_name, count in snapshot.hook_errors.items():
         problems.append(
@@ -85,9 +90,9 @@ def _print_rank(snapshot: Snapshot, now: float, *, verbose: bool) -> list[str]:
         )
     if engine.node_rank is not None and (engine.nodes or 1) > 1:
         group = f"of engine group {engine.group}" if engine.group else "(the ranks have not met)"
-        print(f"  host      {engine.node_rank} of 0 to {(engine.nodes or 1) - 1} {group}")
+        print_line(f"  host      {engine.node_rank} of 0 to {(engine.nodes or 1) - 1} {group}")
     if snapshot.weight_version:
-        print(f"  version   {snapshot.weight_version}")
+        print_line(f"  version   {snapshot.weight_version}")
     if not any(role.loaded_at is not None for role in snapshot.roles):
         problems.append(f"{name}: the weights are not loaded yet.")
     for role in (role.settled(now) for role in snapshot.roles):
@@ -107,26 +112,28 @@ def _hook_line(hook: HookState) -> str:
 
 
 def _print_role(role: Role, now: float) -> None:
-    print(f"  {role.name:<9} on {role.device}")
+    print_line(f"  {role.name:<9} on {role.device}")
     if role.weights is not None:
         nbytes = sum(part.nbytes for part in role.weights)
         tensors = sum(part.tensors for part in role.weights)
         shared = sum(part.shared for part in role.weights)
-        print(
+        print_line(
             f"    weights {nbytes:,} bytes in {tensors:,} tensors"
             + (f", and {shared:,} that count elsewhere" if shared else "")
             + (", released" if role.released else "")
         )
     for pool in role.kv_pools or ():
         tokens = "" if pool.tokens is None else f" for {pool.tokens:,} tokens"
-        print(f"    kv pool {pool.nbytes:,} bytes{tokens} ({pool.pool})")
+        print_line(f"    kv pool {pool.nbytes:,} bytes{tokens} ({pool.pool})")
     if role.in_progress is not None:
         progress = role.in_progress
-        print(f"    update  in progress for {now - progress.started_at:.1f} s ({progress.phase})")
+        print_line(
+            f"    update  in progress for {now - progress.started_at:.1f} s ({progress.phase})"
+        )
     if role.last_update is not None:
-        print(f"    last    {_update_line(role.last_update, now)}")
+        print_line(f"    last    {_update_line(role.last_update, now)}")
         if role.last_update.phases:
-            print(f"    took    {_time_line(role.last_update)}")
+            print_line(f"    took    {_time_line(role.last_update)}")
 
 
 def _time_line(update: Update) -> str:

@@ -47,15 +47,13 @@ class _ProblemError(Exception):
     """What was asked for cannot be done; the message says why and what to do."""
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "verify",
-        help="compare the weights in memory with a checkpoint, a manifest, or other replicas",
-        description="Compare the weights that the engines of this host hold with a checkpoint, "
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compare the weights that the engines of this host hold with a checkpoint, "
         "with a manifest, or the replicas with one another. Engines need "
         "SGLANG_WEIGHT_EXPORTER_FINGERPRINT=on. A look also finds what changed without an update. "
         "Exit status: 0 when all that can be compared is "
-        "equal, 1 when something differs, 2 when nothing could be compared.",
+        "equal, 1 when something differs, 2 when nothing could be compared."
     )
     add_flags(parser, "runtime_dir")
     what = parser.add_mutually_exclusive_group()

@@ -39,6 +39,10 @@ def _belongs_to(path: Path, uid: int) -> bool:
     return stat.S_ISDIR(status.st_mode) and status.st_uid == uid
 
 
+class NoRuntimeDirError(RuntimeDirError):
+    """There is none: no engine of this user publishes there."""
+
+
 class RuntimeDir:
     """A directory of mode 0700 that belongs to this user and is no symbolic link.
 
@@ -68,6 +72,18 @@ class RuntimeDir:
                 f"nothing is published. Set {VARIABLE} to a directory that this user can write to."
             ) from error
         return directory
+
+    @classmethod
+    def find(cls, path: Path | None, environ: Mapping[str, str]) -> RuntimeDir:
+        """The same for who only reads: nothing is made. Raises :class:`NoRuntimeDirError` too."""
+        directory = path or default_path(environ, os.getuid())
+        if not directory.is_symlink() and not directory.exists():
+            raise NoRuntimeDirError(
+                f"There is no runtime directory {directory}, so no engine publishes there. Where "
+                f"one runs: it may be another user's, have another {VARIABLE}, have been started "
+                "before the package was installed, or with SGLANG_WEIGHT_EXPORTER_DISABLED."
+            )
+        return cls.open(path, environ)
 
     def open_ranks(self) -> Directory:
         """The directory of the ranks' directories, opened from one that was checked when it was

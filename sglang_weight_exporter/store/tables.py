@@ -31,7 +31,7 @@ from sglang_weight_exporter.store.decoding import (
 )
 from sglang_weight_exporter.store.files import read_file
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
-from sglang_weight_exporter.store.runtime_dir import VARIABLE, RuntimeDir
+from sglang_weight_exporter.store.runtime_dir import VARIABLE, NoRuntimeDirError, RuntimeDir
 from sglang_weight_exporter.weight_table import Region, Row, WeightTable, table_regions, table_rows
 
 #: A reader that waits looks again after a tenth of the time it has waited, in these bounds
@@ -284,9 +284,13 @@ def open_tables(
     """A reader for each model of each rank that is alive on this host, in a stable order.
 
     ``runtime_dir``: the engine's ``SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR``; the default is the same
-    as the engine's. Raises :class:`RuntimeDirError` when it cannot be trusted.
+    as the engine's; one that does not exist has no ranks. Raises :class:`RuntimeDirError` when it
+    cannot be trusted.
     """
-    directory = RuntimeDir.open(runtime_dir or _from_environ(), os.environ)
+    try:
+        directory = RuntimeDir.find(runtime_dir or _from_environ(), os.environ)
+    except NoRuntimeDirError:
+        return []
     return [
         TableReader(rank, found.name, snapshot.engine, snapshot.ranks)
         for rank, snapshot in sorted(

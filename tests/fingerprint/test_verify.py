@@ -139,7 +139,7 @@ def test_a_manifest_is_of_one_rank_with_fingerprints(tmp_path: Path) -> None:
     ranks[1].publish()
     for arguments, said in (
         (("--rank", "pp=0"), "2 are chosen"),
-        (("--rank", "7"), "0 are chosen"),
+        (("--rank", "7"), "No table was chosen"),
         (("--rank", "1"), "has no fingerprints"),
         ((), "Name a checkpoint, or a running rank"),
         (("model", "--rank", "0"), "and not both"),

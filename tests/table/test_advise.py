@@ -154,6 +154,7 @@ def test_prometheus_is_asked_for_the_worst_moment(prometheus: Any) -> None:
             advise._from_prometheus(address, "7d", "GPU-1")
 
 
+@pytest.mark.usefixtures("rank")
 def test_without_a_gpu_there_is_nothing_to_advise(command: Command) -> None:
     done = command("advise")
     assert done.returncode == 1
