@@ -15,7 +15,7 @@ import torch
 from pointer_table import ROUNDS, bare_loop, measure, model_of
 
 from sglang_weight_exporter.capture.account import account
-from sglang_weight_exporter.capture.allocations import AllocationMap, Segments
+from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
 from sglang_weight_exporter.runners.memory import of_weights
 
@@ -31,17 +31,15 @@ def main() -> None:
     for tensors in map(int, sys.argv[1:] or ["1000", "20000", "100000"]):
         model = model_of(tensors).cuda()
         capture = functools.partial(capture_weights, model, role="target", captured_at=0.0)
-        known = capture(allocations=AllocationMap.of_cuda)
+        known = capture(segments=Segments.of_cuda)
         seconds = measure(
             {
                 "bare loop": functools.partial(bare_loop, model),
                 "capture, table unchanged": functools.partial(
-                    capture, allocations=AllocationMap.of_cuda, previous=known
+                    capture, segments=Segments.of_cuda, previous=known
                 ),
-                "capture, table changed": functools.partial(
-                    capture, allocations=AllocationMap.of_cuda
-                ),
-                "allocation map alone": AllocationMap.of_cuda,
+                "capture, table changed": functools.partial(capture, segments=Segments.of_cuda),
+                "segments alone": Segments.of_cuda,
                 "account alone": functools.partial(account_of, known),
                 "torch's counters alone": functools.partial(
                     torch.cuda.memory_stats_as_nested_dict, 0

@@ -24,8 +24,8 @@ os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
 import numpy as np
 import torch
 
-from sglang_weight_exporter.capture import fingerprint_kernel
-from sglang_weight_exporter.capture.fingerprint import Fingerprinter, _AddressTable
+from sglang_weight_exporter.fingerprint import kernel
+from sglang_weight_exporter.fingerprint.tensors import Fingerprinter, _AddressTable
 
 Shapes = list[tuple[tuple[int, ...], torch.dtype]]
 BF16, FP8, FP32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
@@ -111,7 +111,7 @@ def measure(name: str, layer: Shapes, nbytes: int) -> None:
         device_bytes=table.nbytes,
     )
     for warps in (4, 8):
-        fingerprint_kernel.CHUNK_WARPS = warps
+        kernel.CHUNK_WARPS = warps
         taken = milliseconds(
             {"read": lambda: table.launch(only_read=True), "fingerprint": table.launch}
         )
@@ -126,7 +126,7 @@ def measure(name: str, layer: Shapes, nbytes: int) -> None:
             terabytes_a_second=total / middle["fingerprint"] / 1e9,
             of_reading=middle["read"] / middle["fingerprint"],
         )
-    fingerprint_kernel.CHUNK_WARPS = 4
+    kernel.CHUNK_WARPS = 4
     whole = Fingerprinter()
     seconds = []
     for _ in range(6):

@@ -26,7 +26,7 @@ import msgspec
 import numpy as np
 import torch
 
-from sglang_weight_exporter.capture.allocations import AllocationMap
+from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.regions import merge_spans
 from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
 from sglang_weight_exporter.cli import formats
@@ -132,9 +132,8 @@ def steps_for(model: torch.nn.Module, directory: Path) -> dict[str, Callable[[],
         "nbytes": np.frombuffer(table.nbytes, dtype="<u8"),
         "device": np.frombuffer(table.device, dtype="<u4"),
     }
-    one_pool = AllocationMap.of_spans(
-        [(int(columns["start"].min()), int(columns["start"].max()) + 64, False)]
-    )
+    first, last = int(columns["start"].min()), int(columns["start"].max()) + 64
+    one_pool = Segments.of_snapshot([{"address": first, "total_size": last - first, "blocks": []}])
     path = directory / "table"
 
     steps: dict[str, Callable[[], object]] = {
@@ -145,10 +144,10 @@ def steps_for(model: torch.nn.Module, directory: Path) -> dict[str, Callable[[],
         "* first look, and write the table": lambda: write_atomically(path, encode(capture())),
         "* compare, every tensor moved": lambda: compare_tables(before.table, after.table),
         "* regions, one allocation each": lambda: merge_spans(
-            allocation=AllocationMap.of_storages().lookup(columns["start"]), **columns
+            allocation=Segments.none().allocation_of(columns["start"]), **columns
         ),
         "* regions, one allocation": lambda: merge_spans(
-            allocation=one_pool.lookup(columns["start"]), **columns
+            allocation=one_pool.allocation_of(columns["start"]), **columns
         ),
         "weights_metadata files": lambda: write_files(directory, read, "0"),
         "read rows": lambda: list(table_rows(table)),

@@ -16,7 +16,7 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # typing's own costs its import; type checkers know the name.
 if TYPE_CHECKING:
-    from sglang_weight_exporter.capture.fingerprint import FingerprintError
+    from sglang_weight_exporter.fingerprint.tensors import FingerprintError
     from sglang_weight_exporter.hooks.manual_updates import record_update, updating
     from sglang_weight_exporter.store.tables import (
         RankGoneError,
@@ -65,6 +65,6 @@ def __getattr__(name: str) -> object:
     home |= dict.fromkeys(
         ("Manifest", "ManifestError", "read_manifest", "write_manifest"), "verification.manifest"
     )
-    home |= {"fingerprint_tensors": "trainer", "FingerprintError": "capture.fingerprint"}
+    home |= {"fingerprint_tensors": "trainer", "FingerprintError": "fingerprint.tensors"}
     module = import_module(f"{__name__}.{home.get(name, 'store.tables')}")
     return getattr(module, name)

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from sglang_weight_exporter import fingerprint
-from sglang_weight_exporter.capture.fingerprint import Fingerprinter
+from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
 from sglang_weight_exporter.verification.checkpoint_layout import FusedTensor, fuse
 from sglang_weight_exporter.verification.manifest import ManifestTensor
 

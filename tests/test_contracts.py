@@ -34,6 +34,8 @@ PLANTED = [
     ("The exporter process needs neither", "export/process.py", f"{PACKAGE}.runners.identity"),
     ("Commands need neither", "cli/status.py", f"{PACKAGE}.capture.object_tensors"),
     ("The data model imports no room", "records/weights.py", f"{PACKAGE}.store.files"),
+    ("A fingerprint's definition", "fingerprint/definition.py", "torch"),
+    ("A fingerprint's definition", "fingerprint/__init__.py", f"{PACKAGE}.fingerprint.tensors"),
 ]
 
 #: Imports that do not run when the module is imported.

@@ -1,12 +1,14 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Where one allocation ends and the next begins, by torch's caching allocator."""
+"""What torch's caching allocator has of each GPU: its segments, where one allocation ends and the
+next begins, and what the memory saver has of them."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,95 +16,6 @@ import numpy.typing as npt
 import torch
 
 Addresses = npt.NDArray[np.uint64]
-
-
-@dataclass(frozen=True)
-class AllocationMap:
-    """Non-overlapping allocations sorted by address; a storage in none of them is its own."""
-
-    start: Addresses
-    end: Addresses
-    #: Whether an allocation is in a pool of its own, as the memory saver's regions are, and not
-    #: in torch's default pool.
-    private: npt.NDArray[np.bool_]
-
-    @classmethod
-    def of_storages(cls) -> AllocationMap:
-        """Each storage is an allocation, as torch's CPU allocator has it."""
-        return cls.of_spans([])
-
-    @classmethod
-    def of_spans(cls, spans: Iterable[tuple[int, int, bool]]) -> AllocationMap:
-        """From start, end, and whether it is private, of each allocation."""
-        ordered = sorted(spans)
-        return cls(
-            np.array([start for start, _, _ in ordered], dtype=np.uint64),
-            np.array([end for _, end, _ in ordered], dtype=np.uint64),
-            np.array([private for _, _, private in ordered], dtype=bool),
-        )
-
-    @classmethod
-    def of_segments(cls, segments: Segments) -> AllocationMap:
-        """From the caching allocator: one ``cudaMalloc`` a segment.
-
-        An expandable segment is mapped piece by piece, so there each block stands alone. Memory
-        that came from elsewhere (CUDA IPC) is in no segment.
-        """
-        apart = segments.expandable[segments.block_segment]
-        start = np.concatenate((segments.start[~segments.expandable], segments.block_start[apart]))
-        nbytes = np.concatenate(
-            (segments.nbytes[~segments.expandable], segments.block_nbytes[apart])
-        )
-        private = segments.private
-        in_pool = np.concatenate(
-            (private[~segments.expandable], private[segments.block_segment[apart]])
-        )
-        order = np.argsort(start)
-        return cls(start[order], (start + nbytes)[order], in_pool[order])
-
-    @classmethod
-    def of_cuda(cls) -> AllocationMap:
-        return cls.of_segments(Segments.of_cuda())
-
-    def lookup(self, storage_ptr: Addresses) -> Addresses:
-        """Start of the allocation that each storage lies in."""
-        if not len(self.start):
-            return storage_ptr
-        index, inside = self._find(storage_ptr)
-        return np.where(inside, self.start[index], storage_ptr)
-
-    def outside_saver(
-        self,
-        ptr: Addresses,
-        nbytes: Addresses,
-        device: npt.NDArray[np.uint32],
-        device_values: tuple[str, ...],
-    ) -> dict[str, int]:
-        """Bytes by device that stay mapped while the memory saver's regions are released.
-
-        Storages by address, bytes and code into ``device_values``. The saver (torch_memory_saver
-        0.0.9 and later) gives each of its regions a private pool; what lies in the default pool is
-        outside of them. Where nothing of a GPU is in a private pool, it is an older one whose
-        regions cannot be told apart, and all of that GPU's bytes count as released. It never
-        releases memory that is not a GPU's.
-        """
-        private: npt.NDArray[np.bool_] = np.zeros(len(ptr), dtype=bool)
-        if len(self.start):
-            index, inside = self._find(ptr)
-            private = inside & self.private[index]
-        kept: dict[str, int] = {}
-        for code, name in enumerate(device_values):
-            here = device == code
-            if not here.any():
-                continue
-            apart = private.any() and bool((private & here).any())
-            whole = not name.startswith("cuda")
-            kept[name] = int(nbytes[here & ~private].sum()) if apart or whole else 0
-        return kept
-
-    def _find(self, addresses: Addresses) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-        index = np.searchsorted(self.start, addresses, side="right").astype(np.int64) - 1
-        return index, (index >= 0) & (addresses < self.end[index])
 
 
 @dataclass(frozen=True)
@@ -128,11 +41,72 @@ class Segments:
     #: Index of the segment that the block lies in.
     block_segment: npt.NDArray[np.int64]
 
-    @property
+    @cached_property
     def private(self) -> npt.NDArray[np.bool_]:
         """Whether a segment is in another pool than torch's default one."""
         default = np.array([pool == DEFAULT_POOL for pool in self.pools], dtype=bool)
         return ~default[self.pool] if len(self.pool) else np.zeros(0, dtype=bool)
+
+    @cached_property
+    def _allocations(self) -> tuple[Addresses, Addresses, npt.NDArray[np.bool_]]:
+        """Start and end of each allocation, by address, and whether it is private.
+
+        One ``cudaMalloc`` a segment. An expandable segment is mapped piece by piece, so there each
+        block stands alone. Memory that came from elsewhere (CUDA IPC) is in none.
+        """
+        whole, apart = ~self.expandable, self.expandable[self.block_segment]
+        start = np.concatenate((self.start[whole], self.block_start[apart]))
+        nbytes = np.concatenate((self.nbytes[whole], self.block_nbytes[apart]))
+        private = np.concatenate((self.private[whole], self.private[self.block_segment[apart]]))
+        order = np.argsort(start)
+        return start[order], (start + nbytes)[order], private[order]
+
+    def _find(self, addresses: Addresses) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+        """The allocation at or before each address, and whether the address lies in it."""
+        start, end, _ = self._allocations
+        index = np.searchsorted(start, addresses, side="right").astype(np.int64) - 1
+        return index, (index >= 0) & (addresses < end[index])
+
+    def allocation_of(self, storage_ptr: Addresses) -> Addresses:
+        """Start of the allocation that each storage lies in; one that lies in none is its own."""
+        if not len(self.start):
+            return storage_ptr
+        index, inside = self._find(storage_ptr)
+        return np.where(inside, self._allocations[0][index], storage_ptr)
+
+    def outside_saver(
+        self,
+        ptr: Addresses,
+        nbytes: Addresses,
+        device: npt.NDArray[np.uint32],
+        device_values: tuple[str, ...],
+    ) -> dict[str, int]:
+        """Bytes by device that stay mapped while the memory saver's regions are released.
+
+        Storages by address, bytes and code into ``device_values``. The saver (torch_memory_saver
+        0.0.9 and later) gives each of its regions a private pool; what lies in the default pool is
+        outside of them. Where nothing of a GPU is in a private pool, it is an older one whose
+        regions cannot be told apart, and all of that GPU's bytes count as released. It never
+        releases memory that is not a GPU's.
+        """
+        private: npt.NDArray[np.bool_] = np.zeros(len(ptr), dtype=bool)
+        if len(self.start):
+            index, inside = self._find(ptr)
+            private = inside & self._allocations[2][index]
+        kept: dict[str, int] = {}
+        for code, name in enumerate(device_values):
+            here = device == code
+            if not here.any():
+                continue
+            apart = private.any() and bool((private & here).any())
+            whole = not name.startswith("cuda")
+            kept[name] = int(nbytes[here & ~private].sum()) if apart or whole else 0
+        return kept
+
+    @classmethod
+    def none(cls) -> Segments:
+        """Of a device whose every storage is an allocation of its own, as a CPU's is."""
+        return cls.of_snapshot([])
 
     @classmethod
     def of_cuda(cls) -> Segments:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang_weight_exporter.capture.allocations import AllocationMap
+from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.regions import Regions, merge_spans
 from sglang_weight_exporter.capture.tensors import (
     AttributePath,
@@ -75,7 +75,7 @@ def capture_weights(
     role: str,
     captured_at: float,
     counted_elsewhere: frozenset[int] = frozenset(),
-    allocations: Callable[[], AllocationMap] = AllocationMap.of_storages,
+    segments: Callable[[], Segments] = Segments.none,
     previous: WeightCapture | None = None,
     thorough: bool = True,
 ) -> WeightCapture:
@@ -84,7 +84,7 @@ def capture_weights(
     ``counted_elsewhere``: storages that are counted already, by another role (a draft model uses
     the target's embeddings) or another process (a weight-cache daemon); they are rows of the table
     and add no bytes but ``shared`` ones.
-    ``allocations``: asked for the boundaries of regions, and only when the table differs from
+    ``segments``: asked for the boundaries of regions, and only when the table differs from
     ``previous``, because that costs more than the table itself.
     ``thorough``: find out anew where derived weights hang. Otherwise they are where ``previous``
     has them, and nothing is read again if nothing has changed.
@@ -130,8 +130,8 @@ def capture_weights(
         and previous.counted_elsewhere == counted_elsewhere
     ):
         return replace(_again(previous, captured_at), slots=slots, remembered=remembered)
-    map_of_allocations = allocations()
-    regions = _regions(columns, fields["stride_values"], fields["shape_values"], map_of_allocations)
+    found_segments = segments()
+    regions = _regions(columns, fields["stride_values"], fields["shape_values"], found_segments)
     device_values: tuple[str, ...] = fields["device_values"]
     usage, ranges, outside_saver = _usage(
         columns,
@@ -139,7 +139,7 @@ def capture_weights(
         device_values,
         fields["kind_values"],
         counted_elsewhere,
-        map_of_allocations,
+        found_segments,
     )
     return WeightCapture(
         table=WeightTable(
@@ -201,6 +201,19 @@ def storages_of(model: torch.nn.Module) -> frozenset[int]:
     """Addresses of the storages behind a model's tensors, as ``WeightCapture.storages``."""
     found = named_tensors(model, derived_paths(model))
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in found.tensors) - {0}
+
+
+def table_tensors(capture: WeightCapture, model: torch.nn.Module) -> list[torch.Tensor]:
+    """The tensors behind the rows of a capture's table, in their order. Raises ValueError where
+    they are not the table's any more."""
+    found = named_tensors(model, capture.slots)
+    names, tensors = found.names, found.tensors
+    if len(names) != capture.table.rows:  # Some have no row, because they have no storage.
+        there = [row for row, tensor in enumerate(tensors) if not obstacle(tensor)]
+        names, tensors = [names[row] for row in there], [tensors[row] for row in there]
+    if joined(names) != capture.table.names:
+        raise ValueError("The model's tensors are not those of its table.")
+    return tensors
 
 
 def joined(names: list[str]) -> bytes:
@@ -296,7 +309,7 @@ def _regions(
     columns: dict[str, Any],
     stride_values: tuple[tuple[int, ...], ...],
     shape_values: tuple[tuple[int, ...], ...],
-    allocations: AllocationMap,
+    segments: Segments,
 ) -> Regions:
     # The span of a tensor with holes is not its nbytes: its whole storage stands for it.
     pairs = columns["shape"].astype(np.uint64) * max(1, len(stride_values)) + columns["stride"]
@@ -309,7 +322,7 @@ def _regions(
     return merge_spans(
         start=np.where(whole, columns["storage_ptr"], columns["data_ptr"]),
         nbytes=np.where(whole, columns["storage_nbytes"], columns["nbytes"]),
-        allocation=allocations.lookup(columns["storage_ptr"]),
+        allocation=segments.allocation_of(columns["storage_ptr"]),
         device=columns["device"],
     )
 
@@ -333,7 +346,7 @@ def _usage(
     device_values: tuple[str, ...],
     kind_values: tuple[Kind, ...],
     counted_elsewhere: frozenset[int],
-    allocations: AllocationMap,
+    segments: Segments,
 ) -> tuple[tuple[WeightUsage, ...], StorageRanges, dict[str, int]]:
     """Bytes of unique storages, where they lie, and the bytes that stay when others go."""
     group = (columns["device"].astype(np.int64) * len(kind_values) + columns["kind"]) * len(
@@ -367,7 +380,7 @@ def _usage(
         if tensors[index]
     )
     counted = size > 0
-    stays = allocations.outside_saver(
+    stays = segments.outside_saver(
         unique[counted], size[counted], columns["device"][first[counted]], device_values
     )
     derived = np.array([kind == "derived" for kind in kind_values], dtype=bool)

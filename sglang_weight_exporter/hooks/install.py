@@ -302,7 +302,7 @@ def watch(hook: ImportHook) -> None:
 def _make_observer(installation: Installation) -> Observer:
     # Late: the data model and torch's share of the work are needed in a rank, and not in the
     # HTTP server, the tokenizer and the detokenizer, which import SGLang too.
-    from sglang_weight_exporter.capture.fingerprint import Fingerprinter
+    from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
     from sglang_weight_exporter.hooks.observer import Observer
     from sglang_weight_exporter.publisher.publisher import Publisher
     from sglang_weight_exporter.rank import Rank

@@ -1,76 +1,32 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""What model runners hold: their weights, KV pools and adapter slots. Looks, and writes nothing."""
+"""Captures what the model runners of a process hold, in one order of steps. Writes nothing."""
 
 from __future__ import annotations
 
-import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-import msgspec
-import numpy as np
 import torch
 
-from sglang_weight_exporter.capture.account import OwnedStorages
-from sglang_weight_exporter.capture.allocations import (
-    AllocationMap,
-    Segments,
-    memory_segments,
-)
-from sglang_weight_exporter.capture.fingerprint import (
-    Fingerprinter,
-    FingerprintError,
-    FingerprintTimeoutError,
-)
-from sglang_weight_exporter.capture.object_tensors import Storage
-from sglang_weight_exporter.capture.table_fingerprints import with_fingerprints
-from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights, storages_of
-from sglang_weight_exporter.records.fingerprints import Skip
-from sglang_weight_exporter.records.memory import MemoryDump, MemoryOwner, MemoryPart
-from sglang_weight_exporter.records.pools import KvPoolUsage, LoraUsage
-from sglang_weight_exporter.records.weights import Kind
-from sglang_weight_exporter.runners import pools as runner_pools
-from sglang_weight_exporter.runners.memory import Memory, of_storages, of_weights
+from sglang_weight_exporter.capture.allocations import Segments
+from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
+from sglang_weight_exporter.records.memory import MemoryDump
+from sglang_weight_exporter.runners import fingerprints
+from sglang_weight_exporter.runners.captures import Captures, RoleCapture
+from sglang_weight_exporter.runners.memory import Memory
+from sglang_weight_exporter.runners.memory_owners import dump_memory, owned_storages
 from sglang_weight_exporter.runners.prefix_cache import cached_tokens
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
-from sglang_weight_exporter.weight_table import (
-    WeightTable,
-    modified_tensors,
-    table_rows,
-    without_fingerprints,
-)
-
-logger = logging.getLogger("sglang_weight_exporter")
-
-
-@dataclass
-class RoleCapture:
-    """What the last look at a role found; ``None``: it could not be read, or is not there yet."""
-
-    weights: WeightCapture | None = None
-    kv_pools: tuple[KvPoolUsage, ...] | None = None
-    kv_storages: tuple[Storage, ...] = ()
-    #: Device name to bytes of KV pools that keep their memory while the pools are released.
-    kv_outside_saver: dict[str, int] | None = None
-    lora: tuple[LoraUsage, ...] = ()
-    lora_storages: tuple[Storage, ...] = ()
-    #: Why fingerprints were not taken; ``None`` where they were, or were not asked for.
-    skipped: Skip | None = None
-    #: The table as the last load or update left it, with fingerprints. ``None``: nobody knows.
-    left: WeightTable | None = None
-    #: Name → kind of tensors that hold other bytes than that.
-    modified: dict[str, Kind] = field(default_factory=dict)
 
 
 class ModelRunnerInspector:
-    """The looks at all roles of a process.
+    """The captures of all roles of a process.
 
-    ``report`` is told of what could not be read; ``allocations`` is where one allocation ends and
-    the next begins, by device, in place of torch's allocator; ``fingerprinter``: takes
+    ``report`` is called with what could not be read; ``allocations`` is where one allocation ends
+    and the next begins, by device, in place of torch's allocator; ``fingerprinter``: takes
     fingerprints, if they are to be taken; ``memory``: keeps the account of the GPUs.
     """
 
@@ -80,58 +36,47 @@ class ModelRunnerInspector:
         *,
         report: Callable[[str, BaseException], None],
         clock: Callable[[], float] = time.time,
-        allocations: Callable[[str], AllocationMap] | None = None,
+        allocations: Callable[[str], Segments] | None = None,
         fingerprinter: Fingerprinter | None = None,
         memory: Memory | None = None,
     ) -> None:
-        self._roles = roles
         self._report = report
         self._clock = clock
         self._allocations = allocations
         #: What torch's allocator has of the GPUs.
         self.memory = memory or Memory(clock=clock)
-        self._captures: dict[RunnerRole, RoleCapture] = {}
-        #: Addresses of storages that a weight-cache daemon holds, which count there.
-        self._mapped: frozenset[int] = frozenset()
-        #: How long the last look took.
+        self._captures = Captures(roles, report=report, clock=clock)
+        #: How long the last capture took.
         self.seconds: float | None = None
-        self._fingerprinter = fingerprinter
+        self._fingerprints = (
+            None
+            if fingerprinter is None
+            else fingerprints.RoleFingerprints(fingerprinter, report=report)
+        )
         #: Whether tensors may be read, and not only where they are.
         self.memory_is_there = True
         self._scheduler: Callable[[], Any] = lambda: None
-        self._told: set[Skip] = set()
 
     @property
     def takes_fingerprints(self) -> bool:
-        return self._fingerprinter is not None
+        return self._fingerprints is not None
 
     def of(self, role: RunnerRole) -> RoleCapture:
-        """What is known of a role, without looking."""
-        return self._captures.get(role, RoleCapture())
+        """What is known of a role, without a new capture."""
+        return self._captures.of(role)
 
     def start_over(self, role: RunnerRole, *, known: bool) -> None:
-        """Later looks are compared with the last one, or, unless ``known``, with none until the
+        """Later captures are compared with the last one, or, unless ``known``, with none until the
         next update."""
-        look = self._captures.get(role)
-        if look is not None:
-            table = None if look.weights is None else look.weights.table
-            look.left = table if known and table and table.fingerprint else None
+        fingerprints.start_over(self.of(role), known=known)
 
     def ignore(self, role: RunnerRole, storages: frozenset[int]) -> None:
         """That tensors in these storages hold other bytes is no news."""
-        look = self._captures.get(role)
-        if storages and look is not None and look.modified and look.weights is not None:
-            there = {
-                row.name for row in table_rows(look.weights.table) if row.storage_ptr in storages
-            }
-            look.modified = {
-                name: kind for name, kind in look.modified.items() if name not in there
-            }
+        fingerprints.ignore(self.of(role), storages)
 
     def map(self, model: object) -> None:
         """A model's tensors were mapped from a weight-cache daemon, where they count."""
-        if isinstance(model, torch.nn.Module):
-            self._mapped |= storages_of(model)
+        self._captures.map(model)
 
     def watch(self, scheduler: Any) -> None:
         """Whose prefix cache it is."""
@@ -171,30 +116,29 @@ class ModelRunnerInspector:
         or an update; otherwise they should be as the last one left them.
         """
         started = time.perf_counter()
-        segments = _Once(Segments.of_cuda)
-        on_gpu = _Once(lambda: AllocationMap.of_segments(segments()))
+        on_gpu = _Once(Segments.of_cuda)
         for role in roles:
-            look = self._captures.setdefault(role, RoleCapture())
-            map_of_allocations = self._map(role.device, on_gpu)
-            try:
-                look.weights = self._weights(role, look, map_of_allocations, derived=derived)
-            except Exception as error:
-                look.weights = None
-                self._report("capture", error)
-            if self._fingerprinter is not None and fingerprint_seconds is not None:
-                self._take_fingerprints(role, look, self._fingerprinter, fingerprint_seconds)
-                self._compare(look, written=written)
+            segments = self._segments(role.device, on_gpu)
+            self._captures.capture_weights(role, segments, derived=derived)
+            if self._fingerprints is not None and fingerprint_seconds is not None:
+                self._fingerprints.take(
+                    role,
+                    self._captures.known(role),
+                    fingerprint_seconds if self.memory_is_there else 0.0,
+                    written=written,
+                    after=self._forward_passes(),
+                )
             if pools:
-                try:
-                    self._pools(role, look, map_of_allocations)
-                except Exception as error:
-                    look.kv_pools, look.kv_outside_saver, look.lora = None, None, ()
-                    look.kv_storages, look.lora_storages = (), ()
-                    self._report("kv_pool", error)
-        living = set(self._roles)
-        self._captures = {role: look for role, look in self._captures.items() if role in living}
-        self.read_memory(segments, thorough=derived or pools)
+                self._captures.capture_pools(role, segments)
+        self._captures.drop_collected()
+        self.read_memory(on_gpu, thorough=derived or pools)
         self.seconds = time.perf_counter() - started
+
+    def _segments(self, device: str, on_gpu: Callable[[], Segments]) -> Callable[[], Segments]:
+        if self._allocations is not None:
+            allocations = self._allocations
+            return _Once(lambda: allocations(device))
+        return on_gpu if device.startswith("cuda") else Segments.none
 
     def begin_update(self) -> None:
         """Weights are about to be written."""
@@ -207,201 +151,26 @@ class ModelRunnerInspector:
         self, segments: Callable[[], Segments] | None = None, *, thorough: bool = True
     ) -> None:
         """Read the account of the GPUs again. ``thorough``: its parts in any case."""
-        pools = [storage for look in self._captures.values() for storage in look.kv_storages]
         try:
-            self.memory.read(segments or Segments.of_cuda, self._known, pools, thorough=thorough)
+            self.memory.read(
+                segments or Segments.of_cuda,
+                lambda: owned_storages(self._captures),
+                self._captures.pool_storages,
+                thorough=thorough,
+            )
         except Exception as error:
             self._report("memory", error)
 
     def dump_memory(self) -> MemoryDump | None:
         """torch's memory as it is now, with the names of what is known; ``None``: no GPU."""
-        if not torch.cuda.is_initialized():
-            return None
-        return MemoryDump(
-            at=self._clock(),
-            segments=msgspec.json.encode(memory_segments(traces=True)),
-            owners=tuple(self._owners()),
-            graph_pools=tuple(runner_pools.graph_pools() or ()),
-        )
-
-    def _owners(self) -> Iterator[MemoryOwner]:
-        pools = frozenset(
-            storage.address for look in self._captures.values() for storage in look.kv_storages
-        )
-        for role, look in self._captures.items():
-            if look.weights is not None:
-                names: dict[int, tuple[str, MemoryPart]] = {}
-                for row in table_rows(look.weights.table):
-                    part: MemoryPart = "derived_weights" if row.kind == "derived" else "weights"
-                    names.setdefault(row.storage_ptr, (row.name, part))
-                start, nbytes, _ = look.weights.ranges
-                for address, size in zip(start.tolist(), nbytes.tolist(), strict=True):
-                    name, part = names[address]
-                    yield MemoryOwner(
-                        address=address, nbytes=size, part=part, name=f"{name} ({role.name})"
-                    )
-            groups: list[tuple[MemoryPart, Iterable[Storage]]] = [
-                ("kv_pool", look.kv_storages),
-                ("lora", look.lora_storages),
-            ]
-            if role.runner is not None:
-                groups.append(("kv_tables", runner_pools.table_storages(role.runner, pools)))
-            for part, storages in groups:
-                for number, each in enumerate(storages):
-                    yield MemoryOwner(
-                        address=each.address,
-                        nbytes=each.nbytes,
-                        part=part,
-                        name=f"{each.label} {number} ({role.name})",
-                    )
-
-    def _known(self) -> list[OwnedStorages]:
-        """Storages by what they are part of."""
-        known: list[OwnedStorages] = []
-        pools = frozenset(
-            storage.address for look in self._captures.values() for storage in look.kv_storages
-        )
-        for role, look in self._captures.items():
-            if look.weights is not None:
-                known += of_weights(look.weights.ranges)
-            known.append(of_storages("kv_pool", look.kv_storages))
-            known.append(of_storages("lora", look.lora_storages))
-            if role.runner is not None:
-                tables = runner_pools.table_storages(role.runner, pools)
-                known.append(of_storages("kv_tables", tables))
-        return known
-
-    def _map(self, device: str, on_gpu: Callable[[], AllocationMap]) -> Callable[[], AllocationMap]:
-        if self._allocations is not None:
-            allocations = self._allocations
-            return _Once(lambda: allocations(device))
-        return on_gpu if device.startswith("cuda") else AllocationMap.of_storages
-
-    def _earlier(self, role: RunnerRole) -> list[RoleCapture]:
-        earlier = []
-        for other in self._roles:
-            if other is role:
-                break
-            earlier.append(self.of(other))
-        return earlier
-
-    def _weights(
-        self,
-        role: RunnerRole,
-        look: RoleCapture,
-        allocations: Callable[[], AllocationMap],
-        *,
-        derived: bool,
-    ) -> WeightCapture | None:
-        model = getattr(role.runner, "model", None)
-        if not isinstance(model, torch.nn.Module):
-            return None
-        counted = self._mapped
-        for other in self._earlier(role):
-            if other.weights is not None:
-                counted |= other.weights.storages
-        before = look.weights
-        capture = capture_weights(
-            model,
-            role=role.name,
-            captured_at=self._clock(),
-            counted_elsewhere=counted,
-            allocations=allocations,
-            previous=before,
-            thorough=derived,
-        )
-        for usage in capture.usage:
-            self._roles.describe(usage.device)
-        if capture.unreadable and (before is None or before.unreadable != capture.unreadable):
-            self._report("capture", UnreadableTensorsError(capture.unreadable))
-        return capture
-
-    def _take_fingerprints(
-        self,
-        role: RunnerRole,
-        look: RoleCapture,
-        fingerprinter: Fingerprinter,
-        limit_seconds: float,
-    ) -> None:
-        """Anew or not at all: what was true before the update is true no more."""
-        look.skipped = None
-        if look.weights is None:
-            return
-        table = without_fingerprints(look.weights.table)
-        if not (limit_seconds and self.memory_is_there):
-            look.skipped = "released"
-        elif not role.has_placeholders:
-            try:
-                table = with_fingerprints(
-                    table,
-                    role.runner.model,
-                    look.weights.slots,
-                    fingerprinter,
-                    limit_seconds,
-                    after=self._forward_passes(),
-                )
-            except FingerprintError as error:
-                timed_out = isinstance(error, FingerprintTimeoutError)
-                look.skipped = "time_limit" if timed_out else "unsupported"
-                self._tell(look.skipped, error)
-            except Exception as error:
-                look.skipped = "error"
-                self._report("fingerprint", error)
-        look.weights = replace(look.weights, table=table)
-
-    def _tell(self, reason: Skip, error: FingerprintError) -> None:
-        """Once: it is counted each time, and nothing went wrong."""
-        if reason not in self._told:
-            self._told.add(reason)
-            logger.warning(
-                "sglang_weight_exporter: no fingerprint of the weights was taken (%s: %s). SGLang "
-                "is not affected. Further ones are counted and not logged.",
-                reason,
-                error,
-            )
-
-    def _compare(self, look: RoleCapture, *, written: bool) -> None:
-        table = None if look.weights is None else look.weights.table
-        if written:
-            look.left, look.modified = (table if table and table.fingerprint else None), {}
-        elif table is not None and look.left is not None:
-            try:
-                look.modified = modified_tensors(look.left, table)
-            except Exception as error:
-                look.modified = {}
-                self._report("fingerprint", error)
-
-    def _pools(
-        self, role: RunnerRole, look: RoleCapture, allocations: Callable[[], AllocationMap]
-    ) -> None:
-        runner = role.runner
-        counted = {each.address for other in self._earlier(role) for each in other.kv_storages}
-        storages = runner_pools.kv_storages(runner, counted)
-        look.lora_storages = tuple(runner_pools.lora_storages(runner))
-        look.lora = runner_pools.lora_usage(runner, look.lora_storages)
-        if storages is None:
-            look.kv_pools, look.kv_outside_saver, look.kv_storages = None, None, ()
-            return
-        look.kv_storages = tuple(storages)
-        look.kv_pools = runner_pools.kv_usage(runner, storages)
-        look.kv_outside_saver = _outside_saver(storages, allocations())
-
-
-class UnreadableTensorsError(Exception):
-    """Tensors that have no row in the table, by name."""
-
-    def __init__(self, sentences: tuple[str, ...]) -> None:
-        super().__init__(
-            f"{len(sentences)} tensors have no storage that could be read, so they are in no "
-            f"table and no sum: {'; '.join(sentences[:10])}"
-        )
+        return dump_memory(self._captures, at=self._clock())
 
 
 _Made = TypeVar("_Made")
 
 
 class _Once(Generic[_Made]):
-    """Asked for when it is needed, and not again in the same look."""
+    """Asked for when it is needed, and not again in the same capture."""
 
     def __init__(self, make: Callable[[], _Made]) -> None:
         self._make = make
@@ -411,13 +180,3 @@ class _Once(Generic[_Made]):
         if not self._made:
             self._made.append(self._make())
         return self._made[0]
-
-
-def _outside_saver(storages: list[Storage], allocations: AllocationMap) -> dict[str, int]:
-    devices = tuple(dict.fromkeys(storage.device for storage in storages))
-    return allocations.outside_saver(
-        np.array([storage.address for storage in storages], dtype=np.uint64),
-        np.array([storage.nbytes for storage in storages], dtype=np.uint64),
-        np.array([devices.index(storage.device) for storage in storages], dtype=np.uint32),
-        devices,
-    )

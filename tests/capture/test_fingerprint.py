@@ -24,7 +24,7 @@ from hypothesis import strategies as st  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from sglang_weight_exporter import fingerprint  # noqa: E402
-from sglang_weight_exporter.capture.fingerprint import (  # noqa: E402
+from sglang_weight_exporter.fingerprint.tensors import (  # noqa: E402
     Fingerprinter,
     FingerprintError,
     FingerprintTimeoutError,
@@ -184,7 +184,7 @@ def in_a_process(code: str, **variables: str) -> None:
 INTERPRETED = """
 import numpy as np, torch
 from sglang_weight_exporter import fingerprint
-from sglang_weight_exporter.capture.fingerprint import _AddressTable
+from sglang_weight_exporter.fingerprint.tensors import _AddressTable
 
 generator = torch.Generator().manual_seed(1)
 memory = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8, generator=generator)
@@ -203,7 +203,7 @@ assert (taken == fingerprint.of_arrays([tensor.numpy() for tensor in tensors])).
 COMPILED = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from sglang_weight_exporter.capture import fingerprint_kernel as kernels
+from sglang_weight_exporter.fingerprint import kernel as kernels
 
 pointers = dict(data_ptr="*i64", nbytes_ptr="*i64", first_ptr="*i32", tensor_ptr="*i32")
 source = ASTSource(

@@ -14,7 +14,7 @@ pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from sglang_weight_exporter.capture.allocations import AllocationMap  # noqa: E402
+from sglang_weight_exporter.capture.allocations import Segments  # noqa: E402
 from sglang_weight_exporter.capture.regions import merge_spans  # noqa: E402
 
 Span = tuple[int, int, int, int]  # device, allocation, start, nbytes
@@ -105,6 +105,19 @@ def test_the_order_of_tensors_does_not_matter(
     assert merged(found) == merged(found[::-1]) == merged(found + found)
 
 
+def of_spans(found: list[tuple[int, int, bool]]) -> Segments:
+    """As torch's snapshot has allocations from start to end, some of them in a private pool."""
+    return Segments.of_snapshot(
+        {
+            "address": start,
+            "total_size": end - start,
+            "segment_pool_id": (0, int(private)),
+            "blocks": [],
+        }
+        for start, end, private in found
+    )
+
+
 @given(spans(), st.lists(st.integers(0, 1 << 48), max_size=20))
 def test_a_storage_belongs_to_the_allocation_around_it_or_stands_alone(
     drawn: tuple[list[Span], list[tuple[int, int]]], addresses: list[int]
@@ -116,12 +129,12 @@ def test_a_storage_belongs_to_the_allocation_around_it_or_stands_alone(
             kept.append((start, end))
     addresses += [start for start, _ in kept] + [end - 1 for _, end in kept]
     addresses += [end for _, end in kept]
-    allocation_map = AllocationMap.of_spans([(start, end, False) for start, end in kept])
+    segments = of_spans([(start, end, False) for start, end in kept])
     expected = [
         next((start for start, end in kept if start <= address < end), address)
         for address in addresses
     ]
-    assert allocation_map.lookup(np.array(addresses, dtype=np.uint64)).tolist() == expected
+    assert segments.allocation_of(np.array(addresses, dtype=np.uint64)).tolist() == expected
 
 
 def test_neighbouring_allocations_are_not_merged() -> None:
@@ -140,7 +153,7 @@ GPU_REGION, GPU_OTHER = (4096, 8192, True), (16384, 32768, False)
 
 def outside_saver(spans: list[tuple[int, int, bool]], storages: dict[int, int]) -> dict[str, int]:
     """What stays of storages on a GPU, by address and bytes, and of 64 bytes on the CPU."""
-    return AllocationMap.of_spans(spans).outside_saver(
+    return of_spans(spans).outside_saver(
         np.array([*storages, 1 << 40], dtype=np.uint64),
         np.array([*storages.values(), 64], dtype=np.uint64),
         np.array([*[0] * len(storages), 1], dtype=np.uint32),

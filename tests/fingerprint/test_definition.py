@@ -16,6 +16,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from sglang_weight_exporter import fingerprint  # noqa: E402
+from sglang_weight_exporter.fingerprint import definition  # noqa: E402
 
 # The definition word by word, written from docs/fingerprint.md and nothing else.
 WORD = (1 << 64) - 1
@@ -88,7 +89,7 @@ def test_many_arrays_at_once_give_what_each_gives(sizes: list[int], offset: int)
 
 
 def test_an_array_over_several_blocks() -> None:
-    nbytes = fingerprint._BLOCK_CHUNKS * CHUNK * 2 + CHUNK + 5
+    nbytes = 32 * CHUNK * 2 + CHUNK + 5
     data = np.frombuffer(bytes(noise(nbytes)), dtype=np.uint8)
     few = fingerprint.of_arrays([data[:10], data, data[: CHUNK * 3]])
     assert [fingerprint.of_bytes(part) for part in (data[:10], data, data[: CHUNK * 3])] == (
@@ -249,7 +250,7 @@ def test_no_second_word_undoes_a_flipped_bit_in_both_halves() -> None:
     chance = np.random.default_rng(1)
     for bit in range(64):
         asked = []
-        for multiplier, fold in zip(fingerprint.MULTIPLIERS, fingerprint.FOLDS, strict=True):
+        for multiplier, fold in zip(definition.MULTIPLIERS, definition.FOLDS, strict=True):
             state = chance.integers(0, 2**64, 1 << 16, dtype=np.uint64)
             ends = []
             for start in (state, state ^ np.uint64(1 << bit)):

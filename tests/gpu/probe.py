@@ -227,13 +227,13 @@ class Probe:
     def costs(self) -> dict[str, float]:
         """Median milliseconds of the package's own functions, and how much they looked at."""
         from sglang_weight_exporter.capture.account import account
-        from sglang_weight_exporter.capture.allocations import AllocationMap, Segments
+        from sglang_weight_exporter.capture.allocations import Segments
         from sglang_weight_exporter.capture.tensors import named_tensors
         from sglang_weight_exporter.capture.weights import capture_weights
         from sglang_weight_exporter.runners.memory import of_weights
 
         model = self._runner(draft=False).model
-        first = capture_weights(model, role="x", captured_at=0.0, allocations=AllocationMap.of_cuda)
+        first = capture_weights(model, role="x", captured_at=0.0, segments=Segments.of_cuda)
 
         def milliseconds(call: Callable[[], object]) -> float:
             seconds = []
@@ -251,11 +251,10 @@ class Probe:
             "blocks": sum(len(blocks) for _, _, blocks in segments),
             "names and tensors": milliseconds(lambda: named_tensors(model)),
             "segments": milliseconds(Segments.of_cuda),
-            "allocation map": milliseconds(AllocationMap.of_cuda),
             "account": milliseconds(
                 lambda: account(Segments.of_cuda(), of_weights(first.ranges), device=0)
             ),
-            "capture, changed": milliseconds(lambda: capture(allocations=AllocationMap.of_cuda)),
+            "capture, changed": milliseconds(lambda: capture(segments=Segments.of_cuda)),
             "capture, unchanged": milliseconds(lambda: capture(previous=first)),
         }
 

@@ -20,7 +20,7 @@ import json, sys
 from array import array
 import torch
 import torch.multiprocessing as multiprocessing
-from sglang_weight_exporter.capture.allocations import AllocationMap
+from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.weights import capture_weights
 
 def look(tensors):
@@ -28,7 +28,7 @@ def look(tensors):
     for number, tensor in enumerate(tensors):
         model.register_buffer(f"t{number}", tensor)
     capture = capture_weights(
-        model, role="target", captured_at=0.0, allocations=AllocationMap.of_cuda
+        model, role="target", captured_at=0.0, segments=Segments.of_cuda
     )
     table = capture.table
     print(json.dumps({

@@ -18,7 +18,7 @@ from gpu_engines import nvidia_smi
 BEGIN = """
 import numpy as np, torch
 from sglang_weight_exporter import fingerprint
-from sglang_weight_exporter.capture.fingerprint import (
+from sglang_weight_exporter.fingerprint.tensors import (
     Fingerprinter, FingerprintError, FingerprintTimeoutError, _kernels, in_memory_order,
 )
 
@@ -103,7 +103,7 @@ assert (take([tensor]) == want).all() and not ended.query()
 assert (take([tensor], after=forward_passes) == want).all() and ended.query()
 """,
     "a table an owner": """
-from sglang_weight_exporter.capture import fingerprint as module
+from sglang_weight_exporter.fingerprint import tensors as module
 models = {"target": [noise(1 << 16).cuda()], "draft": [noise(1 << 16).cuda() for _ in range(3)]}
 made = []
 original = module._AddressTable
@@ -114,7 +114,7 @@ for _ in range(5):
 assert len(made) == 2
 """,
     "with and without Triton": """
-from sglang_weight_exporter.capture import fingerprint as module
+from sglang_weight_exporter.fingerprint import tensors as module
 tensors = [noise(size).cuda() for size in (5, 70_000, 9_000_000)]
 with_triton = take(tensors)
 module._kernels = lambda: None

@@ -126,7 +126,7 @@ class Script:
 
 @contextlib.contextmanager
 def delays(scheduler: Any, seconds: dict[str, float]) -> Iterator[None]:
-    """SGLang's own code, and this package's look, take so much longer, by phase."""
+    """SGLang's own code, and this package's capture, take so much longer, by phase."""
     model = scheduler.tp_worker.model_runner.model
     quantization = next(
         module.quant_method for module in model.modules() if hasattr(module, "quant_method")
@@ -135,7 +135,7 @@ def delays(scheduler: Any, seconds: dict[str, float]) -> Iterator[None]:
         "load": (model, "load_weights"),
         "post_process": (quantization, "process_weights_after_loading"),
         "flush": (scheduler.tree_cache, "reset"),
-        "capture": (ModelRunnerInspector, "look"),
+        "capture": (ModelRunnerInspector, "capture"),
     }
 
     def late(original: Any, delay: float) -> Any:

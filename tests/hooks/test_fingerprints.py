@@ -16,7 +16,7 @@ import torch
 from standins import Rank, Request, answer, fail, model, rebalanced, session
 
 from sglang_weight_exporter import fingerprint
-from sglang_weight_exporter.capture.fingerprint import (
+from sglang_weight_exporter.fingerprint.tensors import (
     Fingerprinter,
     FingerprintError,
     FingerprintTimeoutError,

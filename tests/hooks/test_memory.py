@@ -20,6 +20,7 @@ from sglang_weight_exporter.hooks.targets import RUNNER
 from sglang_weight_exporter.records.engine import Device
 from sglang_weight_exporter.records.memory import DeviceMemory, MemoryDump, MemoryOwner
 from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
+from sglang_weight_exporter.runners.memory_owners import memory_owners
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
@@ -154,7 +155,7 @@ def test_memory_is_left_once_for_each_time_that_it_was_asked_for(
         segments=b"[]",
         owners=(MemoryOwner(address=1, nbytes=2, part="weights", name="w (target)"),),
     )
-    monkeypatch.setattr(ModelRunnerInspector, "dump_memory", lambda scan: left)
+    monkeypatch.setattr(ModelRunnerInspector, "dump_memory", lambda inspector: left)
     runner = rank.runner()
     scheduler = rank.scheduler(runner)
     scheduler.update_weights_from_disk(Request())
@@ -169,8 +170,10 @@ def test_memory_is_left_once_for_each_time_that_it_was_asked_for(
 def test_names_of_weights_are_those_of_the_table(rank: Rank) -> None:
     rank.runner()
     rank.runner(is_draft_worker=True)
-    scan = rank.installation._the_observer()._rank.inspector
-    assert {(owner.name, owner.part, owner.nbytes) for owner in scan._owners()} == {
+    inspector = rank.installation._the_observer()._rank.inspector
+    assert {
+        (owner.name, owner.part, owner.nbytes) for owner in memory_owners(inspector._captures)
+    } == {
         ("embed_tokens.weight (target)", "weights", 8 * 4 * 4),
         ("proj.weight (target)", "weights", 4 * 4 * 4),
         ("embed_tokens.weight (draft)", "weights", 8 * 4 * 4),

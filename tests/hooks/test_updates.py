@@ -27,7 +27,7 @@ from standins import (
     session,
 )
 
-from sglang_weight_exporter.capture.allocations import AllocationMap
+from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.hooks.targets import (
     EXPORTER,
     IPC_LOADER,
@@ -479,7 +479,7 @@ def test_a_daemon_is_a_rank_of_its_own(
 # Memory that is given back.
 
 
-class OnGpu(AllocationMap):
+class OnGpu(Segments):
     """All of the memory saver's regions: its releases need a GPU."""
 
     def outside_saver(
@@ -509,7 +509,7 @@ def test_weights_that_are_not_on_a_gpu_stay_when_those_of_the_gpu_are_released(r
 def test_released_weights_keep_their_bytes_and_have_none_resident(
     rank: Rank, adapter: Any, tags: list[str] | None, resident: int | None
 ) -> None:
-    rank.allocations = OnGpu.of_storages()
+    rank.allocations = OnGpu.none()
     runner = rank.runner(memory_saver_adapter=adapter)
     scheduler = rank.scheduler(runner)
     before = rank.weights()

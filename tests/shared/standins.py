@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sglang_weight_exporter.capture.allocations import AllocationMap
+from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.hooks.install import Installation
 from sglang_weight_exporter.hooks.observer import Observer
 from sglang_weight_exporter.hooks.targets import (
@@ -71,7 +71,7 @@ class Rank:
         self.fingerprinter = fingerprinter
         self.clock = Clock()
         self.directory = directory
-        self.allocations = AllocationMap.of_storages()
+        self.allocations = Segments.none()
         #: SGLang's workers keep their runners.
         self.workers: list[Any] = []
         self.installation = Installation(TARGETS, self._observer)

@@ -1,23 +1,20 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""The fingerprint of a tensor's bytes and of a rank's weights: its definition, and NumPy's way.
+"""The definition of a fingerprint, for arrays of NumPy and tensors of torch alike.
 
 ``docs/fingerprint.md`` has the definition in words, what it detects for certain and the bound for
-the rest. It finds accidents and no forger: it is no cryptographic hash.
-
-What is written here once is computed by NumPy (files, names) and by torch (any device that has
-no Triton): both have arrays of int64 that wrap, with the same operators. The kernel in
-``capture/fingerprint_kernel.py`` is a third way to the same numbers. Imports NumPy only where it
-is used: a process that compares fingerprints needs none.
+the rest. Both libraries have arrays of int64 that wrap, with the same operators; ``kernel.py`` is
+a third way to the same numbers. Imports NumPy only where it is used: a process that compares
+fingerprints needs none.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -178,42 +175,6 @@ class Chunks:
         return cls(nbytes, first, after, np.append(number, 0))
 
 
-#: NumPy's block: words and states together stay in a core's cache of second level.
-_BLOCK_CHUNKS = 32
-
-
-class Bytes(Protocol):
-    """A one-dimensional ``uint8`` array of any alignment, or what gives slices of one."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def __getitem__(self, piece: slice, /) -> NDArray[np.uint8]: ...
-
-
-def of_arrays(arrays: Sequence[Bytes]) -> NDArray[np.uint64]:
-    """Fingerprints of the bytes of each: uint64 ``[arrays, 2]``. At most 2 MiB are asked for at a
-    time."""
-    import numpy as np
-
-    chunks = Chunks.of([array.nbytes for array in arrays])
-    sums = np.zeros((2, len(chunks.number)), dtype=np.int64)
-    starts = [np.array(lane_starts(half), dtype=np.int64) for half in range(2)]
-    space = np.empty(_BLOCK_CHUNKS * CHUNK_BYTES, dtype=np.uint8)
-    for block in blocks(chunks.nbytes.tolist(), _BLOCK_CHUNKS):
-        rows, where = fill(block, chunks, space, lambda tensor: arrays[tensor])
-        words = space.view("<i8")[: len(rows) * STEPS * LANES].reshape(-1, STEPS, LANES)
-        for half in range(2):
-            sums[half, where] = chunk_sums(words, rows, starts[half], half)
-    halves = [
-        tensor_halves(
-            sums[half], chunks.number.copy(), chunks.first, chunks.after, chunks.nbytes, half
-        )
-        for half in range(2)
-    ]
-    return np.stack(halves, axis=1).view(np.uint64)
-
-
 def fill(
     block: Sequence[Run], chunks: Chunks, space: Any, flat: Callable[[int], Any]
 ) -> tuple[list[int], list[int]]:
@@ -234,29 +195,6 @@ def fill(
         place = int(chunks.first[run.tensor]) + run.chunk
         where += range(place, place + run.count)
     return rows, where
-
-
-def of_bytes(data: bytes | bytearray | memoryview) -> str:
-    """The fingerprint of some bytes, as 32 hexadecimal digits."""
-    import numpy as np
-
-    return texts(of_arrays([np.frombuffer(data, dtype=np.uint8)]))[0]
-
-
-def texts(fingerprints: NDArray[np.uint64]) -> list[str]:
-    """uint64 ``[tensors, 2]`` as 32 hexadecimal digits each: half 0, then half 1."""
-    digits = fingerprints.astype(">u8").tobytes().hex()
-    return [digits[at : at + 32] for at in range(0, len(digits), 32)]
-
-
-def of_rank(tensors: Mapping[str, str]) -> str:
-    """The fingerprint of a rank: of its tensors' names and fingerprints, in any order.
-
-    It is that of the bytes ``NAME NUL FINGERPRINT`` (UTF-8, and 16 bytes), sorted by name and
-    joined: a name holds no NUL, so no two sets of names and fingerprints share these bytes.
-    """
-    parts = (name.encode() + b"\0" + bytes.fromhex(tensors[name]) for name in sorted(tensors))
-    return of_bytes(b"".join(parts))
 
 
 def as_number(fingerprint: str) -> int:

@@ -5,45 +5,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
 import torch
 
 from sglang_weight_exporter import fingerprint
-from sglang_weight_exporter.capture.fingerprint import (
-    Fingerprinter,
-    FingerprintError,
-    has_memory,
-    in_memory_order,
-)
-from sglang_weight_exporter.capture.tensors import AttributePath, named_tensors
-from sglang_weight_exporter.capture.weights import joined, obstacle
+from sglang_weight_exporter.fingerprint.tensors import Fingerprinter, has_memory, in_memory_order
 from sglang_weight_exporter.weight_table import WeightTable
 
 
 def with_fingerprints(
     table: WeightTable,
-    model: torch.nn.Module,
-    slots: Iterable[AttributePath],
+    tensors: Sequence[torch.Tensor],
     fingerprinter: Fingerprinter,
     limit_seconds: float,
     after: torch.cuda.Stream | None = None,
 ) -> WeightTable:
     """The table with its tensors' fingerprints, in the order in which they lie in memory.
 
-    ``slots``: where the derived weights of the table hang; ``after``: the stream of forward passes.
-    Raises FingerprintError.
+    ``tensors``: those of its rows; ``after``: the stream of forward passes. Raises
+    FingerprintError.
     """
     started = time.perf_counter()
-    found = named_tensors(model, slots)
-    names, tensors = found.names, found.tensors
-    if len(names) != table.rows:  # Some have no row, because they have no storage.
-        there = [row for row, tensor in enumerate(tensors) if not obstacle(tensor)]
-        names, tensors = [names[row] for row in there], [tensors[row] for row in there]
-    if joined(names) != table.names:
-        raise FingerprintError("The model's tensors are not those of its table.")
     names = table.names.decode().split("\n")
     rows = [row for row, tensor in enumerate(tensors) if has_memory(tensor)]
     values = np.zeros((len(tensors), 2), dtype=np.uint64)

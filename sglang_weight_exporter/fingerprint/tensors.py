@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sglang_weight_exporter import fingerprint as definition
-from sglang_weight_exporter.fingerprint import CHUNK_BYTES, LANES, STEPS, Chunks
+from sglang_weight_exporter.fingerprint import definition
+from sglang_weight_exporter.fingerprint.definition import CHUNK_BYTES, LANES, STEPS, Chunks
 
 #: Chunks that torch's operations take together: 2 MiB in a core's cache, 64 MiB on a device.
 _CPU_BLOCK = 32
@@ -245,10 +245,10 @@ def _wait_for_ours() -> None:
 def _kernels() -> Any:
     """The module of kernels, or None where Triton is not."""
     try:
-        from sglang_weight_exporter.capture import fingerprint_kernel
+        from sglang_weight_exporter.fingerprint import kernel
     except ImportError:
         return None
-    return fingerprint_kernel
+    return kernel
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_weight_exporter import fingerprint as definition
+from sglang_weight_exporter.fingerprint import definition
 
 _LANES = tl.constexpr(definition.LANES)
 _STEPS = tl.constexpr(definition.STEPS)

@@ -1,0 +1,126 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Fingerprints of a role's weights: taken after loads and updates, and compared with the last."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from sglang_weight_exporter.capture.weights import table_tensors
+from sglang_weight_exporter.fingerprint.tables import with_fingerprints
+from sglang_weight_exporter.fingerprint.tensors import (
+    Fingerprinter,
+    FingerprintError,
+    FingerprintTimeoutError,
+)
+from sglang_weight_exporter.records.fingerprints import Skip
+from sglang_weight_exporter.runners.captures import RoleCapture
+from sglang_weight_exporter.runners.roles import RunnerRole
+from sglang_weight_exporter.weight_table import (
+    modified_tensors,
+    table_rows,
+    without_fingerprints,
+)
+
+logger = logging.getLogger("sglang_weight_exporter")
+
+
+class RoleFingerprints:
+    """Puts fingerprints into a role's capture, or why there are none."""
+
+    def __init__(
+        self, fingerprinter: Fingerprinter, *, report: Callable[[str, BaseException], None]
+    ) -> None:
+        self._fingerprinter = fingerprinter
+        self._report = report
+        self._logged: set[Skip] = set()
+
+    def take(
+        self,
+        role: RunnerRole,
+        held: RoleCapture,
+        limit_seconds: float,
+        *,
+        written: bool,
+        after: torch.cuda.Stream | None,
+    ) -> None:
+        """Anew or not at all: what was true before the update is true no more.
+
+        ``limit_seconds``: 0 where the memory may not be read. ``written``: by a load or an update;
+        otherwise the weights should be as the last one left them. ``after``: the stream of forward
+        passes.
+        """
+        held.skipped = None
+        if held.weights is not None:
+            table = without_fingerprints(held.weights.table)
+            held.weights = replace(held.weights, table=table)
+            if not limit_seconds:
+                held.skipped = "released"
+            elif not role.has_placeholders:
+                self._take(role, held, limit_seconds, after)
+        self._compare(held, written=written)
+
+    def _take(
+        self,
+        role: RunnerRole,
+        held: RoleCapture,
+        limit_seconds: float,
+        after: torch.cuda.Stream | None,
+    ) -> None:
+        assert held.weights is not None
+        try:
+            table = with_fingerprints(
+                held.weights.table,
+                table_tensors(held.weights, role.runner.model),
+                self._fingerprinter,
+                limit_seconds,
+                after=after,
+            )
+            held.weights = replace(held.weights, table=table)
+        except FingerprintError as error:
+            timed_out = isinstance(error, FingerprintTimeoutError)
+            held.skipped = "time_limit" if timed_out else "unsupported"
+            self._log(held.skipped, error)
+        except Exception as error:
+            held.skipped = "error"
+            self._report("fingerprint", error)
+
+    def _log(self, reason: Skip, error: FingerprintError) -> None:
+        """Once: it is counted each time, and nothing went wrong."""
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.warning(
+                "sglang_weight_exporter: no fingerprint of the weights was taken (%s: %s). SGLang "
+                "is not affected. Further ones are counted and not logged.",
+                reason,
+                error,
+            )
+
+    def _compare(self, held: RoleCapture, *, written: bool) -> None:
+        table = None if held.weights is None else held.weights.table
+        if written:
+            held.left, held.modified = (table if table and table.fingerprint else None), {}
+        elif table is not None and held.left is not None:
+            try:
+                held.modified = modified_tensors(held.left, table)
+            except Exception as error:
+                held.modified = {}
+                self._report("fingerprint", error)
+
+
+def start_over(held: RoleCapture, *, known: bool) -> None:
+    """Later captures are compared with the last one, or, unless ``known``, with none until the
+    next update."""
+    table = None if held.weights is None else held.weights.table
+    held.left = table if known and table and table.fingerprint else None
+
+
+def ignore(held: RoleCapture, storages: frozenset[int]) -> None:
+    """That tensors in these storages hold other bytes is no news."""
+    if storages and held.modified and held.weights is not None:
+        there = {row.name for row in table_rows(held.weights.table) if row.storage_ptr in storages}
+        held.modified = {name: kind for name, kind in held.modified.items() if name not in there}

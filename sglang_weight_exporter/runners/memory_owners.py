@@ -1,0 +1,80 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Whose the memory of a process is: weights, pools, slots and tables, with and without names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import msgspec
+import torch
+
+from sglang_weight_exporter.capture.account import OwnedStorages
+from sglang_weight_exporter.capture.allocations import memory_segments
+from sglang_weight_exporter.capture.object_tensors import Storage
+from sglang_weight_exporter.records.memory import MemoryDump, MemoryOwner, MemoryPart
+from sglang_weight_exporter.runners import pools as runner_pools
+from sglang_weight_exporter.runners.captures import Captures, RoleCapture
+from sglang_weight_exporter.runners.memory import of_storages, of_weights
+from sglang_weight_exporter.runners.roles import RunnerRole
+from sglang_weight_exporter.weight_table import table_rows
+
+
+def owned_storages(captures: Captures) -> list[OwnedStorages]:
+    """Storages by what they are part of."""
+    owned: list[OwnedStorages] = []
+    pools = frozenset(storage.address for storage in captures.pool_storages)
+    for role, held in captures:
+        if held.weights is not None:
+            owned += of_weights(held.weights.ranges)
+        owned += [of_storages(*group) for group in _groups(role, held, pools)]
+    return owned
+
+
+def dump_memory(captures: Captures, *, at: float) -> MemoryDump | None:
+    """torch's memory as it is now, with the names of what is known; ``None``: no GPU."""
+    if not torch.cuda.is_initialized():
+        return None
+    return MemoryDump(
+        at=at,
+        segments=msgspec.json.encode(memory_segments(traces=True)),
+        owners=tuple(memory_owners(captures)),
+        graph_pools=tuple(runner_pools.graph_pools() or ()),
+    )
+
+
+def memory_owners(captures: Captures) -> Iterator[MemoryOwner]:
+    """What is known of the memory, a storage each, with a name."""
+    pools = frozenset(storage.address for storage in captures.pool_storages)
+    for role, held in captures:
+        yield from _weight_owners(role, held)
+        for part, storages in _groups(role, held, pools):
+            for number, each in enumerate(storages):
+                yield MemoryOwner(
+                    address=each.address,
+                    nbytes=each.nbytes,
+                    part=part,
+                    name=f"{each.label} {number} ({role.name})",
+                )
+
+
+def _weight_owners(role: RunnerRole, held: RoleCapture) -> Iterator[MemoryOwner]:
+    if held.weights is None:
+        return
+    names: dict[int, tuple[str, MemoryPart]] = {}
+    for row in table_rows(held.weights.table):
+        part: MemoryPart = "derived_weights" if row.kind == "derived" else "weights"
+        names.setdefault(row.storage_ptr, (row.name, part))
+    start, nbytes, _ = held.weights.ranges
+    for address, size in zip(start.tolist(), nbytes.tolist(), strict=True):
+        name, part = names[address]
+        yield MemoryOwner(address=address, nbytes=size, part=part, name=f"{name} ({role.name})")
+
+
+def _groups(
+    role: RunnerRole, held: RoleCapture, pools: frozenset[int]
+) -> Iterator[tuple[MemoryPart, Iterable[Storage]]]:
+    yield "kv_pool", held.kv_storages
+    yield "lora", held.lora_storages
+    if role.runner is not None:
+        yield "kv_tables", runner_pools.table_storages(role.runner, pools)
