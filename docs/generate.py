@@ -13,7 +13,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from sglang_weight_exporter.export.instruments import INSTRUMENTS, Instrument
+from sglang_weight_exporter.export.instruments import INSTRUMENTS
+from sglang_weight_exporter.export.instruments.base import Instrument
 from sglang_weight_exporter.export.views import IDENTITY
 from sglang_weight_exporter.records.updates import DURATION_BUCKETS, SOURCES
 from sglang_weight_exporter.records.weights import CHANGES
@@ -78,7 +79,7 @@ COUNTING = """
 * **A failure** is an update that SGLang answered with an error or an exception. Whether the weights
   are unchanged or undefined afterwards is in the span and in `status`.
 * **A version** is whatever string SGLang was given (`step-42`, a hash, `default`). It is no label,
-  because it changes with every update. `sglang_weight_version_id` is equal where the strings are
+  because it changes with every update. `sglang_weight_version_hash` is equal where the strings are
   equal and says nothing about which is newer; `sglang_weight_version` has the value where the
   string is an integer. The string itself is in `status`, in the span (`sglang.weights.version`) and
   in the table; from a panel, the exemplar of an update leads to its span.

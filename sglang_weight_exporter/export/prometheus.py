@@ -20,8 +20,8 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 
-from sglang_weight_exporter.export.data_points import label_names, measure_host, measure_roles
-from sglang_weight_exporter.export.instruments import INSTRUMENTS, Instrument, Sample
+from sglang_weight_exporter.export.instruments import INSTRUMENTS
+from sglang_weight_exporter.export.instruments.base import Instrument, Sample
 from sglang_weight_exporter.export.views import HostView, RoleView, role_views, roles_of
 from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.records.updates import DURATION_BUCKETS, Histogram
@@ -123,7 +123,7 @@ class _Format:
         for instrument in INSTRUMENTS:
             if instrument.read_role is None:
                 family = _Family(instrument, exemplars=False)
-                for each in measure_host(instrument, view):
+                for each in instrument.of_host(view):
                     family.add(each.labels, each.sample)
                 families.append(family.metric)
         return self._text(*families, *others.collect()) + self._eof
@@ -142,7 +142,7 @@ class _Format:
         texts = []
         for instrument, comments in zip(_OF_ROLES, self._comments, strict=True):
             family = _Family(instrument, exemplars)
-            for each in measure_roles(instrument, roles):
+            for each in instrument.of_roles(roles):
                 family.add(each.labels, each.sample)
             texts.append(self._text(family.metric).removeprefix(comments))
         return texts
@@ -169,7 +169,7 @@ class _Family:
             "histogram": HistogramMetricFamily,
         }
         self.metric = make[instrument.kind](
-            instrument.name, instrument.description, labels=label_names(instrument)
+            instrument.name, instrument.description, labels=instrument.label_names
         )
         self._exemplars = exemplars
 

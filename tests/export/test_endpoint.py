@@ -162,7 +162,10 @@ def test_a_version_is_a_number_that_can_be_compared(
     exporter.line("metrics are at")
     _, _, body = exporter.request("/metrics")
     families = {family.name: family for family in parse_text(body.decode())}
-    (identified,) = families["sglang_weight_version_id"].samples
+    (identified,) = families["sglang_weight_version_hash"].samples
+    assert families["sglang_weight_version_id"].samples == [
+        identified._replace(name="sglang_weight_version_id")
+    ]
     assert identified.value == VERSION_IDS[version]
     assert int(identified.value) == VERSION_IDS[version]  # Nothing was rounded.
     assert identified.labels["role"] == "target"

@@ -31,13 +31,8 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.metrics.export import Histogram as HistogramData
 from opentelemetry.sdk.resources import Resource
 
-from sglang_weight_exporter.export.data_points import (
-    DataPoint,
-    label_names,
-    measure_host,
-    measure_roles,
-)
-from sglang_weight_exporter.export.instruments import INSTRUMENTS, Instrument
+from sglang_weight_exporter.export.instruments import INSTRUMENTS
+from sglang_weight_exporter.export.instruments.base import DataPoint, Instrument
 from sglang_weight_exporter.export.otlp.client import OtlpClient
 from sglang_weight_exporter.export.otlp.spans import SCHEMA_URL, SCOPE
 from sglang_weight_exporter.export.otlp.spans import resource as make_resource
@@ -64,7 +59,7 @@ def messages(view: HostView, resource: Resource) -> Iterator[MetricsData]:
     metrics: list[Metric] = []
     count = 0
     for instrument, measurements in _measurements(view):
-        names = label_names(instrument)
+        names = instrument.label_names
         for start in range(0, len(measurements), MESSAGE_POINTS):
             part = measurements[start : start + MESSAGE_POINTS]
             if count + len(part) > MESSAGE_POINTS:
@@ -88,9 +83,9 @@ def _measurements(view: HostView) -> Iterator[tuple[Instrument, list[DataPoint]]
     """Every instrument with the host's values, and with those of a few roles at a time."""
     roles = list(role_views(view.snapshots, view.now))
     for instrument in INSTRUMENTS:
-        yield instrument, measure_host(instrument, view)
+        yield instrument, instrument.of_host(view)
         for start in range(0, len(roles), PART):
-            yield instrument, measure_roles(instrument, roles[start : start + PART])
+            yield instrument, instrument.of_roles(roles[start : start + PART])
 
 
 def _message(metrics: list[Metric], resource: Resource) -> MetricsData:

@@ -1,0 +1,62 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of the host's GPUs, by what holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from sglang_weight_exporter.export.gpu_account import GpuAccount
+from sglang_weight_exporter.export.instruments.base import HostReader, Instrument, Sample
+from sglang_weight_exporter.export.views import HostView
+
+
+def _gpu(read: Callable[[GpuAccount], int]) -> HostReader:
+    def samples(view: HostView) -> Iterator[Sample]:
+        for account in view.gpus:
+            yield Sample((account.gpu.uuid, str(account.gpu.index)), read(account))
+
+    return samples
+
+
+def _gpu_parts(view: HostView) -> Iterator[Sample]:
+    for account in view.gpus:
+        for part, nbytes in (account.parts or {}).items():
+            yield Sample((account.gpu.uuid, str(account.gpu.index), part), nbytes)
+
+
+INSTRUMENTS = (
+    Instrument(
+        "sglang_gpu_memory_total_bytes",
+        "gauge",
+        "By",
+        "Memory of the GPU, from NVML.",
+        ("gpu_uuid", "gpu"),
+        read_host=_gpu(lambda account: account.gpu.total_bytes),
+    ),
+    Instrument(
+        "sglang_gpu_memory_used_bytes",
+        "gauge",
+        "By",
+        "Memory of the GPU that is in use by anyone, from NVML.",
+        ("gpu_uuid", "gpu"),
+        read_host=_gpu(lambda account: account.gpu.used_bytes),
+    ),
+    Instrument(
+        "sglang_gpu_memory_used_max_bytes",
+        "gauge",
+        "By",
+        "The most of it that was in use within the last minute, looked at once a second.",
+        ("gpu_uuid", "gpu"),
+        read_host=_gpu(lambda account: account.most_used),
+    ),
+    Instrument(
+        "sglang_gpu_memory_bytes",
+        "gauge",
+        "By",
+        "The GPU's account: bytes by what holds them, which sum to its total. Absent while they "
+        "do not, as in the middle of a release.",
+        ("gpu_uuid", "gpu", "part"),
+        read_host=_gpu_parts,
+    ),
+)

@@ -1,0 +1,55 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Calls that read, save, send or check weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from sglang_weight_exporter.export.instruments.base import Instrument, RoleReader, Sample
+from sglang_weight_exporter.export.views import RoleView
+
+#: Known before their first call, so that the counter exists at 0.
+OPERATIONS = (
+    "get_weights_by_name",
+    "save_remote_model",
+    "save_sharded_model",
+    "send_weights_to_remote_instance",
+    "check_weights",
+    "init_weights_update_group",
+    "destroy_weights_update_group",
+    "load_lora_adapter",
+    "load_lora_adapter_from_tensors",
+    "unload_lora_adapter",
+)
+
+
+def _operations(attribute: Literal["calls", "failures"]) -> RoleReader:
+    def samples(view: RoleView) -> Iterator[Sample]:
+        if view.is_target:
+            for operation in dict.fromkeys((*OPERATIONS, *view.snapshot.operations)):
+                counts = view.snapshot.operations.get(operation)
+                yield Sample((operation,), 0 if counts is None else getattr(counts, attribute))
+
+    return samples
+
+
+INSTRUMENTS = (
+    Instrument(
+        "sglang_weight_operations",
+        "counter",
+        "{call}",
+        "Calls that read, save, send or check weights, or change adapters or update groups.",
+        ("operation",),
+        _operations("calls"),
+    ),
+    Instrument(
+        "sglang_weight_operation_failures",
+        "counter",
+        "{call}",
+        "Such calls that failed.",
+        ("operation",),
+        _operations("failures"),
+    ),
+)

@@ -1,0 +1,128 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Updates of weights: when, how many, how long, and what they changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sglang_weight_exporter.export.instruments.base import (
+    Instrument,
+    Sample,
+    by_source,
+    one,
+    target_only,
+)
+from sglang_weight_exporter.export.views import RoleView
+from sglang_weight_exporter.records.updates import SOURCES, Histogram, UpdateCounts
+from sglang_weight_exporter.records.weights import CHANGES
+
+
+def _histograms(view: RoleView) -> Iterator[Sample]:
+    """Of sources that were used: of a rank's series most would be of those that never are."""
+    durations = by_source(lambda counts: counts.duration, exemplar=True)
+    for sample in durations(view):
+        if isinstance(sample.value, Histogram) and any(sample.value.counts):
+            yield sample
+
+
+def _update_bytes(view: RoleView) -> Iterator[Sample]:
+    for source in SOURCES:
+        counts = view.role.updates.get(source, UpdateCounts())
+        if counts.phases and counts.nbytes is not None:
+            yield Sample((source,), counts.nbytes)
+
+
+def _changes(view: RoleView) -> Iterator[Sample]:
+    for change in CHANGES:
+        yield Sample((change,), view.role.changes.get(change, 0))
+
+
+INSTRUMENTS = (
+    Instrument(
+        "sglang_weight_last_update_timestamp_seconds",
+        "gauge",
+        "s",
+        "When weights last changed, the first load included, in Unix time.",
+        read_role=lambda view: one(view.role.updated_at),
+    ),
+    Instrument(
+        "sglang_weight_last_update_start_timestamp_seconds",
+        "gauge",
+        "s",
+        "When the last update that succeeded began, the first load included, in Unix time: the "
+        "same moment on every rank that has it, but for their clocks.",
+        read_role=lambda view: one(view.role.update_started_at),
+    ),
+    Instrument(
+        "sglang_weight_update_in_progress",
+        "gauge",
+        "{update}",
+        "1 inside an update or update session, else 0.",
+        read_role=lambda view: one(float(view.role.in_progress is not None)),
+    ),
+    Instrument(
+        "sglang_weight_updates",
+        "counter",
+        "{update}",
+        "Logical updates that changed weights.",
+        ("source",),
+        by_source(lambda counts: counts.updates, exemplar=True),
+    ),
+    Instrument(
+        "sglang_weight_update_failures",
+        "counter",
+        "{update}",
+        "Logical updates that failed, whether or not they changed weights.",
+        ("source",),
+        by_source(lambda counts: counts.failures),
+    ),
+    Instrument(
+        "sglang_weight_update_calls",
+        "counter",
+        "{call}",
+        "Calls that wrote weights: one a bucket, several an update.",
+        ("source",),
+        by_source(lambda counts: counts.calls),
+    ),
+    Instrument(
+        "sglang_weight_update_duration_seconds",
+        "histogram",
+        "s",
+        "Time of one logical update, from its first call to its last, with what follows that: the "
+        "flush of the cache and the look at what has changed. Of sources that were used.",
+        ("source",),
+        _histograms,
+    ),
+    Instrument(
+        "sglang_weight_update_bytes",
+        "counter",
+        "By",
+        "Bytes that updates brought: of tensors that were handed over, or of the files of a "
+        "checkpoint. Of sources that were used and of whose bytes all are known.",
+        ("source",),
+        _update_bytes,
+    ),
+    Instrument(
+        "sglang_weight_tensors_moved",
+        "counter",
+        "{tensor}",
+        "Tensors whose address changed in an update; CUDA graphs keep the old one.",
+        read_role=lambda view: one(view.role.moved),
+    ),
+    Instrument(
+        "sglang_weight_table_changes",
+        "counter",
+        "{tensor}",
+        "Tensors that an update added, removed, resized or put on another device.",
+        ("change",),
+        _changes,
+    ),
+    Instrument(
+        "sglang_weight_update_groups",
+        "gauge",
+        "{group}",
+        "Process groups open for distributed updates.",
+        read_role=target_only(lambda snapshot: snapshot.update_groups),
+    ),
+)

@@ -1,0 +1,118 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Once a second: what dead ranks left goes, and after the last rank the exporter process ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from sglang_weight_exporter.export.metadata import MetadataFollower
+from sglang_weight_exporter.export.otlp.pipeline import OtlpPipeline
+from sglang_weight_exporter.store.locks import FileLock
+from sglang_weight_exporter.store.reader import (
+    RankDirectory,
+    keep_from_cleaners,
+    rank_directories,
+)
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
+
+logger = logging.getLogger("sglang_weight_exporter")
+
+#: How long the exporter that ranks started stays after the last of them: an engine that starts
+#: again finds its endpoint still there, and a host without engines is left alone soon.
+LINGER_SECONDS = 10.0
+
+#: Between two passes over the ranks.
+PASS_SECONDS = 1.0
+
+#: Between two times at which files are kept from cleaners, who count in days.
+TOUCH_SECONDS = 3600.0
+
+
+class RankCare:
+    """Looks after the ranks of a runtime directory.
+
+    ``lock``: the exporter's. ``ends_with_ranks``: whether ranks have started this process.
+    ``read``: makes a view of the host; the most in use of a GPU is what these have seen.
+    """
+
+    def __init__(
+        self,
+        runtime_dir: RuntimeDir,
+        lock: FileLock,
+        *,
+        ends_with_ranks: bool,
+        pipeline: OtlpPipeline,
+        metadata: MetadataFollower,
+        read: Callable[[], object],
+    ) -> None:
+        self._runtime_dir = runtime_dir
+        self._lock = lock
+        self._ends_with_ranks = ends_with_ranks
+        self._pipeline = pipeline
+        self._metadata = metadata
+        self._read = read
+
+    async def run(self) -> None:
+        """Returns when the exporter process has to end."""
+        alone_since = time.monotonic()
+        touched_at = -TOUCH_SECONDS
+        while True:
+            if time.monotonic() - touched_at >= TOUCH_SECONDS:
+                await asyncio.to_thread(keep_from_cleaners, self._runtime_dir)
+                touched_at = time.monotonic()
+            alive = await self._pass()
+            await asyncio.to_thread(self._metadata.follow)
+            await asyncio.to_thread(self._read)
+            if not self._owns_the_directory():
+                logger.warning(
+                    "%s was removed, so this process ends: whoever makes it anew serves it.",
+                    self._runtime_dir.path,
+                )
+                return
+            now = time.monotonic()
+            if alive or not self._ends_with_ranks:
+                alone_since = now
+            elif now - alone_since > LINGER_SECONDS:
+                return
+            await asyncio.sleep(PASS_SECONDS)
+
+    async def _pass(self) -> bool:
+        """Whether any rank is alive; what dead ones left is removed."""
+        alive = False
+        try:
+            for directory in rank_directories(self._runtime_dir):
+                alive |= self._look_after(directory)
+                await asyncio.sleep(0)  # Thousands that are dead keep no scrape waiting.
+        except OSError:
+            return True  # Not known to be none. SnapshotReader counts it and says it.
+        return alive
+
+    def _look_after(self, directory: RankDirectory) -> bool:
+        """Whether the rank is alive; what a dead one left is removed."""
+        try:
+            self._pipeline.discard(directory)
+            if directory.is_alive():
+                return True
+            if self._pipeline.is_done_with(directory):
+                directory.remove()
+        except OSError:
+            pass  # Nothing this time.
+        return False
+
+    def _owns_the_directory(self) -> bool:
+        """Whether the lock that is held is the one that others would take. After the directory
+        was removed, one that somebody has started takes the new one; ranks start another."""
+        if self._lock.is_current():
+            return True
+        if self._ends_with_ranks:
+            return False
+        self._lock.close()
+        try:
+            RuntimeDir.open(self._runtime_dir.path, {})
+            return self._lock.acquire()
+        except (OSError, RuntimeDirError):
+            return True  # Not now, perhaps later; nobody else can have it either.
