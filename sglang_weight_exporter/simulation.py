@@ -280,26 +280,26 @@ def _life(
     Every other engine gives its memory back while it waits, as in reinforcement learning.
     """
     _tell(ranks, lambda ledger: ledger.begin_start())
-    loading = [rank.ledger.begin_load() for rank in ranks]
+    loading = [rank.ledger.loads.begin() for rank in ranks]
     yield clock() + chance.uniform(30.0, 45.0)
     for rank, began_at in zip(ranks, loading, strict=True):
         for role in rank.roles:
-            rank.ledger.end_load(role, began_at, model_path=MODEL, weight_version="0")
-        rank.ledger.end_start()
+            rank.ledger.loads.end(role, began_at, model_path=MODEL, weight_version="0")
+        rank.ledger.loads.end_start()
         rank.publish()
     source = _SOURCES[number % len(_SOURCES)]
     for version in itertools.count(1):
         yield start + (version - 1) * ROUND_SECONDS + FIRST_SECONDS + number
         releases = number % 2 == 1
         if releases:
-            _tell(ranks, lambda ledger: ledger.release({"weights", "kv_cache"}))
+            _tell(ranks, lambda ledger: ledger.counters.release({"weights", "kv_cache"}))
             yield clock() + chance.uniform(4.0, 6.0)
-            _tell(ranks, lambda ledger: ledger.resume({"weights"}))
+            _tell(ranks, lambda ledger: ledger.counters.resume({"weights"}))
         fails, moves = (not (version + number) % every for every in (FAILS_EVERY, MOVES_EVERY))
         for seconds in _reload(ranks, source, version, chance, fails=fails, moves=moves):
             yield clock() + seconds
         if releases:
-            _tell(ranks, lambda ledger: ledger.resume({"kv_cache"}))
+            _tell(ranks, lambda ledger: ledger.counters.resume({"kv_cache"}))
 
 
 def _reload(
@@ -315,33 +315,35 @@ def _reload(
     message = "simulated: the peer went away" if fails else ""
     pauses = source == "tensor"
     if pauses:
-        _tell(ranks, lambda ledger: ledger.pause("retract"))
+        _tell(ranks, lambda ledger: ledger.prefix_cache.pause("retract"))
         yield chance.uniform(1.0, 2.0)
     _tell(
         ranks,
-        lambda ledger: ledger.begin_request(flush_cache=True, weight_version=str(version)),
+        lambda ledger: ledger.updates.begin_request(flush_cache=True, weight_version=str(version)),
     )
     for call, role in itertools.product(range(_CALLS[source]), ranks[0].roles):
-        tickets = [rank.ledger.begin(role, source, ends_with="request") for rank in ranks]
+        tickets = [rank.ledger.updates.begin(role, source, ends_with="request") for rank in ranks]
         for rank in ranks:
             if source != "ipc":
                 brought = sum(usage.nbytes for usage in _weights(role) if usage.kind == "parameter")
-                rank.ledger.add_bytes(brought // _CALLS[source])
+                rank.ledger.updates.add_bytes(brought // _CALLS[source])
             rank.publish()
         yield chance.uniform(0.4, 1.6)
         failed = fails and call == _CALLS[source] - 1
         verdict = Verdict(False, "undefined", message) if failed else Verdict(True, "changed")
         for rank, token in zip(ranks, tickets, strict=True):
-            rank.ledger.finish(token, verdict)
+            rank.ledger.updates.finish(token, verdict)
     for rank in ranks:
         rank.place += moves
         rank.content = rank.content if fails else str(version)
     _tell(
         ranks,
-        lambda ledger: ledger.end_request(succeeded=not fails, message=message, raised=False),
+        lambda ledger: ledger.updates.end_request(
+            succeeded=not fails, message=message, raised=False
+        ),
     )
     if pauses:
-        _tell(ranks, lambda ledger: ledger.continue_generation())
+        _tell(ranks, lambda ledger: ledger.prefix_cache.continue_generation())
 
 
 def _tell(ranks: list[_Rank], what: Callable[[Ledger], None]) -> None:
@@ -431,7 +433,7 @@ class _Rank:
             self._tables[role] = table
             self.store.write_table(table)
             changes = compare_tables(before, table)
-            update = self.ledger.compare(ended, model_path=MODEL, changes=changes)
+            update = self.ledger.complete(ended, model_path=MODEL, changes=changes)
             if update is None:
                 continue
             self._events += 1
@@ -464,7 +466,7 @@ class _Rank:
                 devices=(self._device,),
                 roles=tuple(self.ledger.describe(role, self._role(role)) for role in self.roles),
                 weight_version=self.ledger.weight_version,
-                cache=self.ledger.cache,
+                cache=self.ledger.prefix_cache.counts,
                 hooks=_HOOKS,
                 memory=(self._memory,),
                 budget=MemoryBudget(fraction=0.85, before_load=_GPU_BYTES - _DRIVER_BYTES),
@@ -484,7 +486,7 @@ class _Rank:
             nbytes=_KV_TOKENS * _KV_TOKEN_BYTES * _LAYERS[name],
             tokens=_KV_TOKENS,
         )
-        released = self.ledger.released
+        released = self.ledger.counters.released
         stay = ("buffer",) if "weights" in released else ("parameter", "buffer")
         resident = sum(usage.nbytes for usage in weights if usage.kind in stay)
         kv_resident = 0 if "kv_cache" in released else pool.nbytes
@@ -498,11 +500,11 @@ class _Rank:
             kv_pools=(pool,),
             kv_resident={_DEVICE: kv_resident},
             lora=(LoraUsage(device=_DEVICE, nbytes=self._lora, adapters=2),) if self._lora else (),
-            fingerprints=self.ledger.fingerprint_counts(name),
+            fingerprints=self.ledger.counters.fingerprints(name),
         )
 
     def _table_ref(self, role: str) -> TableRef:
-        table, released = self._tables[role], "weights" in self.ledger.released
+        table, released = self._tables[role], "weights" in self.ledger.counters.released
         content = f"{role}|{self._ranks.tp}|{self.content}"
         return TableRef(
             file=table_file(table),

@@ -150,10 +150,10 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.begin_start()
         for role in ROLES:
             self.ledger.add_role(role)
-            began = self.ledger.begin_load()
-            self.ledger.end_load(role, began, model_path="a", weight_version="default")
+            began = self.ledger.loads.begin()
+            self.ledger.loads.end(role, began, model_path="a", weight_version="default")
         assert self.ledger.take_finished() == []  # Drafts may still share what they have.
-        self.ledger.end_start()
+        self.ledger.loads.end_start()
         assert [ended.role for ended in self.ledger.take_finished()] == list(ROLES)
 
     @rule(seconds=st.sampled_from([0.01, 1.0, IDLE_SECONDS + 1]))
@@ -173,11 +173,11 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def write(self, role: str, source: Any, verdict: Verdict, ends_with: Any) -> None:
         update = self.began(role, source)
-        token = self.ledger.begin(role, source, ends_with=ends_with)
+        token = self.ledger.updates.begin(role, source, ends_with=ends_with)
         if source in TELLS:
-            self.ledger.add_bytes(BYTES)
+            self.ledger.updates.add_bytes(BYTES)
         self.now += 0.5
-        self.ledger.finish(token, verdict)
+        self.ledger.updates.finish(token, verdict)
         if verdict.effect != "unchanged":
             update.brought.append(BYTES if source in TELLS else None)
         update.source, update.last_call = source, self.now
@@ -215,7 +215,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 and update.version not in ("", version)
             ):
                 self.end(role)
-        self.ledger.begin_request(flush_cache=flush_cache, weight_version=version)
+        self.ledger.updates.begin_request(flush_cache=flush_cache, weight_version=version)
         for role in roles:
             fresh = self.began(role, source)
             fresh.version = fresh.version or ("" if fresh.session or fresh.verdicts else version)
@@ -226,7 +226,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.flush(works=flushes)
         succeeded = verdict.succeeded and (flushes or not flush_cache)
         message = "" if succeeded else "the cache was not flushed"
-        self.ledger.end_request(succeeded=succeeded, message=message, raised=False)
+        self.ledger.updates.end_request(succeeded=succeeded, message=message, raised=False)
         written = {role: update for role, update in self.open.items() if update is not None}
         only_flush = not succeeded and not any(update.failed for update in written.values())
         for role, update in written.items():
@@ -248,7 +248,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def begin_session(self, role: str) -> None:
         update = self.open[role]
         if update is not None and update.session and update.verdicts:
-            self.ledger.begin_session(role)
+            self.ledger.updates.begin_session(role)
             return
         if update is not None and not update.session:
             self.end(role)
@@ -256,7 +256,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if not any(other is not None and other.session for other in self.open.values()):
             self.session_calls = 0
         self.open[role] = Modelled(None, self.now, session=True, last_call=self.now)
-        self.ledger.begin_session(role)
+        self.ledger.updates.begin_session(role)
 
     @rule(role=st.sampled_from(ROLES), works=st.booleans())
     def end_session(self, role: str, works: bool) -> None:
@@ -265,7 +265,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         run_post_load = self.session_calls == 0
         error = "" if works else "repacking failed"
-        self.ledger.end_session(role, error=error, run_post_load=run_post_load)
+        self.ledger.updates.end_session(role, error=error, run_post_load=run_post_load)
         if not works:
             update.source = update.source or "p2p"
             update.verdicts.append(BROKEN)
@@ -293,7 +293,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.cached.clear()
         self.ledger.begin_flush()
         self.now += 0.125
-        self.ledger.flush(succeeded=works)
+        self.ledger.end_flush(succeeded=works)
         self.flushes[works] += 1
 
     @rule()
@@ -302,13 +302,13 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(mode=st.sampled_from(["in_place", "retract", "abort"]))
     def pause(self, mode: Any) -> None:
-        self.ledger.pause(mode)
+        self.ledger.prefix_cache.pause(mode)
         self.pauses[mode] += 1
         self.paused |= mode != "abort"
 
     @rule()
     def continue_generation(self) -> None:
-        self.ledger.continue_generation()
+        self.ledger.prefix_cache.continue_generation()
         self.paused = False
 
     # Experts, on the worker's thread, whatever the scheduler's does.
@@ -317,7 +317,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def begin_rebalance(self) -> None:
         if not self.rebalancing:
             self.rebalancing = True
-            self.ledger.begin_rebalance()
+            self.ledger.updates.begin_rebalance()
 
     @precondition(lambda self: self.moving is None)
     @rule()
@@ -325,8 +325,8 @@ class LedgerMachine(RuleBasedStateMachine):
         self.on = WORKER
         if self.moves is None:
             self.moves = Modelled("eplb", self.now)
-        self.moving = self.ledger.begin_move("target")
-        assert self.ledger.begin_move("target") is None  # Inside another.
+        self.moving = self.ledger.updates.begin_move("target")
+        assert self.ledger.updates.begin_move("target") is None  # Inside another.
         self.on = SCHEDULER
 
     @precondition(lambda self: self.moving is not None)
@@ -336,13 +336,13 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.moves is not None
         self.on = WORKER
         for _ in range(reads):  # Missing experts, again from disk.
-            token = self.ledger.begin("target", "disk", ends_with="request")
-            self.ledger.finish(token, verdict)
+            token = self.ledger.updates.begin("target", "disk", ends_with="request")
+            self.ledger.updates.finish(token, verdict)
             self.moves.verdicts.append(verdict)
             self.moves.brought.append(None)
             self.calls["target", "eplb"] += 1
         whole = self.moving.ends_with == "call" and self.moving.opened
-        self.ledger.finish(self.moving, verdict)
+        self.ledger.updates.finish(self.moving, verdict)
         self.moves.verdicts.append(verdict)
         self.moves.brought.append(None)
         self.calls["target", "eplb"] += 1
@@ -355,7 +355,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def end_rebalance(self) -> None:
         self.rebalancing = False
-        self.ledger.end_rebalance()
+        self.ledger.updates.end_rebalance()
         if self.moves is not None:
             self.count("target", self.moves)
             self.moves = None
@@ -363,10 +363,10 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(tag=st.sampled_from(["weights", "kv_cache"]), gives=st.booleans())
     def release_or_resume(self, tag: str, gives: bool) -> None:
         if gives:
-            self.ledger.release({tag})
+            self.ledger.counters.release({tag})
             self.released.add(tag)
         else:
-            self.ledger.resume({tag})
+            self.ledger.counters.resume({tag})
             self.released.discard(tag)
 
     # What must always hold.
@@ -375,7 +375,7 @@ class LedgerMachine(RuleBasedStateMachine):
         """What follows the end of an update, as a rank does it."""
         for ended in self.ledger.take_finished():
             self.now += 0.25
-            update = self.ledger.compare(ended, model_path="b", changes=TableChanges())
+            update = self.ledger.complete(ended, model_path="b", changes=TableChanges())
             if update is None or update.source is None:
                 continue
             self.told += 1
@@ -387,7 +387,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def counts_are_the_models(self) -> None:
         self.look()
         for name in ROLES:
-            if name not in self.ledger._roles:
+            if name not in self.ledger.roles:
                 return
             role = self.ledger.describe(name, Role(name=name, device="cpu"))
             for source, counts in role.updates.items():
@@ -404,11 +404,11 @@ class LedgerMachine(RuleBasedStateMachine):
             assert (role.in_progress is not None) == expected, name
             assert role.last_update is not None
             assert role.update_started_at == self.last_began[name]
-        assert self.ledger.released == self.released
+        assert self.ledger.counters.released == self.released
 
     @invariant()
     def the_cache_is_the_models(self) -> None:
-        cache = self.ledger.cache
+        cache = self.ledger.prefix_cache.counts
         if cache is not None:
             assert cache.stale == any(token != self.written for token in self.cached)
             assert (cache.flushes, cache.failures) == (self.flushes[True], self.flushes[False])
@@ -455,7 +455,7 @@ class Clock:
     def last(self) -> Update:
         (ended,) = self.ledger.take_finished()
         self.pass_(32.0)  # The look at what has changed.
-        update = self.ledger.compare(ended, model_path="b", changes=TableChanges())
+        update = self.ledger.complete(ended, model_path="b", changes=TableChanges())
         assert update is not None
         return update
 
@@ -466,29 +466,29 @@ def test_a_session_spends_its_time_on_what_its_calls_are_about() -> None:
     ledger = clock.ledger
     before = clock.now
     clock.pass_(64.0)  # The look at what is there.
-    ledger.begin_session("target", since=before)
+    ledger.updates.begin_session("target", since=before)
     clock.pass_(1.0)  # Unpacks.
-    ledger.set_phase("wait", "target")
+    ledger.updates.set_phase("wait", "target")
     clock.pass_(2.0)
-    ledger.begin_request(flush_cache=True, weight_version="2")
-    ledger.set_phase("receive", "target")
+    ledger.updates.begin_request(flush_cache=True, weight_version="2")
+    ledger.updates.set_phase("receive", "target")
     clock.pass_(4.0)
-    token = ledger.begin("target", "distributed", ends_with="later")
-    assert ledger.writing
-    ledger.add_bytes(4096)
+    token = ledger.updates.begin("target", "distributed", ends_with="later")
+    assert ledger.updates.writing
+    ledger.updates.add_bytes(4096)
     clock.pass_(8.0)
-    ledger.finish(token, CHANGED)
-    assert not ledger.writing
+    ledger.updates.finish(token, CHANGED)
+    assert not ledger.updates.writing
     ledger.begin_flush()
     clock.pass_(16.0)
-    ledger.flush(succeeded=True)
-    ledger.end_request(succeeded=True, message="", raised=False)
-    ledger.set_phase("post_process", "target")
+    ledger.end_flush(succeeded=True)
+    ledger.updates.end_request(succeeded=True, message="", raised=False)
+    ledger.updates.set_phase("post_process", "target")
     clock.pass_(128.0)
     progress = ledger.describe("target", Role(name="target", device="cpu")).in_progress
     assert progress is not None
     assert progress.phase == "post_process"
-    ledger.end_session("target")
+    ledger.updates.end_session("target")
     update = clock.last()
     assert update.phases == {
         "capture": 64.0 + 32.0,
@@ -505,17 +505,17 @@ def test_a_session_spends_its_time_on_what_its_calls_are_about() -> None:
 def test_post_processing_and_readers_are_told_apart_from_the_load_around_them() -> None:
     clock = Clock()
     ledger = clock.ledger
-    ledger.begin_request(flush_cache=True, weight_version="")
-    token = ledger.begin("target", "disk", ends_with="request")
+    ledger.updates.begin_request(flush_cache=True, weight_version="")
+    token = ledger.updates.begin("target", "disk", ends_with="request")
     before = clock.now
     clock.pass_(1.0)
-    ledger.add_time("wait", before)  # Readers of the table were let go on.
+    ledger.updates.add_time("wait", before)  # Readers of the table were let go on.
     clock.pass_(2.0)
-    ledger.set_phase("post_process")
+    ledger.updates.set_phase("post_process")
     clock.pass_(4.0)
-    ledger.set_phase("load")
-    ledger.finish(token, CHANGED)
-    ledger.end_request(succeeded=True, message="", raised=False)
+    ledger.updates.set_phase("load")
+    ledger.updates.finish(token, CHANGED)
+    ledger.updates.end_request(succeeded=True, message="", raised=False)
     update = clock.last()
     assert update.phases == {"load": 2.0, "wait": 1.0, "post_process": 4.0, "capture": 32.0}
     assert update.nbytes is None  # Nobody has said what came.
@@ -526,16 +526,16 @@ def test_an_update_that_nobody_ends_has_ended_with_its_last_call() -> None:
     ledger = clock.ledger
     for _ in range(2):
         clock.pass_(1.0)
-        token = ledger.begin("target", "tensor", ends_with="later")
-        ledger.add_bytes(10)
+        token = ledger.updates.begin("target", "tensor", ends_with="later")
+        ledger.updates.add_bytes(10)
         clock.pass_(2.0)
-        ledger.finish(token, CHANGED)
+        ledger.updates.finish(token, CHANGED)
     clock.pass_(IDLE_SECONDS + 1)
     role = ledger.describe("target", Role(name="target", device="cpu")).settled(clock.now)
     assert role.updates["tensor"].phases == {"load": 4.0, "wait": 1.0}
     assert role.updates["tensor"].duration.sum == 5.0
     assert role.update_started_at == clock.now - IDLE_SECONDS - 1 - 5.0
-    ledger.begin("target", "tensor", ends_with="later")
+    ledger.updates.begin("target", "tensor", ends_with="later")
     update = clock.last()
     assert update.phases == {"load": 4.0, "wait": 1.0}
     assert update.nbytes == 20
@@ -559,18 +559,18 @@ def test_a_clock_that_was_set_back_makes_no_negative_duration() -> None:
     ledger = Ledger(clock=lambda: now)
     ledger.begin_start()
     ledger.add_role("target")
-    began = ledger.begin_load()
+    began = ledger.loads.begin()
     now -= 500.0
-    ledger.end_load("target", began, model_path="a", weight_version="default")
-    ledger.end_start()
-    token = ledger.begin("target", "disk", ends_with="request")
+    ledger.loads.end("target", began, model_path="a", weight_version="default")
+    ledger.loads.end_start()
+    token = ledger.updates.begin("target", "disk", ends_with="request")
     now -= 500.0  # As NTP does it to a host that booted with a wrong clock.
-    ledger.finish(token, CHANGED)
-    ledger.begin_session("target")
-    token = ledger.begin("target", "tensor", ends_with="later")
+    ledger.updates.finish(token, CHANGED)
+    ledger.updates.begin_session("target")
+    token = ledger.updates.begin("target", "tensor", ends_with="later")
     now -= 500.0
-    ledger.finish(token, CHANGED)
-    ledger.end_session("target")
+    ledger.updates.finish(token, CHANGED)
+    ledger.updates.end_session("target")
     role = ledger.describe("target", Role(name="target", device="cpu"))
     assert role.load_seconds == 0.0
     counted = [counts.duration for counts in role.updates.values() if counts.updates]

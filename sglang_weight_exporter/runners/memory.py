@@ -38,12 +38,13 @@ class Memory:
         *,
         clock: Callable[[], float] = time.time,
         stats: Callable[[], dict[int, dict[str, Any]]] | None = None,
+        released: Callable[[], Collection[str]] = frozenset,
     ) -> None:
         self._clock = clock
+        self._released = released
         self._stats = stats or _cuda_stats
         self._devices: dict[int, DeviceMemory] = {}
         self._before_update: dict[int, int] = {}
-        self.released: Callable[[], Collection[str]] = frozenset
 
     def devices(self) -> tuple[DeviceMemory, ...]:
         """What the last look has found, by index of the device."""
@@ -108,7 +109,7 @@ class Memory:
         pools: list[Storage],
     ) -> tuple[Account, int]:
         """The account, and the bytes of KV pools that are in virtual memory of their own."""
-        released = self.released()
+        released = self._released()
         try:
             found = segments()
         except Exception as error:  # As with cudaMallocAsync, which has no segments to show.

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from releases import RELEASES, Definition, Release, fetch
 
-from sglang_weight_exporter.hooks.observer import Observer
 from sglang_weight_exporter.hooks.targets import (
     EPLB_MANAGER,
     EXPORTER,
@@ -29,6 +28,7 @@ from sglang_weight_exporter.hooks.targets import (
     Target,
     version_key,
 )
+from sglang_weight_exporter.hooks.translator import Translator
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
@@ -247,8 +247,8 @@ def test_no_hook_is_excused_that_no_release_has() -> None:
     assert NO_HOOK.keys() - methods == set()
 
 
-def test_every_meaning_is_a_method_of_the_observer() -> None:
-    assert [target for target in TARGETS if not callable(getattr(Observer, target.meaning))] == []
+def test_every_meaning_is_a_method_of_the_translator() -> None:
+    assert [target for target in TARGETS if not callable(getattr(Translator, target.meaning))] == []
 
 
 def test_every_hook_is_in_the_document() -> None:

@@ -48,7 +48,7 @@ def imported(rank: Rank, name: str, monkeypatch: pytest.MonkeyPatch, **contents:
 
 
 def state(rank: Rank, target: str) -> tuple[str, str]:
-    (found,) = (hook for hook in rank.installation.states("0.5.23") if hook.target == target)
+    (found,) = (hook for hook in rank.installation.states.all("0.5.23") if hook.target == target)
     return found.status, found.reason
 
 

@@ -170,7 +170,7 @@ def test_memory_is_left_once_for_each_time_that_it_was_asked_for(
 def test_names_of_weights_are_those_of_the_table(rank: Rank) -> None:
     rank.runner()
     rank.runner(is_draft_worker=True)
-    inspector = rank.installation._the_observer()._rank.inspector
+    inspector = rank.installation.translator._rank.inspector
     assert {
         (owner.name, owner.part, owner.nbytes) for owner in memory_owners(inspector._captures)
     } == {

@@ -20,7 +20,6 @@ import torch
 
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.hooks.install import Installation
-from sglang_weight_exporter.hooks.observer import Observer
 from sglang_weight_exporter.hooks.targets import (
     EPLB_MANAGER,
     RUNNER,
@@ -28,15 +27,13 @@ from sglang_weight_exporter.hooks.targets import (
     TARGETS,
     UPDATER,
 )
+from sglang_weight_exporter.hooks.translator import Translator
 from sglang_weight_exporter.ledger import IDLE_SECONDS
-from sglang_weight_exporter.publisher.publisher import Publisher
-from sglang_weight_exporter.rank import Rank as SglangRank
+from sglang_weight_exporter.rank import make_rank
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import Update, UpdateInProgress
 from sglang_weight_exporter.records.weights import WeightUsage
-from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
-from sglang_weight_exporter.runners.roles import Roles
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -74,7 +71,7 @@ class Rank:
         self.allocations = Segments.none()
         #: SGLang's workers keep their runners.
         self.workers: list[Any] = []
-        self.installation = Installation(TARGETS, self._observer)
+        self.installation = Installation(TARGETS, self._translator)
         if not known:
             return
         self.runners = self.hook(RUNNER, ModelRunner)
@@ -82,30 +79,23 @@ class Rank:
         self.components = self.hook(SCHEDULER_COMPONENT, SchedulerWeightUpdaterManager)
         self.balancers = self.hook(EPLB_MANAGER, EPLBManager)
 
-    def _observer(self, installation: Installation) -> Observer:
+    def _translator(self, installation: Installation) -> Translator:
         settings = Settings(
             runtime_dir=self.directory,
             serve=False,
             reader_wait_seconds=self.reader_wait_seconds,
         )
-        roles = Roles(installation.report)
-        inspector = ModelRunnerInspector(
-            roles,
+        rank = make_rank(
+            settings,
+            os.environ,
             report=installation.report,
+            hooks=installation.states.all,
+            errors=lambda: dict(installation.errors),
             clock=self.clock,
             allocations=lambda device: self.allocations,
             fingerprinter=self.fingerprinter,
         )
-        return Observer(
-            SglangRank(
-                roles=roles,
-                inspector=inspector,
-                publisher=Publisher(settings, os.environ, report=installation.report),
-                hooks=installation.states,
-                errors=lambda: dict(installation.errors),
-                clock=self.clock,
-            )
-        )
+        return Translator(rank)
 
     def hook(self, place: str, thing: Any) -> Any:
         """A copy of a class or function, wrapped as if SGLang's module had just been imported."""

@@ -3,26 +3,32 @@
 """What each of SGLang's calls means: one method a meaning in the table of targets.
 
 A method is a generator that runs to its ``yield`` before SGLang's code and goes on with the outcome
-after it. It keeps nothing, opens no file and reads no tensor: it tells the rank. Exceptions are
+after it. It keeps nothing, opens no file and reads no tensor: it notifies the rank. Exceptions are
 caught by the caller.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from functools import partial
 
 from sglang_weight_exporter.capture import update_bytes
-from sglang_weight_exporter.hooks.phases import Phases
 from sglang_weight_exporter.hooks.wrapped_call import Around, Call, Outcome, effect_of, verdict_on
 from sglang_weight_exporter.ledger import CallToken, EndsWith, Ledger, Verdict
+from sglang_weight_exporter.rank import Rank
 from sglang_weight_exporter.records.pools import PAUSES
 from sglang_weight_exporter.records.updates import Source
 from sglang_weight_exporter.runners.roles import RunnerRole
 
 
-class Observer(Phases):
-    """Translates calls of SGLang."""
+class Translator:
+    """Translates calls of SGLang into steps of a rank.
+
+    An update is loading unless a call inside it says otherwise: releases that have receiving or
+    post-processing inside of one function with the loading are not told apart.
+    """
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
 
     # The life of a rank and of its model runners.
 
@@ -35,27 +41,27 @@ class Observer(Phases):
         self._rank.roles.identify(call.owner)
         self._rank.inspector.watch(call.owner)
         self._rank.capture(*self._rank.roles, derived=True, pools=True)
-        self._rank.step(Ledger.end_start)
+        self._rank.step(lambda ledger: ledger.loads.end_start())
 
     def construct(self, call: Call) -> Around:
         """``ModelRunner.__init__``: loads the model somewhere inside, and changes it after that."""
         outcome = yield
         # Until 0.5.13 the pools are allocated inside.
         complete = not hasattr(call.owner, "alloc_memory_pool")
-        self._tell_load(self._rank.roles.find(call.owner), outcome, complete=complete)
+        self._report_load(self._rank.roles.find(call.owner), outcome, complete=complete)
 
     def load(self, call: Call) -> Around:
         """``ModelRunner.load_model``."""
         role = self._rank.role(call.owner)
         if role is not None:
-            started_at = self._rank.step(Ledger.begin_load)
+            started_at = self._rank.step(lambda ledger: ledger.loads.begin())
             self._end_load(role, (yield), started_at)
 
     def _end_load(self, role: RunnerRole, outcome: Outcome, started_at: float | None) -> None:
         if outcome.error is None:
             self._rank.capture(role, derived=True, pools=True)
         self._rank.step(
-            lambda ledger: ledger.end_load(
+            lambda ledger: ledger.loads.end(
                 role.name,
                 started_at,
                 error=_error(outcome),
@@ -71,25 +77,25 @@ class Observer(Phases):
         outcome = yield
         if (role := self._rank.roles.find(call.owner)) is not None:
             self._rank.capture(role, derived=True, pools=True)
-            self._rank.step(lambda ledger: ledger.finalize_load(role.name, error=_error(outcome)))
+            self._rank.step(lambda ledger: ledger.loads.finalize(role.name, error=_error(outcome)))
 
     def allocate_kv_pool(self, call: Call) -> Around:
         """Allocation of the KV pool, and its resize once CUDA graphs are captured."""
         self._rank.roles.tell_free_memory(call.argument("total_gpu_memory"))  # Until 0.5.9.
         outcome = yield
-        self._tell_load(self._rank.role(call.owner), outcome, complete=True)
+        self._report_load(self._rank.role(call.owner), outcome, complete=True)
 
-    def _tell_load(self, role: RunnerRole | None, outcome: Outcome, *, complete: bool) -> None:
+    def _report_load(self, role: RunnerRole | None, outcome: Outcome, *, complete: bool) -> None:
         if role is not None and outcome.error is None:
             self._rank.capture(role, derived=True, pools=True)
             complete = complete or self._rank.inspector.of(role).kv_pools is not None
-            self._rank.step(lambda ledger: ledger.report_load(role.name) if complete else None)
+            self._rank.step(lambda ledger: ledger.loads.report(role.name) if complete else None)
 
     # Models without a model runner.
 
     def begin_load(self, call: Call) -> Around:
         """``get_model_loader``, the first step of every load."""
-        self._rank.step(Ledger.begin_load, quietly=True)
+        self._rank.step(lambda ledger: ledger.loads.begin(), quietly=True)
         yield
 
     def start_encoder(self, call: Call) -> Around:
@@ -103,8 +109,8 @@ class Observer(Phases):
         outcome = yield
         role = self._rank.role(call.owner)
         if role is not None:
-            self._end_load(role, outcome, self._rank.ledger.load_began_at)
-            self._rank.step(lambda ledger: ledger.report_load(role.name))
+            self._end_load(role, outcome, self._rank.ledger.loads.began_at)
+            self._rank.step(lambda ledger: ledger.loads.report(role.name))
 
     def map_weights(self, call: Call) -> Around:
         """``IpcModelLoader`` maps a weight-cache daemon's tensors: they count there."""
@@ -136,8 +142,9 @@ class Observer(Phases):
         """Some layers' experts move, from peers or again from disk."""
         role = self._rank.roles.named("target")
         if role is not None:
-            begin = partial(Ledger.begin_move, name=role.name)
-            yield from self._account("eplb", begin, announced=True)
+            yield from self._account(
+                "eplb", lambda ledger: ledger.updates.begin_move(role.name), announced=True
+            )
 
     def _write(
         self, call: Call, source: Source | None, ends_with: EndsWith, *, announced: bool = False
@@ -146,11 +153,17 @@ class Observer(Phases):
         if role is None or source is None:
             return (yield)
         since = self._rank.capture_before_update()
-        begin = partial(
-            Ledger.begin, name=role.name, source=source, ends_with=ends_with, since=since
-        )
         nbytes = update_bytes.of_call(call.argument)
-        return (yield from self._account(source, begin, announced=announced, nbytes=nbytes))
+        return (
+            yield from self._account(
+                source,
+                lambda ledger: ledger.updates.begin(
+                    role.name, source, ends_with=ends_with, since=since
+                ),
+                announced=announced,
+                nbytes=nbytes,
+            )
+        )
 
     def _account(
         self,
@@ -165,53 +178,97 @@ class Observer(Phases):
         token = self._rank.step(begin)
         self._rank.lock_tables()
         if token is not None and nbytes is not None:
-            self._rank.ledger.add_bytes(nbytes)
+            self._rank.ledger.updates.add_bytes(nbytes)
         outcome = yield
         if token is not None:
             succeeded, message = verdict_on(outcome)
             effect = effect_of(None if announced else source, outcome, succeeded, message)
             verdict = Verdict(succeeded, effect, message)
-            self._rank.step(lambda ledger: ledger.finish(token, verdict))
+            self._rank.step(lambda ledger: ledger.updates.finish(token, verdict))
         return outcome
+
+    # Calls inside an update: where its time goes, and what it brings.
+
+    def receive(self, call: Call) -> Around:
+        """Tensors arrive, to be loaded by further calls."""
+        role, source = self._rank.role(call.owner), call.target.source
+        if role is None or source is None:
+            return
+        self._rank.step(lambda ledger: ledger.updates.set_phase("receive", role.name))
+        outcome = yield
+        message = outcome.raised
+        if outcome.error is None:
+            self._rank.step(
+                lambda ledger: ledger.updates.set_phase("wait", role.name), quietly=True
+            )
+        else:
+            self._rank.step(
+                lambda ledger: ledger.updates.fail_receiving(role.name, source, message)
+            )
+
+    def read_files(self, call: Call) -> Around:
+        """``_prepare_weights``, which says what files a checkpoint's tensors are read from."""
+        outcome = yield
+        if outcome.error is None and self._rank.ledger.updates.writing:
+            _, files, _ = outcome.result
+            nbytes = update_bytes.of_files(files)
+            self._rank.step(lambda ledger: ledger.updates.add_bytes(nbytes), quietly=True)
+
+    def post_process(self, call: Call) -> Around:
+        """Weights are unpacked before a load or packed after it, inside the call that loads; in a
+        session its beginning and its end do the same."""
+        if self._rank.ledger.updates.writing:
+            self._rank.step(lambda ledger: ledger.updates.set_phase("post_process"))
+            yield
+            self._rank.step(lambda ledger: ledger.updates.set_phase("load"), quietly=True)
+
+    # Sessions, requests and rebalances.
 
     def begin_session(self, call: Call) -> Around:
         """An update with a beginning and an end, and any number of calls between."""
         role = self._rank.role(call.owner)
         if role is not None:
             since = self._rank.capture_before_update()
-            self._rank.step(lambda ledger: ledger.begin_session(role.name, since=since))
+            self._rank.step(lambda ledger: ledger.updates.begin_session(role.name, since=since))
             self._rank.lock_tables()
             outcome = yield
             if outcome.error is not None:
-                self._rank.step(lambda ledger: ledger.abandon_session(role.name))
+                self._rank.step(lambda ledger: ledger.updates.abandon_session(role.name))
             else:
-                self._rank.step(lambda ledger: ledger.set_phase("wait", role.name))
+                self._rank.step(lambda ledger: ledger.updates.set_phase("wait", role.name))
 
     def end_session(self, call: Call) -> Around:
         """The session is over, and weights that were unpacked for it are packed again."""
         role = self._rank.role(call.owner)
         if role is not None:
-            self._rank.step(lambda ledger: ledger.set_phase("post_process", role.name))
+            self._rank.step(lambda ledger: ledger.updates.set_phase("post_process", role.name))
         outcome = yield
         if role is not None:
             run_post_load = bool(call.argument("run_post_load"))
-            end = partial(Ledger.end_session, error=outcome.raised, run_post_load=run_post_load)
-            self._rank.step(lambda ledger: end(ledger, role.name))
+            self._rank.step(
+                lambda ledger: ledger.updates.end_session(
+                    role.name, error=outcome.raised, run_post_load=run_post_load
+                )
+            )
 
     def request(self, call: Call) -> Around:
         """A request of the scheduler: where updates of several calls or runners end."""
         flush_cache = bool(call.requested("flush_cache"))
         version = str(call.requested("weight_version") or "")
         self._rank.step(
-            lambda ledger: ledger.begin_request(flush_cache=flush_cache, weight_version=version),
+            lambda ledger: ledger.updates.begin_request(
+                flush_cache=flush_cache, weight_version=version
+            ),
             quietly=True,
         )
         outcome = yield
         succeeded, message = verdict_on(outcome)
         raised = outcome.error is not None
         self._rank.step(
-            lambda ledger: ledger.end_request(succeeded=succeeded, message=message, raised=raised),
-            quietly=not self._rank.ledger.updating,
+            lambda ledger: ledger.updates.end_request(
+                succeeded=succeeded, message=message, raised=raised
+            ),
+            quietly=not self._rank.ledger.updates.in_progress,
         )
 
     def change_version(self, call: Call) -> Around:
@@ -219,34 +276,41 @@ class Observer(Phases):
         outcome = yield
         version = call.argument("new_version")
         if version is not None and outcome.error is None:
-            self._rank.step(lambda ledger: ledger.change_version(str(version)))
+            self._rank.step(lambda ledger: ledger.updates.change_version(str(version)))
 
     def rebalance(self, call: Call) -> Around:
         """A rebalance moves experts layer by layer; all of it is one update."""
-        self._rank.step(Ledger.begin_rebalance, quietly=True)
+        self._rank.step(lambda ledger: ledger.updates.begin_rebalance(), quietly=True)
         yield
-        self._rank.step(Ledger.end_rebalance, quietly=True)
+        self._rank.step(lambda ledger: ledger.updates.end_rebalance(), quietly=True)
 
     # The cache that weights leave behind.
+
+    def flush(self, call: Call) -> Around:
+        """``Scheduler.flush_cache``, which refuses while requests run or wait."""
+        self._rank.step(Ledger.begin_flush, quietly=True)
+        outcome = yield
+        succeeded = outcome.error is None and bool(outcome.result)
+        self._rank.step(lambda ledger: ledger.end_flush(succeeded=succeeded))
 
     def pause(self, call: Call) -> Around:
         """Generation is interrupted; mode ``abort`` does not get here, see :meth:`abort`."""
         mode = call.requested("mode")
         outcome = yield
         if mode in PAUSES and outcome.error is None:
-            self._rank.step(lambda ledger: ledger.pause(mode))
+            self._rank.step(lambda ledger: ledger.prefix_cache.pause(mode))
 
     def continue_generation(self, call: Call) -> Around:
         """Generation goes on; also where it was not paused."""
         outcome = yield
         if outcome.error is None:
-            self._rank.step(lambda ledger: ledger.continue_generation())
+            self._rank.step(lambda ledger: ledger.prefix_cache.continue_generation())
 
     def abort(self, call: Call) -> Around:
         """Requests are aborted: one that a client gave up, which is nothing to us, or all."""
         if call.requested("abort_all"):
             yield
-            self._rank.step(lambda ledger: ledger.pause("abort"))
+            self._rank.step(lambda ledger: ledger.prefix_cache.pause("abort"))
 
     # Memory that is given back and taken again.
 
@@ -271,7 +335,9 @@ class Observer(Phases):
         if verdict_on(outcome)[0]:
             is_open = call.target.name == "init_weights_update_group"
             name = str(call.argument("group_name"))
-            self._rank.step(lambda ledger: ledger.set_group(name, is_open=is_open), quietly=True)
+            self._rank.step(
+                lambda ledger: ledger.counters.set_group(name, is_open=is_open), quietly=True
+            )
         self._count(call, outcome)
 
     def operate(self, call: Call) -> Around:
@@ -293,7 +359,7 @@ class Observer(Phases):
     def _count(self, call: Call, outcome: Outcome, *, failed: bool = False) -> None:
         failed = failed or not verdict_on(outcome)[0]
         operation = call.target.name
-        self._rank.step(lambda ledger: ledger.count_operation(operation, failed=failed))
+        self._rank.step(lambda ledger: ledger.counters.count_operation(operation, failed=failed))
 
 
 def _error(outcome: Outcome) -> str:

@@ -1,0 +1,81 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is counted beside loads and updates, and which memory is released."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterable
+
+from sglang_weight_exporter.records.fingerprints import During, FingerprintCounts, Skip
+from sglang_weight_exporter.records.updates import OperationCounts
+from sglang_weight_exporter.records.weights import Kind
+
+
+class Counters:
+    """Operations, update groups, fingerprints, and tags of the memory saver."""
+
+    def __init__(self, lock: threading.RLock) -> None:
+        self._lock = lock
+        self._operations: dict[str, OperationCounts] = {}
+        self._groups: set[str] = set()
+        self._released: set[str] = set()
+        #: By role; they belong to the process and outlive its runners.
+        self._skipped: dict[str, Counter[Skip]] = {}
+        self._modified: dict[str, dict[During, Counter[Kind]]] = {}
+
+    def count_operation(self, operation: str, *, failed: bool) -> None:
+        """Weights were read, saved, sent or checked."""
+        with self._lock:
+            counts = self._operations.get(operation, OperationCounts())
+            self._operations[operation] = OperationCounts(
+                calls=counts.calls + 1, failures=counts.failures + failed
+            )
+
+    @property
+    def operations(self) -> dict[str, OperationCounts]:
+        with self._lock:
+            return dict(self._operations)
+
+    def set_group(self, name: str, *, is_open: bool) -> None:
+        """A process group for distributed updates is there, or is gone."""
+        with self._lock:
+            (self._groups.add if is_open else self._groups.discard)(name)
+
+    @property
+    def update_groups(self) -> int:
+        return len(self._groups)
+
+    def release(self, tags: set[str]) -> None:
+        """Physical memory goes, addresses stay."""
+        with self._lock:
+            self._released |= tags
+
+    def resume(self, tags: set[str]) -> None:
+        with self._lock:
+            self._released -= tags
+
+    @property
+    def released(self) -> frozenset[str]:
+        """Tags of the memory saver whose physical memory is given back now."""
+        with self._lock:
+            return frozenset(self._released)
+
+    def count_skipped(self, role: str, reason: Skip) -> None:
+        """A fingerprint was not taken."""
+        with self._lock:
+            self._skipped.setdefault(role, Counter())[reason] += 1
+
+    def count_modified(self, role: str, during: During, kinds: Iterable[Kind]) -> None:
+        """Tensors of these kinds hold other bytes than the last load or update left in them."""
+        with self._lock:
+            self._modified.setdefault(role, {}).setdefault(during, Counter()).update(kinds)
+
+    def fingerprints(self, role: str) -> FingerprintCounts:
+        with self._lock:
+            modified = self._modified.get(role, {})
+            return FingerprintCounts(
+                skipped=dict(self._skipped.get(role, {})),
+                modified={during: dict(kinds) for during, kinds in modified.items()},
+            )
