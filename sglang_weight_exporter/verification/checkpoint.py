@@ -11,7 +11,6 @@ mapped: where another program shortens a file, a map of it ends the process that
 from __future__ import annotations
 
 import json
-import math
 import os
 import weakref
 from collections.abc import Iterator, Mapping
@@ -238,7 +237,7 @@ def _read_header(file: _File) -> Iterator[tuple[str, StoredTensor]]:
         )
     content = file.read(8, length)
     try:
-        header = json.loads(content)
+        header = json.loads(content, object_pairs_hook=_no_name_twice)
         entries = [
             (
                 name.encode().decode(),  # A lone surrogate could be written to no manifest.
@@ -256,20 +255,56 @@ def _read_header(file: _File) -> Iterator[tuple[str, StoredTensor]]:
         ]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"The header of {path} cannot be read: {error!r}.") from error
+    _check_layout(file, 8 + length, [tensor for _, tensor, _ in entries])
     for name, tensor, bits in entries:
-        if tensor.stop > size or tensor.start > tensor.stop:
-            raise CheckpointError(
-                f"{path} ends before the bytes of {name}: it was cut off. Copy it again."
-            )
-        if bits and math.prod(tensor.shape) * bits != tensor.nbytes * 8:
+        if bits and _bits(tensor.shape, bits) != tensor.nbytes * 8:
             raise CheckpointError(
                 f"The header of {path} gives {name} {tensor.nbytes} bytes, which do not fit its "
-                f"shape {list(tensor.shape)} of {tensor.dtype}."
+                f"shape of {len(tensor.shape)} dimensions and {tensor.dtype}."
             )
         yield name, tensor
 
 
+def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a name comes twice")
+    return members
+
+
+def _check_layout(file: _File, start: int, tensors: list[StoredTensor]) -> None:
+    """As the library has it: one tensor behind the other, from the header to the end of the file.
+    Whoever lets them overlap has other bytes in them than others read."""
+    path, size, end = file.path, file.size, start
+    for tensor in sorted(tensors, key=lambda each: (each.start, each.stop)):
+        if tensor.stop > size or tensor.start > tensor.stop:
+            raise CheckpointError(
+                f"{path} ends before the bytes of its tensors: it was cut off. Copy it again."
+            )
+        if tensor.start != end:
+            between = "overlap" if tensor.start < end else "leave a hole"
+            raise CheckpointError(
+                f"The tensors of {path} {between} at byte {tensor.start}, which the safetensors "
+                "library refuses. Write the file again with it."
+            )
+        end = tensor.stop
+    if end != size:
+        raise CheckpointError(
+            f"{path} has {size - end} bytes behind its last tensor, which the safetensors library "
+            "refuses. Copy the file, or write it, again."
+        )
+
+
+def _bits(shape: tuple[int, ...], bits: int) -> int:
+    """Of a tensor; -1 for more than a machine can number, as the library has it."""
+    for size in shape:
+        bits *= size
+        if bits >= 1 << 66:
+            return -1
+    return bits
+
+
 def _count(value: object) -> int:
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is no size and no place")
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{str(value)[:40]} is no size and no place")
     return value
