@@ -6,45 +6,35 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import io
-import json
-import os
 import signal
 import sys
 import threading
 import time
 import traceback
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sglang_weight_exporter.cli.flags import add_flags, settings_from
+from sglang_weight_exporter.cli.choice import CommandError, add_choice, chosen_tables
+from sglang_weight_exporter.cli.flags import add_flags
+from sglang_weight_exporter.cli.look_again import ask_to_look, url
+from sglang_weight_exporter.cli.table_comparisons import (
+    Comparisons,
+    against_checkpoint,
+    against_manifests,
+    replicas,
+    title,
+)
+from sglang_weight_exporter.cli.terminal import print_line
+from sglang_weight_exporter.store.decoding import UnreadableError
 from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
-from sglang_weight_exporter.store.tables import Table, TableError, open_tables
-from sglang_weight_exporter.verification.checkpoint import Checkpoint, CheckpointError
-from sglang_weight_exporter.verification.checkpoint_layout import (
-    FUSED,
-    ServedTensor,
-    expected_fingerprints,
-)
-from sglang_weight_exporter.verification.comparison import Comparison, compare, compare_replicas
-from sglang_weight_exporter.verification.manifest import (
-    Manifest,
-    ManifestError,
-    Shard,
-    read_manifest,
-)
-from sglang_weight_exporter.weight_table import table_fingerprints
+from sglang_weight_exporter.store.tables import Table, TableError
+from sglang_weight_exporter.verification.checkpoint import CheckpointError
+from sglang_weight_exporter.verification.comparison import Comparison
+from sglang_weight_exporter.verification.manifest import ManifestError, read_manifest
 
 #: Names that a text lists of each kind.
 _NAMED = 20
-
-
-class _ProblemError(Exception):
-    """What was asked for cannot be done; the message says why and what to do."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Compare the weights that the engines of this host hold with a checkpoint, "
         "with a manifest, or the replicas with one another. Engines need "
         "SGLANG_WEIGHT_EXPORTER_FINGERPRINT=on. A look also finds what changed without an update. "
-        "Exit status: 0 when all that can be compared is "
-        "equal, 1 when something differs, 2 when nothing could be compared."
+        "Exit status: 0 when enough is equal and nothing differs, 1 when something differs, 2 when "
+        "too little could be compared."
     )
     add_flags(parser, "runtime_dir")
     what = parser.add_mutually_exclusive_group()
@@ -65,8 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what `manifest` or a trainer wrote; several times for the ranks of another engine",
     )
-    parser.add_argument("--engine", help="the engine with this label")
-    parser.add_argument("--role", default="target", help="default: target")
+    add_choice(parser, role="target")
+    parser.add_argument(
+        "--require",
+        type=_share,
+        default=0.5,
+        metavar="SHARE",
+        help="the share of each rank's bytes that has to be equal (default: 0.5)",
+    )
     parser.add_argument(
         "--tp-size",
         type=int,
@@ -79,9 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare what the last load or update left, and ask the engine for nothing",
     )
-    look.add_argument(
-        "--url", type=_url, help="the engine's (default: as its own settings have it)"
-    )
+    look.add_argument("--url", type=url, help="the engine's (default: as its own settings have it)")
     look.add_argument(
         "--api-key",
         default="",
@@ -110,15 +104,11 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _url(text: str) -> str:
-    try:
-        parts = urllib.parse.urlsplit(text)
-        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise argparse.ArgumentTypeError(f"{text!r} is no address such as http://127.0.0.1:30000")
-    return text.rstrip("/")
+def _share(text: str) -> float:
+    share = float(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share between 0 and 1")
+    return share
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -129,7 +119,7 @@ def _caught(do: Callable[[argparse.Namespace], int], arguments: argparse.Namespa
     try:
         return do(arguments)
     except (
-        _ProblemError,
+        CommandError,
         RuntimeDirError,
         TableError,
         CheckpointError,
@@ -156,55 +146,54 @@ def _run(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     asked_at = time.time()
     if not arguments.recorded:
-        for url in _urls(arguments):
-            _ask_to_look(url, arguments.api_key)
+        _ask_to_look(arguments)
     tables = _tables(arguments)
-    looked_at = []
-    for table in tables:
-        captured_at = 0.0 if table.role.table is None else table.role.table.captured_at
-        if captured_at >= asked_at:
-            looked_at.append(table)
-        elif not arguments.recorded:
-            print(
-                f"{_title(table)}: not looked at again, so this compares what was left then.",
-                file=sys.stderr,
-            )
-    results = _results(arguments, tables)
-    for title, result in results:
-        _print(title, result)
-    statuses = {result.exit_status for _, result in results}
+    looked_at = [table for table in tables if _captured_at(table) >= asked_at]
+    if not arguments.recorded:
+        for table in tables:
+            if table not in looked_at:
+                print(
+                    f"{title(table)}: not looked at again, so this compares what was left then.",
+                    file=sys.stderr,
+                )
+    found = _comparisons(arguments, tables)
+    for name, result in found.results:
+        _print(name, result, arguments.require)
+    if found.unheld:
+        more = f" and {len(found.unheld) - 1:,} more" if found.unheld[1:] else ""
+        print_line(f"no rank here holds  {found.unheld[0]}{more}")
+    statuses = {_status(result, arguments.require) for _, result in found.results}
     statuses |= {1 for table in tables if _print_modified(table)}
     if arguments.checkpoint is None and not arguments.manifest:
         known = [table for table in looked_at if _modified(table) is not None]
-        if not results:
+        if not found.results:
             for table in known:
-                print(f"{_title(table)}\n  {table.columns.rows:,} tensors looked at")
-        if not (results or known or statuses):
-            raise _ProblemError(
+                print(f"{title(table)}\n  {table.columns.rows:,} tensors looked at")
+        if not (found.results or known or statuses):
+            raise CommandError(
                 "There are no two ranks here that should hold the same. Name a --checkpoint or a "
                 "--manifest to compare with."
             )
         statuses |= {0 for table in known if not _modified(table)}
-    return 1 if 1 in statuses else 0 if 0 in statuses else 2
+    if not arguments.recorded and len(looked_at) < len(tables):
+        statuses.add(2)  # What was left then is not what is there now.
+    return 1 if 1 in statuses else 2 if 2 in statuses else 0
 
 
-def _results(
-    arguments: argparse.Namespace, tables: Sequence[Table]
-) -> list[tuple[str, Comparison]]:
+def _captured_at(table: Table) -> float:
+    return 0.0 if table.role.table is None else table.role.table.captured_at
+
+
+def _status(result: Comparison, required: float) -> int:
+    return 1 if result.differing else 0 if result.is_enough(required) else 2
+
+
+def _comparisons(arguments: argparse.Namespace, tables: Sequence[Table]) -> Comparisons:
     if arguments.checkpoint is not None:
-        checkpoint = Checkpoint(arguments.checkpoint)
-        return [
-            (
-                _title(table),
-                _against_checkpoint(
-                    table, checkpoint, arguments.tp_size or _tp_size(table, tables)
-                ),
-            )
-            for table in tables
-        ]
+        return against_checkpoint(tables, arguments.checkpoint, arguments.tp_size)
     if arguments.manifest:
-        return _against_manifests(tables, [read_manifest(path) for path in arguments.manifest])
-    return _replicas(tables)
+        return against_manifests(tables, [read_manifest(path) for path in arguments.manifest])
+    return replicas(tables)
 
 
 def _watch(arguments: argparse.Namespace) -> int:
@@ -233,18 +222,17 @@ def _watch(arguments: argparse.Namespace) -> int:
 
 
 def _tables(arguments: argparse.Namespace) -> list[Table]:
-    settings = settings_from(arguments, os.environ)
-    readers = open_tables(settings.runtime_dir, engine=arguments.engine, role=arguments.role)
     deadline = time.monotonic() + arguments.wait
+    readers = chosen_tables(arguments)
     tables = [reader.read(max(0.0, deadline - time.monotonic())) for reader in readers]
     with_fingerprints = []
     for table in tables:
         if table.role.table is not None and table.role.table.fingerprint:
             with_fingerprints.append(table)
         else:
-            print(f"{_title(table)}: no fingerprints.", file=sys.stderr)
+            print(f"{title(table)}: no fingerprints.", file=sys.stderr)
     if not with_fingerprints:
-        raise _ProblemError(
+        raise CommandError(
             "There are no fingerprints here to compare. Start SGLang with "
             "SGLANG_WEIGHT_EXPORTER_FINGERPRINT=on; they are absent too while the memory of the "
             "weights is released, and where taking them failed, which SGLang's log says."
@@ -252,139 +240,19 @@ def _tables(arguments: argparse.Namespace) -> list[Table]:
     return with_fingerprints
 
 
-def _title(table: Table) -> str:
-    since = "its load" if table.update <= 1 else f"update {table.update}"
-    return f"engine {table.engine.name}  {table.ranks}  {table.role.name}  since {since}"
-
-
-# A fresh look.
-
-
-def _urls(arguments: argparse.Namespace) -> list[str]:
+def _ask_to_look(arguments: argparse.Namespace) -> None:
+    """Each engine once, whatever its number of ranks."""
     if arguments.url:
-        return [arguments.url]
-    settings = settings_from(arguments, os.environ)
-    readers = open_tables(settings.runtime_dir, engine=arguments.engine, role=arguments.role)
-    return list(dict.fromkeys(reader.engine.url for reader in readers if reader.engine.url))
-
-
-def _ask_to_look(url: str, api_key: str) -> None:
-    """A request that SGLang hands to every scheduler between two batches; in that call the
-    fingerprints are taken anew. It is asked for no checksums of its own."""
-    request = urllib.request.Request(  # noqa: S310 -- the engine's own address, or one given
-        f"{url}/weights_checker",
-        data=json.dumps({"action": "checksum", "skip_tensor_list": [""]}).encode(),
-        headers={"Content-Type": "application/json"}
-        | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
-    )
-    # A proxy neither reaches an engine on this host nor is to know its key.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=60):
-            return
-    except urllib.error.HTTPError as error:
-        if error.code == 400:  # The action is newer than this release; it was called all the same.
-            return
-        reason = f"it answers with status {error.code}"
-    except http.client.HTTPException as error:
-        reason = f"it speaks no HTTP: {error!r}"
-    except OSError as error:
-        reason = str(error)
-    print(
-        f"{url} could not be asked to look again ({reason}). --url and --api-key name another "
-        "address and a key.",
-        file=sys.stderr,
-    )
-
-
-# What is compared.
-
-
-def _tp_size(table: Table, tables: Sequence[Table]) -> int:
-    """As the engine's settings have it: some of its ranks may be on other hosts."""
-    return table.engine.tp_size or 1 + max(
-        other.ranks.tp for other in tables if other.engine.instance == table.engine.instance
-    )
-
-
-def _against_checkpoint(table: Table, checkpoint: Checkpoint, tp_size: int) -> Comparison:
-    served = [
-        ServedTensor(row.name, row.dtype, row.shape_in_memory, row.kind) for row in table.rows()
-    ]
-    expected, unverifiable, inexact = expected_fingerprints(
-        served, checkpoint, tp_rank=table.ranks.tp, tp_size=tp_size
-    )
-    fingerprints = table_fingerprints(table.columns)
-    return compare(fingerprints, expected, unverifiable=unverifiable, inexact=inexact)
-
-
-def _against_manifests(
-    tables: Sequence[Table], manifests: Sequence[Manifest]
-) -> list[tuple[str, Comparison]]:
-    """A manifest of a running rank with the ranks at its place, another one with all."""
-    results = []
-    for table in tables:
-        shard = Shard.of(table.engine, table.ranks, table.role.name)
-        chosen = [manifest for manifest in manifests if manifest.shard in {None, shard}]
-        if not chosen:
-            print(
-                f"{_title(table)}: no manifest is of this part of the model ({_place(shard)}).",
-                file=sys.stderr,
-            )
-        results += [(_title(table), _against_manifest(table, manifest)) for manifest in chosen]
-    if not results:
-        places = (_place(each.shard) for each in manifests if each.shard is not None)
-        raise _ProblemError(
-            "No rank here holds what a manifest is of, which is: " + "; ".join(places) + "."
-        )
-    return results
-
-
-def _place(shard: Shard) -> str:
-    sizes = (shard.tp_size, shard.pp_size, shard.ep_size)
-    tp, pp, ep = ("?" if size is None else size for size in sizes)
-    return (
-        f"{shard.role} of {shard.model_name}, tp {shard.tp_rank} of {tp}, pp {shard.pp_rank} of "
-        f"{pp}, ep {shard.moe_ep_rank} of {ep}"
-    )
-
-
-def _against_manifest(table: Table, manifest: Manifest) -> Comparison:
-    """Compares what has the same dtype and shape: a rank's share has another fingerprint."""
-    expected, unverifiable = {}, {}
-    for row in table.rows():
-        tensor = manifest.tensors.get(row.name)
-        if tensor is None:
-            unverifiable[row.name] = _not_there(row.name)
-        elif (tensor.dtype, tensor.shape) != (row.dtype, row.shape_in_memory):
-            unverifiable[row.name] = "it has another shape or dtype in the manifest: a rank's share"
-        else:
-            expected[row.name] = tensor.fingerprint
-    fingerprints = table_fingerprints(table.columns)
-    return compare(fingerprints, expected, unverifiable=unverifiable)
-
-
-def _not_there(name: str) -> str:
-    if any(f".{fused}." in name for fused in FUSED):
-        return "the manifest has it in parts: `manifest --fused` and fused=True write it whole"
-    return "the manifest has no tensor of this name"
-
-
-def _replicas(tables: Sequence[Table]) -> list[tuple[str, Comparison]]:
-    """Ranks that should hold the same: of one model, at the same place in it, quantized and packed
-    in the same way."""
-    places: dict[tuple[Shard, str, str], list[Table]] = {}
-    for table in tables:
-        shard = Shard.of(table.engine, table.ranks, table.role.name)
-        same = shard, table.role.quantization, table.engine.sglang_version
-        places.setdefault(same, []).append(table)
-    results = []
-    for first, *others in places.values():
-        one = table_fingerprints(first.columns)
-        for other in others:
-            title = f"{_title(other)}\n  beside {_title(first)}"
-            results.append((title, compare_replicas(one, table_fingerprints(other.columns))))
-    return results
+        ask_to_look(arguments.url, arguments.api_key, pids=None)
+        return
+    pids: dict[str, list[int]] = {}
+    for reader in chosen_tables(arguments):
+        if reader.engine.url:
+            with contextlib.suppress(OSError, UnreadableError):  # It has just ended.
+                found = pids.setdefault(reader.engine.url, [])
+                found.append(reader.directory.snapshot().pid)
+    for address, ranks_of_engine in pids.items():
+        ask_to_look(address, arguments.api_key, ranks_of_engine)
 
 
 def _modified(table: Table) -> int | None:
@@ -397,27 +265,31 @@ def _print_modified(table: Table) -> bool:
     if not count or table.role.table is None:
         return False
     names = table.role.table.modified_names
-    print(f"{_title(table)}\n  {count:,} changed without an update")
+    print(f"{title(table)}\n  {count:,} changed without an update")
     for name in names[:_NAMED]:
-        print(f"  changed without an update  {name}")
+        print_line(f"  changed without an update  {name}")
     if count > _NAMED:
         print(f"  changed without an update  and {count - _NAMED:,} more")
     return True
 
 
-def _print(title: str, result: Comparison) -> None:
-    print(title)
+def _print(name: str, result: Comparison, required: float) -> None:
+    print(name)
     print(
         f"  {len(result.equal):,} equal, {len(result.differing):,} different, "
         f"{len(result.unverifiable):,} that cannot be compared"
     )
-    for name in result.differing[:_NAMED]:
-        print(f"  different  {name}")
+    share = result.equal_bytes / result.all_bytes if result.all_bytes else 0.0
+    print(f"  {result.equal_bytes:,} of {result.all_bytes:,} bytes are equal ({share:.1%})")
+    if not (result.differing or result.is_enough(required)):
+        print(f"  too few: --require asks for {required:.1%}")
+    for each in result.differing[:_NAMED]:
+        print_line(f"  different  {each}")
     if len(result.differing) > _NAMED:
         print(f"  different  and {len(result.differing) - _NAMED:,} more")
     reasons: dict[str, list[str]] = {}
-    for name, reason in result.unverifiable.items():
-        reasons.setdefault(reason, []).append(name)
+    for each, reason in result.unverifiable.items():
+        reasons.setdefault(reason, []).append(each)
     for reason, names in reasons.items():
         more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        print(f"  cannot be compared  {names[0]}{more}: {reason}")
+        print_line(f"  cannot be compared  {names[0]}{more}: {reason}")

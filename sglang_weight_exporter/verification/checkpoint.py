@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from sglang_weight_exporter import fingerprint
 
@@ -51,6 +54,16 @@ DTYPES: dict[str, tuple[int, str]] = {
 _MAX_HEADER = 100_000_000
 #: Tensors that one thread takes at a time: few enough to spread, enough to share blocks.
 _TOGETHER_BYTES = 64 << 20
+
+
+#: What SGLang saves of each rank: ``ShardedStateLoader.DEFAULT_PATTERN``.
+_SHARD = re.compile(r"model-rank-(\d+)-part-\d+\.safetensors")
+_QUANTIZATION = ("quantization_config", "compression_config")
+_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
 
 
 class CheckpointError(Exception):
@@ -126,39 +139,52 @@ class StoredBytes:
 
 
 class Checkpoint:
-    """The tensors of a directory of safetensors files, or of one file."""
+    """The tensors of a directory of safetensors files, or of one file; of the files that SGLang
+    would load, which looks at an index for their names alone (``_prepare_weights`` of
+    ``model_loader/loader.py``)."""
 
-    def __init__(self, path: Path) -> None:
-        """Reads headers only. Raises CheckpointError."""
+    def __init__(self, path: Path, tp_rank: int | None = None) -> None:
+        """Reads headers only. ``tp_rank``: whose part, where SGLang saved one of each rank
+        (``sharded_state``). Raises CheckpointError."""
         self.path = path
         self.tensors: dict[str, StoredTensor] = {}
-        paths, named = _files(path)
+        #: Tensors that are in several files, and the names of those.
+        self.copies: dict[str, list[str]] = {}
+        paths, places = _files(path, tp_rank)
+        #: Whether the files are a rank's own.
+        self.sharded = bool(paths) and _SHARD.fullmatch(paths[0].name) is not None
         self._files = list(map(_File, paths))
         for file in self._files:
             for name, tensor in _read_header(file):
-                if name in self.tensors:
-                    places = f"{self.tensors[name].file.path.name} and in {file.path.name}"
-                    raise CheckpointError(
-                        f"{name} is in {places} of {path}: which one is meant cannot be known. "
-                        "Remove one of the files, or name a file."
-                    )
-                self.tensors[name] = tensor
-        missing = sorted(named - self.tensors.keys())
-        if missing:
-            raise CheckpointError(
-                f"The index of {path} names {missing[0]}, which none of its files has: the "
-                "checkpoint is not complete. Wait for its writer, or download it again."
-            )
+                earlier = self.tensors.get(name)
+                if earlier is not None:
+                    copies = self.copies.setdefault(name, [earlier.file.path.name])
+                    copies.append(file.path.name)
+                if earlier is None or places.get(name) != earlier.file.path.name:
+                    self.tensors[name] = tensor
+        #: Tensors that the index names and no file has.
+        self.absent = tuple(sorted(places.keys() - self.tensors.keys()))
 
     def config(self) -> dict[str, Any]:
         """``config.json`` beside the files, or nothing."""
-        directory = self.path if self.path.is_dir() else self.path.parent
+        return self._json("config.json")
+
+    def is_quantized(self) -> bool:
+        """Whether it says so in any of the places where SGLang looks (``get_quant_config`` of
+        ``model_loader/weight_utils.py``)."""
+        config = self.config()
+        parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+        said = any(name in part for part in parts for name in _QUANTIZATION)
+        return said or any(map(self._json, _QUANTIZATION_FILES))
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = (self.path if self.path.is_dir() else self.path.parent) / name
         try:
-            content = json.loads((directory / "config.json").read_bytes())
+            content = json.loads(path.read_bytes())
         except FileNotFoundError:
             return {}
         except ValueError as error:
-            raise CheckpointError(f"{directory / 'config.json'} is no JSON: {error}") from error
+            raise CheckpointError(f"{path} is no JSON: {error}") from error
         return content if isinstance(content, dict) else {}
 
     def bytes_of(self, name: str) -> StoredBytes:
@@ -197,34 +223,50 @@ def _batches(held: Mapping[str, fingerprint.Bytes]) -> list[list[str]]:
     return batches
 
 
-def _files(path: Path) -> tuple[list[Path], frozenset[str]]:
-    """Files, and the tensors that should be in them, as far as an index says."""
+def _files(path: Path, tp_rank: int | None) -> tuple[list[Path], dict[str, str]]:
+    """Files in the order in which they are loaded, and each tensor's file, as an index has it."""
     if path.is_file():
-        return [path], frozenset()
+        return [path], {}
     if not path.is_dir():
         raise CheckpointError(f"{path} does not exist. Name a directory or a safetensors file.")
-    index = path / "model.safetensors.index.json"
-    try:
-        places = json.loads(index.read_bytes())["weight_map"]
-        named = sorted(set(places.values()))
-    except FileNotFoundError:
-        places = {}
-        files = sorted(path.glob("*.safetensors"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is no index of safetensors files: {error!r}.") from error
-    else:
-        files = [path / name for name in named]
-        missing = [file.name for file in files if not file.is_file()]
+    found = sorted(path.glob("*.safetensors"))
+    shards = {file: match for file in found if (match := _SHARD.fullmatch(file.name))}
+    if shards:
+        own = [file for file, match in shards.items() if int(match[1]) == tp_rank]
+        if not own:
+            whose = "no rank is named" if tp_rank is None else f"none is of rank {tp_rank}"
+            raise CheckpointError(
+                f"{path} has parts of ranks that SGLang saved, and {whose}. Name the file of one."
+            )
+        return own, {}
+    places = _index(path / "model.safetensors.index.json")
+    if places:
+        named = {path / name for name in places.values()}
+        missing = [file.name for file in sorted(named) if not file.is_file()]
         if missing:
             raise CheckpointError(
-                f"{index} names {', '.join(missing)}, which {path} does not have: the checkpoint "
-                "is not complete. Wait for its writer, or download it again."
+                f"The index names {', '.join(missing)}, which {path} does not have: the "
+                "checkpoint is not complete. Wait for its writer, or download it again."
             )
+        # Drafts that were left out of the index: ``maybe_add_mtp_safetensors``.
+        files = [*sorted(named), *(file for file in found if file.name == "mtp.safetensors")]
+    else:
+        makers = [file for file in found if file.name.startswith("consolidated")]
+        files = [file for file in found if file not in makers] or makers
     if not files:
         raise CheckpointError(
             f"{path} has no safetensors files. Other formats cannot be read without torch."
         )
-    return files, frozenset(places)
+    return list(dict.fromkeys(files)), places
+
+
+def _index(path: Path) -> dict[str, str]:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
+    except FileNotFoundError:
+        return {}
+    except msgspec.DecodeError as error:
+        raise CheckpointError(f"{path} is no index of safetensors files: {error}.") from error
 
 
 def _read_header(file: _File) -> Iterator[tuple[str, StoredTensor]]:

@@ -4,8 +4,8 @@
 
 A rule is read off SGLang's own loaders (the functions are named beside it) and fitted to the
 shape that the tensor has in the engine, so that no model's class need be known. What a rule gives
-is proof where it agrees. Where it does not, that is a difference only if SGLang loads the tensor
-as it is (``exact``): quantized weights may be scaled anew, and some back ends shuffle experts.
+is proof where it agrees. Where it does not, the rule may be another than the loader's; whether that
+is a difference is said by ``confirmed_loaders``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ FUSED = {
 }
 #: ``DEFAULT_VOCAB_PADDING_SIZE`` of ``layers/vocab_parallel_embedding.py``.
 VOCABULARY_PADDING = 64
-#: Dtypes that SGLang loads as they are; others belong to quantized weights.
-_PLAIN = frozenset({"bfloat16", "float16", "float32", "float64"})
 
 
 class UnverifiableError(Exception):
@@ -66,8 +64,8 @@ class Derivation:
 
     slices: tuple[Slice, ...]
     padding_bytes: int = 0
-    #: Whether other bytes are a difference, or may be SGLang's own doing.
-    exact: bool = True
+    #: Whether it is all that the file has of them, and no rank's share.
+    whole: bool = True
 
 
 def derive(
@@ -83,8 +81,8 @@ def derive(
     ``config``: the checkpoint's ``config.json``; may be empty.
     """
     name = served.name
-    if name == "lm_head.weight" and name not in stored:
-        # Models with tie_word_embeddings leave it out (``models/llama.py``).
+    if name == "lm_head.weight" and (name not in stored or config.get("tie_word_embeddings")):
+        # Models with tie_word_embeddings leave it out, or SGLang does (``models/llama.py``).
         name = "model.embed_tokens.weight"
     if name in stored:
         slices, padding = _direct(served, stored[name], name, tp_rank, tp_size)
@@ -112,8 +110,12 @@ def derive(
         raise UnverifiableError(
             f"the engine holds {served.dtype}, the checkpoint {', '.join(sorted(dtypes))}"
         )
-    quantized = "quantization_config" in config or served.dtype not in _PLAIN
-    return Derivation(slices, padding, exact=not quantized)
+    whole = all(_is_whole(part, stored[part.name]) for part in slices)
+    return Derivation(slices, padding, whole)
+
+
+def _is_whole(part: Slice, stored: StoredTensor) -> bool:
+    return not stored.shape or part.stop - part.start == stored.shape[part.dim]
 
 
 def _split(name: str) -> tuple[str, str, str]:
@@ -326,16 +328,27 @@ def fused_bytes(tensor: FusedTensor, checkpoint: Checkpoint) -> fingerprint.Byte
     return _Joined(tuple(map(checkpoint.bytes_of, tensor.parts)))
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a rank's tensors should hold."""
+
+    fingerprints: dict[str, str]
+    #: Name to why there is none.
+    unverifiable: dict[str, str]
+    #: Those that hold all that the file has, and no share of it.
+    whole: frozenset[str]
+    #: Names of the checkpoint's tensors that are in any of them.
+    used: frozenset[str]
+
+
 def expected_fingerprints(
     served: Sequence[ServedTensor], checkpoint: Checkpoint, *, tp_rank: int, tp_size: int
-) -> tuple[dict[str, str], dict[str, str], frozenset[str]]:
-    """What a rank's tensors should hold: name to fingerprint, name to why there is none, and names
-    whose difference is no proof. Reads the bytes that are compared, on all cores. Raises
-    CheckpointError."""
+) -> Expected:
+    """Reads the bytes that are compared, on all cores. Raises CheckpointError."""
     config = checkpoint.config()
     held: dict[str, fingerprint.Bytes] = {}
     unverifiable: dict[str, str] = {}
-    inexact = set()
+    derivations: dict[str, Derivation] = {}
     for tensor in served:
         try:
             derivation = derive(
@@ -344,7 +357,11 @@ def expected_fingerprints(
         except UnverifiableError as error:
             unverifiable[tensor.name] = str(error)
             continue
-        if not derivation.exact:
-            inexact.add(tensor.name)
+        derivations[tensor.name] = derivation
         held[tensor.name] = bytes_of(derivation, checkpoint)
-    return checkpoint.fingerprints(held), unverifiable, frozenset(inexact)
+    return Expected(
+        checkpoint.fingerprints(held),
+        unverifiable,
+        frozenset(name for name, derivation in derivations.items() if derivation.whole),
+        frozenset(part.name for each in derivations.values() for part in each.slices),
+    )

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -16,32 +16,39 @@ class Comparison:
     differing: tuple[str, ...] = ()
     #: Name to why it could not be compared.
     unverifiable: dict[str, str] = field(default_factory=dict)
-    #: Expected and not served.
-    missing: tuple[str, ...] = ()
+    #: Bytes of each that is served.
+    nbytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
-    def exit_status(self) -> int:
-        """0 when all that can be compared is equal, 1 when something differs, 2 when nothing
-        could be compared."""
-        if self.differing:
-            return 1
-        return 0 if self.equal else 2
+    def equal_bytes(self) -> int:
+        return sum(self.nbytes.get(name, 0) for name in self.equal)
+
+    @property
+    def all_bytes(self) -> int:
+        """Of what is equal, different, and not comparable."""
+        names = (*self.equal, *self.differing, *self.unverifiable)
+        return sum(self.nbytes.get(name, 0) for name in names)
+
+    def is_enough(self, required: float) -> bool:
+        """Whether so great a share of the bytes is equal, and any at all."""
+        return 0 < self.equal_bytes >= required * self.all_bytes
 
 
 def compare(
     served: Mapping[str, str],
     expected: Mapping[str, str],
+    nbytes: Mapping[str, int],
     *,
     unverifiable: Mapping[str, str] | None = None,
-    inexact: Set[str] = frozenset(),
+    doubted: Mapping[str, str] | None = None,
 ) -> Comparison:
     """Compare what a rank serves with what it should serve, both name to fingerprint.
 
-    ``unverifiable``: why ``expected`` lacks a name; ``inexact``: names where equality is proof and
-    a difference is none. A name that is expected and not served is no difference: a rank of a
-    pipeline holds some layers only, and fused tensors go by other names.
+    ``unverifiable``: why ``expected`` lacks a name; ``doubted``: names where equality is proof and
+    a difference is none, and why. A name that is expected and not served is no difference: a rank
+    of a pipeline holds some layers only, and fused tensors go by other names.
     """
-    reasons = unverifiable or {}
+    reasons, doubts = unverifiable or {}, doubted or {}
     equal, differing = [], []
     unknown: dict[str, str] = {}
     for name, text in served.items():
@@ -51,18 +58,20 @@ def compare(
             unknown[name] = reasons.get(
                 name, "there is no fingerprint of this name to compare with"
             )
-        elif name in inexact:
-            unknown[name] = "its bytes are others, which quantization in the engine may explain"
+        elif name in doubts:
+            unknown[name] = doubts[name]
         else:
             differing.append(name)
-    missing = tuple(name for name in expected if name not in served)
-    return Comparison(tuple(equal), tuple(differing), unknown, missing)
+    return Comparison(tuple(equal), tuple(differing), unknown, nbytes)
 
 
-def compare_replicas(one: Mapping[str, str], other: Mapping[str, str]) -> Comparison:
+def compare_replicas(
+    one: Mapping[str, str], other: Mapping[str, str], nbytes: Mapping[str, int]
+) -> Comparison:
     """Compare two ranks that should hold the same: a name that only one has is a difference."""
     names = dict.fromkeys([*one, *other])
     return Comparison(
         equal=tuple(name for name in names if one.get(name) == other.get(name)),
         differing=tuple(name for name in names if one.get(name) != other.get(name)),
+        nbytes=nbytes,
     )

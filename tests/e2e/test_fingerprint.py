@@ -101,7 +101,9 @@ def test_verify_against_checkpoints_manifests_and_replicas(
     manifest = tmp_path / "manifest.json"
     done = engine.exporter_cli("manifest", str(checkpoints[0]), "-o", str(manifest))
     assert done.returncode == 0, done.stderr
-    status, text = verify(engine, "--manifest", str(manifest))
+    assert verify(engine, "--manifest", str(manifest))[0] == 2  # Less than half of the bytes.
+    few = ["--manifest", str(manifest), "--require", "0.3"]
+    status, text = verify(engine, *few)
     assert status == 0, text
     # What is not fused: per layer two norms, o_proj and down_proj; embeddings, norm and lm_head.
     assert text.count(f"{4 * tiny_model.LAYERS + 3} equal, 0 different") == len(RANKS), text
@@ -120,7 +122,7 @@ def test_verify_against_checkpoints_manifests_and_replicas(
     assert text.count("different  ") == text.count("different  model.norm.weight") == len(RANKS)
     norm["shape"] = [1, 2]  # As if the engine held a share of it.
     manifest.write_text(json.dumps(content))
-    assert verify(engine, "--manifest", str(manifest))[0] == 0
+    assert verify(engine, *few)[0] == 0
     manifest.write_text(json.dumps({**content, "tensors": {"x": norm}}))
     assert verify(engine, "--manifest", str(manifest))[0] == 2
 
@@ -155,7 +157,7 @@ def test_a_bit_that_flipped_in_memory_is_found_by_name(engine: Engine) -> None:
         try:
             assert verify(engine, "--recorded", "--checkpoint", str(engine.model))[0] == 0
             status, text = verify(engine, "--url", "http://127.0.0.1:9")
-            assert status == 0  # Nobody has looked.
+            assert status == 2  # Nobody has looked.
             assert "could not be asked to look again" in text
             assert text.count("not looked at again") == len(RANKS)
             status, text = verify(engine)

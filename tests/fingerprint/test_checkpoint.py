@@ -67,9 +67,10 @@ def test_shards_of_an_index_and_stray_files_beside_them(tmp_path: Path) -> None:
     parts = {"a": ("U8", [3], b"abc"), "b": ("F32", [2], bytes(8))}
     write(tmp_path / "model-1.safetensors", {"a": parts["a"]})
     write(tmp_path / "model-2.safetensors", {"b": parts["b"]})
-    write(tmp_path / "consolidated.safetensors", {"a": ("U8", [3], b"xyz")})
-    with pytest.raises(CheckpointError, match=r"a is in consolidated\.safetensors and in model-1"):
-        Checkpoint(tmp_path)
+    write(tmp_path / "stray.safetensors", {"a": ("U8", [3], b"xyz")})
+    checkpoint = Checkpoint(tmp_path)
+    assert checkpoint.copies == {"a": ["model-1.safetensors", "stray.safetensors"]}
+    assert checkpoint.fingerprints()["a"] == fingerprint.of_bytes(b"xyz")  # As it is loaded last.
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert Checkpoint(tmp_path).fingerprints() == {
@@ -139,11 +140,14 @@ def test_what_each_rank_holds(checkpoint: Checkpoint, size: int) -> None:
         served = [
             ServedTensor(LAYER + name, "bfloat16", value.shape) for name, value in expected.items()
         ]
-        assert expected_fingerprints(served, checkpoint, tp_rank=rank, tp_size=size) == (
-            {LAYER + name: fingerprint.of_bytes(one.tobytes()) for name, one in expected.items()},
-            {},
-            frozenset(),
-        )
+        found = expected_fingerprints(served, checkpoint, tp_rank=rank, tp_size=size)
+        assert not found.unverifiable
+        assert found.fingerprints == {
+            LAYER + name: fingerprint.of_bytes(one.tobytes()) for name, one in expected.items()
+        }
+        assert found.whole == {
+            LAYER + name for name in expected if size == 1 or "layernorm" in name
+        }
 
 
 def test_a_padded_vocabulary_and_a_tied_output(tmp_path: Path) -> None:
@@ -243,7 +247,14 @@ def test_tensors_that_an_index_names_and_no_file_has(tmp_path: Path) -> None:
     write(tmp_path / "model-1.safetensors", {"a": ("U8", [3], b"abc")})
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-1.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"names b, which .* not complete"):
+    assert Checkpoint(tmp_path).absent == ("b",)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "{", '{"weight_map": {"a": 1}}'])
+def test_an_index_that_is_none(tmp_path: Path, content: str) -> None:
+    write(tmp_path / "model-1.safetensors", {"a": ("U8", [3], b"abc")})
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match="is no index of safetensors files"):
         Checkpoint(tmp_path)
 
 
@@ -287,9 +298,8 @@ def test_a_share_of_columns_over_many_pieces(tmp_path: Path) -> None:
     for rank in range(4):
         own = np.ascontiguousarray(np.split(content, 4, axis=2)[rank])
         served = [ServedTensor("w", "bfloat16", own.shape)]
-        assert expected_fingerprints(served, Checkpoint(tmp_path), tp_rank=rank, tp_size=4)[0] == {
-            "w": fingerprint.of_bytes(own.tobytes())
-        }
+        found = expected_fingerprints(served, Checkpoint(tmp_path), tp_rank=rank, tp_size=4)
+        assert found.fingerprints == {"w": fingerprint.of_bytes(own.tobytes())}
 
 
 def test_each_byte_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,36 +93,45 @@ def test_tensors_of_a_trainer(tmp_path: Path) -> None:
     )
 
 
+SIZES = {"same": 4, "other": 2, "new": 1, "doubted": 1, "a": 3, "b": 1, "c": 1}
+
+
 def test_equal_different_and_unknown() -> None:
-    served = {"same": A, "other": B, "new": C, "quantized": B}
-    expected = {"same": A, "other": C, "quantized": C, "elsewhere": C}
-    result = compare(served, expected, unverifiable={"new": "why"}, inexact={"quantized", "same"})
+    served = {"same": A, "other": B, "new": C, "doubted": B}
+    expected = {"same": A, "other": C, "doubted": C, "elsewhere": C}
+    result = compare(
+        served,
+        expected,
+        SIZES,
+        unverifiable={"new": "why"},
+        doubted={"doubted": "who knows", "same": "who knows"},
+    )
     assert result.equal == ("same",)
     assert result.differing == ("other",)
-    assert result.unverifiable.keys() == {"new", "quantized"}
-    assert result.unverifiable["new"] == "why"
-    assert result.missing == ("elsewhere",)
-    assert result.exit_status == 1
+    assert result.unverifiable == {"new": "why", "doubted": "who knows"}
+    assert (result.equal_bytes, result.all_bytes) == (4, 8)
 
 
 @pytest.mark.parametrize(
-    ("served", "expected", "status"),
+    ("served", "expected", "required", "enough"),
     [
-        ({"a": A}, {"a": A}, 0),
-        ({"a": A, "b": B}, {"a": A}, 0),
-        ({"a": A, "b": B}, {"a": A, "b": C}, 1),
-        ({"a": A}, {"b": A}, 2),
-        ({}, {"b": A}, 2),
+        ({"a": A}, {"a": A}, 1.0, True),
+        ({"a": A, "b": B}, {"a": A}, 0.75, True),
+        ({"a": A, "b": B}, {"a": A}, 0.76, False),
+        ({"a": A}, {"b": A}, 0.0, False),
+        ({}, {"b": A}, 0.0, False),
     ],
 )
-def test_the_exit_status(served: dict[str, str], expected: dict[str, str], status: int) -> None:
-    assert compare(served, expected).exit_status == status
+def test_enough_is_a_share_of_the_bytes_and_more_than_nothing(
+    served: dict[str, str], expected: dict[str, str], required: float, enough: bool
+) -> None:
+    assert compare(served, expected, SIZES).is_enough(required) == enough
 
 
 def test_replicas_must_have_the_same_names() -> None:
-    assert compare_replicas({"a": A, "b": B}, {"b": B, "a": A}).exit_status == 0
-    result = compare_replicas({"a": A, "b": B}, {"a": A, "c": B})
-    assert (result.equal, result.differing, result.exit_status) == (("a",), ("b", "c"), 1)
+    assert not compare_replicas({"a": A, "b": B}, {"b": B, "a": A}, SIZES).differing
+    result = compare_replicas({"a": A, "b": B}, {"a": A, "c": B}, SIZES)
+    assert (result.equal, result.differing) == (("a",), ("b", "c"))
 
 
 def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
@@ -194,11 +203,9 @@ def test_a_checkpoint_as_sglang_fuses_it(tmp_path: Path) -> None:
     tensors = read_manifest(path).tensors
     assert len(tensors) == 6 * tiny_model.LAYERS + 3
     served = [ServedTensor(name, held.dtype, held.shape) for name, held in tensors.items()]
-    expected, unverifiable, _ = expected_fingerprints(
-        served, Checkpoint(checkpoint), tp_rank=0, tp_size=1
-    )
-    assert not unverifiable
-    assert expected == {name: held.fingerprint for name, held in tensors.items()}
+    expected = expected_fingerprints(served, Checkpoint(checkpoint), tp_rank=0, tp_size=1)
+    assert not expected.unverifiable
+    assert expected.fingerprints == {name: held.fingerprint for name, held in tensors.items()}
 
 
 def test_errors_can_be_caught_by_the_names_that_the_package_offers(tmp_path: Path) -> None:

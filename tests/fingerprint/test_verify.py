@@ -193,7 +193,7 @@ def test_a_watch_outlives_engines_that_end(tmp_path: Path) -> None:
             command("verify", tmp_path, "--recorded", "--watch", "0.1"), stdout=file, stderr=file
         )
     try:
-        eventually(lambda: "no fingerprints here" in output.read_text(), what="nothing is here")
+        eventually(lambda: "No rank is alive here" in output.read_text(), what="nothing is here")
         replicas = rank(tmp_path), rank(tmp_path, engine="30001")
         for each in replicas:
             each.publish(table=holding("a"))
@@ -215,7 +215,7 @@ def test_a_time_that_is_none_is_refused(tmp_path: Path, seconds: str) -> None:
 
 @contextlib.contextmanager
 def checker(
-    look: Callable[[], object], answer: int = 200
+    look: Callable[[], object], answer: int = 200, key: str = "", body: bytes = b""
 ) -> Iterator[tuple[str, list[BaseHTTPRequestHandler]]]:
     """An engine's ``/weights_checker``: its address, and what it was asked."""
     asked: list[BaseHTTPRequestHandler] = []
@@ -223,11 +223,15 @@ def checker(
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             asked.append(self)
-            if self.path == "/weights_checker" and answer in {200, 400}:
+            code, content = answer, body
+            if key and self.headers["Authorization"] != f"Bearer {key}":
+                code, content = 401, b'{"error":"Unauthorized"}'  # As SGLang's ``utils/auth.py``.
+            elif self.path == "/weights_checker" and answer in {200, 400}:
                 look()
-            self.send_response(answer)
-            self.send_header("Content-Length", "0")
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(content)))
             self.end_headers()
+            self.wfile.write(content)
 
         def log_message(self, *arguments: object) -> None:
             pass
@@ -240,19 +244,78 @@ def checker(
             server.shutdown()
 
 
+def keys(asked: list[BaseHTTPRequestHandler]) -> list[str | None]:
+    return [request.headers["Authorization"] for request in asked]
+
+
 @pytest.mark.parametrize("answer", [200, 400])
 def test_the_engine_is_asked_where_its_settings_say(tmp_path: Path, answer: int) -> None:
     """Past any proxy, which neither reaches an engine on this host nor is to know its key. With
     status 400 a release answers that knows no such action and looks all the same."""
     alone = rank(tmp_path, engine="1")
-    with checker(lambda: alone.publish(table=holding("a"), modified=()), answer) as (url, asked):
+    look = lambda: alone.publish(table=holding("a"), modified=())  # noqa: E731
+    with checker(look, answer, key="s3cret") as (url, asked):
         alone.engine = msgspec.structs.replace(alone.engine, url=url)
         alone.publish(table=holding("a"))
         proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:9")
         status, text = run("verify", tmp_path, "--api-key", "s3cret", **proxies)
     assert (status, text.count("not looked at again")) == (0, 0), text
-    (request,) = asked
-    assert request.headers["Authorization"] == "Bearer s3cret"
+    assert keys(asked) == [None, "Bearer s3cret"]
+
+
+def test_an_engine_without_a_key_is_told_none(tmp_path: Path) -> None:
+    alone = rank(tmp_path)
+    alone.publish(table=holding("a"))
+    with checker(lambda: alone.publish(table=holding("a"))) as (url, asked):
+        assert run("verify", tmp_path, "--url", url, "--api-key", "s3cret")[0] == 0
+    assert keys(asked) == [None]
+
+
+STRANGER = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        print(self.headers["Authorization"], flush=True)
+        self.send_response(401)
+        self.send_header("Content-Length", "24")
+        self.end_headers()
+        self.wfile.write(b'{"error":"Unauthorized"}')
+server = HTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+
+
+def test_a_stranger_at_the_engines_port_is_told_no_key(tmp_path: Path) -> None:
+    """An engine of another network namespace, say, whose address means somebody else here. No
+    ancestor of the rank listens there, so even an answer like SGLang's is not enough."""
+    alone = rank(tmp_path)
+    with subprocess.Popen(
+        [sys.executable, "-c", STRANGER], stdout=subprocess.PIPE, text=True
+    ) as it:
+        assert it.stdout is not None
+        url = f"http://127.0.0.1:{it.stdout.readline().strip()}"
+        alone.engine = msgspec.structs.replace(alone.engine, url=url)
+        alone.publish(table=holding("a"))
+        status, text = run("verify", tmp_path, "--api-key", "s3cret")
+        it.terminate()
+        heard = it.stdout.read()
+    assert status == 2, text
+    assert "is no process of this engine that can be seen here, so it was not told the key" in text
+    assert heard == "None\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "body"), [(401, b"who are you?"), (403, b'{"error":"Forbidden"}'), (302, b"")]
+)
+def test_what_does_not_answer_as_an_engine_is_told_no_key(
+    tmp_path: Path, answer: int, body: bytes
+) -> None:
+    rank(tmp_path).publish(table=holding("a"))
+    with checker(lambda: None, answer, body=body) as (url, asked):
+        assert run("verify", tmp_path, "--url", url, "--api-key", "s3cret")[0] == 2
+    assert keys(asked) == [None]
 
 
 def test_an_address_that_is_given_comes_before_the_settings(tmp_path: Path) -> None:
@@ -271,7 +334,7 @@ def test_an_engine_that_refuses_is_compared_as_it_was_left(tmp_path: Path, answe
         each.publish(table=holding("a"))
     with checker(lambda: None, answer) as (url, _):
         status, text = run("verify", tmp_path, "--url", url)
-    assert status == 0, text
+    assert status == 2, text  # Equal, and yet nobody knows what is there now.
     assert f"could not be asked to look again (it answers with status {answer})" in text
     assert text.count("not looked at again") == 2
 
@@ -290,7 +353,8 @@ def test_what_speaks_no_http_is_said_and_is_no_difference(tmp_path: Path) -> Non
         url = f"http://127.0.0.1:{server.server_address[1]}"
         status, text = run("verify", tmp_path, "--url", url)
         server.shutdown()
-    assert status == 0, text
+    assert status == 2, text
+    assert "0 different" in text
     assert "could not be asked to look again" in text
 
 

@@ -1,0 +1,194 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Tables of ranks beside a checkpoint, beside manifests, and beside one another."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sglang_weight_exporter.store.tables import Table
+from sglang_weight_exporter.verification.checkpoint import Checkpoint
+from sglang_weight_exporter.verification.checkpoint_layout import (
+    FUSED,
+    Expected,
+    ServedTensor,
+    expected_fingerprints,
+)
+from sglang_weight_exporter.verification.comparison import Comparison, compare, compare_replicas
+from sglang_weight_exporter.verification.confirmed_loaders import confirmed
+from sglang_weight_exporter.verification.manifest import Manifest, ManifestError, Shard
+from sglang_weight_exporter.weight_table import table_fingerprints
+
+
+@dataclass
+class Comparisons:
+    """What came of all of them."""
+
+    #: Which rank, and how it compares.
+    results: list[tuple[str, Comparison]] = field(default_factory=list)
+    #: What was to be compared and is held by no rank here.
+    unheld: tuple[str, ...] = ()
+
+
+def title(table: Table) -> str:
+    since = "its load" if table.update <= 1 else f"update {table.update}"
+    return f"engine {table.engine.name}  {table.ranks}  {table.role.name}  since {since}"
+
+
+def _nbytes(table: Table) -> dict[str, int]:
+    return {row.name: row.nbytes for row in table.rows()}
+
+
+# A checkpoint.
+
+
+def against_checkpoint(tables: Sequence[Table], path: Path, tp_size: int | None) -> Comparisons:
+    found = Comparisons()
+    used: set[str] = set()
+    names: dict[str, None] = {}
+    absent: tuple[str, ...] = ()
+    whole: Checkpoint | None = None
+    for table in tables:
+        checkpoint = whole or Checkpoint(path, table.ranks.tp)
+        whole = None if checkpoint.sharded else checkpoint
+        size = 1 if checkpoint.sharded else tp_size or _tp_size(table, tables)
+        served = [
+            ServedTensor(row.name, row.dtype, row.shape_in_memory, row.kind) for row in table.rows()
+        ]
+        expected = expected_fingerprints(
+            served, checkpoint, tp_rank=table.ranks.tp % size, tp_size=size
+        )
+        result = compare(
+            table_fingerprints(table.columns),
+            expected.fingerprints,
+            _nbytes(table),
+            unverifiable=expected.unverifiable,
+            doubted=_doubts(table, checkpoint, expected),
+        )
+        found.results.append((title(table), result))
+        used |= expected.used
+        names |= dict.fromkeys(checkpoint.tensors)
+        absent = checkpoint.absent
+    found.unheld = tuple(name for name in names if name not in used)
+    if absent:
+        more = f" and {len(absent) - 1:,} more" if absent[1:] else ""
+        print(f"The index names {absent[0]}{more}, which no file has.", file=sys.stderr)
+    return found
+
+
+def _tp_size(table: Table, tables: Sequence[Table]) -> int:
+    """As the engine's settings have it: some of its ranks may be on other hosts."""
+    return table.engine.tp_size or 1 + max(
+        other.ranks.tp for other in tables if other.engine.instance == table.engine.instance
+    )
+
+
+def _doubts(table: Table, checkpoint: Checkpoint, expected: Expected) -> dict[str, str]:
+    """Names whose other bytes are no difference, and why."""
+    role, release = table.role, table.engine.sglang_version
+    config = checkpoint.config()
+    loader = confirmed(release, role.device, role.architecture, role.quantization)
+    said = ", ".join(map(str, config.get("architectures") or ()))
+    of_another = role.name == "target" and said not in {"", role.architecture}
+    if loader is None or of_another or (checkpoint.is_quantized() and not role.quantization):
+        kind = f"{role.quantization} {role.architecture}".strip()
+        why = (
+            "its bytes are others, and what the loader of "
+            f"{kind or 'this model'} makes of this file is confirmed by nothing"
+        )
+        return dict.fromkeys(expected.fingerprints, why)
+    doubts = {}
+    for name in expected.fingerprints:
+        if not loader.covers(name, whole=name in expected.whole):
+            doubts[name] = "its bytes are others, and the loader may make others of the file's"
+        elif name == "lm_head.weight" and config.get("tie_word_embeddings"):
+            doubts[name] = "its bytes are others than those of the embeddings that it is tied to"
+    for name, files in checkpoint.copies.items():
+        places = f"{', in '.join(files[:-1])} and in {files[-1]}"
+        doubts[name] = f"it is in {places}, and which one is loaded is not known"
+    return doubts
+
+
+# Manifests.
+
+
+def against_manifests(tables: Sequence[Table], manifests: Sequence[Manifest]) -> Comparisons:
+    """A manifest of a running rank with the ranks at its place, another one with all."""
+    found = Comparisons()
+    held: set[str] = set()
+    for table in tables:
+        shard = Shard.of(table.engine, table.ranks, table.role.name)
+        chosen = [manifest for manifest in manifests if manifest.shard in {None, shard}]
+        if not chosen:
+            print(
+                f"{title(table)}: no manifest is of this part of the model ({_place(shard)}).",
+                file=sys.stderr,
+            )
+        for manifest in chosen:
+            found.results.append((title(table), _against_manifest(table, manifest)))
+            held |= table_fingerprints(table.columns).keys()
+    if not found.results:
+        places = (_place(each.shard) for each in manifests if each.shard is not None)
+        raise ManifestError(
+            "No rank here holds what a manifest is of, which is: " + "; ".join(places) + "."
+        )
+    named = dict.fromkeys(name for manifest in manifests for name in manifest.tensors)
+    found.unheld = tuple(name for name in named if name not in held)
+    return found
+
+
+def _place(shard: Shard) -> str:
+    sizes = (shard.tp_size, shard.pp_size, shard.ep_size)
+    tp, pp, ep = ("?" if size is None else size for size in sizes)
+    return (
+        f"{shard.role} of {shard.model_name}, tp {shard.tp_rank} of {tp}, pp {shard.pp_rank} of "
+        f"{pp}, ep {shard.moe_ep_rank} of {ep}"
+    )
+
+
+def _against_manifest(table: Table, manifest: Manifest) -> Comparison:
+    """Compares what has the same dtype and shape: a rank's share has another fingerprint."""
+    expected, unverifiable = {}, {}
+    for row in table.rows():
+        tensor = manifest.tensors.get(row.name)
+        if tensor is None:
+            unverifiable[row.name] = _not_there(row.name)
+        elif (tensor.dtype, tensor.shape) != (row.dtype, row.shape_in_memory):
+            unverifiable[row.name] = "it has another shape or dtype in the manifest: a rank's share"
+        else:
+            expected[row.name] = tensor.fingerprint
+    return compare(
+        table_fingerprints(table.columns), expected, _nbytes(table), unverifiable=unverifiable
+    )
+
+
+def _not_there(name: str) -> str:
+    if any(f".{fused}." in name for fused in FUSED):
+        return "the manifest has it in parts: `manifest --fused` and fused=True write it whole"
+    return "the manifest has no tensor of this name"
+
+
+# One another.
+
+
+def replicas(tables: Iterable[Table]) -> Comparisons:
+    """Ranks that should hold the same: of one model, at the same place in it, quantized and packed
+    in the same way."""
+    places: dict[tuple[Shard, str, str], list[Table]] = {}
+    for table in tables:
+        shard = Shard.of(table.engine, table.ranks, table.role.name)
+        same = shard, table.role.quantization, table.engine.sglang_version
+        places.setdefault(same, []).append(table)
+    found = Comparisons()
+    for first, *others in places.values():
+        one = table_fingerprints(first.columns)
+        for other in others:
+            beside = f"{title(other)}\n  beside {title(first)}"
+            result = compare_replicas(
+                one, table_fingerprints(other.columns), _nbytes(first) | _nbytes(other)
+            )
+            found.results.append((beside, result))
+    return found
