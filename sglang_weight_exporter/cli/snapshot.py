@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import bisect
-import io
 import json
 import os
 import pickle
@@ -19,15 +18,18 @@ import msgspec
 
 from sglang_weight_exporter.cli.choice import add_rank, is_chosen
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
+from sglang_weight_exporter.cli.torch_snapshot import (
+    SnapshotError,
+    bounded_memory,
+    checked_segments,
+    read_snapshot,
+)
 from sglang_weight_exporter.records.memory import MemoryOwner
 from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.decoding import UnreadableError
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.weight_table import table_rows
-
-#: A pickle of a history of a million allocations, and no more than a machine has.
-LARGEST_PICKLE = 2**32
 
 #: The newest that PyTorch's viewer reads. Python 3.14 writes a newer one unless it is told.
 VIEWERS_PROTOCOL = 4
@@ -72,13 +74,11 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.file is not None:
             return _name(arguments.file, found, arguments.output)
         return _take(found, arguments.output)
-    except (OSError, UnreadableError, SnapshotError) as error:
+    except (UnreadableError, SnapshotError) as error:
         print(error, file=sys.stderr)
-        return 1
-
-
-class SnapshotError(Exception):
-    """What is wrong with a snapshot, as a sentence."""
+    except OSError as error:
+        print(f"{error.filename} cannot be used: {error.strerror}.", file=sys.stderr)
+    return 2
 
 
 def _ask(found: list[tuple[RankDirectory, Snapshot]]) -> int:
@@ -104,7 +104,7 @@ def _take(found: list[tuple[RankDirectory, Snapshot]], output: Path) -> int:
                 why = "it was not asked (--ask), or has no GPU"
             print(f"{_stem(snapshot)} has left nothing: {why}.", file=sys.stderr)
             continue
-        segments = _checked(msgspec.json.decode(dump.segments))
+        segments = checked_segments(msgspec.json.decode(dump.segments))
         pools = set(dump.graph_pools)
         _write({"segments": segments}, dump.owners, pools, output / _stem(snapshot))
     return 1 if missing else 0
@@ -117,7 +117,14 @@ def _name(file: Path, found: list[tuple[RankDirectory, Snapshot]], output: Path)
             "that has written the snapshot with --engine and --rank."
         )
     ((directory, snapshot),) = found
-    content = read_snapshot(file)
+    owners = _owners(directory, snapshot)
+    with bounded_memory(file):
+        content = read_snapshot(file)
+        _write(content, owners, set(), output / f"{file.stem}-named")
+    return 0
+
+
+def _owners(directory: RankDirectory, snapshot: Snapshot) -> list[MemoryOwner]:
     owners = []
     for role in snapshot.roles:
         if role.table is not None:
@@ -133,58 +140,7 @@ def _name(file: Path, found: list[tuple[RankDirectory, Snapshot]], output: Path)
                             name=f"{row.name} ({role.name})",
                         )
                     )
-    _write(content, owners, set(), output / f"{file.stem}-named")
-    return 0
-
-
-class _Builtins(pickle.Unpickler):
-    """A snapshot is dictionaries, lists, numbers and text. What a pickle could run besides is
-    refused: the file may have come from anywhere."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise SnapshotError(
-            f"It asks for {module}.{name}, which no snapshot of torch needs, so nothing of it was "
-            "read."
-        )
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise SnapshotError("It refers to objects outside of itself, so nothing of it was read.")
-
-
-def read_snapshot(file: Path) -> dict[str, Any]:
-    """What torch has pickled: ``segments``, and whatever else was there. Raises ``OSError`` and
-    :class:`SnapshotError`."""
-    size = file.stat().st_size
-    if size > LARGEST_PICKLE:
-        raise SnapshotError(f"{file} has {size:,} bytes, which is no snapshot of torch.")
-    try:
-        content = _Builtins(io.BytesIO(file.read_bytes())).load()
-    except SnapshotError as error:
-        raise SnapshotError(f"{file} is refused. {error}") from error
-    except Exception as error:
-        raise SnapshotError(f"{file} is no pickle that could be read ({error}).") from error
-    if isinstance(content, list):  # Of torch.cuda.memory_snapshot().
-        content = {"segments": content}
-    if not isinstance(content, dict):
-        raise SnapshotError(f"{file} holds no snapshot of torch.")
-    return {**content, "segments": _checked(content.get("segments"))}
-
-
-def _checked(segments: Any) -> list[dict[str, Any]]:
-    """Segments that have what is needed of them. Raises :class:`SnapshotError`."""
-    try:
-        for segment in segments:
-            address, end = segment["address"], segment["address"] + segment["total_size"]
-            for block in segment["blocks"]:
-                block["address"] = address
-                address += block["size"]
-                block["state"] + ""
-            if address != end:
-                raise SnapshotError("The blocks of a segment do not fill it.")
-    except (TypeError, KeyError, AttributeError) as error:
-        raise SnapshotError(f"Its segments are not as torch has them ({error!r}).") from error
-    found: list[dict[str, Any]] = segments
-    return found
+    return owners
 
 
 def name_blocks(
@@ -222,32 +178,28 @@ def name_blocks(
 
 def name_allocations(content: dict[str, Any]) -> None:
     """Give the allocations of a history the names of the blocks that they have made. Of those the
-    viewer's timeline shows the allocation's frames, and not the block's. Raises
-    :class:`SnapshotError`."""
-    try:
-        for device, events in enumerate(content["device_traces"]):
-            frames = {
-                block["address"]: block["frames"][0]
-                for segment in content["segments"]
-                if segment.get("device", 0) == device
-                for block in segment["blocks"]
-                if block["state"] != "inactive"
-            }
-            for event in reversed(events):
-                if event["action"] in {"alloc", "free_completed"}:
-                    # What was there before the last one was something else.
-                    frame = frames.pop(event["addr"], None)
-                    if frame is not None and event["action"] == "alloc":
-                        event["frames"] = [frame, *event.get("frames", ())]
-    except (TypeError, KeyError, AttributeError) as error:
-        raise SnapshotError(f"Its history is not as torch has it ({error!r}).") from error
+    viewer's timeline shows the allocation's frames, and not the block's."""
+    for device, events in enumerate(content["device_traces"]):
+        frames = {
+            block["address"]: block["frames"][0]
+            for segment in content["segments"]
+            if segment.get("device", 0) == device
+            for block in segment["blocks"]
+            if block["state"] != "inactive"
+        }
+        for event in reversed(events):
+            if event["action"] in {"alloc", "free_completed"}:
+                # What was there before the last one was something else.
+                frame = frames.pop(event.get("addr"), None)
+                if frame is not None and event["action"] == "alloc":
+                    event["frames"] = [frame, *event.get("frames", ())]
 
 
 def trace_events(segments: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Chrome's trace format, which Perfetto reads: a thread a segment, and a byte for a
     microsecond."""
     events: list[dict[str, Any]] = []
-    for number, segment in enumerate(sorted(segments, key=lambda each: int(each["address"]))):
+    for number, segment in enumerate(sorted(segments, key=lambda each: each["address"])):
         where = {"pid": segment.get("device", 0), "tid": number}
         pool = "private " if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0) else ""
         label = f"{pool}segment {segment['address']:#x}, {segment['total_size']:,} bytes"
@@ -280,17 +232,19 @@ def _write(
 ) -> None:
     segments = content["segments"]
     name_blocks(segments, owners, graph_pools)
-    devices = 1 + max((int(segment.get("device", 0)) for segment in segments), default=0)
+    devices = 1 + max((segment.get("device", 0) for segment in segments), default=0)
     content.setdefault("device_traces", [[] for _ in range(devices)])
     name_allocations(content)
-    stem.parent.mkdir(parents=True, exist_ok=True)
     viewer, perfetto = Path(f"{stem}.pickle"), Path(f"{stem}.perfetto.json")
-    for path, written in (
+    files = (
         (viewer, pickle.dumps(content, protocol=VIEWERS_PROTOCOL)),
         (perfetto, json.dumps({"traceEvents": trace_events(segments)}).encode()),
-    ):
+    )
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for path, written in files:
         # Addresses are for their owner alone.
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            os.fchmod(file.fileno(), 0o600)  # One that was there has kept its mode.
             file.write(written)
     print(f"{viewer}  for PyTorch's memory viewer, pytorch.org/memory_viz")
     print(f"{perfetto}  for ui.perfetto.dev, a thread a segment, a byte for a microsecond")

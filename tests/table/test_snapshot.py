@@ -9,14 +9,19 @@ import json
 import os
 import pickle
 import stat
+import struct
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from engines import clean_environment
 from published import ROWS, Command, PublishedRank
 
+from sglang_weight_exporter.cli.torch_snapshot import SnapshotError, read_snapshot
 from sglang_weight_exporter.records.memory import MemoryDump, MemoryOwner
 from sglang_weight_exporter.store.rank import MEMORY
 from sglang_weight_exporter.weight_table import Row
@@ -84,6 +89,8 @@ def test_a_rank_leaves_its_memory_when_it_was_asked(
     assert b"nothing has happened to it" in waiting.stderr
     leave(rank)
     assert not rank.store.memory_is_wanted
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "engine-30000-tp_rank0-pp_rank0.pickle").write_bytes(b"of all")
     taken = command("snapshot", "--output", str(tmp_path / "out"))
     assert taken.returncode == 0, taken.stderr
     viewer, perfetto = sorted((tmp_path / "out").iterdir(), key=lambda path: path.suffix)[::-1]
@@ -213,7 +220,7 @@ def test_a_pickle_that_would_run_something_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pickle").write_bytes(pickle.dumps({"segments": [Evil()]}))
     done = command("snapshot", str(tmp_path / "evil.pickle"))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert b"mkdir, which no snapshot of torch needs" in done.stderr
     assert not (tmp_path / "it-ran").exists()
 
@@ -226,7 +233,6 @@ def test_a_pickle_that_would_run_something_is_refused(
         pickle.dumps(7),
         pickle.dumps({"segments": [{"address": 1}]}),
         pickle.dumps({"segments": [{"address": 1, "total_size": 9, "blocks": []}]}),
-        pickle.dumps({"segments": [], "device_traces": [[{"action": "alloc"}]]}),
     ],
 )
 def test_what_is_no_snapshot_is_refused_in_words(
@@ -234,7 +240,7 @@ def test_what_is_no_snapshot_is_refused_in_words(
 ) -> None:
     (tmp_path / "file.pickle").write_bytes(content)
     done = command("snapshot", str(tmp_path / "file.pickle"), "--output", str(tmp_path))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert b"Traceback" not in done.stderr
     assert done.stderr.strip().endswith(b".")
 
@@ -244,5 +250,104 @@ def test_a_file_that_a_rank_has_left_damaged_is_refused(
 ) -> None:
     (rank.store.path / MEMORY).write_bytes(io.BytesIO(b"\x81").getvalue())
     done = command("snapshot", "--output", str(tmp_path))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert b"is damaged" in done.stderr
+
+
+def segment(**changes: Any) -> dict[str, Any]:
+    blocks = [{"size": 512, "state": "active_allocated", "frames": []}]
+    return {"device": 0, "address": 4096, "total_size": 512, "blocks": blocks, **changes}
+
+
+def nested(depth: int) -> bytes:
+    """`{"segments": [], "x": a tuple in a tuple in …}`; pickle itself makes no such thing."""
+    return b"\x80\x04}(\x8c\x08segments]\x8c\x01xN" + b"\x85" * depth + b"u."
+
+
+def bombs() -> dict[str, bytes]:
+    """Pickles that are small and ask for much."""
+    twice = segment()
+    frames = [{"name": "f", "filename": "f", "line": 1}] * 100_000
+    blocks = [{"size": 512, "state": "active_allocated", "frames": frames} for _ in range(3000)]
+    shared = segment(total_size=512 * 3000, blocks=blocks)
+    return {
+        "a memo of 300,000,000": b"\x80\x02Nr" + struct.pack("<I", 300_000_000) + b".",
+        "text of 2^40 bytes": b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b"x.",
+        "a number of 2^31 digits": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"x.",
+        "a million tuples": nested(1_000_000),
+        "a segment many times": pickle.dumps({"segments": [twice] * 200_000}),
+        "frames that all blocks share": pickle.dumps({"segments": [shared]}),
+        "a thousand million devices": pickle.dumps({"segments": [segment(device=10**9)]}),
+    }
+
+
+@pytest.mark.parametrize("name", bombs())
+def test_a_pickle_takes_what_a_file_of_its_size_may_take(
+    rank: PublishedRank, runtime_dir: Path, tmp_path: Path, name: str
+) -> None:
+    file = tmp_path / "file.pickle"
+    file.write_bytes(bombs()[name])
+    arguments = ["snapshot", file, "--output", tmp_path / "out", "--runtime-dir", runtime_dir]
+    program = (
+        "import resource, sys\n"
+        "from sglang_weight_exporter.cli import main\n"
+        "status = main(sys.argv[1:])\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)\n"
+        "sys.exit(status)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert str(file) in done.stderr
+    assert done.stderr.strip().endswith(".")
+    assert int(done.stdout) < 2**29 + 100 * file.stat().st_size
+    assert not (tmp_path / "out").exists()
+
+
+CYCLE: list[Any] = []
+CYCLE.append(CYCLE)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(
+            {"segments": [segment(**{key: value})]}
+            for key, value in (
+                ("device", -1),
+                ("device", "x"),
+                ("device", 1.5),
+                ("device", None),
+                ("segment_pool_id", None),
+                ("segment_pool_id", 5),
+                ("segment_pool_id", ()),
+                ("address", "x"),
+                ("address", -1),
+                ("address", 10**5000),
+                ("address", float("nan")),
+                ("blocks", None),
+                ("blocks", [{"size": 512, "state": "a", "frames": 5}]),
+                ("blocks", [{"size": 512, "state": "a", "requested_size": b"x"}]),
+                ("blocks", [{"size": -512, "state": "a"}, {"size": 1024, "state": "a"}]),
+            )
+        ),
+        {"segments": [segment()], "device_traces": 5},
+        {"segments": [segment()], "device_traces": CYCLE},
+        {"segments": [segment()], "device_traces": [[{"action": "alloc", "addr": "x"}]]},
+        {"segments": {}},
+        {},
+    ],
+)
+def test_what_torch_never_writes_is_refused(tmp_path: Path, content: dict[str, Any]) -> None:
+    file = tmp_path / "file.pickle"
+    file.write_bytes(pickle.dumps(content))
+    with pytest.raises(SnapshotError) as refused:
+        read_snapshot(file)
+    assert str(file) in str(refused.value)
+    assert len(str(refused.value)) < 300
