@@ -67,6 +67,8 @@ class Interpreter:
     @classmethod
     def ask(cls, python: str) -> Interpreter:
         """Start it, isolated from this environment. Raises :class:`InstallError`."""
+        if os.sep in python:  # Not resolved: a virtual environment's is a link to another one.
+            python = str(Path(python).absolute())
         try:
             answer = subprocess.run(
                 [python, "-I", "-c", _QUESTIONS],
@@ -213,14 +215,17 @@ def _verify(interpreter: Interpreter) -> str:
         "for finder in sys.meta_path), 'the start-up files had no effect'; "
         f"import {_NAME}.records, {_NAME}.export.prometheus, {_NAME}.cli"
     )
-    ran = subprocess.run(
-        [interpreter.python, "-c", check],
-        env=environ,
-        cwd="/",
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    try:
+        ran = subprocess.run(
+            [interpreter.python, "-c", check],
+            env=environ,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
     return "" if ran.returncode == 0 else ran.stderr.strip().rpartition("\n")[2]
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from engines import Installation, clean_environment
 
+from sglang_weight_exporter.cli.run import START_PATH
+
 ARMED = "import sys; print('PostImportHook' in [type(f).__name__ for f in sys.meta_path])"
 #: What an engine imports last; its class is wrapped when the hooks work.
 HOOKED = (
@@ -109,6 +111,32 @@ class TestRun:
         ran = cli("run", "--", bare, "-c", program, environ=environ)
         assert ran.stdout.split() == ["True", "yes", str(tmp_path / "site" / "sitecustomize.py")]
 
+    def test_behind_a_sitecustomize_that_runs_no_other(self, tmp_path: Path) -> None:
+        """Python looks for a usercustomize as well, where a user's packages may be used."""
+        venv.create(tmp_path / "user", symlinks=True, system_site_packages=True)
+        python = tmp_path / "user" / "bin" / "python"
+        for directory in ("front", "behind"):
+            (tmp_path / directory).mkdir()
+        (tmp_path / "front" / "sitecustomize.py").write_text("import sys; sys.first = 1\n")
+        (tmp_path / "behind" / "usercustomize.py").write_text("import sys; sys.other = 2\n")
+        paths = (tmp_path / "front", START_PATH, tmp_path / "behind")
+        environ = clean_environment(PYTHONPATH=os.pathsep.join(map(str, paths)))
+        program = f"{ARMED}; print(sys.first, sys.other, {str(START_PATH)!r} in sys.path)"
+        assert output([python, "-c", program], environ).split() == ["True", "1", "2", "False"]
+
+    def test_behind_the_opentelemetry_operator_s(self, bare: Path, tmp_path: Path) -> None:
+        """It puts its own directory in front of PYTHONPATH, and its packages behind it."""
+        there = pytest.importorskip(
+            "opentelemetry.instrumentation.auto_instrumentation", reason="comes with `make test`"
+        ).__path__[0]
+        paths = (there, START_PATH, Path(there).parents[2])
+        environ = clean_environment(
+            PYTHONPATH=os.pathsep.join(map(str, paths)),
+            **{f"OTEL_{each}_EXPORTER": "none" for each in ("TRACES", "METRICS", "LOGS")},
+        )
+        ran = subprocess.run([bare, "-c", ARMED], env=environ, capture_output=True, text=True)
+        assert (ran.stdout.split(), ran.stderr) == (["True"], "")
+
     def test_a_sitecustomize_that_fails_fails_as_it_did(self, bare: Path, tmp_path: Path) -> None:
         (tmp_path / "sitecustomize.py").write_text("raise RuntimeError('broken')\n")
         environ = clean_environment(PYTHONPATH=str(tmp_path))
@@ -203,6 +231,24 @@ class TestInstall:
         assert cli("uninstall", "--python", with_sglang).returncode == 0
         assert (site / "sglang_weight_exporter.pth").read_text() == "# pip's\n"
         assert not (site / "sglang_weight_exporter.path").exists()
+
+    def test_a_relative_path_is_one_of_here(self, with_sglang: Path) -> None:
+        site = site_of(with_sglang)
+        before = entries(site)
+        here = with_sglang.parent
+        for command, armed in (("install", "True"), ("uninstall", "False")):
+            for python in ("./python", os.path.relpath(with_sglang, here.parent)):
+                cwd = here if python.startswith("./") else here.parent
+                ran = subprocess.run(
+                    [sys.executable, "-m", "sglang_weight_exporter", command, "--python", python],
+                    env=clean_environment(),
+                    cwd=cwd,
+                    capture_output=True,
+                    text=True,
+                )
+                assert "Traceback" not in ran.stderr
+            assert output([with_sglang, "-c", ARMED]) == armed
+        assert entries(site) == before
 
     @pytest.mark.parametrize("python", ["/no/such/python", "/bin/true", "/bin/false"])
     def test_what_is_no_python_is_said(self, python: str) -> None:
