@@ -1,8 +1,10 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Arms the hooks in a Python that has this directory in PYTHONPATH. Whoever comes first calls it:
-the ``sitecustomize`` here; the ``usercustomize``, where another ``sitecustomize`` is in front of it;
-or the OpenTelemetry operator's, which runs entry points and no other ``sitecustomize``."""
+"""Arms the hooks in a Python that has this directory in PYTHONPATH.
+
+Whoever comes first calls it: the ``sitecustomize`` here; the ``usercustomize``, where another
+``sitecustomize`` is in front of it; or the OpenTelemetry operator's, which runs entry points.
+"""
 
 import os
 import sys

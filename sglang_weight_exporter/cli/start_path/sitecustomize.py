@@ -7,7 +7,10 @@ every process of an engine, those that it spawns included. A ``sitecustomize`` t
 before is run as well.
 """
 
-from sglang_weight_exporter_start import arm, run_the_other
+from sglang_weight_exporter_start import (  # type: ignore[import-not-found]
+    arm,
+    run_the_other,
+)
 
 arm()
 run_the_other("sitecustomize")
