@@ -21,8 +21,8 @@ _TEMPORARY = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class Directory:
-    """An open directory. All methods raise ``OSError``; one that is gone has no file
-    (``FileNotFoundError``)."""
+    """An open directory, closed by ``with`` or with its last reference. All methods raise
+    ``OSError``; one that is gone has no file (``FileNotFoundError``)."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         #: Where it was opened, for messages.
@@ -58,7 +58,7 @@ class Directory:
                     view = view[os.write(descriptor, view) :]
             finally:
                 os.close(descriptor)
-            os.rename(temporary, name, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
+            self.rename(temporary, name)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary, dir_fd=self._descriptor)
@@ -85,17 +85,20 @@ class Directory:
             return False
         return True
 
-    def remove_directory(self, name: str) -> None:
-        """Remove a directory in this one with all that is in it, as far as that can be done."""
-        # An entry of an open directory; the links inside are removed and not followed.
-        shutil.rmtree(f"/proc/self/fd/{self._descriptor}/{name}", ignore_errors=True)
+    def remove_all(self, name: str) -> None:
+        """Remove an entry, of a directory all that is in it too, as far as that can be done."""
+        try:
+            self.remove(name)
+        except OSError:
+            # An entry of an open directory; the links inside are removed and not followed.
+            shutil.rmtree(f"/proc/self/fd/{self._descriptor}/{name}", ignore_errors=True)
 
     def has(self, name: str) -> bool:
+        """Whether there is a regular file of this name."""
         try:
-            self.file_status(name)
+            return stat.S_ISREG(self.file_status(name).st_mode)
         except FileNotFoundError:
             return False
-        return True
 
     def file_status(self, name: str) -> os.stat_result:
         """The status of an entry itself, also of a link."""
@@ -121,6 +124,12 @@ class Directory:
         if descriptor >= 0:
             os.close(descriptor)
 
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def __del__(self) -> None:
         self.close()
 
@@ -132,24 +141,23 @@ def read_file(path: Path, limit: int) -> bytes:
     larger.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with os.fdopen(descriptor, "rb", buffering=0) as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
-        if status.st_size > limit:
-            raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
-        content = file.read(limit + 1)
-        while more := file.read(limit + 1):
-            content += more
-            if len(content) > limit:
-                raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
-        return content
+        pieces, left = list[bytes](), limit + 1
+        while status.st_size <= limit and left:
+            piece = os.read(descriptor, min(left, status.st_size + 1))
+            if not piece:
+                return b"".join(pieces)
+            pieces.append(piece)
+            left -= len(piece)
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+    finally:
+        os.close(descriptor)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace ``path`` by a file of mode 0600 with this content; on failure nothing is left."""
-    directory = Directory.open(path.parent)
-    try:
+    with Directory.open(path.parent) as directory:
         directory.write(path.name, content)
-    finally:
-        directory.close()

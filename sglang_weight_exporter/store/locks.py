@@ -13,14 +13,25 @@ from types import TracebackType
 
 from sglang_weight_exporter.store.files import Directory
 
+#: All that this process has. A child that outlives its parent would keep a dead rank alive.
+_locks: weakref.WeakSet[FileLock] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for lock in list(_locks):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
 
 class FileLock:
     """An ``flock`` on a file of its own, in one of two modes.
 
-    A lock belongs to the open file and a forked child shares it, so a child that outlives its
-    parent would keep a dead rank alive: the child's copy is closed at fork. It means nothing once
-    another file is at the path, because others lock that one: such a lock is never taken, and
-    :meth:`is_current` tells of one that was taken before.
+    A lock belongs to the open file and a forked child shares it, so the child's copy is closed at
+    fork. It means nothing once another file is at the path, because others lock that one: such a
+    lock is never taken, and :meth:`is_current` tells of one that was taken before. A lock that
+    nobody refers to any more is closed.
 
     ``directory``: where the file is, opened; ``path`` is then for messages. ``create``: off, the
     file must be there.
@@ -33,14 +44,7 @@ class FileLock:
         self._directory = directory
         self._flags = os.O_RDWR | (os.O_CREAT if create else 0)
         self._descriptor: int | None = None
-        close = weakref.WeakMethod(self.close)
-
-        def close_in_child() -> None:
-            method = close()
-            if method is not None:
-                method()
-
-        os.register_at_fork(after_in_child=close_in_child)
+        _locks.add(self)
 
     def acquire(self, *, exclusive: bool = True, block: bool = False) -> bool:
         """Take the lock; ``False`` if someone else holds it and ``block`` is off.
@@ -111,6 +115,9 @@ class FileLock:
         if descriptor is not None:
             os.close(descriptor)
 
+    def __del__(self) -> None:
+        self.close()
+
     def release(self) -> None:
         """Unlock, for every process that shares this open file."""
         if self._descriptor is not None:
@@ -132,8 +139,7 @@ class FileLock:
 def is_held(path: Path) -> bool:
     """Whether anybody holds the lock exclusively. A file that is not there is held by nobody.
 
-    Looks without ever taking the lock exclusively, and lets go at once: two who look do not
-    see each other.
+    The lock is tried shared and let go at once: two who ask do not see each other.
     """
     try:
         # O_NONBLOCK: a FIFO of this name would wait for a writer.

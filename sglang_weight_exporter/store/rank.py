@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 
@@ -13,7 +14,7 @@ from sglang_weight_exporter.records.memory import MemoryDump
 from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.encoding import encode
 from sglang_weight_exporter.store.files import Directory
-from sglang_weight_exporter.store.locks import FileLock
+from sglang_weight_exporter.store.locks import FileLock, is_held
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
 from sglang_weight_exporter.store.spool import EVENT_BYTES, EVENT_COUNT, SpoolWriter
 from sglang_weight_exporter.weight_table import WeightTable
@@ -58,19 +59,36 @@ class RankStore:
     def _make(self) -> Directory:
         """Make the directory under a hidden name and show it once its lock is held: whoever
         sees it sees it alive."""
-        ranks = self.runtime_dir.open_ranks()
         hidden = f".{self.rank_id}"
-        ranks.remove_directory(hidden)
-        directory = ranks.open_directory(hidden, make=True)
-        directory.open_directory("events", make=True).close()
-        lock = FileLock(self.path / "lock", directory=directory)
-        lock.acquire()
-        table_lock = FileLock(self.path / "table.lock", directory=directory)
-        table_lock.acquire()  # Here for readers before the first update.
-        table_lock.release()
-        ranks.rename(hidden, self.rank_id)
+        with self.runtime_dir.open_ranks() as ranks, contextlib.ExitStack() as undo:
+            ranks.remove_all(hidden)
+            undo.callback(ranks.remove_all, hidden)
+            directory = undo.enter_context(ranks.open_directory(hidden, make=True))
+            directory.open_directory("events", make=True).close()
+            lock = undo.enter_context(FileLock(self.path / "lock", directory=directory))
+            lock.acquire()
+            table_lock = FileLock(self.path / "table.lock", directory=directory)
+            with table_lock:  # Here for readers before the first update.
+                table_lock.acquire()
+            try:
+                ranks.rename(hidden, self.rank_id)
+            except OSError:
+                self._check_nobody_has_it()
+                ranks.remove_all(self.rank_id)
+                ranks.rename(hidden, self.rank_id)
+            undo.pop_all()
         self._lock, self._table_lock = lock, table_lock
         return directory
+
+    def _check_nobody_has_it(self) -> None:
+        """What stands at the path is removed, unless it is another process's: a fork of this one
+        has the same name."""
+        try:
+            held = is_held(self.path / "lock")
+        except OSError:
+            return
+        if held:
+            raise FileExistsError(errno.EEXIST, "another process has it", str(self.path))
 
     @property
     def events_dropped(self) -> int:
@@ -81,8 +99,8 @@ class RankStore:
         """Replace the snapshot, and remove tables that it no longer names."""
         self._come_back()
         try:
-            self._directory.write("snapshot", encode(snapshot))
-        except OSError:
+            self._write("snapshot", encode(snapshot))
+        except BaseException:  # Also what cannot be encoded, such as a number beyond 64 bits.
             self.withdraw()
             raise
         keep = {role.table.file for role in snapshot.roles if role.table is not None}
@@ -95,7 +113,7 @@ class RankStore:
         self._come_back()
         file = table_file(table)
         if file not in self._tables or not self._directory.has(file):
-            self._directory.write(file, encode(table))
+            self._write(file, encode(table))
             self._tables.add(file)
         return file
 
@@ -115,7 +133,7 @@ class RankStore:
     def leave_memory(self, dump: MemoryDump | None) -> None:
         """Answer; with nothing, where it could not be read."""
         if dump is not None:
-            self._directory.write(MEMORY, encode(dump))
+            self._write(MEMORY, encode(dump))
         self._directory.remove(MEMORY_WANTED)
 
     def is_published(self) -> bool:
@@ -164,6 +182,14 @@ class RankStore:
         """Leave: the next look at the runtime directory finds this rank dead."""
         self._lock.release()
 
+    def _write(self, name: str, content: bytes) -> None:
+        """Write a file, also where somebody has made a directory of that name."""
+        try:
+            self._directory.write(name, content)
+        except IsADirectoryError:
+            self._directory.remove_all(name)
+            self._directory.write(name, content)
+
     def _come_back(self) -> None:
         """Be alive, in a directory that is there."""
         if self._directory.is_at(self.path):
@@ -173,6 +199,8 @@ class RankStore:
                     self._lock.acquire()
             if self._lock.held and self._directory.is_at(self.path):
                 if not self._events.is_at(self.path / "events"):
+                    with contextlib.suppress(OSError):
+                        self._directory.remove("events")  # A file or a link; not a directory.
                     self._events.move(self._directory.open_directory("events", make=True))
                 return
         self._lock.close()
@@ -183,6 +211,7 @@ class RankStore:
             directory = self._make()
         except RuntimeDirError as error:
             raise OSError(str(error)) from error
+        self._directory.close()
         self._directory = directory
         self._tables.clear()
         self._events.move(directory.open_directory("events"))

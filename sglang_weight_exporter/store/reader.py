@@ -82,12 +82,13 @@ class RankDirectory:
 
     def remove(self) -> None:
         """Remove what a dead rank left. One that has come back meanwhile is left alone."""
-        with contextlib.suppress(OSError):
-            ranks = Directory.open(self.path.parent)
-            lock = FileLock(self.path / "lock", create=False)
+        with (
+            contextlib.suppress(OSError),
+            Directory.open(self.path.parent) as ranks,
+            FileLock(self.path / "lock", create=False) as lock,
+        ):
             if lock.acquire():
-                ranks.remove_directory(self.path.name)
-                lock.release()
+                ranks.remove_all(self.path.name)
 
 
 def rank_directories(runtime_dir: RuntimeDir) -> Iterator[RankDirectory]:

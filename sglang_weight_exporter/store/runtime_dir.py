@@ -62,7 +62,7 @@ class RuntimeDir:
             if path is not None:
                 directory.path.parent.mkdir(parents=True, exist_ok=True)
             directory.path.mkdir(mode=0o700, exist_ok=True)
-            directory.open_ranks()
+            directory.open_ranks().close()
         except OSError as error:
             problem = directory._problem(uid)
             if problem:
@@ -88,11 +88,11 @@ class RuntimeDir:
     def open_ranks(self) -> Directory:
         """The directory of the ranks' directories, opened from one that was checked when it was
         open. Raises ``OSError`` and :class:`RuntimeDirError`."""
-        root = Directory.open(self.path)
-        problem = _problem_with(root.status(), os.getuid())
-        if problem:
-            raise _untrusted(self.path, problem)
-        return root.open_directory(self.ranks.name, make=True)
+        with Directory.open(self.path) as root:
+            problem = _problem_with(root.status(), os.getuid())
+            if problem:
+                raise _untrusted(self.path, problem)
+            return root.open_directory(self.ranks.name, make=True)
 
     def _problem(self, uid: int) -> str:
         try:

@@ -78,6 +78,7 @@ class SpoolWriter:
 
     def move(self, directory: Directory) -> None:
         """The directory was made anew: what waited in the old one is gone with it."""
+        self._directory.close()
         self._directory = directory
         self._queue.clear()
         self._tables.clear()

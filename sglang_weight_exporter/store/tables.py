@@ -226,7 +226,8 @@ class TableReader:
         """The table lock, shared; ``False`` while an update has it."""
         try:
             # Opened for reading: the runtime directory may be mounted read-only.
-            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+            # O_NONBLOCK: a FIFO of this name would wait for a writer.
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             descriptor = os.open(self.directory.path / "table.lock", flags)
         except FileNotFoundError:
             yield False

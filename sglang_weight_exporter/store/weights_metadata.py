@@ -57,7 +57,8 @@ def write_files(directory: Path, table: Table, owner: str) -> list[Path]:
     Raises ``OSError``; what would have been replaced is then gone, as an old address is worse
     than none.
     """
-    return _write(Directory.open(directory), table, owner)
+    with Directory.open(directory) as opened:
+        return _write(opened, table, owner)
 
 
 def _write(directory: Directory, table: Table, owner: str) -> list[Path]:
@@ -164,10 +165,10 @@ class MetadataFiles:
     def update(self, table: Table) -> None:
         """Weights were loaded or updated. Raises ``OSError``."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        directory = self._open()
-        if self._claim is None:
-            self._owner, self._claim = self._claim_owner(table, directory)
-        _write(directory, table, self._owner)
+        with self._open() as directory:
+            if self._claim is None:
+                self._owner, self._claim = self._claim_owner(table, directory)
+            _write(directory, table, self._owner)
 
     def close(self) -> None:
         """The rank is gone; another one may have its names."""
@@ -177,12 +178,14 @@ class MetadataFiles:
     def remove(self, role: str) -> None:
         """The table of a role could not be read. Raises ``OSError``."""
         if self._claim is not None:
-            _remove(self._open(), self._owner, role)
+            with self._open() as directory:
+                _remove(directory, self._owner, role)
 
     def _open(self) -> Directory:
         directory = Directory.open(self._directory)
         owner = directory.status().st_uid
         if owner not in {0, os.getuid()}:
+            directory.close()
             raise PermissionError(
                 errno.EPERM, f"it belongs to the user with id {owner}", str(self._directory)
             )

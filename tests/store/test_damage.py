@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import pytest
 from engines import PREFIX, clean_environment, eventually
 from ranks import ExporterProcess, Rank, rows
 
+from sglang_weight_exporter.records.endpoint import ExporterEndpoint
 from sglang_weight_exporter.records.engine import Engine, Ranks
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import Histogram, UpdateCounts
@@ -26,8 +29,9 @@ from sglang_weight_exporter.store.decoding import UnreadableError, read
 from sglang_weight_exporter.store.engine_names import claim_engine_name
 from sglang_weight_exporter.store.files import read_file
 from sglang_weight_exporter.store.rank import RankStore
-from sglang_weight_exporter.store.reader import SnapshotReader, read_endpoint
+from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader, read_endpoint
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.store.tables import TableError, TableReader
 from sglang_weight_exporter.weight_table import WeightTable, table_of_rows
 
 Fields = dict[str, Any]
@@ -398,6 +402,65 @@ def test_a_sparse_file_takes_no_memory(tmp_path: Path) -> None:
     make_sparse(tmp_path / "file")
     with pytest.raises(OSError, match="more than"):
         read_file(tmp_path / "file", 2**20)
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@pytest.mark.parametrize("make", [make_fifo, make_directory, make_link, make_sparse])
+@pytest.mark.parametrize("name", ["snapshot", "lock", "table.lock", "exported", "events"])
+def test_what_is_no_file_costs_no_descriptor(
+    runtime_dir: RuntimeDir, broken: RankStore, make: Callable[[Path], None], name: str
+) -> None:
+    write(broken, valid_snapshot("broken"))
+    path = broken.path / name
+    if path.is_dir():
+        path.rmdir()
+    else:
+        path.unlink(missing_ok=True)
+    make(path)
+    directory = RankDirectory(broken.path)
+    reader = SnapshotReader(runtime_dir)
+    gc.collect()
+    before = descriptors()
+    for _ in range(3):
+        reader.read()
+        for read_something in (
+            directory.is_alive,
+            directory.events.waiting,
+            directory.events.size,
+            lambda: directory.exported(ExporterEndpoint),
+            lambda: TableReader(directory, "target", Engine(name="", instance=""), Ranks()).read(),
+        ):
+            with contextlib.suppress(OSError, UnreadableError, TableError):
+                read_something()
+    assert descriptors() <= before
+
+
+@pytest.mark.parametrize("make", [make_fifo, make_directory, make_link, make_sparse])
+@pytest.mark.parametrize("name", ["snapshot", "lock", "events", "."])
+def test_a_rank_that_writes_again_is_there_again(
+    runtime_dir: RuntimeDir, tmp_path: Path, make: Callable[[Path], None], name: str
+) -> None:
+    rank = Rank(runtime_dir.path)
+    rank.load(rows(3))
+    path = rank.store.path / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    make(path)
+    if make is make_directory:
+        (path / "file").write_text("")
+    counted = []
+    for _ in range(3):
+        rank.update()
+        ((_, found),) = SnapshotReader(runtime_dir).read()
+        assert found.roles[0].table is not None
+        assert rank.waiting()
+        counted.append(descriptors())
+    assert counted[-1] <= counted[0]
 
 
 def test_what_is_no_directory_is_said_once(runtime_dir: RuntimeDir) -> None:

@@ -406,13 +406,38 @@ def test_on_a_full_disk_an_old_number_is_taken_away_and_comes_back_new(small_dis
     assert found.weight_version == "3"
 
 
+def test_what_cannot_be_encoded_takes_the_old_snapshot_away(runtime_dir: RuntimeDir) -> None:
+    rank = RankStore(runtime_dir, "a")
+    rank.write_snapshot(snapshot("a", 1))
+    with pytest.raises(OverflowError):
+        rank.write_snapshot(msgspec.structs.replace(snapshot("a", 2), update_groups=2**64))
+    assert ids(runtime_dir) == []
+    rank.write_snapshot(snapshot("a", 3))
+    assert ids(runtime_dir) == ["a"]
+
+
+def test_a_fork_of_a_rank_does_not_remove_it(runtime_dir: RuntimeDir) -> None:
+    rank = RankStore(runtime_dir, "a")
+    rank.write_snapshot(snapshot("a", 1))
+    with pytest.raises(FileExistsError):
+        RankStore(runtime_dir, "a")
+    ((_, found),) = SnapshotReader(runtime_dir).read()
+    assert found.weight_version == "1"
+    rank.write_snapshot(snapshot("a", 2))
+    ((_, found),) = SnapshotReader(runtime_dir).read()
+    assert found.weight_version == "2"
+
+
 def test_engines_of_one_port_get_names_of_their_own(runtime_dir: RuntimeDir) -> None:
+    alive: list[RankStore] = []
+
     def join(instance: str, ranks: Ranks) -> tuple[str, RankStore]:
         engine = Engine(name="30000", instance=instance)
         with claim_engine_name(runtime_dir, engine, ranks) as name:
             rank = RankStore(runtime_dir, os.urandom(4).hex())
             named = msgspec.structs.replace(engine, name=name)
             rank.write_snapshot(snapshot(rank.rank_id, engine=named, ranks=ranks))
+        alive.append(rank)
         return name, rank
 
     name, first = join("one", Ranks(tp=0))
@@ -438,3 +463,46 @@ def test_a_lock_tells_the_living_from_the_dead(tmp_path: Path) -> None:
     assert reader.acquire(exclusive=False)
     assert other.acquire(exclusive=False)
     assert not FileLock(path).acquire()
+
+
+def test_a_directory_that_cannot_be_made_costs_no_descriptor(
+    runtime_dir: RuntimeDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank = RankStore(runtime_dir, "a")
+    shutil.rmtree(rank.path)
+
+    def no_room(directory: Directory, name: str, new_name: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Directory, "rename", no_room)
+    counted = []
+    for version in range(1, 10):
+        with pytest.raises(OSError, match="No space left"):
+            rank.write_snapshot(snapshot("a", version))
+        counted.append(len(list(Path("/proc/self/fd").iterdir())))
+    assert counted[-1] <= counted[0]
+    monkeypatch.undo()
+    rank.write_snapshot(snapshot("a", 10))
+    ((_, found),) = SnapshotReader(runtime_dir).read()
+    assert found.weight_version == "10"
+    assert not [path for path in runtime_dir.ranks.iterdir() if path.name != "a"]
+
+
+def test_locks_that_are_gone_leave_nothing_for_a_fork_to_do(tmp_path: Path) -> None:
+    """A lock is made for each look at a dead rank, in a process that lives for months."""
+    program = """
+import gc, sys
+from pathlib import Path
+from sglang_weight_exporter.store.locks import FileLock
+def objects():
+    gc.collect()
+    return sum(1 for each in gc.get_objects() if getattr(each, "__name__", "") == "close_in_child")
+for _ in range(100):
+    with FileLock(Path(sys.argv[1])) as lock:
+        lock.acquire()
+print(objects())
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "lock")], capture_output=True, text=True
+    )
+    assert int(ran.stdout) <= 1, ran.stderr
