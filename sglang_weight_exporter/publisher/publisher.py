@@ -206,7 +206,7 @@ class Publisher:
         for role, table in self._tables.items():
             try:
                 store.write_table(table)
-            except OSError as error:
+            except Exception as error:
                 self._report("table", error)
                 missing.add(role)
                 complete = False
@@ -221,10 +221,14 @@ class Publisher:
                 self._report("event", error)
                 complete = False
                 break
+            except Exception as error:
+                # It cannot be encoded, and the next try would find the same.
+                self._report("event", error)
+                self._dropped += 1
             self._events.popleft()
         try:
             store.write_snapshot(self._complete(snapshot, store, without=missing))
-        except OSError as error:
+        except Exception as error:
             self._report("snapshot", error)
             complete = False
         return complete
