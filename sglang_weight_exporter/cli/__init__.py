@@ -67,6 +67,7 @@ def _main(argv: Sequence[str] | None) -> int:
     for name, does in _COMMANDS.items():
         commands.add_parser(name, help=does, module=name)
     arguments = parser.parse_args(argv)
+    from sglang_weight_exporter.cli.choice import CommandError
     from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
 
     try:
@@ -74,6 +75,9 @@ def _main(argv: Sequence[str] | None) -> int:
     except RuntimeDirError as error:
         print(error, file=sys.stderr)
         return 1
+    except CommandError as error:
+        print(error, file=sys.stderr)
+        return error.exit_status
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

@@ -10,20 +10,26 @@ more byte of pool is one byte in the second term, whatever else the pool has to 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
+import re
 import sys
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
+from sglang_weight_exporter.cli.terminal import print_line
+from sglang_weight_exporter.cli.worst_moment import (
+    Worst,
+    duration,
+    from_prometheus,
+    seconds_of,
+    since_the_start,
+)
 from sglang_weight_exporter.export.gpu_account import GpuAccount, GpuAccounts, RankOnGpu
 from sglang_weight_exporter.export.nvml import Nvml
+from sglang_weight_exporter.records.memory import DeviceMemory
 from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -37,9 +43,10 @@ _STEP = 1000
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "For each engine of this user on this host: what was free at the worst moment "
-        "on its fullest GPU, how many tokens of KV that is, which --mem-fraction-static would use "
-        "it, and what a replica, a draft or more adapters would cost."
+        "For each engine of this user on this host: what was free at the worst moment since it "
+        "started, on its fullest GPU, how many tokens of KV that is, which --mem-fraction-static "
+        "would use it, and what a replica, a draft or more adapters would cost. Exit status: 0, 1 "
+        "when there is nothing to advise, 2 when the question cannot be answered."
     )
     add_flags(parser, "runtime_dir")
     parser.add_argument(
@@ -49,11 +56,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "peaks that torch has kept since each engine started",
     )
     parser.add_argument(
-        "--range", default="7d", help="how far back to look in Prometheus (default: 7d)"
+        "--range",
+        type=seconds_of,
+        default=7 * 86400,
+        metavar="DURATION",
+        help="how far back to ask Prometheus, as 12h or 30d, and never further than the start of "
+        "the engine (default: 7d)",
     )
     parser.add_argument(
         "--keep",
-        type=int,
+        type=_bytes,
         default=KEEP,
         metavar="BYTES",
         help="bytes that are to stay free at the worst moment (default: 1 GiB)",
@@ -61,8 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run)
 
 
-class UnanswerableError(Exception):
-    """What is missing, as a sentence."""
+def _bytes(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes such as 1073741824")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -70,44 +84,54 @@ def run(arguments: argparse.Namespace) -> int:
     runtime_dir = RuntimeDir.find(settings.runtime_dir, os.environ)
     snapshots = [each for _, each in SnapshotReader(runtime_dir).read()]
     accounts = GpuAccounts().read(snapshots, Nvml().read(), time.monotonic())
-    most_used: Callable[[GpuAccount], int] = _peaks
+    worst: Callable[[GpuAccount], Worst] = since_the_start
     if arguments.prometheus:
 
-        def most_used(account: GpuAccount) -> int:
-            return _from_prometheus(arguments.prometheus, arguments.range, account.gpu.uuid)
+        def worst(account: GpuAccount) -> Worst:
+            return from_prometheus(arguments.prometheus, arguments.range, account, time.time())
 
-    engines: dict[str, list[tuple[RankOnGpu, GpuAccount]]] = {}
+    advices: dict[str, list[Advice]] = {}
     for account in accounts:
         for rank in account.ranks:
-            engines.setdefault(rank.snapshot.engine.name, []).append((rank, account))
-    if not engines:
+            advices.setdefault(rank.snapshot.engine.name, []).append(
+                advice(rank, account, worst(account))
+            )
+    unmeasured = _unmeasured(snapshots, accounts)
+    for name, found in sorted(advices.items()):
+        # SGLang cuts the pool of all ranks to that of the worst.
+        for line in lines(
+            name, min(found, key=lambda each: each.share), len(found), arguments.keep
+        ):
+            print_line(line)
+        print()
+    for snapshot, memory in unmeasured:
+        for line in _of_torch(snapshot, memory):
+            print_line(line)
+        print()
+    if not (advices or unmeasured):
         print(
             "No engine with memory of an NVIDIA GPU is alive here, so there is nothing to advise. "
             "`sglang-weight-exporter status` says which ranks there are.",
             file=sys.stderr,
         )
         return 1
-    try:
-        for name, ranks in sorted(engines.items()):
-            advices = [advice(rank, account, most_used(account)) for rank, account in ranks]
-            worst = min(advices, key=lambda each: each.room)
-            print("\n".join(lines(name, worst, len(ranks), arguments.keep)))
-            print()
-    except UnanswerableError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(
-        "The worst moment is "
-        + (
-            f"the most in use in {arguments.range} by {arguments.prometheus}, looked at once a "
-            "second."
-            if arguments.prometheus
-            else "what torch's peaks since the start add to what is in use now, as if those of "
-            "all engines of a GPU came together. What libraries outside of torch needed for a "
-            "moment is not in it; --prometheus URL knows more."
-        )
-    )
+    if advices:
+        print(_source(arguments.prometheus))
     return 0
+
+
+def _source(prometheus: str | None) -> str:
+    if prometheus:
+        return (
+            f"The worst moment is the most in use, looked at once a second, that {prometheus} has "
+            "seen since the engines of the GPU were started as they are, and while none of them "
+            "had its memory released."
+        )
+    return (
+        "The worst moment is what torch's peaks since the start add to what is in use now, as if "
+        "those of all engines of a GPU came together. What libraries outside of torch needed for a "
+        "moment is not in it; --prometheus URL knows more."
+    )
 
 
 @dataclass(frozen=True)
@@ -118,53 +142,85 @@ class Advice:
     gpu: GpuAccount
     #: Bytes that nobody had at the worst moment.
     room: int
+    #: Seconds of it; ``None``: since the start.
+    seconds: int | None
     #: Of all KV pools of the rank, for one token; ``None`` without a pool.
     token_bytes: float | None
     tokens: int | None
 
+    @property
+    def share(self) -> int:
+        """Of the room, where several ranks are on the GPU."""
+        return self.room // len(self.gpu.ranks)
 
-def advice(rank: RankOnGpu, account: GpuAccount, most_used: int) -> Advice:
-    """``most_used``: bytes of the GPU at the worst moment that was seen."""
+    @property
+    def started_before(self) -> int:
+        """Ranks on the GPU that took their pool before this one."""
+        mine = self.rank.snapshot
+        return sum(
+            (each.snapshot.started_at, each.snapshot.rank_id) < (mine.started_at, mine.rank_id)
+            for each in self.gpu.ranks
+        )
+
+
+def advice(rank: RankOnGpu, account: GpuAccount, worst: Worst) -> Advice:
     gpu = account.gpu
-    used = max(gpu.used_bytes, most_used)
+    used = max(gpu.used_bytes, worst.used)
     token_bytes, tokens = _tokens(rank.snapshot, rank.memory.device)
-    return Advice(
-        rank, account, gpu.total_bytes - (gpu.reserved_bytes or 0) - used, token_bytes, tokens
-    )
+    room = gpu.total_bytes - (gpu.reserved_bytes or 0) - used
+    return Advice(rank, account, room, worst.seconds, token_bytes, tokens)
 
 
 def suggested(advice: Advice, keep: int) -> tuple[float, int] | None:
-    """The fraction that leaves ``keep`` bytes, and the tokens it gives; ``None``: not known."""
+    """The fraction that leaves ``keep`` bytes, and the tokens it gives; ``None``: not known.
+
+    Of several ranks on a GPU each gets the same. Those that start before this one then leave it
+    less to start from.
+    """
     budget = advice.rank.snapshot.budget
     if not (budget.fraction and budget.before_load and advice.token_bytes and advice.tokens):
         return None
-    exact = budget.fraction + (advice.room - keep) / budget.before_load
+    share = (advice.room - keep) // len(advice.gpu.ranks)
+    before = budget.before_load - share * advice.started_before
+    if before <= 0:
+        return 0.0, 0
+    left = (1 - budget.fraction) * budget.before_load - share * (advice.started_before + 1)
+    exact = 1 - left / before
     fraction = min(math.floor(exact * _STEP) / _STEP, 1 - 1 / _STEP)
-    more = (fraction - budget.fraction) * budget.before_load / advice.token_bytes
-    return fraction, int(advice.tokens + more)
+    more = share - (exact - fraction) * before
+    return fraction, int(advice.tokens + more / advice.token_bytes)
 
 
 def lines(engine: str, advice: Advice, ranks: int, keep: int) -> list[str]:
     """What is said of an engine; its worst rank stands for all, as the pool is cut to it."""
     rank, gpu = advice.rank, advice.gpu.gpu
-    snapshot = rank.snapshot
+    seen = "" if advice.seconds is None else f", in {duration(advice.seconds)}"
     found = [
-        f"engine {engine}  ({snapshot.engine.model_name}, SGLang {snapshot.engine.sglang_version}, "
-        f"{ranks} rank{'s' * (ranks > 1)})",
-        f"  worst rank      {snapshot.ranks} on GPU {gpu.index}, {gpu.uuid}",
-        f"  free at worst   {advice.room:,} bytes of {gpu.total_bytes:,}",
+        _title(engine, rank.snapshot, ranks),
+        f"  worst rank      {rank.snapshot.ranks} on GPU {gpu.index}, {gpu.uuid}",
+        f"  free at worst   {advice.room:,} bytes of {gpu.total_bytes:,}{seen}",
     ]
-    others = len(advice.gpu.ranks) - 1
-    if others:
-        found.append(f"                  shared with {others} more rank{'s' * (others > 1)}")
+    together = len(advice.gpu.ranks)
+    if together > 1:
+        found.append(
+            f"                  shared by {together} ranks, {advice.share:,} bytes each: what "
+            "follows holds if all are changed, and started in the same order"
+        )
     if advice.token_bytes:
         found.append(
-            f"  as KV           {max(0, int(advice.room / advice.token_bytes)):,} tokens of "
+            f"  as KV           {max(0, int(advice.share / advice.token_bytes)):,} tokens of "
             f"{advice.token_bytes:,.0f} bytes; the pool has {advice.tokens:,}"
         )
     found += _of_fraction(advice, keep)
     found += _costs(advice)
     return found
+
+
+def _title(engine: str, snapshot: Snapshot, ranks: int) -> str:
+    return (
+        f"engine {engine}  ({snapshot.engine.model_name}, SGLang {snapshot.engine.sglang_version}, "
+        f"{ranks} rank{'s' * (ranks > 1)})"
+    )
 
 
 def _of_fraction(advice: Advice, keep: int) -> list[str]:
@@ -242,33 +298,50 @@ def _tokens(snapshot: Snapshot, device: str) -> tuple[float | None, int | None]:
     return sum(pool.nbytes for pool in pools) / max(counts), max(counts)
 
 
-def _peaks(account: GpuAccount) -> int:
-    """What is in use now and what torch once had more of."""
-    return account.gpu.used_bytes + sum(
-        max(0, rank.memory.reserved_peak - rank.memory.reserved + rank.memory.released)
+# GPUs of which the driver does not say how much memory they have.
+
+
+def _unmeasured(
+    snapshots: Iterable[Snapshot], accounts: Iterable[GpuAccount]
+) -> list[tuple[Snapshot, DeviceMemory]]:
+    known = {
+        (rank.snapshot.rank_id, rank.memory.device)
+        for account in accounts
         for rank in account.ranks
+    }
+    return [
+        (snapshot, memory)
+        for snapshot in sorted(snapshots, key=lambda each: each.order)
+        for memory in snapshot.memory
+        if (snapshot.rank_id, memory.device) not in known
+    ]
+
+
+def _of_torch(snapshot: Snapshot, memory: DeviceMemory) -> list[str]:
+    token_bytes, tokens = _tokens(snapshot, memory.device)
+    found = [
+        _title(snapshot.engine.name, snapshot, 1),
+        f"  rank            {snapshot.ranks} on {memory.device}",
+        f"  in torch        {memory.physical:,} bytes, {memory.reserved_peak:,} at its peak",
+    ]
+    if token_bytes:
+        found.append(f"  KV pool         {tokens:,} tokens of {token_bytes:,.0f} bytes")
+    available = _available()
+    if available is not None:
+        found.append(f"  host's memory   {available:,} bytes available now")
+    found.append(
+        "  not known       what was free at worst: the driver does not say how much memory this "
+        "GPU has in use, as where it shares the host's (GB10), or does not know this GPU here. No "
+        "fraction is advised."
     )
+    return found
 
 
-def _from_prometheus(url: str, span: str, uuid: str) -> int:
-    """Raises :class:`UnanswerableError`."""
-    query = f'max(max_over_time(sglang_gpu_memory_used_max_bytes{{gpu_uuid="{uuid}"}}[{span}]))'
-    address = f"{url.rstrip('/')}/api/v1/query?{urllib.parse.urlencode({'query': query})}"
-    if urllib.parse.urlsplit(address).scheme not in {"http", "https"}:
-        raise UnanswerableError(f"{url} is no address of a Prometheus: give http:// or https://.")
+def _available() -> int | None:
+    """As the kernel reckons it. A GPU without memory of its own takes from that."""
     try:
-        with urllib.request.urlopen(address, timeout=60) as response:  # noqa: S310
-            answer = json.load(response)
-        found = answer["data"]["result"]
-    except urllib.error.HTTPError as error:
-        raise UnanswerableError(
-            f"{url} refused the question ({error.read(500).decode(errors='replace')})."
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UnanswerableError(f"{url} gave no answer that could be read ({error}).") from error
-    if not found:
-        raise UnanswerableError(
-            f"{url} has no sglang_gpu_memory_used_max_bytes of {uuid} in {span}: does it scrape "
-            "this exporter?"
-        )
-    return int(float(found[0]["value"][1]))
+        with open("/proc/meminfo") as file:  # noqa: PTH123
+            found = re.search(r"^MemAvailable:\s+(\d+) kB$", file.read(), re.MULTILINE)
+    except OSError:
+        return None
+    return None if found is None else int(found[1]) * 1024

@@ -20,6 +20,8 @@ _RANKS = ("tp", "pp", "dp", "moe_ep")
 class CommandError(Exception):
     """What was asked for cannot be done; the message says why and what to do."""
 
+    exit_status = 2
+
 
 def add_choice(parser: argparse._ActionsContainer, *, role: str | None = None) -> None:
     parser.add_argument("--engine", help="the engine with this label")

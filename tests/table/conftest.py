@@ -33,10 +33,10 @@ def rank(runtime_dir: Path) -> Iterator[PublishedRank]:
 def command(runtime_dir: Path) -> Command:
     """Runs `python -m sglang_weight_exporter` on the runtime directory."""
 
-    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[bytes]:
+    def run(*arguments: object, **environ: str) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
             [sys.executable, "-m", "sglang_weight_exporter", *map(str, arguments)],
-            env=clean_environment(**{PREFIX + "RUNTIME_DIR": str(runtime_dir)}),
+            env=clean_environment(**{PREFIX + "RUNTIME_DIR": str(runtime_dir)}, **environ),
             cwd=os.fspath(runtime_dir.parent),
             capture_output=True,
             timeout=60,

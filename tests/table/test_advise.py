@@ -5,13 +5,24 @@
 from __future__ import annotations
 
 import http.server
+import re
 import threading
+import urllib.parse
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
-from published import Command
+from published import Command, PublishedRank
 
 from sglang_weight_exporter.cli import advise
+from sglang_weight_exporter.cli.choice import CommandError
+from sglang_weight_exporter.cli.worst_moment import (
+    Worst,
+    from_prometheus,
+    seconds_of,
+    since_the_start,
+)
 from sglang_weight_exporter.export.gpu_account import GpuAccount, GpuAccounts
 from sglang_weight_exporter.export.nvml import GpuMemory
 from sglang_weight_exporter.records.engine import Device, Engine
@@ -23,13 +34,13 @@ from sglang_weight_exporter.store.namespaces import HOST_PIDS
 GIB = 2**30
 
 
-def account(**changes: Any) -> GpuAccount:
-    """An 80 GiB GPU whose only rank has 50 GiB: 10 of weights, 30 of KV for 300,000 tokens."""
-    snapshot = Snapshot(
-        rank_id="rank",
-        pid=7,
+def snapshot(number: int = 0, **changes: Any) -> Snapshot:
+    """A rank with 50 of 80 GiB: 10 of weights, 30 of KV for 300,000 tokens."""
+    return Snapshot(
+        rank_id=f"rank{number}",
+        pid=7 + number,
         pid_namespace=changes.pop("namespace", HOST_PIDS),
-        started_at=0.0,
+        started_at=changes.pop("started_at", 0.0),
         engine=Engine(name="30000", instance="one", model_name="m", sglang_version="0.5.17"),
         devices=(Device(name="cuda:0", uuid="GPU-1"),),
         budget=changes.pop(
@@ -58,6 +69,11 @@ def account(**changes: Any) -> GpuAccount:
             ),
         ),
     )
+
+
+def account(*snapshots: Snapshot, **changes: Any) -> GpuAccount:
+    """An 81 GiB GPU with 46 in use, and its ranks; by default one."""
+    ranks = snapshots or (snapshot(**changes),)
     gpu = GpuMemory(
         uuid="GPU-1",
         index=0,
@@ -66,15 +82,15 @@ def account(**changes: Any) -> GpuAccount:
         total_bytes=81 * GIB,
         used_bytes=46 * GIB,
         reserved_bytes=1 * GIB,
-        processes={7: 45 * GIB},
+        processes={each.pid: 45 * GIB for each in ranks},
     )
-    (found,) = GpuAccounts(HOST_PIDS).read([snapshot], [gpu], 0.0)
+    (found,) = GpuAccounts(HOST_PIDS).read(ranks, [gpu], 0.0)
     return found
 
 
 def said(found: GpuAccount, *, most_used: int | None = None, keep: int = 0) -> str:
-    used = advise._peaks(found) if most_used is None else most_used
-    return "\n".join(advise.lines("30000", advise.advice(found.ranks[0], found, used), 1, keep))
+    worst = since_the_start(found) if most_used is None else Worst(most_used, 7200)
+    return "\n".join(advise.lines("30000", advise.advice(found.ranks[0], found, worst), 1, keep))
 
 
 def test_what_was_free_at_the_worst_moment_since_the_start() -> None:
@@ -87,10 +103,27 @@ def test_what_was_free_at_the_worst_moment_since_the_start() -> None:
 def test_the_fraction_is_sglangs_formula_turned_round() -> None:
     """KV = free after the load - (1 - fraction) x free before it: 20 of 80 GiB are 0.25."""
     found = account()
-    advice = advise.advice(found.ranks[0], found, 60 * GIB)
+    advice = advise.advice(found.ranks[0], found, Worst(60 * GIB))
     assert advise.suggested(advice, 0) == (0.75, 500_000)
     assert advise.suggested(advice, 8 * GIB) == (0.65, 420_000)
     assert advise.suggested(advice, 30 * GIB) == (0.375, 200_000)  # Less than it has now.
+
+
+def test_what_is_free_is_shared_by_the_engines_of_a_gpu() -> None:
+    """20 GiB are free, 10 for each. The second engine to start, with 10 of weights and 20 of pool,
+    had 60 free before its load and finds 50: its pool is 30 = (50 - 10) - (1 - 0.8) * 50."""
+    pool = KvPoolUsage(device="cuda:0", pool="full", nbytes=20 * GIB, tokens=200_000)
+    budget = MemoryBudget(fraction=0.5, before_load=60 * GIB, token_limit=None)
+    second = snapshot(1, started_at=2.0, budget=budget, kv_pools=(pool,))
+    found = account(second, snapshot(0, started_at=1.0))
+    advices = {
+        rank.snapshot.rank_id: advise.advice(rank, found, Worst(60 * GIB)) for rank in found.ranks
+    }
+    assert advise.suggested(advices["rank0"], 0) == (0.625, 400_000)
+    fraction, tokens = advise.suggested(advices["rank1"], 0) or (0, 0)
+    assert fraction == pytest.approx(0.8, abs=0.001)
+    assert tokens == pytest.approx(300_000, rel=0.002)
+    assert f"shared by 2 ranks, {10 * GIB:,} bytes" in said(found, most_used=60 * GIB)
 
 
 def test_costs_are_those_of_this_engine() -> None:
@@ -141,17 +174,107 @@ def prometheus() -> Any:
     server.server_close()
 
 
+def ask(url: str, span: int = 7 * 86400, started_at: float = 0.0, now: float = 1e9) -> Worst:
+    return from_prometheus(url, span, account(started_at=started_at), now)
+
+
 def test_prometheus_is_asked_for_the_worst_moment(prometheus: Any) -> None:
     url, handler = prometheus
-    assert advise._from_prometheus(url, "30d", "GPU-1") == 64_000_000_000
+    assert ask(url, 86400) == Worst(64_000_000_000, 86400)
     assert "sglang_gpu_memory_used_max_bytes" in handler.asked
-    assert "30d" in handler.asked
+    assert urllib.parse.quote("[86400s:") in handler.asked
     handler.answer = b'{"data": {"result": []}}'
-    with pytest.raises(advise.UnanswerableError, match="does it scrape this exporter"):
-        advise._from_prometheus(url, "30d", "GPU-1")
-    for address in ("http://127.0.0.1:9", "file:///etc/passwd"):
-        with pytest.raises(advise.UnanswerableError):
-            advise._from_prometheus(address, "7d", "GPU-1")
+    with pytest.raises(CommandError, match="does it scrape this exporter"):
+        ask(url)
+    for address in ("http://127.0.0.1:9", "file:///etc/passwd", "localhost:9090"):
+        with pytest.raises(CommandError):
+            ask(address)
+
+
+def test_no_further_back_than_the_start_of_the_youngest_engine(prometheus: Any) -> None:
+    """Before, another configuration had the GPU, and for a minute its peak is still seen."""
+    url, handler = prometheus
+    assert ask(url, started_at=1e9 - 3660).seconds == 3600
+    assert urllib.parse.quote("[3600s:") in handler.asked
+    handler.asked = ""
+    found = account(started_at=1e9 - 100)
+    assert from_prometheus(url, 7 * 86400, found, 1e9) == since_the_start(found)
+    assert handler.asked == ""
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b'{"data": {"result": [{"value": [1, "NaN"]}]}}',
+        b'{"data": {"result": [{"value": [1, "+Inf"]}]}}',
+        b'{"data": {"result": [{"value": [1, "x"]}]}}',
+        b'{"data": {"result": [{"value": [1]}]}}',
+        b'{"data": {"result": [{"histogram": []}]}}',
+        b'{"data": {"result": null}}',
+        b'{"data": []}',
+        b"[]",
+        b"null",
+        b"<html>",
+        b'{"status": "error", "error": "x"}',
+        b"\xff",
+        b"[" * 100_000,
+    ],
+)
+def test_an_answer_that_is_none_is_said(prometheus: Any, answer: bytes) -> None:
+    url, handler = prometheus
+    handler.answer = answer
+    with pytest.raises(CommandError, match="gave no answer that could be read"):
+        ask(url)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--keep", "-5"),
+        ("--keep", "1GB"),
+        ("--range", "1h]) or vector(1) #"),
+        ("--range", "0s"),
+        ("--range", ""),
+        ("--range", "9" * 30 + "y"),
+    ],
+)
+def test_arguments_that_are_none_are_refused(command: Command, arguments: tuple[str, str]) -> None:
+    done = command("advise", *arguments)
+    assert done.returncode == 2
+    assert arguments[0].encode() in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_durations() -> None:
+    for text, seconds in (("90s", 90), ("1h30m", 5400), ("7d", 604800), ("1y", 31536000)):
+        assert seconds_of(text) == seconds
+
+
+def test_a_gpu_that_shares_the_host_s_memory(
+    rank: PublishedRank, command: Command, tmp_path: Path
+) -> None:
+    """GB10: NVML knows the GPU, and not its memory."""
+    (tmp_path / "pynvml.py").write_text(
+        "class NVMLError(Exception): pass\n"
+        "def _no(*_, **__): raise NVMLError('Not Supported')\n"
+        "nvmlMemory_v2 = 0\n"
+        "nvmlInit = lambda: None\n"
+        "nvmlDeviceGetCount = lambda: 1\n"
+        "nvmlDeviceGetHandleByIndex = lambda index: index\n"
+        "nvmlDeviceGetPciInfo = lambda gpu: type('', (), {'busId': '0'})\n"
+        "nvmlDeviceGetUUID = lambda gpu: 'GPU-1'\n"
+        "nvmlDeviceGetName = lambda gpu: 'NVIDIA GB10'\n"
+        "nvmlDeviceGetMemoryInfo = nvmlDeviceGetMigMode = _no\n"
+        "nvmlDeviceGetComputeRunningProcesses = _no\n"
+    )
+    rank.store.write_snapshot(msgspec.structs.replace(snapshot(), rank_id=rank.store.rank_id))
+    done = command("advise", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.decode()
+    assert f"in torch        {44 * GIB:,} bytes, {48 * GIB:,} at its peak" in text
+    assert "300,000 tokens of 107,374 bytes" in text
+    assert re.search(r"host's memory   [\d,]+ bytes available now", text)
+    assert "No fraction is advised" in text
 
 
 @pytest.mark.usefixtures("rank")
