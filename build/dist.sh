@@ -26,7 +26,8 @@ rm -rf dist
 
 rm -rf "$RUNTIME"
 build/environment.sh python 3 "$RUNTIME"
-"$UV" pip install -q -p "$RUNTIME/bin/python" dist/*.whl
+wheel=$(echo dist/*.whl)
+"$UV" pip install -q -p "$RUNTIME/bin/python" "$wheel[grpc,web]"
 version=$(basename dist/*.whl | cut -d- -f2)
 # The generator takes the version from pyproject.toml, where it is dynamic.
 "$TOOLS/bin/cyclonedx-py" environment "$RUNTIME" --output-reproducible \

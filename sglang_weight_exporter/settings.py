@@ -30,6 +30,11 @@ def _switch(text: str) -> bool:
 
 
 def _port(text: str) -> int:
+    if text.startswith("tcp://"):
+        raise ValueError(
+            "is what Kubernetes sets for a Service named sglang-weight-exporter; set "
+            "enableServiceLinks: false in the pod, or name the Service otherwise"
+        )
     port = int(text)
     if not 0 < port < 65536:
         raise ValueError("is not a port between 1 and 65535")
@@ -64,11 +69,6 @@ class Settings:
     address: str = _setting("::", str, "address of the metrics endpoint; :: is all of them")
     web_config_file: Path | None = _setting(
         None, _path, "TLS, users, headers and a rate limit, in the format of Prometheus' exporters"
-    )
-    tls_cert_file: Path | None = _setting(None, _path, "serve HTTPS with this certificate (PEM)")
-    tls_key_file: Path | None = _setting(None, _path, "the private key of the certificate (PEM)")
-    tls_client_ca_file: Path | None = _setting(
-        None, _path, "ask clients for a certificate signed by one of these (PEM)"
     )
     serve: bool = _setting(
         True, _switch, "auto: ranks start the exporter process; off: somebody else runs it"

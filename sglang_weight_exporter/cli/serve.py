@@ -27,9 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "port",
         "runtime_dir",
         "web_config_file",
-        "tls_cert_file",
-        "tls_key_file",
-        "tls_client_ca_file",
         "span_table",
         "span_table_names",
     )

@@ -14,8 +14,6 @@ import ssl
 import time
 from collections.abc import Callable, Set
 
-import bcrypt
-
 from sglang_weight_exporter.export.web_configuration import WebConfiguration
 
 #: bcrypt knows no more of a password.
@@ -33,7 +31,7 @@ class Authenticator:
 
     def use(self, configuration: WebConfiguration) -> None:
         """Have another configuration in force from now on."""
-        self._configuration = configuration
+        self.configuration = configuration
         self._tokens = float(configuration.burst)
         self._counted_at = self._clock()
         #: Of each user the credentials that were right last, as a keyed digest: bcrypt costs as
@@ -43,22 +41,22 @@ class Authenticator:
     @property
     def tls(self) -> ssl.SSLContext | None:
         """For the next connection; ``None``: plain HTTP."""
-        return self._configuration.tls
+        return self.configuration.tls
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What each answer carries besides its own."""
-        headers = self._configuration.headers
+        headers = self.configuration.headers
         return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
 
     def allows(self, alternative_names: Set[str]) -> bool:
         """Whether a client whose certificate has these names may connect."""
-        allowed = self._configuration.allowed_sans
+        allowed = self.configuration.allowed_sans
         return not allowed or bool(allowed & alternative_names)
 
     def is_within_rate(self) -> bool:
         """Whether one more request may come now: a token bucket."""
-        interval, burst = self._configuration.interval, self._configuration.burst
+        interval, burst = self.configuration.interval, self.configuration.burst
         if not interval:
             return True
         now = self._clock()
@@ -71,7 +69,7 @@ class Authenticator:
 
     async def admits(self, authorization: str) -> bool:
         """Whether a request with this header (RFC 7617) may see what is served."""
-        users = self._configuration.users
+        users = self.configuration.users
         if not users:
             return True
         user, password = _credentials(authorization)
@@ -85,7 +83,7 @@ class Authenticator:
         async with self._checking:  # One at a time: it takes a core.
             right = await asyncio.to_thread(_matches, password, hashed)
         # The configuration may have become another meanwhile.
-        if not right or self._configuration.users.get(user) != hashed:
+        if not right or self.configuration.users.get(user) != hashed:
             return False
         self._verified[user] = digest
         return True
@@ -103,6 +101,9 @@ def _credentials(authorization: str) -> tuple[str, bytes]:
 
 
 def _matches(password: bytes, hashed: str) -> bool:
+    # Of the extra `web`, without which no configuration with users is accepted.
+    import bcrypt
+
     try:
         return bcrypt.checkpw(password[:_MOST_OF_A_PASSWORD], hashed.encode())
     except ValueError:  # A NUL, in which bcrypt's passwords end.

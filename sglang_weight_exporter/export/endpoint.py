@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import Mapping
 
 from sglang_weight_exporter import __version__
 from sglang_weight_exporter.export.authenticator import Authenticator
@@ -45,12 +46,18 @@ PREDECESSOR_SECONDS = 2.0
 class Endpoint:
     """Where the metrics are served, from the start of the process to its end."""
 
-    def __init__(self, runtime_dir: RuntimeDir, settings: Settings, exposition: Exposition) -> None:
+    def __init__(
+        self,
+        runtime_dir: RuntimeDir,
+        settings: Settings,
+        environ: Mapping[str, str],
+        exposition: Exposition,
+    ) -> None:
         self._runtime_dir = runtime_dir
         self._settings = settings
         self._access = Authenticator()
         self._application = MetricsApp(exposition, self._access)
-        self._web = WebConfigurationSource(settings)
+        self._web = WebConfigurationSource(settings, environ)
         self._started_at = time.time()
         self._said = ""
         self._announce(None, "")
@@ -95,7 +102,13 @@ class Endpoint:
             if not await asyncio.to_thread(self._web.has_changed):
                 continue
             try:
-                self._access.use(await asyncio.to_thread(self._web.read))
+                configuration = await asyncio.to_thread(self._web.read)
+                if opened := self._access.configuration.opens(configuration):
+                    raise WebConfigurationError(
+                        f"The web configuration has changed and has {opened} no longer, which is "
+                        "not left while this process runs: end it, and the next one does."
+                    )
+                self._access.use(configuration)
                 logger.info("The web configuration has changed and was read again.")
                 problem = ""
             except WebConfigurationError as error:

@@ -92,7 +92,7 @@ class Exporter:
             ProcessCollector(registry=None),
             exemplars=lambda: pipeline.exports_spans,
         )
-        self._endpoint = Endpoint(runtime_dir, settings, exposition)
+        self._endpoint = Endpoint(runtime_dir, settings, environ, exposition)
         self._care = RankCare(
             runtime_dir,
             lock,

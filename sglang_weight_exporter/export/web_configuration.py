@@ -3,9 +3,10 @@
 """Who may reach the endpoint, and how: the web configuration file that Prometheus and its exporters
 share (prometheus/exporter-toolkit, docs/web-configuration.md).
 
-Where this differs: a file that cannot be used changes nothing while one that could is in force;
-HTTP/1.1 is spoken whatever ``http2`` says; and what Python's ``ssl`` cannot do is refused in words:
-certificates of clients that nobody verifies, and more than one curve.
+Where this differs: a file that cannot be used changes nothing while one that could is in force, and
+neither does one that would open what is closed now; HTTP/1.1 is spoken whatever ``http2`` says; and
+what is not supported is refused in words: an empty file, certificates of clients that nobody
+verifies, cipher suites, curves, and certificates inside the file.
 """
 
 from __future__ import annotations
@@ -13,19 +14,18 @@ from __future__ import annotations
 import os
 import re
 import ssl
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import yaml
 
 from sglang_weight_exporter.settings import PREFIX, Settings
 from sglang_weight_exporter.store.files import read_file
 
-#: A web configuration and the certificates that it may hold take some kilobytes.
+#: A web configuration and a certificate take some kilobytes.
 _LIMIT = 1 << 20
 
 #: ``crypt`` format: version, cost, salt and hash.
@@ -38,32 +38,6 @@ _VERSIONS = {
     "TLS13": ssl.TLSVersion.TLSv1_3,
 }
 _TlsVersion = Literal["TLS10", "TLS11", "TLS12", "TLS13"]
-
-#: Go's names of the suites that can be chosen, and OpenSSL's. Those of TLS 1.3 cannot: all of them
-#: are offered, whatever is listed.
-_SUITES = {
-    f"TLS_ECDHE_{key}_WITH_{go}": f"ECDHE-{key}-{openssl}"
-    for key in ("ECDSA", "RSA")
-    for go, openssl in (
-        ("AES_128_GCM_SHA256", "AES128-GCM-SHA256"),
-        ("AES_256_GCM_SHA384", "AES256-GCM-SHA384"),
-        ("CHACHA20_POLY1305_SHA256", "CHACHA20-POLY1305"),
-        ("AES_128_CBC_SHA", "AES128-SHA"),
-        ("AES_256_CBC_SHA", "AES256-SHA"),
-    )
-}
-_SUITES_OF_TLS13 = {
-    "TLS_AES_128_GCM_SHA256",
-    "TLS_AES_256_GCM_SHA384",
-    "TLS_CHACHA20_POLY1305_SHA256",
-}
-
-_CURVES = {
-    "CurveP256": "prime256v1",
-    "CurveP384": "secp384r1",
-    "CurveP521": "secp521r1",
-    "X25519": "X25519",
-}
 
 #: Headers that may be set, with the values that are accepted; none: any.
 _HEADERS: dict[str, tuple[str, ...]] = {
@@ -94,9 +68,6 @@ class _Section(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class _Tls(_Section, frozen=True):
-    cert: str = ""
-    key: str = ""
-    client_ca: str = ""
     cert_file: str = ""
     key_file: str = ""
     client_ca_file: str = ""
@@ -104,6 +75,10 @@ class _Tls(_Section, frozen=True):
     client_allowed_sans: tuple[str, ...] = ()
     min_version: _TlsVersion = "TLS12"
     max_version: _TlsVersion = "TLS13"
+    #: What Prometheus has besides, so that it is refused by what it is.
+    cert: str = ""
+    key: str = ""
+    client_ca: str = ""
     cipher_suites: tuple[str, ...] = ()
     prefer_server_cipher_suites: bool = True
     curve_preferences: tuple[str, ...] = ()
@@ -142,12 +117,35 @@ class WebConfiguration:
     #: How many may come at once.
     burst: int = 0
 
+    def opens(self, other: WebConfiguration) -> str:
+        """What keeps strangers out now and would not with the other one; empty: nothing."""
+        kept = (
+            ("TLS", self.tls, other.tls),
+            ("the certificates of clients", _asks_clients(self.tls), _asks_clients(other.tls)),
+            ("`client_allowed_sans`", self.allowed_sans, other.allowed_sans),
+            ("`basic_auth_users`", self.users, other.users),
+        )
+        return next((name for name, now, then in kept if now and not then), "")
+
+
+def _asks_clients(tls: ssl.SSLContext | None) -> bool:
+    return tls is not None and tls.verify_mode == ssl.CERT_REQUIRED
+
 
 class WebConfigurationSource:
-    """The file that a setting names, or the three TLS settings, which are a shorthand for one."""
+    """The file that a setting names.
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    ``environ``: where settings of a former release may be left, which are refused rather than
+    ignored: somebody believes that the endpoint is closed.
+    """
+
+    def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        self._path = settings.web_config_file
+        self._former = sorted(
+            name
+            for name in (f"{PREFIX}TLS_{each}_FILE" for each in ("CERT", "KEY", "CLIENT_CA"))
+            if environ.get(name)
+        )
         #: What was read, and its state before that: what changes meanwhile is read again.
         self._seen: dict[Path, object] = {}
 
@@ -157,40 +155,24 @@ class WebConfigurationSource:
 
     def read(self) -> WebConfiguration:
         """Raises :class:`WebConfigurationError`."""
-        named = self._settings.web_config_file
-        self._seen = {named: _state(named)} if named is not None else {}
+        if self._former:
+            raise WebConfigurationError(
+                f"{self._former[0]} is no longer read. Write `tls_server_config` into a web "
+                f"configuration file, name that in {PREFIX}WEB_CONFIG_FILE, and unset this."
+            )
+        path = self._path
+        if path is None:
+            return WebConfiguration()
+        self._seen = {path: _state(path)}
         try:
-            content, directory = self._content()
+            content, directory = parse(_read(path)), path.parent
             tls = content.tls_server_config
             for file in (tls.cert_file, tls.key_file, tls.client_ca_file):
                 if file:
                     self._seen[directory / file] = _state(directory / file)
             return _configuration(content, directory)
         except (OSError, ValueError) as error:
-            where = named or f"{PREFIX}TLS_CERT_FILE, _TLS_KEY_FILE and _TLS_CLIENT_CA_FILE"
-            raise WebConfigurationError(f"{where} cannot be used: {error}.") from error
-
-    def _content(self) -> tuple[_File, Path]:
-        settings = self._settings
-        shorthand = (settings.tls_cert_file, settings.tls_key_file, settings.tls_client_ca_file)
-        if settings.web_config_file is None:
-            cert, key, client_ca = (str(file or "") for file in shorthand)
-            if bool(cert) != bool(key) or (client_ca and not cert):
-                raise ValueError(
-                    "HTTPS needs a certificate and its key, and asks for certificates of clients "
-                    "only with them"
-                )
-            verify = "RequireAndVerifyClientCert" if client_ca else ""
-            tls = _Tls(
-                cert_file=cert, key_file=key, client_ca_file=client_ca, client_auth_type=verify
-            )
-            return _File(tls_server_config=tls), Path()
-        if any(shorthand):
-            raise ValueError(
-                f"{PREFIX}TLS_* are a shorthand for such a file and cannot be set beside it"
-            )
-        path = settings.web_config_file
-        return parse(_read(path)), path.parent
+            raise WebConfigurationError(f"{path} cannot be used: {error}.") from error
 
 
 def _read(path: Path) -> bytes:
@@ -207,44 +189,51 @@ def _state(path: Path) -> object:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-class _Loader(yaml.BaseLoader):
+def _load(content: bytes) -> Any:
     """Every scalar is text, as it stands in the file: which of it is a number is for the fields to
-    say. A key that comes twice is an error, as it is to Prometheus."""
+    say. A key that comes twice is an error, as it is to Prometheus. Raises ``ValueError``."""
+    try:
+        import bcrypt  # noqa: F401 (what a user's password is checked with, later)
+        import yaml
+    except ImportError as error:
+        raise ValueError(
+            f"it takes {error.name}, which is not installed here (pip install "
+            "'sglang-weight-exporter[web]')"
+        ) from error
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        found: dict[Hashable, Any] = {}
+    def mapping(loader: Any, node: Any, deep: bool = False) -> dict[Any, Any]:
+        found: dict[Any, Any] = {}
         for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key is no text", key_node.start_mark
-                )
-            if key in found:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key}` comes twice", key_node.start_mark
-                )
-            found[key] = self.construct_object(value_node, deep=True)
+            key = loader.construct_object(key_node, deep=True)
+            text = isinstance(key, str)
+            if not text or key in found:
+                problem = f"the key `{key}` comes twice" if text else "a key is no text"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            found[key] = loader.construct_object(value_node, deep=True)
         return found
+
+    class Loader(yaml.BaseLoader):
+        construct_mapping = mapping
+
+    try:
+        return yaml.load(content, Loader)  # noqa: S506 (it constructs text alone)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"it is no YAML: {' '.join(str(error).split())}") from error
 
 
 def parse(content: bytes) -> _File:
     """A web configuration file. Raises ``ValueError`` with what is wrong."""
     try:
-        loaded = yaml.load(content, _Loader)  # noqa: S506 (it constructs text alone)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"it is no YAML: {' '.join(str(error).split())}") from error
-    except RecursionError:
-        raise ValueError("it is no web configuration: it is nested too deeply") from None
-    if loaded in (None, ""):
-        loaded = {}
-    if isinstance(loaded, dict):
-        # As Prometheus reads them, a section or a value that was left blank is none. A user
-        # without a hash is an error.
-        loaded = {
-            name: _without_blanks(section) if name != "basic_auth_users" else section
-            for name, section in _without_blanks(loaded).items()
-        }
-    try:
+        loaded = _load(content)
+        if loaded in (None, ""):
+            raise ValueError("it is empty, as after a full disk; write `{}` to ask for nothing")
+        if isinstance(loaded, dict):
+            # As Prometheus reads them, a section or a value that was left blank is none. A user
+            # without a hash is an error.
+            loaded = {
+                name: _without_blanks(section) if name != "basic_auth_users" else section
+                for name, section in _without_blanks(loaded).items()
+            }
         return msgspec.convert(loaded, _File, strict=False)
     except msgspec.ValidationError as error:
         raise ValueError(str(error).replace("`$.", "`").replace(" - at `$`", "")) from error
@@ -277,6 +266,7 @@ def _configuration(content: _File, directory: Path) -> WebConfiguration:
     if interval and limit.burst < 1:
         raise ValueError("`rate_limit` admits nothing with a `burst` below 1")
     tls = content.tls_server_config
+    _refuse(tls)
     return WebConfiguration(
         tls=_context(tls, directory) if _asks_for_tls(tls) else None,
         allowed_sans=frozenset(tls.client_allowed_sans),
@@ -288,45 +278,54 @@ def _configuration(content: _File, directory: Path) -> WebConfiguration:
 
 
 def _asks_for_tls(tls: _Tls) -> bool:
-    return any(
-        (
-            *(tls.cert, tls.cert_file, tls.key, tls.key_file),
-            *(tls.client_ca, tls.client_ca_file, tls.client_auth_type),
-        )
-    )
+    return any((tls.cert_file, tls.key_file, tls.client_ca_file, tls.client_auth_type))
 
 
-def _context(tls: _Tls, directory: Path) -> ssl.SSLContext:
-    """Raises ``OSError`` (``ssl.SSLError`` is one), ``ValueError``."""
-    _exactly_one(cert=tls.cert, cert_file=tls.cert_file)
-    _exactly_one(key=tls.key, key_file=tls.key_file)
+def _refuse(tls: _Tls) -> None:
+    """What is not supported. Raises ``ValueError``."""
+    for name, value in (("cert", tls.cert), ("key", tls.key), ("client_ca", tls.client_ca)):
+        if value:
+            raise ValueError(
+                f"`{name}` is not supported: write it into a file and name that in `{name}_file`"
+            )
+    for name in ("cipher_suites", "curve_preferences"):
+        if getattr(tls, name):
+            raise ValueError(
+                f"`{name}` is not supported: OpenSSL's defaults are offered, which `min_version` "
+                "TLS13 narrows"
+            )
+    if not tls.prefer_server_cipher_suites:
+        raise ValueError("`prefer_server_cipher_suites` cannot be false: the server's order counts")
     if tls.client_auth_type in {"RequestClientCert", "RequireAnyClientCert", "RequireClientCert"}:
         raise ValueError(
             f"with `client_auth_type` {tls.client_auth_type} nobody would verify a client's "
             "certificate: set RequireAndVerifyClientCert"
         )
+
+
+def _context(tls: _Tls, directory: Path) -> ssl.SSLContext:
+    """Raises ``OSError`` (``ssl.SSLError`` is one), ``ValueError``."""
+    for name, file in (("cert_file", tls.cert_file), ("key_file", tls.key_file)):
+        if not file:
+            raise ValueError(f"HTTPS needs `{name}`, which is not set")
     _check(tls.client_auth_type in _VERIFYING, "`client_auth_type` is none of", _VERIFYING)
     verify = _VERIFYING[tls.client_auth_type]
-    authority = tls.client_ca or tls.client_ca_file
-    if verify != ssl.CERT_NONE and not authority:
+    if verify != ssl.CERT_NONE and not tls.client_ca_file:
         raise ValueError(f"`client_auth_type` {tls.client_auth_type} needs a `client_ca_file`")
-    if verify == ssl.CERT_NONE and authority:
+    if verify == ssl.CERT_NONE and tls.client_ca_file:
         raise ValueError("a client CA is set and no `client_auth_type` that would ask for it")
     if tls.client_allowed_sans and verify != ssl.CERT_REQUIRED:
         raise ValueError("`client_allowed_sans` needs client_auth_type RequireAndVerifyClientCert")
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    with (
-        _readable(tls.cert, directory / tls.cert_file) as cert,
-        _readable(tls.key, directory / tls.key_file) as key,
-    ):
+    with _readable(directory / tls.cert_file) as cert, _readable(directory / tls.key_file) as key:
         try:
             # A key that needs a password would ask a terminal for it.
             context.load_cert_chain(cert, key, password="")
         except ssl.SSLError as error:
             raise ValueError(f"the certificate and its key are no such pair ({error})") from error
-    if authority:
-        with _readable(tls.client_ca, directory / tls.client_ca_file) as client_ca:
+    if tls.client_ca_file:
+        with _readable(directory / tls.client_ca_file) as client_ca:
             try:
                 context.load_verify_locations(client_ca)
             except ssl.SSLError as error:
@@ -335,46 +334,16 @@ def _context(tls: _Tls, directory: Path) -> ssl.SSLContext:
     minimum, maximum = _VERSIONS[tls.min_version], _VERSIONS[tls.max_version]
     if minimum > maximum:
         raise ValueError("`min_version` is above `max_version`")
-    names = dict.fromkeys(tls.cipher_suites)
-    for name in names:
-        _check(
-            name in _SUITES or name in _SUITES_OF_TLS13,
-            f"the cipher suite {name!r} is none of",
-            (*_SUITES, *_SUITES_OF_TLS13),
-        )
-    chosen = [_SUITES[name] for name in names if name in _SUITES]
-    if chosen:
-        context.set_ciphers(":".join(chosen))
-    elif names:
-        minimum = ssl.TLSVersion.TLSv1_3
-        if maximum < minimum:
-            raise ValueError("no suite of `cipher_suites` belongs to `max_version`")
     context.minimum_version, context.maximum_version = minimum, maximum
-    if tls.prefer_server_cipher_suites:
-        context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE
-    else:
-        context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
-    if tls.curve_preferences:
-        if len(tls.curve_preferences) > 1:
-            raise ValueError("`curve_preferences` can have one curve, or none for OpenSSL's order")
-        (curve,) = tls.curve_preferences
-        _check(curve in _CURVES, f"the curve {curve!r} is none of", _CURVES)
-        context.set_ecdh_curve(_CURVES[curve])
+    context.options |= ssl.OP_CIPHER_SERVER_PREFERENCE
     return context
 
 
-def _exactly_one(**fields: str) -> None:
-    given = [name for name, value in fields.items() if value]
-    if len(given) != 1:
-        both = " and ".join(f"`{name}`" for name in fields)
-        raise ValueError(f"HTTPS needs one of {both}, and {len(given) or 'none'} is set")
-
-
 @contextmanager
-def _readable(text: str, path: Path) -> Iterator[str]:
-    """A path from which ``ssl``, which takes nothing else, reads the text or the file's content.
-    Whatever the file is, that waits for nobody."""
-    content = text.encode() if text else _read(path)
+def _readable(path: Path) -> Iterator[str]:
+    """A path from which ``ssl``, which takes nothing else, reads the file's content. Whatever the
+    file is, that waits for nobody."""
+    content = _read(path)
     descriptor = os.memfd_create("pem")
     try:
         with os.fdopen(descriptor, "wb", closefd=False) as file:

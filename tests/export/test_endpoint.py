@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import http.client
 import os
 import re
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import time
@@ -22,7 +20,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import trustme
 from engines import eventually
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
@@ -463,56 +460,6 @@ def test_the_line_about_the_default_port_names_dcgm_exporter(
         with contextlib.suppress(AssertionError):
             stack.enter_context(eventually(lambda: socket.create_server(("127.0.0.1", 9400)), 40))
         assert "dcgm-exporter" in serve(port=9400).line("Port 9400 .* in use")
-
-
-def test_https_with_and_without_client_certificates(
-    serve: Callable[..., Exporter], tmp_path: Path
-) -> None:
-    authority, stranger = trustme.CA(), trustme.CA()
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    server = authority.issue_cert("127.0.0.1")
-    server.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "server.pem"))
-    exporter = serve(
-        *("--tls-cert-file", str(tmp_path / "server.pem")),
-        *("--tls-key-file", str(tmp_path / "server.pem")),
-        *("--tls-client-ca-file", str(tmp_path / "ca.pem")),
-    )
-    exporter.line("metrics are at https://")
-
-    def get(client: trustme.LeafCert | None) -> int:
-        context = ssl.create_default_context()
-        authority.configure_trust(context)
-        if client is not None:
-            client.configure_cert(context)
-        connection = http.client.HTTPSConnection(
-            "127.0.0.1", exporter.port, timeout=10, context=context
-        )
-        connection.request("GET", "/metrics")
-        return connection.getresponse().status
-
-    assert get(authority.issue_cert("prometheus")) == 200
-    for refused in (None, stranger.issue_cert("prometheus")):
-        with pytest.raises((ssl.SSLError, ConnectionError)):
-            get(refused)
-
-
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        (("--tls-cert-file", "/nowhere.pem"), "needs a certificate and its key"),
-        (("--tls-client-ca-file", "/nowhere.pem"), "needs a certificate and its key"),
-        (("--tls-cert-file", "/nowhere.pem", "--tls-key-file", "/nowhere.pem"), "cannot be used"),
-    ],
-)
-def test_unusable_certificates_are_named_and_nothing_is_served_without_them(
-    serve: Callable[..., Exporter], flags: tuple[str, ...], complaint: str
-) -> None:
-    exporter = serve(*flags)
-    line = exporter.line(complaint)
-    assert "SGLANG_WEIGHT_EXPORTER_TLS_CERT_FILE" in line
-    with pytest.raises(ConnectionRefusedError):
-        exporter.request("/metrics")
-    assert exporter.process.poll() is None
 
 
 def test_a_second_exporter_of_one_directory_says_so_and_ends(

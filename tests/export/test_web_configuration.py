@@ -211,9 +211,7 @@ def test_a_certificate_is_verified_if_it_is_given(
         handshake(exporter, authority, trustme.CA().issue_cert("prometheus"))
 
 
-def test_versions_and_cipher_suites(
-    configured: Started, directory: Path, authority: trustme.CA
-) -> None:
+def test_a_version_that_is_too_old_is_refused(configured: Started, authority: trustme.CA) -> None:
     def only_12(context: ssl.SSLContext) -> None:
         context.maximum_version = ssl.TLSVersion.TLSv1_2
 
@@ -221,33 +219,6 @@ def test_versions_and_cipher_suites(
     assert handshake(exporter, authority)[0] == 200
     with pytest.raises(REFUSED):
         handshake(exporter, authority, adjust=only_12)
-
-    (directory / "web.yml").write_text(
-        f"{TLS}, max_version: TLS12, curve_preferences: [CurveP384],\n"
-        "  cipher_suites: [TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,"
-        " TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384]}\n"
-    )
-    exporter.line("was read again")
-    assert handshake(exporter, authority)[1].endswith("-AES256-GCM-SHA384")
-
-    def another_suite(context: ssl.SSLContext) -> None:
-        only_12(context)
-        context.set_ciphers("ECDHE-RSA-AES128-GCM-SHA256:ECDHE-ECDSA-AES128-GCM-SHA256")
-
-    with pytest.raises(REFUSED):
-        handshake(exporter, authority, adjust=another_suite)
-
-
-def test_certificates_may_stand_in_the_file(
-    configured: Started, directory: Path, authority: trustme.CA
-) -> None:
-    def inline(name: str) -> str:
-        return "|\n    " + (directory / name).read_text().replace("\n", "\n    ").rstrip() + "\n"
-
-    text = f"tls_server_config:\n  cert: {inline('cert.pem')}  key: {inline('key.pem')}"
-    for name in ("cert.pem", "key.pem"):
-        (directory / name).unlink()
-    assert handshake(configured(text), authority)[0] == 200
 
 
 def test_the_variable_names_the_file_as_well(
@@ -263,7 +234,7 @@ def test_the_variable_names_the_file_as_well(
 def test_a_change_is_in_force_for_the_next_connection(
     configured: Started, directory: Path, authority: trustme.CA, runtime_dir: RuntimeDir
 ) -> None:
-    exporter = configured("")
+    exporter = configured("{}")
     assert exporter.request("/metrics")[0] == 200
     kept = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=10)
     kept.request("GET", "/metrics")
@@ -277,9 +248,9 @@ def test_a_change_is_in_force_for_the_next_connection(
         assert kept.getresponse().status == 401
     assert exporter.request("/metrics", authorization=PROMETHEUS)[0] == 200
 
-    (directory / "web.yml").write_text(f"{TLS}}}\n")
+    (directory / "web.yml").write_text(f"{TLS}}}\nbasic_auth_users: {{prometheus: {HASH}}}\n")
     exporter.line("metrics are at https://")
-    assert handshake(exporter, authority)[0] == 200
+    assert handshake(exporter, authority)[0] == 401
 
     # As Kubernetes does it: a link is swapped, and the file that it is part of stays.
     (directory / "other").mkdir()
@@ -297,7 +268,7 @@ def test_a_change_is_in_force_for_the_next_connection(
     (directory / "new").rename(directory / "cert.pem")  # Half of a rotation, or a mistake.
     line = exporter.line("stays in force")
     assert "no such pair" in line
-    assert handshake(exporter, authority)[0] == 200
+    assert handshake(exporter, authority)[0] == 401
     status = subprocess.run(
         [sys.executable, "-m", "sglang_weight_exporter", "status"],
         env={**os.environ, "SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR": str(runtime_dir.path)},
@@ -310,7 +281,51 @@ def test_a_change_is_in_force_for_the_next_connection(
 
     (directory / "web.yml").unlink()  # Nobody is let in because a file is gone.
     exporter.line("No such file")
-    assert handshake(exporter, authority)[0] == 200
+    assert handshake(exporter, authority)[0] == 401
+
+
+#: TLS, certificates of clients and a password.
+CLOSED = f"""{TLS}, client_ca_file: ca.pem, client_auth_type: RequireAndVerifyClientCert,
+  client_allowed_sans: [prometheus]}}
+basic_auth_users: {{prometheus: {HASH}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "it is empty"),
+        ("\n# nothing\n", "it is empty"),
+        ("{}", "has TLS no longer"),
+        (f"basic_auth_users: {{prometheus: {HASH}}}\n", "has TLS no longer"),
+        (f"{TLS}}}\nbasic_auth_users: {{prometheus: {HASH}}}\n", "has the certificates of clients"),
+        (CLOSED.partition("basic_auth_users")[0], "has `basic_auth_users` no longer"),
+        (CLOSED.replace("client_allowed_sans: [prometheus]", ""), "has `client_allowed_sans` no l"),
+    ],
+)
+def test_what_is_closed_is_not_opened_by_a_change(
+    text: str, words: str, configured: Started, directory: Path, authority: trustme.CA
+) -> None:
+    exporter = configured(CLOSED)
+    (directory / "web.yml").write_text(text)
+    assert "stays in force" in exporter.line(words)
+    with pytest.raises((OSError, http.client.HTTPException)):
+        exporter.request("/metrics")
+    with pytest.raises(REFUSED):
+        handshake(exporter, authority)
+    client = authority.issue_cert("prometheus")
+    assert handshake(exporter, authority, client)[0] == 401
+
+
+def test_settings_of_a_former_release_open_nothing(
+    serve: Callable[..., Exporter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SGLANG_WEIGHT_EXPORTER_TLS_CERT_FILE", "/etc/cert.pem")
+    exporter = serve()
+    line = exporter.line("SGLANG_WEIGHT_EXPORTER_TLS_CERT_FILE is no longer read")
+    assert "No metrics are served until that changes" in line
+    with pytest.raises(ConnectionRefusedError):
+        exporter.request("/metrics")
 
 
 def test_a_file_that_cannot_be_used_serves_nobody_until_it_can(
@@ -377,11 +392,12 @@ def test_clients_that_do_not_end_their_handshake_end_nothing(
         (f"{TLS}, client_allowed_sans: [a]}}", "needs client_auth_type"),
         (f"{TLS}, min_version: SSL30}}", "Invalid enum value 'SSL30'"),
         (f"{TLS}, min_version: TLS13, max_version: TLS12}}", "above `max_version`"),
-        (f"{TLS}, cipher_suites: [RC4]}}", "'RC4' is none of TLS_ECDHE"),
-        (f"{TLS}, curve_preferences: [X25519, CurveP256]}}", "one curve"),
-        (f"{TLS}, curve_preferences: [secp256k1]}}", "none of CurveP256"),
-        ("tls_server_config: {cert_file: cert.pem}", "`key` and `key_file`, and none is set"),
-        (f"{TLS}, key: x}}", "`key` and `key_file`, and 2 is set"),
+        (f"{TLS}, cipher_suites: [TLS_AES_128_GCM_SHA256]}}", "`cipher_suites` is not supported"),
+        (f"{TLS}, curve_preferences: [X25519]}}", "`curve_preferences` is not supported"),
+        (f"{TLS}, prefer_server_cipher_suites: false}}", "cannot be false"),
+        ("tls_server_config: {cert_file: cert.pem}", "HTTPS needs `key_file`"),
+        (f"{TLS}, key: x}}", "`key` is not supported"),
+        ("tls_server_config: {cert: x}", "`cert` is not supported"),
         ("tls_server_config: {cert_file: none.pem, key_file: key.pem}", "No such file"),
         ("tls_server_config: {cert_file: key.pem, key_file: key.pem}", "no such pair"),
         ("tls_server_config: {cert_file: cert.pem, key_file: secret.pem}", "no such pair"),
@@ -393,7 +409,9 @@ def test_clients_that_do_not_end_their_handshake_end_nothing(
         ("&a {basic_auth_users: *a}", "it is no YAML"),
         ("tls_server_config: !!python/object:os.system {}", None),
         ("basic_auth_users:", None),
-        ("# nothing", None),
+        ("{}", None),
+        ("# nothing", "it is empty"),
+        ("", "it is empty"),
     ],
 )
 def test_what_cannot_be_used_is_refused_in_words(
@@ -409,7 +427,7 @@ def test_what_cannot_be_used_is_refused_in_words(
         )
     )
     (directory / "web.yml").write_text(text)
-    source = WebConfigurationSource(Settings(web_config_file=directory / "web.yml"))
+    source = WebConfigurationSource(Settings(web_config_file=directory / "web.yml"), {})
     if complaint is None:
         assert source.read() == WebConfiguration()
     else:
@@ -417,11 +435,3 @@ def test_what_cannot_be_used_is_refused_in_words(
             source.read()
         assert complaint in str(error.value)
         assert str(error.value).count("\n") == 0
-
-
-def test_the_tls_settings_are_a_shorthand_and_no_second_word(directory: Path) -> None:
-    source = WebConfigurationSource(
-        Settings(web_config_file=directory / "web.yml", tls_cert_file=directory / "cert.pem")
-    )
-    with pytest.raises(WebConfigurationError, match="shorthand"):
-        source.read()

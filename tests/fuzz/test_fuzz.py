@@ -208,8 +208,6 @@ WEB = {
         "client_allowed_sans": ["prometheus"],
         "min_version": "TLS12",
         "max_version": "TLS13",
-        "cipher_suites": ["TLS_AES_128_GCM_SHA256"],
-        "curve_preferences": ["X25519"],
     },
     "http_server_config": {"http2": True, "headers": {"X-Frame-Options": "deny"}},
     "basic_auth_users": {
@@ -235,7 +233,7 @@ def test_a_web_configuration_is_refused_or_says_who_may_come(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "web.yml"
     path.write_bytes(content)
-    source = WebConfigurationSource(Settings(web_config_file=path))
+    source = WebConfigurationSource(Settings(web_config_file=path), {})
     try:
         configuration = source.read()
     except WebConfigurationError:

@@ -139,9 +139,9 @@ def installed(copy: Path) -> dict[str, Distribution]:
     return {str(name): each for name, each in found.items()}
 
 
-def requirements(lines: Iterable[str] | None) -> set[str]:
-    """Names that are asked for without an extra."""
-    names = [re.match(r"[\w.-]+", line) for line in lines or () if "extra ==" not in line]
+def requirements(lines: Iterable[str] | None, *, extras: bool = False) -> set[str]:
+    """Names that are asked for without an extra, or only with one."""
+    names = [re.match(r"[\w.-]+", line) for line in lines or () if ("extra ==" in line) == extras]
     return {canonicalize_name(name.group()) for name in names if name}
 
 
@@ -149,10 +149,12 @@ def test_each_runtime_dependency_has_its_reason_in_the_document(copies: tuple[Pa
     with zipfile.ZipFile(only(copies[0] / "dist", "*.whl")) as wheel:
         (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         asked = re.findall(r"^Requires-Dist: (.+)$", wheel.read(name).decode(), re.M)
-    direct, brought = documented("Dependencies"), documented("What they bring")
+    direct, optional = documented("Dependencies"), documented("Extras")
     assert set(direct) == requirements(asked)
+    assert set(optional) == requirements(asked, extras=True)
+    brought = documented("What they bring")
     packages = installed(copies[0])
-    assert set(brought) == set(packages) - set(direct)
+    assert set(brought) == set(packages) - set(direct) - set(optional)
     for name, (through, _) in brought.items():
         assert name in requirements(packages[through].requires), f"{name} through {through}"
 
@@ -169,7 +171,7 @@ FREE_FORMS = {
 
 def test_licences_are_those_that_the_packages_declare(copies: tuple[Path, Path]) -> None:
     packages = installed(copies[0])
-    said = documented("Dependencies") | documented("What they bring")
+    said = documented("Dependencies") | documented("Extras") | documented("What they bring")
     for name, (_, licence) in said.items():
         metadata = packages[name].metadata
         expressions = metadata.get_all("License-Expression", [])
@@ -194,7 +196,7 @@ def test_the_sbom_lists_what_was_resolved(copies: tuple[Path, Path]) -> None:
     }
     assert listed == {name: each.version for name, each in installed(copies[0]).items()}
     graph = {node["ref"]: set(node.get("dependsOn", ())) for node in sbom["dependencies"]}
-    assert len(graph[subject["bom-ref"]]) == len(documented("Dependencies"))
+    assert len(graph[subject["bom-ref"]]) == len(documented("Dependencies") | documented("Extras"))
 
 
 def test_no_dependency_has_a_known_vulnerability(copies: tuple[Path, Path]) -> None:

@@ -97,9 +97,7 @@ basic_auth_users:
     assert {each["metric"]["job"] for each in stack.query("sglang_weight_bytes")} == {"right"}
 
 
-@pytest.mark.parametrize("form", ["file", "shorthand"])
 def test_tls_alone(
-    form: str,
     serve: Callable[..., Exporter],
     rank: RankStore,
     tmp_path: Path,
@@ -112,11 +110,7 @@ def test_tls_alone(
     (tmp_path / "web.yml").write_text(
         "tls_server_config: {cert_file: server.pem, key_file: server.pem}\n"
     )
-    exporter = (
-        serve("--web.config.file", str(tmp_path / "web.yml"))
-        if form == "file"
-        else serve("--tls-cert-file", str(pem), "--tls-key-file", str(pem))
-    )
+    exporter = serve("--web.config.file", str(tmp_path / "web.yml"))
     exporter.line("metrics are at https://")
     tls = {"scheme": "https", "tls_config": {"ca_file": str(tmp_path / "ca.pem")}}
     stack = stacks(exporter, {"known": tls, "unknown": {"scheme": "https"}})

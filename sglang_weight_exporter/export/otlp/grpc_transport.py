@@ -10,8 +10,6 @@ from urllib.parse import urlsplit
 
 import grpc
 from google.protobuf.message import DecodeError
-from google.rpc.error_details_pb2 import RetryInfo
-from google.rpc.status_pb2 import Status
 from opentelemetry.util.re import parse_env_headers
 
 from sglang_weight_exporter import __version__
@@ -70,6 +68,11 @@ def _content(path: str) -> bytes | None:
 
 def _retry_after(error: Any) -> float:
     """Seconds from a ``google.rpc.RetryInfo`` in the details of a status, as OTLP has it."""
+    try:
+        from google.rpc.error_details_pb2 import RetryInfo
+        from google.rpc.status_pb2 import Status
+    except ImportError:  # Some environments have grpcio without googleapis-common-protos.
+        return 0.0
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
             try:

@@ -8,6 +8,7 @@ provider is set.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -53,6 +54,11 @@ def _connect(choice: SignalConfig, signal: Signal, environ: Mapping[str, str]) -
         )
     settings = connection_settings(environ, signal, choice.protocol)
     if choice.protocol == "grpc":
+        if not importlib.util.find_spec("grpc"):
+            raise ProtocolError(
+                "gRPC takes grpcio, which is not installed here: pip install "
+                "'sglang-weight-exporter[grpc]', or set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"
+            )
         from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
             MetricsServiceStub,
         )
@@ -92,6 +98,25 @@ class OtlpPipeline:
         self._collectors: list[OtlpClient] = []
         self._delivery: SpanSender | None = None
         self._metrics: PeriodicMetrics | None = None
+        try:
+            self._choose(runtime_dir, settings, read=read, counts=counts)
+        except ImportError as error:
+            logger.warning(
+                "Nothing is sent by OTLP, because %s is not installed here: pip install "
+                "opentelemetry-sdk opentelemetry-exporter-otlp-proto-common. Metrics are served.",
+                error.name,
+            )
+
+    def _choose(
+        self,
+        runtime_dir: RuntimeDir,
+        settings: Settings,
+        *,
+        read: Callable[[], HostView],
+        counts: SpanCounts,
+    ) -> None:
+        """Raises ``ImportError`` where OpenTelemetry is not installed."""
+        environ = self._environ
         if (choice := choose(environ, "traces")) is not None:
             from sglang_weight_exporter.export.otlp.span_sender import SpanSender
 

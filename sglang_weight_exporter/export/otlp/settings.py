@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import re
 from collections.abc import Mapping
@@ -28,8 +29,8 @@ class SignalConfig:
     """How one signal is sent."""
 
     exporter: Literal["otlp", "console"]
-    #: ``grpc``, as in OpenTelemetry for Python and in SGLang, or ``http/protobuf``. Another one
-    #: is kept, and refused when it is to be used.
+    #: ``grpc``, as in OpenTelemetry for Python and in SGLang, or ``http/protobuf``, which is the
+    #: default where grpcio is not installed. Another one is kept, and refused when it is used.
     protocol: str
     #: For messages to people: without user, password and path.
     destination: str
@@ -52,7 +53,7 @@ def choose(environ: Mapping[str, str], signal: Signal) -> SignalConfig | None:
     protocol = (
         environ.get(f"OTEL_EXPORTER_OTLP_{upper}_PROTOCOL", "").strip()
         or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "").strip()
-        or "grpc"
+        or ("grpc" if importlib.util.find_spec("grpc") else "http/protobuf")
     )
     if not names and (own or (general and signal == "traces")):
         names = {"otlp"}
