@@ -14,8 +14,12 @@ import argparse
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +49,10 @@ print(json.dumps({
         and importlib.util.find_spec("opentelemetry.sdk") is not None,
 }))
 """
+
+
+#: How long an interpreter may take to start on a disk that is slow.
+_PATIENCE_SECONDS = 120.0
 
 
 class InstallError(Exception):
@@ -204,16 +212,17 @@ def _start_files() -> dict[str, str]:
 
 
 def _verify(interpreter: Interpreter) -> str:
-    """Start it as an engine would; what is wrong, or nothing."""
+    """Start it as an engine would, and an exporter that is asked for metrics; what is wrong, or
+    nothing."""
     environ = {
         name: value
         for name, value in os.environ.items()
-        if name not in {"SGLANG_WEIGHT_EXPORTER_DISABLED", "PYTHONPATH", "PYTHONSAFEPATH"}
+        if name not in {"PYTHONPATH", "PYTHONSAFEPATH"}
+        and not name.startswith(("SGLANG_WEIGHT_EXPORTER_", "OTEL_"))
     }
     check = (
         "import sys; assert any(type(finder).__name__ == 'PostImportHook' "
-        "for finder in sys.meta_path), 'the start-up files had no effect'; "
-        f"import {_NAME}.records, {_NAME}.export.prometheus, {_NAME}.cli"
+        "for finder in sys.meta_path), 'the start-up files had no effect'"
     )
     try:
         ran = subprocess.run(
@@ -222,11 +231,46 @@ def _verify(interpreter: Interpreter) -> str:
             cwd="/",
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=_PATIENCE_SECONDS,
         )
+        if ran.returncode != 0:
+            return ran.stderr.strip().rpartition("\n")[2]
+        with tempfile.TemporaryDirectory(prefix="sglang-weight-exporter-install-") as directory:
+            return _serve_once(interpreter, environ, directory)
     except (OSError, subprocess.SubprocessError) as error:
         return str(error)
-    return "" if ran.returncode == 0 else ran.stderr.strip().rpartition("\n")[2]
+
+
+def _serve_once(interpreter: Interpreter, environ: dict[str, str], directory: str) -> str:
+    """Start an exporter process there and read one scrape; what is wrong, or nothing. Raises
+    ``OSError``."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    flags = ["--runtime-dir", directory, "--address", "127.0.0.1", "--port", str(port)]
+    log = Path(directory, "log")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [interpreter.python, "-m", _NAME, "serve", *flags],
+            env=environ,
+            cwd="/",
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                with direct.open(f"http://127.0.0.1:{port}/metrics", timeout=10) as page:
+                    if b"sglang_weight_exporter_ranks 0" in page.read():
+                        return ""
+            except OSError:
+                time.sleep(0.1)
+        said = log.read_text(errors="replace").strip().rpartition("\n")[2]
+        return f"an exporter process serves no metrics there ({said or 'it said nothing'})"
+    finally:
+        process.kill()
+        process.wait()
 
 
 def remove(paths: list[Path], *, strict: bool = False) -> None:

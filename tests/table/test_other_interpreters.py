@@ -265,6 +265,24 @@ class TestInstall:
         assert "did not work" in ran.stderr
         assert entries(site) == before
 
+    def test_an_exporter_that_cannot_start_there_is_said(self, with_sglang: Path) -> None:
+        site = site_of(with_sglang)
+        (site / "prometheus_client").unlink()
+        (site / "prometheus_client.py").write_text("raise ImportError('of another release')\n")
+        before = entries(site)
+        ran = cli("install", "--python", with_sglang)
+        assert ran.returncode == 1
+        assert "serves no metrics there (ImportError: of another release)" in ran.stderr
+        assert entries(site) == before
+
+    def test_what_sglang_itself_brings_is_enough(self, with_sglang: Path) -> None:
+        site = site_of(with_sglang)
+        for name in ("bcrypt", "yaml", "grpc", "opentelemetry"):
+            if (site / name).exists():
+                (site / name).unlink()
+        ran = cli("install", "--python", with_sglang)
+        assert ran.returncode == 0, ran.stderr
+
     @pytest.fixture
     def read_only(self, with_sglang: Path) -> Iterator[Path]:
         """Root may write whatever the mode: only a read-only mount is read-only for everybody."""
