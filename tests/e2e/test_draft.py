@@ -21,69 +21,13 @@ import pytest
 import tiny_model
 import torch
 import torch.multiprocessing
-from engines import Engine, Installation, eventually
+from engines import Engine
 from monitoring import Monitoring
+from waiting import eventually
 
 NORM = "model.norm.weight"
 BEHIND = "SGLangWeightDraftBehind"
 ROLES = ("target", "draft")
-
-#: Copies keys and values within a pool, as SGLang's kernel for GPUs does.
-PLUGIN = """
-import ctypes
-
-import torch
-
-
-def define():
-    global library
-    library = torch.library.Library("sgl_kernel", "FRAGMENT")
-    library.define(
-        "copy_all_layer_kv_cache_cpu(Tensor bases, Tensor strides, Tensor to, Tensor of) -> ()"
-    )
-    library.impl("copy_all_layer_kv_cache_cpu", copy, "CPU")
-
-
-def copy(bases, strides, to, of):
-    for base, stride in zip(bases.tolist(), strides.tolist()):
-        for target, source in zip(to.tolist(), of.tolist()):
-            ctypes.memmove(base + target * stride, base + source * stride, stride)
-"""
-
-
-def write_plugin(directory: Path) -> Path:
-    """A package that SGLang finds through its entry point, for `PYTHONPATH`."""
-    facts = directory / "copy_kv_cache-1.dist-info"
-    facts.mkdir(parents=True)
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: copy-kv-cache\nVersion: 1\n")
-    (facts / "entry_points.txt").write_text(
-        "[sglang.srt.plugins]\ncopy_kv_cache = copy_kv_cache:define\n"
-    )
-    (directory / "copy_kv_cache.py").write_text(PLUGIN)
-    return directory
-
-
-@pytest.fixture(scope="module")
-def speculative(newest: Installation, checkpoints: tuple[Path, Path]) -> Iterator[Engine]:
-    with tempfile.TemporaryDirectory(prefix="draft-") as directory:
-        draft = tiny_model.write(Path(directory, "draft"), seed=2, layers=1)
-        plugin = write_plugin(Path(directory, "plugin"))
-        flags = ["--speculative-algorithm", "STANDALONE"]
-        flags += ["--speculative-draft-model-path", str(draft)]
-        flags += ["--speculative-num-steps", "1", "--speculative-eagle-topk", "1"]
-        flags += ["--speculative-num-draft-tokens", "2"]
-        flags += ["--speculative-draft-attention-backend", "triton", "--skip-server-warmup"]
-        variables = {
-            "PYTHONPATH": str(plugin),
-            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",
-            "SGLANG_WEIGHT_EXPORTER_FINGERPRINT": "on",
-        }
-        engine = Engine(newest, checkpoints[0], flags=flags, variables=variables)
-        try:
-            engine.start()
-            yield engine.wait_until_ready()
-        finally:
-            engine.stop()
 
 
 @pytest.fixture(scope="module")

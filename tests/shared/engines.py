@@ -23,39 +23,16 @@ import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import psutil
 from ports import free_port
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
+from waiting import LIMIT, eventually, forget, watch
 
-Result = TypeVar("Result")
 PREFIX = "SGLANG_WEIGHT_EXPORTER_"
 KERNELS = "sgl_kernel/**/common_ops*.so"
-READY_SECONDS = 900.0  # ends a hang; imports in four processes on two shared cores are slow
-
-
-def eventually(
-    check: Callable[[], Result], seconds: float = 30.0, *, every: float = 0.1, what: str = ""
-) -> Result:
-    """Call `check` until it neither raises AssertionError or OSError nor returns a false value.
-
-    Returns its result. Raises AssertionError with the last reason after `seconds`.
-    """
-    deadline = time.monotonic() + seconds
-    reason: object = "nothing"
-    while True:
-        try:
-            result = check()
-            if result:
-                return result
-            reason = result
-        except (AssertionError, OSError, http.client.HTTPException) as error:
-            reason = error
-        if time.monotonic() > deadline:
-            raise AssertionError(f"{what or check} not within {seconds:g} s; last: {reason!r}")
-        time.sleep(every)
 
 
 def kill(processes: Sequence[psutil.Process]) -> None:
@@ -74,11 +51,11 @@ def kill(processes: Sequence[psutil.Process]) -> None:
         except (OSError, psutil.NoSuchProcess):
             return True
 
-    eventually(lambda: all(ended(process) for process in processes), 60, what="killed")
+    eventually(lambda: all(ended(process) for process in processes), what="killed")
 
 
 def http_get(
-    url: str, *, headers: Mapping[str, str] | None = None, timeout: float = 10.0
+    url: str, *, headers: Mapping[str, str] | None = None, timeout: float = LIMIT
 ) -> tuple[int, dict[str, str], bytes]:
     """Status, headers (lower-case names) and body of a GET; a status of 400 up does not raise."""
     request = urllib.request.Request(url, headers=dict(headers or {}))
@@ -100,7 +77,7 @@ class Scrape:
         self.samples = [sample for family in self.families for sample in family.samples]
 
     @classmethod
-    def of(cls, url: str, timeout: float = 10.0) -> Scrape:
+    def of(cls, url: str, timeout: float = LIMIT) -> Scrape:
         """Read `url`; AssertionError unless it answers 200."""
         status, _, body = http_get(url, timeout=timeout)
         assert status == 200, f"{url} answered {status}: {body[:500]!r}"
@@ -247,13 +224,16 @@ class Engine:
             PREFIX + "ADDRESS": address,
             **(variables or {}),
         }
-        #: Where a collector may listen: `{otlp_port}` in a variable.
+        #: Where a collector may listen: `{otlp_port}` in a flag or a variable.
         self.otlp_port = free_port()
-        places = {"{directory}": str(self.directory), "{otlp_port}": str(self.otlp_port)}
-        for name, value in self.variables.items():
-            for place, meant in places.items():
-                value = value.replace(place, meant)
-            self.variables[name] = value
+        for place, meant in (
+            ("{directory}", str(self.directory)),
+            ("{otlp_port}", str(self.otlp_port)),
+        ):
+            self.flags = [flag.replace(place, meant) for flag in self.flags]
+            self.variables = {
+                name: value.replace(place, meant) for name, value in self.variables.items()
+            }
         if "--dp-size" in self.flags and not installation.gpu:
             # Two ranks on one NUMA node need their cores named.
             self.variables["SGLANG_CPU_OMP_THREADS_BIND"] = "0|1"
@@ -268,7 +248,7 @@ class Engine:
         command = [*self.within, str(self.installation.python), "-m", "sglang.launch_server"]
         command += ["--model-path", str(self.model), "--host", self.address]
         command += ["--port", str(self.port), *self.installation.server_flags(), *self.flags]
-        with self.log_file.open("wb") as log:
+        with watch(self.log_file).open("wb") as log:
             self._process = subprocess.Popen(
                 command,
                 env=self.environment,
@@ -303,17 +283,15 @@ class Engine:
         except OSError:
             return False
 
-    def wait_until_ready(
-        self, seconds: float = READY_SECONDS, *, peers: Sequence[Engine] = ()
-    ) -> Engine:
+    def wait_until_ready(self, *, peers: Sequence[Engine] = ()) -> Engine:
         """Wait until /health answers 200. AssertionError with the log's end if it does not.
 
         `peers`: parts of one engine on other hosts. One that has ended says so at once, where this
         one would wait for it."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + LIMIT
         while False in [engine.ready() for engine in (self, *peers)]:
             if time.monotonic() > deadline:
-                raise AssertionError(f"no health in {seconds:g} s:\n{self.log()[-6000:]}")
+                raise AssertionError(f"no health in {LIMIT:g} s:\n{self.log()[-6000:]}")
             time.sleep(0.5)
         self.let_others_go_first()
         return self
@@ -337,7 +315,7 @@ class Engine:
             headers={"Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=120) as response:
+            with urllib.request.urlopen(request, timeout=LIMIT) as response:
                 status, answer = response.status, response.read()
         except urllib.error.HTTPError as error:
             status, answer = error.code, error.read()
@@ -351,7 +329,7 @@ class Engine:
         """SGLang's own flush; refused (400) while requests run."""
         request = urllib.request.Request(self.url + "/flush_cache", data=b"")
         try:
-            with urllib.request.urlopen(request, timeout=120) as response:
+            with urllib.request.urlopen(request, timeout=LIMIT) as response:
                 return response.status, response.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -364,9 +342,9 @@ class Engine:
 
     def server_info(self) -> dict[str, Any]:
         """SGLang's own account of its configuration."""
-        status, _, body = http_get(self.url + "/server_info", timeout=60)
+        status, _, body = http_get(self.url + "/server_info", timeout=LIMIT)
         if status == 404:
-            status, _, body = http_get(self.url + "/get_server_info", timeout=60)
+            status, _, body = http_get(self.url + "/get_server_info", timeout=LIMIT)
         assert status == 200, body
         info: dict[str, Any] = json.loads(body)
         return info
@@ -383,7 +361,7 @@ class Engine:
             cwd=self.directory,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=LIMIT,
         )
 
     def processes(self) -> list[psutil.Process]:
@@ -434,4 +412,5 @@ class Engine:
         kill(self.processes())
         if self.started:
             self.main.wait()
+        forget(self.log_file)
         shutil.rmtree(self.directory, ignore_errors=True)
