@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "shared"))
 import psutil
 import torch
 from collectors import Backend
-from engines import eventually
 from ranks import ExporterProcess, Rank
+from waiting import eventually
 
 from sglang_weight_exporter.capture.weights import capture_weights
 from sglang_weight_exporter.weight_table import table_rows
@@ -77,7 +77,7 @@ def main() -> None:
                 if number >= 2:
                     seconds[name].append(taken)
             for rank in ranks.values():
-                eventually(partial(has_sent, rank), 120, what="an empty queue")
+                eventually(partial(has_sent, rank), what="an empty queue")
         ratios = [on / off for on, off in zip(seconds["on"], seconds["off"], strict=True)]
         rows = sum(1 for _ in table_rows(ranks["on"].table)) if ranks["on"].table else 0
         print(f"{rows} tensors, {UPDATES} updates each, in turn")

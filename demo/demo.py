@@ -26,8 +26,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "shared"))
 
 import tiny_model
-from engines import Engine, Installation, Scrape, clean_environment, eventually
+from engines import Engine, Installation, Scrape, clean_environment
 from ports import free_port
+from waiting import eventually
 
 TERMINAL = sys.stdout.isatty()
 PORT, EXPORTER_PORT = 30000, 9400

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import LIMIT
 
 import sglang_weight_exporter
 
@@ -56,7 +57,7 @@ def python(site: Path, code: str, **variables: str) -> subprocess.CompletedProce
         cwd="/",  # -c puts the working directory in sys.path, and the checkout has the package
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
     )
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from waiting import LIMIT
 
 PROJECT = Path(__file__).parents[2]
 FILES = {"sglang_weight_exporter.pth", "sglang_weight_exporter.start"}
@@ -24,7 +25,7 @@ def environment(tmp_path: Path) -> Path:
 
 def pip(environment: Path, *arguments: str) -> None:
     command = [str(environment / "bin" / "python"), "-m", "pip", "-q", *arguments]
-    subprocess.run(command, check=True, timeout=300)
+    subprocess.run(command, check=True, timeout=LIMIT)
 
 
 def site_packages(environment: Path) -> Path:

@@ -9,6 +9,7 @@ here, and are compiled for GPUs that are not there; on a GPU they run in ``tests
 from __future__ import annotations
 
 import pytest
+from waiting import LIMIT
 
 torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 
@@ -176,7 +177,7 @@ def in_a_process(code: str, **variables: str) -> None:
         env=os.environ | variables | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, done.stderr
 

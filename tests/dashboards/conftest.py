@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engine, eventually
+from engines import Engine
 from monitoring import DASHBOARDS, Monitoring, replay
 from panel_page import PanelPage, build
+from waiting import eventually
 
 BOARDS = ("sglang-fleet", "sglang-engine")
 
@@ -53,7 +54,6 @@ def monitoring(engine: Engine) -> Iterator[Monitoring]:
             selected = f'{{__name__=~"{series}",instance=~"127.*"}}'
             eventually(
                 partial(has_both, stack, selected),
-                60,
                 what=f"Prometheus has {selected} of both ranks",
             )
         yield stack

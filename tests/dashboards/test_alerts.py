@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engines import Engine, eventually
+from engines import Engine
 from monitoring import Monitoring
+from waiting import eventually
 
 
 def delivered(monitoring: Monitoring, engine: Engine, name: str, status: str) -> int:
@@ -16,9 +17,7 @@ def delivered(monitoring: Monitoring, engine: Engine, name: str, status: str) ->
 
 def wait_until_quiet(monitoring: Monitoring, engine: Engine) -> None:
     """Other tests share the engine and may have updated it a moment ago."""
-    eventually(
-        lambda: not monitoring.query(f'ALERTS{{engine="{engine.port}"}}'), 60, what="no alert"
-    )
+    eventually(lambda: not monitoring.query(f'ALERTS{{engine="{engine.port}"}}'), what="no alert")
 
 
 def test_a_reload_raises_one_alert_for_the_engine_and_resolves(
@@ -48,7 +47,6 @@ def test_a_reload_raises_one_alert_for_the_engine_and_resolves(
     assert fired[-1]["labels"]["severity"] == "info"
     resolved = eventually(
         lambda: monitoring.webhook.alerts(name, "resolved", **labels)[resolved_before:],
-        60,
         what=f"{name} resolves",
     )
     assert resolved[-1]["fingerprint"] == fired[-1]["fingerprint"]
@@ -74,7 +72,6 @@ def test_a_failing_reload_raises_its_own_alert_and_resolves(
     assert fired[-1]["annotations"]["description"].startswith("1 updates from disk failed")
     eventually(
         lambda: delivered(monitoring, engine, name, "resolved") > resolved_before,
-        60,
         what=f"{name} resolves",
     )
     # The weights did not change, so nobody is told that they did.

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from engines import eventually
 from monitoring import Monitoring, run, with_labels
+from waiting import eventually
 
 #: After 50 updates in place, and after each of 50 more that kept 24 MiB; docs/gpu-measurements.md.
 IN_PLACE = [4_160_749_568] * 50

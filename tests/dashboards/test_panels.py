@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engine, eventually
+from engines import Engine
 from monitoring import Monitoring
 from panel_page import PanelPage, is_drawn
 from panel_queries import ALL, expressions, filled_in, panels_of
+from waiting import eventually
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def reloaded(engine: Engine, monitoring: Monitoring, checkpoints: tuple[Path, Pa
     """A reload, with a version that is a number, and a failed one have been scraped; the time."""
     failures = f'sglang_weight_update_failures_total{{engine="{engine.port}",source="disk"}}'
     # Growth is seen between two scrapes of a graph's step at least.
-    eventually(lambda: monitoring.query(f"count_over_time({failures}[1m]) > 3"), 60)
+    eventually(lambda: monitoring.query(f"count_over_time({failures}[1m]) > 3"))
     body = {"model_path": str(checkpoints[0]), "weight_version": "7"}
     brought = f'sglang_weight_update_bytes_total{{engine="{engine.port}",source="disk"}}'
     for _ in range(2):  # The second changes nothing.

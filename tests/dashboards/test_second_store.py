@@ -23,10 +23,11 @@ from typing import Any
 
 import pytest
 import yaml
-from engines import eventually, http_get
+from engines import http_get
 from monitoring import DASHBOARDS, RULES, Monitoring, replay, run
 from panel_queries import ALL, expressions, filled_in
 from ports import free_port
+from waiting import LIMIT, eventually
 
 RULE_TESTS = DASHBOARDS / "sglang-weights.rules.test.yml"
 MINUTES = 120
@@ -93,7 +94,7 @@ class SecondStore:
 
     def stop(self) -> None:
         self._process.send_signal(signal.SIGTERM)
-        self._process.wait(20)
+        self._process.wait(LIMIT)
 
 
 class Stores:

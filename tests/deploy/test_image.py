@@ -19,9 +19,10 @@ from typing import Any
 import pytest
 import yaml
 from containers import Builder, Container, Image, needs_root_and_debian
-from engines import Scrape, eventually
+from engines import Scrape
 from ports import free_port
 from ranks import Rank, rows
+from waiting import eventually
 
 from sglang_weight_exporter.settings import DEFAULT_PORT, PREFIX
 
@@ -138,14 +139,14 @@ def test_it_serves_ranks_with_which_it_shares_only_the_volume(
         def ranks() -> int:
             return len(Scrape.of(address).series("sglang_weight_regions", role="target"))
 
-        eventually(lambda: Scrape.of(address), 60, what=f"{address} answers")
+        eventually(lambda: Scrape.of(address), what=f"{address} answers")
         assert ranks() == 0
         engine = rank(volume, user)
         eventually(lambda: ranks() == 1, what="the rank is served")
         # Another program in the sidecar, as `kubectl exec` starts one.
         command = ["python3", "-m", "sglang_weight_exporter", "table", "--format", "jsonl"]
         beside = replace(container, log=tmp_path / "table", command=command, process=None)
-        assert beside.start().wait(60) == 0, beside.log.read_text()
+        assert beside.start().wait() == 0, beside.log.read_text()
         names = [json.loads(line)["name"] for line in beside.log.read_text().splitlines()]
         assert len(names) == ROWS
 
@@ -163,7 +164,7 @@ def test_another_user_s_directory_is_refused_with_a_reason(
 ) -> None:
     rank(volume, 1000)
     container, _ = sidecar(image, volume, tmp_path / "log", 1001)
-    assert container.start().wait(60) != 0
+    assert container.start().wait() != 0
     said = container.log.read_text()
     assert "belongs to" in said
     assert "Traceback" not in said

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engine, Scrape, eventually
+from engines import Engine, Scrape
+from waiting import eventually
 
 #: Longer than a page of any release.
 PROMPT = list(range(3, 67))
 
 
-@pytest.fixture(params=["engine", "old_engine"])
+@pytest.fixture(params=["engine", pytest.param("old_engine", marks=pytest.mark.release("oldest"))])
 def serving(request: pytest.FixtureRequest) -> Engine:
     engine: Engine = request.getfixturevalue(request.param)
     return engine

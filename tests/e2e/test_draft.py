@@ -36,7 +36,7 @@ def monitoring(speculative: Engine) -> Iterator[Monitoring]:
     stack = Monitoring(Path(tempfile.mkdtemp(prefix="monitoring-")), target).start()
     try:
         seen = "count(sglang_weight_updates_total) by (role)"
-        eventually(lambda: len(stack.query(seen)) == 2, 60, what="both roles are scraped")
+        eventually(lambda: len(stack.query(seen)) == 2, what="both roles are scraped")
         yield stack
     finally:
         stack.stop()
@@ -89,7 +89,7 @@ def test_an_update_from_disk_reaches_both(
     assert (status, answer["success"]) == (200, True), answer
     assert updates(speculative, "disk") == [1, 1]
     seen = 'count(sglang_weight_updates_total{source="disk"} == 1) == 2'
-    eventually(lambda: monitoring.query(seen), 30, what="Prometheus has the update")
+    eventually(lambda: monitoring.query(seen), what="Prometheus has the update")
     assert monitoring.active_alerts(BEHIND) == []
 
 
@@ -106,7 +106,7 @@ def test_a_draft_that_is_behind_is_told_until_it_is_updated(
     def firing() -> list[dict[str, Any]]:
         return [each for each in monitoring.active_alerts(BEHIND) if each["state"] == "firing"]
 
-    (alert,) = eventually(firing, 60, what=BEHIND)
+    (alert,) = eventually(firing, what=BEHIND)
     assert alert["labels"]["role"] == "draft"
     assert alert["labels"]["engine"] == str(speculative.port)
     assert str(speculative.model) in alert["annotations"]["summary"]
@@ -114,4 +114,4 @@ def test_a_draft_that_is_behind_is_told_until_it_is_updated(
     assert updates(speculative, "tensor") == [1, 1]
     assert fingerprints(speculative)[0] == target
     assert fingerprints(speculative)[1] != draft
-    eventually(lambda: not monitoring.active_alerts(BEHIND), 60, what=f"{BEHIND} resolves")
+    eventually(lambda: not monitoring.active_alerts(BEHIND), what=f"{BEHIND} resolves")

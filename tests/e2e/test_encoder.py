@@ -11,7 +11,8 @@ import psutil
 import pytest
 import tiny_model
 from collectors import Backend, attributes_of
-from engines import Engine, eventually
+from engines import Engine
+from waiting import eventually
 
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -54,7 +55,7 @@ def test_a_collector_that_comes_late_gets_the_loads_of_both_ranks(encoder: Engin
     backend.http_port = encoder.otlp_port
     backend.start()
     try:
-        eventually(lambda: len(backend.spans("sglang.weights.load")) >= 2, 60, what="two loads")
+        eventually(lambda: len(backend.spans("sglang.weights.load")) >= 2, what="two loads")
         found = backend.spans_with_resource()
     finally:
         backend.stop()

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 import tiny_model
-from engines import Engine, Installation, Scrape, eventually, http_get
+from engines import Engine, Installation, Scrape, http_get
+from waiting import LIMIT, eventually
 
 README = Path(__file__).parents[2] / "README.md"
 #: The release that the README's examples are of.
@@ -38,7 +39,7 @@ class Served:
     ranks: tuple[str, ...]
 
 
-@pytest.fixture(params=list(RANKS))
+@pytest.fixture(params=["engine", pytest.param("old_engine", marks=pytest.mark.release("oldest"))])
 def served(request: pytest.FixtureRequest) -> Served:
     return Served(request.getfixturevalue(request.param), RANKS[request.param])
 
@@ -224,7 +225,7 @@ def test_status_without_an_engine_is_not_well(engine: Engine, tmp_path: Path) ->
         env=engine.environment | {"SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR": str(tmp_path / "empty")},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
     )
     assert status.returncode == 1, status.stdout + status.stderr
     assert "Traceback" not in status.stderr
@@ -276,7 +277,7 @@ def test_what_sglangs_own_gauges_leave_out(engine: Engine, checkpoints: tuple[Pa
     """The README's comparison: both endpoints of one engine at the same moments."""
 
     def theirs(name: str) -> list[float]:
-        scrape = Scrape.of(engine.url + "/metrics", timeout=60)
+        scrape = Scrape.of(engine.url + "/metrics", timeout=LIMIT)
         return sorted(sample.value for sample in scrape.series(f"sglang:{name}"))
 
     def ours(name: str) -> float:

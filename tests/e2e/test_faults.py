@@ -17,7 +17,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
-from engines import Engine, eventually, kill
+from engines import Engine, kill
+from waiting import eventually
 
 
 @contextlib.contextmanager
@@ -35,24 +36,39 @@ def no_writes(directory: Path) -> Iterator[None]:
         subprocess.run(["chattr", "-i", *directories], check=True)
 
 
+@pytest.fixture(
+    params=[
+        "tensor_parallel_engine",
+        pytest.param("old_engine", marks=pytest.mark.release("oldest")),
+    ]
+)
+def faulty_engine(request: pytest.FixtureRequest) -> Engine:
+    engine: Engine = request.getfixturevalue(request.param)
+    return engine
+
+
+def ranks_of(engine: Engine) -> int:
+    return len(engine.scrape().series("sglang_weight_info", role="target"))
+
+
 def test_a_reload_that_could_not_be_written_is_counted_when_it_can(
-    old_engine: Engine, checkpoints: tuple[Path, Path]
+    faulty_engine: Engine, checkpoints: tuple[Path, Path]
 ) -> None:
     def updates() -> float:
-        return old_engine.scrape().sum("sglang_weight_updates_total", source="disk")
+        return faulty_engine.scrape().sum("sglang_weight_updates_total", source="disk")
 
-    before = updates()
-    with no_writes(old_engine.runtime_dir):
-        status, answer = old_engine.update_weights_from_disk(checkpoints[1])
+    before, ranks = updates(), ranks_of(faulty_engine)
+    with no_writes(faulty_engine.runtime_dir):
+        status, answer = faulty_engine.update_weights_from_disk(checkpoints[1])
         assert (status, answer["success"]) == (200, True)
         # The truth or nothing: the rank says nothing while it cannot say what holds.
-        assert old_engine.scrape().series("sglang_weight_updates_total") == []
+        assert faulty_engine.scrape().series("sglang_weight_updates_total") == []
     # Back by itself: nothing else happens in this engine.
-    eventually(lambda: updates() == before + 1, 60, what="the reload is counted")
-    assert old_engine.update_weights_from_disk(checkpoints[0])[1]["success"] is True
-    eventually(lambda: updates() == before + 2, 30, what="and the next one")
-    log = old_engine.log()
-    assert log.count("SGLang is not affected; what could not be read is missing") <= 3
+    eventually(lambda: updates() == before + ranks, what="the reload is counted")
+    assert faulty_engine.update_weights_from_disk(checkpoints[0])[1]["success"] is True
+    eventually(lambda: updates() == before + 2 * ranks, what="and the next one")
+    log = faulty_engine.log()
+    assert log.count("SGLang is not affected; what could not be read is missing") <= 3 * ranks
 
 
 Fault = Callable[[Engine], AbstractContextManager[None]]
@@ -109,7 +125,7 @@ def exporter_killed_and_port_taken(engine: Engine) -> Iterator[None]:
                 return True
             return False
 
-        eventually(take, 10, every=0.001, what="the port")
+        eventually(take, every=0.001, what="the port")
         yield
 
 
@@ -125,26 +141,27 @@ FAULTS: list[Fault] = [
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_an_engine_serves_and_reloads_as_before_and_is_shown_again(
-    old_engine: Engine, checkpoints: tuple[Path, Path], fault: Fault
+    faulty_engine: Engine, checkpoints: tuple[Path, Path], fault: Fault
 ) -> None:
     def answered() -> str:
         request = {"input_ids": [5, 6, 7], "sampling_params": {"temperature": 0}}
-        status, answer = old_engine.post("/generate", request)
+        status, answer = faulty_engine.post("/generate", request)
         assert status == 200
         text: str = answer["text"]
         return text
 
     def updates() -> float:
-        return old_engine.scrape().sum("sglang_weight_updates_total", source="disk")
+        return faulty_engine.scrape().sum("sglang_weight_updates_total", source="disk")
 
     def reload(checkpoint: Path) -> None:
-        old_engine.put_requests_away()
-        status, answer = old_engine.update_weights_from_disk(checkpoint)
+        faulty_engine.put_requests_away()
+        status, answer = faulty_engine.update_weights_from_disk(checkpoint)
         assert (status, answer["success"]) == (200, True)
 
     reload(checkpoints[0])
-    before, said, log = eventually(updates, 30, what="metrics"), answered(), len(old_engine.log())
-    with fault(old_engine):
+    before, said, log = eventually(updates, what="metrics"), answered(), len(faulty_engine.log())
+    ranks = ranks_of(faulty_engine)
+    with fault(faulty_engine):
         assert answered() == said
         reload(checkpoints[0])
         assert answered() == said
@@ -153,8 +170,8 @@ def test_an_engine_serves_and_reloads_as_before_and_is_shown_again(
 
     def counted() -> bool:
         with contextlib.suppress(AssertionError, OSError):
-            return updates() == before + 2
+            return updates() == before + 2 * ranks
         return False
 
-    eventually(counted, 60, what="both reloads are counted")
-    assert "Traceback" not in old_engine.log()[log:]
+    eventually(counted, what="both reloads are counted")
+    assert "Traceback" not in faulty_engine.log()[log:]

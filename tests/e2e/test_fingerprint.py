@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny_model
-from engines import Engine, Installation, Scrape, eventually
+from engines import Engine, Scrape
+from waiting import eventually
 
 pytest.importorskip("numpy", reason="needs NumPy, which comes with SGLang")
 
@@ -19,21 +19,6 @@ from sglang_weight_exporter import fingerprint
 
 RANKS = ("0", "1")
 QKV = "model.layers.1.self_attn.qkv_proj.weight"
-
-
-@pytest.fixture(scope="module")
-def engine(newest: Installation, checkpoints: tuple[Path, Path]) -> Iterator[Engine]:
-    engine = Engine(
-        newest,
-        checkpoints[0],
-        flags=["--dp-size", "2"],
-        variables={"SGLANG_WEIGHT_EXPORTER_FINGERPRINT": "on"},
-    )
-    try:
-        engine.start()
-        yield engine.wait_until_ready()
-    finally:
-        engine.stop()
 
 
 def stored(checkpoint: Path, name: str) -> bytes:
@@ -64,6 +49,12 @@ def reload(engine: Engine, checkpoint: Path) -> Scrape:
         return scrape
 
     return eventually(counted)
+
+
+@pytest.fixture(autouse=True)
+def _first(engine: Engine, checkpoints: tuple[Path, Path]) -> None:
+    """Whatever other tests of this engine have left there."""
+    reload(engine, checkpoints[0])
 
 
 def verify(engine: Engine, *arguments: str) -> tuple[int, str]:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engine, Installation, eventually
+from engines import Engine, Installation
 from monitoring import Monitoring
 from ports import free_port
+from waiting import eventually
 
 NORM = "model.norm.weight"
 Pair = tuple[Engine, Engine]
@@ -49,7 +50,7 @@ def monitoring(pair: Pair) -> Iterator[Monitoring]:
     stack = Monitoring(Path(tempfile.mkdtemp(prefix="monitoring-")), target).start()
     try:
         fingerprints = "sglang_weight_fingerprint"
-        eventually(lambda: len(stack.query(fingerprints)) == 2, 60, what="both are scraped")
+        eventually(lambda: len(stack.query(fingerprints)) == 2, what="both are scraped")
         yield stack
     finally:
         stack.stop()
@@ -73,7 +74,7 @@ def fires(monitoring: Monitoring, name: str, **labels: str) -> Callable[[], list
 
 
 def resolves(monitoring: Monitoring, name: str) -> None:
-    eventually(lambda: not monitoring.active_alerts(name), 90, what=f"{name} resolves")
+    eventually(lambda: not monitoring.active_alerts(name), what=f"{name} resolves")
 
 
 def test_a_reload_of_the_same_checkpoint_is_an_update_that_changed_nothing(
@@ -83,7 +84,7 @@ def test_a_reload_of_the_same_checkpoint_is_an_update_that_changed_nothing(
     before = numbers(pair)
     assert before[0] == before[1]
     reload(pair[0], checkpoints[0])
-    alert, *more = eventually(fires(monitoring, name), 60, what=name)
+    alert, *more = eventually(fires(monitoring, name), what=name)
     assert not more
     assert {"source": "disk", **labels}.items() <= alert["labels"].items()
     scrape = pair[0].scrape()
@@ -102,7 +103,7 @@ def test_a_replica_that_missed_an_update_is_told_until_it_has_it(
     reload(pair[0], checkpoints[1])
     one, other = numbers(pair)
     assert one != other
-    (alert,) = eventually(fires(monitoring, name), 60, what=name)
+    (alert,) = eventually(fires(monitoring, name), what=name)
     assert "held 2 different sets" in alert["annotations"]["description"]
     assert "instance" not in alert["labels"]
     done = pair[0].exporter_cli("verify")
@@ -136,7 +137,7 @@ def test_a_bit_that_flipped_is_told_when_somebody_looks(pair: Pair, monitoring: 
         done = engine.exporter_cli("verify", "--engine", str(engine.port))
         assert done.returncode == 1, done.stdout + done.stderr
         assert f"changed without an update  {NORM}" in done.stdout
-        (alert,) = eventually(fires(monitoring, name), 60, what=name)
+        (alert,) = eventually(fires(monitoring, name), what=name)
         assert alert["labels"]["engine"] == str(engine.port)
     finally:
         flip()
@@ -160,7 +161,7 @@ def test_a_bit_that_flipped_is_told_by_the_next_update(
     reload(engine, checkpoints[1])
     one, other = numbers(pair)
     assert one == other
-    (alert,) = eventually(fires(monitoring, name), 60, what=name)
+    (alert,) = eventually(fires(monitoring, name), what=name)
     assert alert["labels"]["engine"] == str(engine.port)
     # The update brought back what had been there before the bit flipped: that is a change.
     assert monitoring.active_alerts("SGLangWeightUpdateChangedNothing") == []
@@ -190,7 +191,7 @@ def test_a_replica_that_missed_a_version_is_named_until_it_has_it(
     assert monitoring.active_alerts(name) == []
     reload(pair[0], checkpoints[1], weight_version="step-42")
     assert len(set(versions(pair))) == 2
-    (alert,) = eventually(fires(monitoring, name), 60, what=name)
+    (alert,) = eventually(fires(monitoring, name), what=name)
     for engine in pair:
         assert f"such as engine {engine.port} on" in alert["annotations"]["description"]
     reload(pair[1], checkpoints[1], weight_version="step-42")
@@ -212,9 +213,9 @@ def test_answers_from_the_cache_of_weights_that_are_gone(
     cached_tokens()
     reload(engine, checkpoints[0], weight_version="step-42", flush_cache=False)
     assert cached_tokens() > 0
-    (alert,) = eventually(fires(monitoring, name), 60, what=name)
+    (alert,) = eventually(fires(monitoring, name), what=name)
     assert alert["labels"]["engine"] == str(engine.port)
-    eventually(lambda: engine.flush_cache()[0] == 200, 30, what="the cache is flushed")
+    eventually(lambda: engine.flush_cache()[0] == 200, what="the cache is flushed")
     assert cached_tokens() == 0
     resolves(monitoring, name)
     reload(engine, checkpoints[1], weight_version="step-42")
@@ -241,5 +242,5 @@ def test_a_replica_that_was_restarted_serves_the_checkpoint_of_its_launch(
     pair[1].start()
     pair[1].wait_until_ready()
     assert len(set(versions(pair))) == 2
-    (alert,) = eventually(fires(monitoring, name), 60, what=name)
+    (alert,) = eventually(fires(monitoring, name), what=name)
     assert f"such as engine {pair[1].port} on" in alert["annotations"]["description"]

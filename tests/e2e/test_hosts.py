@@ -23,10 +23,11 @@ from typing import Any
 import pytest
 import tiny_model
 from collectors import Backend, attributes_of
-from engines import Engine, Installation, eventually
+from engines import Engine, Installation
 from monitoring import Monitoring, run
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from ports import free_port
+from waiting import eventually
 
 MODEL = "two-hosts"
 BRIDGE, BRIDGE_ADDRESS = "swe-bridge", "10.77.0.254"
@@ -181,7 +182,7 @@ def monitoring(parts: list[Engine]) -> Iterator[Monitoring]:
     stack = Monitoring(directory, {job: ""}, {job: {"static_configs": targets}}).start()
     try:
         seen = "count(sglang_weight_engine_nodes) == 2"
-        eventually(lambda: stack.query(seen), 60, what="both hosts are scraped")
+        eventually(lambda: stack.query(seen), what="both hosts are scraped")
         yield stack
     finally:
         stack.stop()
@@ -209,7 +210,7 @@ def updates_come_to(parts: list[Engine], *wanted: tuple[int, int]) -> None:
         assert found == list(wanted), found
         return True
 
-    eventually(counted, 60, what=f"{wanted} updates and failures")
+    eventually(counted, what=f"{wanted} updates and failures")
 
 
 def trace(backend: Backend, name: str, number: int) -> list[Span]:
@@ -224,7 +225,7 @@ def trace(backend: Backend, name: str, number: int) -> list[Span]:
         assert len(latest) == 2, f"{len(latest)} spans"
         return latest
 
-    found = eventually(spans, 30, what=f"{number} of {name}")
+    found = eventually(spans, what=f"{number} of {name}")
     return sorted(found, key=lambda span: attributes_of(span)["sglang.weights.node_rank"])
 
 
@@ -233,7 +234,7 @@ def fires(monitoring: Monitoring, name: str) -> Callable[[], list[dict[str, Any]
 
 
 def resolves(monitoring: Monitoring, name: str) -> None:
-    eventually(lambda: not monitoring.active_alerts(name), 60, what=f"{name} resolves")
+    eventually(lambda: not monitoring.active_alerts(name), what=f"{name} resolves")
 
 
 def test_two_hosts_are_one_engine(
@@ -271,7 +272,7 @@ def test_an_update_of_both_is_one_trace_and_no_alert_of_two(
     for number, span in enumerate(trace(backend, "sglang.weights.update", 1)):
         assert attributes_of(span)["sglang.weights.pp_rank"] == number
     counted = "count(sum without (source) (sglang_weight_updates_total) == 1) == 2"
-    eventually(lambda: monitoring.query(counted), 30, what="Prometheus has the update")
+    eventually(lambda: monitoring.query(counted), what="Prometheus has the update")
     # Between two scrapes one host is ahead of the other, and that is pending for a moment.
     for name in ("SGLangWeightHostsDisagree", "SGLangWeightHostMissing"):
         resolves(monitoring, name)
@@ -293,7 +294,7 @@ def test_a_host_that_missed_an_update_is_told_once_until_it_has_it(
     updates_come_to(parts, (2, 0), (1, 1))
     states = [span.status.code for span in trace(backend, "sglang.weights.update", 2)]
     assert states == [Status.STATUS_CODE_UNSET, Status.STATUS_CODE_ERROR]
-    (alert,) = eventually(fires(monitoring, name), 60, what=name)
+    (alert,) = eventually(fires(monitoring, name), what=name)
     wanted = {
         "cluster": "test",
         "namespace": "serving",
@@ -305,7 +306,7 @@ def test_a_host_that_missed_an_update_is_told_once_until_it_has_it(
     assert not {"instance", "pod"} & alert["labels"].keys()
     assert MODEL in alert["annotations"]["summary"]
     failed = "SGLangWeightReloadFailed"
-    (alert,) = eventually(fires(monitoring, failed), 60, what=failed)
+    (alert,) = eventually(fires(monitoring, failed), what=failed)
     assert alert["labels"]["pod"] == "engine-0-1"
     hosts[1].write("c", 2)
     update(parts, checkpoints / "c")
@@ -323,7 +324,7 @@ def test_a_host_that_cannot_be_reached_is_missing_until_it_can(
     name = "SGLangWeightHostMissing"
     run("ip", "link", "set", hosts[1].cable, "down")
     try:
-        (alert,) = eventually(fires(monitoring, name), 60, what=name)
+        (alert,) = eventually(fires(monitoring, name), what=name)
     finally:
         run("ip", "link", "set", hosts[1].cable, "up")
     assert alert["labels"]["engine_group"] == group_of(parts[0])

@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 import contextlib
-import time
 
 import psutil
 import pytest
-from engines import Engine, Scrape, eventually, kill
+from engines import Engine, Scrape, kill
+from waiting import eventually
 
 pytestmark = pytest.mark.ends_engine
 
@@ -24,17 +24,13 @@ def counters(scrape: Scrape) -> dict[str, float]:
     }
 
 
-def test_a_killed_exporter_is_back_within_two_seconds_with_its_counters(engine: Engine) -> None:
+def test_a_killed_exporter_is_back_with_its_counters(engine: Engine) -> None:
     before = counters(engine.scrape())
-    took = []
-    for _ in range(3):  # the fastest counts: other processes share the machine's two cores
+    for _ in range(3):
         (exporter,) = engine.exporters()
-        killed = time.monotonic()
         kill([exporter])
-        after = eventually(engine.scrape, 30, every=0.02)
-        took.append(time.monotonic() - killed)
+        after = eventually(engine.scrape)
         assert counters(after) == before
-    assert min(took) < 2.0, took
 
 
 def test_a_killed_rank_is_gone_at_the_next_scrape_and_the_other_stays(engine: Engine) -> None:
@@ -68,16 +64,24 @@ def test_a_killed_rank_is_gone_at_the_next_scrape_and_the_other_stays(engine: En
 def test_the_exporter_ends_after_the_engine_was_stopped(engine: Engine) -> None:
     engine.terminate()
     assert engine.main.poll() is not None
-    eventually(lambda: engine.processes() == [], 60, what="every process ended")
+    eventually(lambda: engine.processes() == [], what="every process ended")
     with pytest.raises(OSError, match="refused"):
         engine.scrape()
 
 
-def test_an_orphaned_exporter_ends_by_itself(old_engine: Engine) -> None:
-    exporters = old_engine.exporters()
+@pytest.mark.parametrize(
+    "orphan",
+    [
+        "tensor_parallel_engine",
+        pytest.param("old_engine", marks=pytest.mark.release("oldest")),
+    ],
+)
+def test_an_orphaned_exporter_ends_by_itself(orphan: str, request: pytest.FixtureRequest) -> None:
+    engine: Engine = request.getfixturevalue(orphan)
+    exporters = engine.exporters()
     assert len(exporters) == 1
-    kill([process for process in old_engine.processes() if process not in exporters])
+    kill([process for process in engine.processes() if process not in exporters])
     # No rank is alive, so no series of one may be served, whether the exporter lives or not.
     with contextlib.suppress(OSError):
-        assert old_engine.scrape().series("sglang_weight_bytes") == []
-    eventually(lambda: old_engine.exporters() == [], 60, what="the exporter ended")
+        assert engine.scrape().series("sglang_weight_bytes") == []
+    eventually(lambda: engine.exporters() == [], what="the exporter ended")

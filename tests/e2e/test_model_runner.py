@@ -10,7 +10,8 @@ import subprocess
 from pathlib import Path
 
 import tiny_model
-from engines import PREFIX, READY_SECONDS, Installation
+from engines import PREFIX, Installation
+from waiting import LIMIT
 
 from sglang_weight_exporter.store.reader import rank_directories
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -29,7 +30,7 @@ def test_a_model_runner_on_its_own_is_a_rank(newest: Installation, tmp_path: Pat
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=READY_SECONDS,
+        timeout=LIMIT,
     )
     assert finished.returncode == 0, finished.stderr[-6000:]
     (directory,) = rank_directories(RuntimeDir.open(tmp_path / "runtime", os.environ))

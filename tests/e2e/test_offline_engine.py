@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tiny_model
-from engines import READY_SECONDS, Engine, Installation, Scrape, eventually
+from engines import Engine, Installation, Scrape
+from waiting import LIMIT, eventually
 
 SCRIPT = """
 import json, os, sys, time, urllib.request
@@ -20,7 +21,7 @@ def scrape(url, seconds):
     deadline = time.monotonic() + seconds
     while True:
         try:
-            return urllib.request.urlopen(url, timeout=10).read().decode()
+            return urllib.request.urlopen(url, timeout=LIMIT).read().decode()
         except OSError:
             if time.monotonic() > deadline:
                 return None
@@ -64,10 +65,10 @@ def run(engine: Engine, script: Path, second: Path) -> Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=READY_SECONDS,
+            timeout=LIMIT,
         )
         assert finished.returncode == 0, finished.stdout[-6000:]
-        eventually(lambda: engine.processes() == [], 60, what="every process ended")
+        eventually(lambda: engine.processes() == [], what="every process ended")
         before, result, after = json.loads(out.read_text())
         return Run(before, result, after, engine.runtime_dir.exists())
     finally:

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import termios
 import threading
-import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from pathlib import Path
 import psutil
 import pytest
 from ports import free_port
+from waiting import LIMIT, eventually
 
 from sglang_weight_exporter.records.endpoint import ExporterEndpoint
 from sglang_weight_exporter.store.reader import SnapshotReader, read_endpoint
@@ -119,14 +119,7 @@ def start_rank(runtime_dir: RuntimeDir) -> Iterator[Callable[..., Rank]]:
         os.kill(endpoint.pid, signal.SIGKILL)
 
 
-def wait_for(check: Callable[[], object], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.05)
-
-
-def serving(runtime_dir: RuntimeDir, *, unlike: int = 0, seconds: float = 30.0) -> ExporterEndpoint:
+def serving(runtime_dir: RuntimeDir, *, unlike: int = 0) -> ExporterEndpoint:
     """The exporter that serves now, once it does; a process other than ``unlike``."""
     found: list[ExporterEndpoint] = []
 
@@ -137,7 +130,7 @@ def serving(runtime_dir: RuntimeDir, *, unlike: int = 0, seconds: float = 30.0) 
         found.append(endpoint)
         return True
 
-    wait_for(look, seconds)
+    eventually(look)
     return found[0]
 
 
@@ -190,13 +183,13 @@ def test_a_port_that_another_program_took_meanwhile_is_taken_back_when_it_is_fre
             taken.append(socket.create_server(("127.0.0.1", port or 0)))
         return bool(taken)
 
-    wait_for(take, 10)  # An exporter needs longer to start than this to bind.
+    eventually(take)  # An exporter needs longer to start than this to bind.
 
     def problem() -> str:
         endpoint = read_endpoint(runtime_dir)
         return "" if endpoint is None or endpoint.pid == exporter.pid else endpoint.problem
 
-    wait_for(lambda: f"Port {port}" in problem(), 30)
+    eventually(lambda: f"Port {port}" in problem())
     taken[0].close()
     assert serving(runtime_dir, unlike=exporter.pid).url == exporter.url
 
@@ -211,10 +204,10 @@ def test_a_rank_publishes_while_the_exporter_is_stopped(
     for _ in range(1500):
         rank.stdin.write("\n")
     rank.stdin.flush()
-    wait_for(lambda: "1500" in versions(runtime_dir), 60)
+    eventually(lambda: "1500" in versions(runtime_dir))
     os.kill(exporter.pid, signal.SIGCONT)
     assert exporter.url is not None
-    with urllib.request.urlopen(exporter.url, timeout=10) as answer:
+    with urllib.request.urlopen(exporter.url, timeout=LIMIT) as answer:
         assert b"sglang_weight_version{" in answer.read()
 
 
@@ -226,16 +219,16 @@ def test_where_no_thread_can_be_started_the_rank_is_served_by_another(
     runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
 ) -> None:
     refused = start_rank("model", NO_THREADS + CHANGING_RANK)
-    wait_for(lambda: versions(runtime_dir) == ["0"], 30)
+    eventually(lambda: versions(runtime_dir) == ["0"])
     start_rank("second", CHANGING_RANK)
     exporter = serving(runtime_dir)
     assert exporter.url is not None
-    with urllib.request.urlopen(exporter.url, timeout=10) as answer:
+    with urllib.request.urlopen(exporter.url, timeout=LIMIT) as answer:
         assert b"sglang_weight_exporter_ranks 2.0" in answer.read()
     assert refused.stdin is not None
     refused.stdin.write("\n")
     refused.stdin.flush()
-    wait_for(lambda: sorted(versions(runtime_dir)) == ["0", "1"], 30)
+    eventually(lambda: sorted(versions(runtime_dir)) == ["0", "1"])
     refused.kill()
     output, _ = refused.communicate()
     assert "can't start new thread" in output
@@ -264,23 +257,26 @@ def test_ranks_in_containers_of_their_own_share_one_directory(
     first = start_rank("first", CHANGING_RANK, inside=isolated)
     exporter = serving(runtime_dir)
     second = start_rank("second", CHANGING_RANK, inside=isolated)
-    wait_for(lambda: versions(runtime_dir) == ["0", "0"], 30)
+    eventually(lambda: versions(runtime_dir) == ["0", "0"])
     second.kill()
     second.communicate()
-    wait_for(lambda: versions(runtime_dir) == ["0"], 30)
+    eventually(lambda: versions(runtime_dir) == ["0"])
     # With the first one's container its exporter ends as well; a third takes over.
     third = start_rank("third", CHANGING_RANK, inside=isolated)
-    wait_for(lambda: versions(runtime_dir) == ["0", "0"], 30)
+    eventually(lambda: versions(runtime_dir) == ["0", "0"])
     first.kill()
     first.communicate()
 
     def is_served() -> bool:
         assert exporter.url is not None
-        with contextlib.suppress(OSError), urllib.request.urlopen(exporter.url, timeout=10) as got:
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(exporter.url, timeout=LIMIT) as got,
+        ):
             return b"sglang_weight_exporter_ranks 1.0" in got.read()
         return False
 
-    wait_for(is_served, 30)
+    eventually(is_served)
     assert third.poll() is None
 
 
@@ -292,7 +288,7 @@ def test_the_exporter_ends_with_the_last_rank(
     rank.kill()
     rank.communicate()
     # 10 seconds, in which an engine that starts again would find its endpoint.
-    wait_for(lambda: not Path(f"/proc/{exporter.pid}").exists() or _is_zombie(exporter.pid), 40)
+    eventually(lambda: not Path(f"/proc/{exporter.pid}").exists() or _is_zombie(exporter.pid))
     assert read_endpoint(runtime_dir) is None
     assert not list(runtime_dir.ranks.iterdir())
 
@@ -310,7 +306,7 @@ def test_the_exporter_outlives_the_engine_whose_processes_are_all_killed(
             process.kill()
     rank.communicate()
     assert exporter.url is not None
-    with urllib.request.urlopen(exporter.url, timeout=10) as answer:
+    with urllib.request.urlopen(exporter.url, timeout=LIMIT) as answer:
         assert b"sglang_weight_exporter_build_info" in answer.read()
 
 
@@ -322,7 +318,7 @@ def test_a_directory_that_was_removed_and_made_again_has_one_owner(
     shutil.rmtree(runtime_dir.path)
     start_rank("second")
     other = serving(runtime_dir, unlike=original.pid)
-    wait_for(lambda: not psutil.pid_exists(original.pid) or _is_zombie(original.pid), 20)
+    eventually(lambda: not psutil.pid_exists(original.pid) or _is_zombie(original.pid))
     assert other.url == original.url
     assert serving(runtime_dir).pid == other.pid
 
@@ -335,15 +331,15 @@ def test_a_rank_whose_files_a_cleaner_removed_is_back_without_an_update(
     original = serving(runtime_dir)
     for path in list(runtime_dir.path.glob(removed)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    replaced = serving(runtime_dir, unlike=original.pid, seconds=60)
+    replaced = serving(runtime_dir, unlike=original.pid)
     assert replaced.url is not None
 
     def is_served() -> bool:
         assert replaced.url is not None
-        with urllib.request.urlopen(replaced.url, timeout=10) as answer:
+        with urllib.request.urlopen(replaced.url, timeout=LIMIT) as answer:
             return b"sglang_weight_exporter_ranks 1.0" in answer.read()
 
-    wait_for(is_served, 30)
+    eventually(is_served)
     assert serving(runtime_dir).pid == replaced.pid
 
 
@@ -379,7 +375,7 @@ def test_an_exporter_that_cannot_start_says_why_once_and_leaves_the_rank_alone(
     (broken / "uvicorn.py").write_text("\n".join(lines))
     tries = tmp_path / "tries"
     rank = start_rank("rank", PYTHONPATH=str(broken), TRIES=str(tries))
-    wait_for(lambda: tries.exists() and len(tries.read_text()) >= 3, 60)
+    eventually(lambda: tries.exists() and len(tries.read_text()) >= 3)
     assert rank.poll() is None
     rank.kill()
     output, _ = rank.communicate()
@@ -394,7 +390,9 @@ def send_garbage(endpoint: ExporterEndpoint, requests: int) -> None:
     assert endpoint.url is not None
     address = urllib.parse.urlsplit(endpoint.url)
     for _ in range(requests):
-        with socket.create_connection((address.hostname, address.port or 0), timeout=10) as client:
+        with socket.create_connection(
+            (address.hostname, address.port or 0), timeout=LIMIT
+        ) as client:
             client.sendall(b"no request\r\n\r\n")
             client.recv(1024)
 
@@ -424,14 +422,14 @@ def test_an_exporter_goes_on_when_the_rank_that_reads_its_log_is_stopped(
                 os.write(pipe, content)
     send_garbage(exporter, 3)
     assert exporter.url is not None
-    with urllib.request.urlopen(exporter.url, timeout=10) as answer:
+    with urllib.request.urlopen(exporter.url, timeout=LIMIT) as answer:
         assert b"sglang_weight_exporter_build_info" in answer.read()
     rank.send_signal(signal.SIGCONT)
-    wait_for(lambda: not any(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))), 30)
+    eventually(lambda: not any(fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))))
     os.close(pipe)
     # What was not read in time is counted with what is.
     send_garbage(exporter, 1)
-    impatience = threading.Timer(30, rank.kill)
+    impatience = threading.Timer(LIMIT, rank.kill)
     impatience.start()
     assert rank.stdout is not None
     assert any("3 messages before this one were not read" in line for line in rank.stdout)

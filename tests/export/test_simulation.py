@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from collectors import Backend, attributes_of
-from engines import Scrape, eventually
+from engines import Scrape
 from ports import free_port
+from waiting import LIMIT, eventually
 
 from sglang_weight_exporter.export.gpu_account import GpuAccounts
 from sglang_weight_exporter.hooks.targets import TARGETS
@@ -210,7 +211,7 @@ def test_the_command_says_that_nothing_of_it_is_real(tmp_path: Path) -> None:
         text=True,
     )
     try:
-        scrape = eventually(lambda: Scrape.of(f"http://127.0.0.1:{port}/metrics"), 30)
+        scrape = eventually(lambda: Scrape.of(f"http://127.0.0.1:{port}/metrics"))
         assert scrape.one("sglang_weight_exporter_build_info", simulated="true") == 1
         assert scrape.one("sglang_weight_exporter_ranks") == 8
         of = {"model_name": "simulated/llama-70b", "kind": "parameter"}
@@ -222,17 +223,17 @@ def test_the_command_says_that_nothing_of_it_is_real(tmp_path: Path) -> None:
         )
         assert scrape.sum("sglang_gpu_memory_bytes", part="unattributed") == 0
         assert scrape.sum("sglang_gpu_memory_used_bytes") > scrape.sum("sglang_weight_bytes")
-        eventually(lambda: len(backend.spans("sglang.weights.load")) == 8, 30, what="the loads")
+        eventually(lambda: len(backend.spans("sglang.weights.load")) == 8, what="the loads")
         span = backend.spans("sglang.weights.load")[0]
         assert "simulated/llama-70b" in map(str, attributes_of(span).values())
         name = "sglang.weight_exporter_build_info"
-        metric = eventually(lambda: backend.metrics().get(name), 30, what="the metrics")
+        metric = eventually(lambda: backend.metrics().get(name), what="the metrics")
         assert metric is not None
         (point,) = metric.gauge.data_points
         assert attributes_of(point)["simulated"] == "true"
     finally:
         process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=20)
+        output, _ = process.communicate(timeout=LIMIT)
         backend.stop()
     assert len(re.findall("2 engines of 4 ranks that do not exist", output)) == 1
     assert "Traceback" not in output
@@ -245,7 +246,7 @@ def test_a_fleet_that_makes_no_sense_is_refused(fleet: str) -> None:
         [sys.executable, "-m", "sglang_weight_exporter", "serve", f"--simulate={fleet}"],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=LIMIT,
     )
     assert done.returncode == 2
     assert "write 4x8 for 4 engines of 8 ranks" in done.stderr
@@ -259,7 +260,7 @@ def test_real_ranks_get_no_simulated_neighbours(tmp_path: Path) -> None:
         ],
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=LIMIT,
     )
     assert done.returncode == 2
     assert "leave --runtime-dir away" in done.stderr

@@ -14,7 +14,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import trustme
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from serving import Exporter
+from waiting import LIMIT, eventually
 
 from sglang_weight_exporter.export.authenticator import Authenticator
 from sglang_weight_exporter.export.web_configuration import (
@@ -92,7 +92,7 @@ def handshake(
         client.configure_cert(context)
     adjust(context)
     connection = http.client.HTTPSConnection(
-        "127.0.0.1", exporter.port, timeout=10, context=context
+        "127.0.0.1", exporter.port, timeout=LIMIT, context=context
     )
     try:
         connection.request("GET", "/metrics")
@@ -236,7 +236,7 @@ def test_a_change_is_in_force_for_the_next_connection(
 ) -> None:
     exporter = configured("{}")
     assert exporter.request("/metrics")[0] == 200
-    kept = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=10)
+    kept = http.client.HTTPConnection("127.0.0.1", exporter.port, timeout=LIMIT)
     kept.request("GET", "/metrics")
     kept.getresponse().read()
 
@@ -274,7 +274,7 @@ def test_a_change_is_in_force_for_the_next_connection(
         env={**os.environ, "SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR": str(runtime_dir.path)},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
     )
     assert "https://" in status.stdout
     assert "no such pair" in status.stdout + status.stderr
@@ -356,10 +356,7 @@ def test_clients_that_do_not_end_their_handshake_end_nothing(
         clients[-1].setblocking(False)
         clients[-1].connect_ex(("127.0.0.1", exporter.port))
     assert handshake(exporter, authority)[0] == 200
-    deadline = time.monotonic() + 90
-    while exporter.open_sockets() > sockets + 1:
-        assert time.monotonic() < deadline, f"{exporter.open_sockets()} sockets are still open"
-        time.sleep(0.5)
+    eventually(lambda: exporter.open_sockets() <= sockets + 1, what="sockets are let go")
     assert list(exporter.lines.queue) == []
     for client in clients:
         client.close()

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import pytest
+from waiting import LIMIT
 
 pytest.importorskip("numpy", reason="needs NumPy, which comes with SGLang")
 
@@ -140,7 +141,7 @@ def test_what_is_no_file_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     reader = subprocess.Popen(["cat", pipe], stdout=subprocess.PIPE)
     written = write_manifest(pipe, {"a": tensor(A)})
-    assert reader.communicate(timeout=30)[0] == encode(written)
+    assert reader.communicate(timeout=LIMIT)[0] == encode(written)
     assert pipe.is_fifo()
     link.symlink_to(target)
     write_manifest(link, {"a": tensor(A)})
@@ -199,7 +200,7 @@ def test_a_checkpoint_as_sglang_fuses_it(tmp_path: Path) -> None:
     checkpoint = tiny_model.write(tmp_path / "model", 5)
     path = tmp_path / "manifest.json"
     words = [sys.executable, "-m", "sglang_weight_exporter", "manifest", "--fused"]
-    subprocess.run([*words, checkpoint, "-o", path], check=True, timeout=60)
+    subprocess.run([*words, checkpoint, "-o", path], check=True, timeout=LIMIT)
     tensors = read_manifest(path).tensors
     assert len(tensors) == 6 * tiny_model.LAYERS + 3
     served = [ServedTensor(name, held.dtype, held.shape) for name, held in tensors.items()]

@@ -24,9 +24,9 @@ import pytest
 pytest.importorskip("numpy", reason="needs NumPy, which comes with SGLang")
 
 import msgspec
-from engines import eventually
 from published import ROWS, PublishedRank
 from safetensors_files import write
+from waiting import LIMIT, eventually
 
 from sglang_weight_exporter import fingerprint
 from sglang_weight_exporter.records.engine import Ranks
@@ -57,7 +57,7 @@ def run(name: str, host: Path, *arguments: str | Path, **variables: str) -> tupl
         env=os.environ | variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
     )
     return done.returncode, done.stdout + done.stderr
 
@@ -180,7 +180,7 @@ def test_watching_says_what_is_new_and_no_more(tmp_path: Path) -> None:
         eventually(lambda: "since update 3" in output.read_text(), what="the third look")
     finally:
         watching.terminate()
-    assert watching.wait(30) == 1  # Something differed.
+    assert watching.wait(LIMIT) == 1  # Something differed.
     text = output.read_text()
     assert [text.count(f"since {since}\n") for since in ("update 2", "update 3")] == [1, 1]
     assert text.count("equal, ") == 3
@@ -200,7 +200,7 @@ def test_a_watch_outlives_engines_that_end(tmp_path: Path) -> None:
         eventually(lambda: "equal, 0 different" in output.read_text(), what="an engine came")
     finally:
         watching.terminate()
-    assert watching.wait(30) == 2
+    assert watching.wait(LIMIT) == 2
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf", "soon"])

@@ -34,6 +34,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from ranks import rows
 from serving import Exporter
+from waiting import LIMIT
 
 from sglang_weight_exporter.cli.status import _print_rank
 from sglang_weight_exporter.cli.trace_reader import TraceError, tables_from_trace
@@ -279,7 +280,7 @@ def served(serve: Callable[..., Exporter], rank: RankStore) -> Iterator[Exporter
     )
 )
 def test_a_request_gets_an_answer_that_is_no_failure(data: bytes, served: Exporter) -> None:
-    with socket.create_connection(("127.0.0.1", served.port), timeout=10) as client:
+    with socket.create_connection(("127.0.0.1", served.port), timeout=LIMIT) as client:
         with contextlib.suppress(ConnectionError):
             client.sendall(data)
             client.shutdown(socket.SHUT_WR)

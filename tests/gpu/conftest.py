@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import Engine, eventually
+from engines import Engine
 from gpu_engines import KINDS, GpuEngine, GpuEngines, nvidia_smi, write_checkpoint
+from waiting import eventually
 
 
 def answers_or_has_ended(engine: Engine) -> bool:
@@ -53,7 +54,6 @@ def gpu_engines(request: pytest.FixtureRequest) -> Iterator[GpuEngines]:
         for running in engines.engines.values():
             eventually(
                 partial(answers_or_has_ended, running.engine),
-                400,
                 every=0.5,
             )
         yield engines
@@ -72,7 +72,7 @@ def gpu_engine_fixture(name: str) -> Any:
         if importlib.util.find_spec("sglang") is None:
             pytest.skip("needs SGLang 0.5.17 or later")
         running: GpuEngine = request.getfixturevalue("gpu_engines").engines[name]
-        running.engine.wait_until_ready(10)
+        running.engine.wait_until_ready()
         eventually(running.engine.scrape)
         return running
 

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from engines import Engine, Installation, eventually
+from engines import Engine, Installation
 from gpu_engines import MIB, Record, nvidia_smi, write_checkpoint
+from waiting import eventually
 
 CONTEXT = 16_384
 PROMPTS, PROMPT_TOKENS = 48, 12_000
@@ -38,7 +39,7 @@ def engine(checkpoint: Path, fraction: float) -> Iterator[Engine]:
     )
     try:
         running.start()
-        running.wait_until_ready(300)
+        running.wait_until_ready()
         eventually(running.scrape)
         yield running
     finally:

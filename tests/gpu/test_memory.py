@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import eventually
 from gpu_engines import (
     BFLOAT16,
     HEAD_DIM,
@@ -33,6 +32,7 @@ from gpu_engines import (
     rows,
     storages,
 )
+from waiting import eventually
 
 #: What NVML counts in.
 GRANULE = 2 * MIB
@@ -108,7 +108,7 @@ def outside(
         assert one(engine, "process") == process
         return one(engine, "outside_torch")
 
-    found = eventually(same, 10)
+    found = eventually(same)
     record(f"{moment}: NVML, process", process)
     record(f"{moment}: outside torch", found)
     scrape = engine.engine.scrape()
@@ -196,7 +196,7 @@ def test_every_weight_block_of_a_snapshot_has_its_name(
     assert cli("snapshot", "--ask").returncode == 0
     assert graph_engine.engine.flush_cache()[0] == 200
     taken = eventually(
-        lambda: cli("snapshot", "--output", str(tmp_path)).returncode == 0, 20, every=1.0
+        lambda: cli("snapshot", "--output", str(tmp_path)).returncode == 0, every=1.0
     )
     assert taken
     (viewer,) = tmp_path.glob("*.pickle")

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import tiny_model
-from engines import eventually
 from gpu_engines import (
     BFLOAT16,
     HEAD_DIM,
@@ -28,6 +27,7 @@ from gpu_engines import (
     rows,
     storages,
 )
+from waiting import eventually
 
 
 def in_sglang(checkpoint: Path) -> tuple[int, int]:
@@ -128,7 +128,7 @@ def test_gpu_memory_is_nvidia_smis(gpu_engine: GpuEngine, record_property: Recor
             assert abs(total / MIB - gpu.total) <= 1
         return len(scrape.series("sglang_gpu_memory_used_bytes")) == len(gpus)
 
-    assert eventually(same, 10)
+    assert eventually(same)
 
 
 def test_published_addresses_are_the_parameters(
@@ -254,7 +254,7 @@ def test_released_memory_is_not_resident(
         # Whole segments are unmapped: what was cached in them goes too.
         return freed - 4 <= used - now <= 1.1 * freed + 64
 
-    assert eventually(released, 10)
+    assert eventually(released)
     assert engine.post("/resume_memory_occupation", body)[0] == 200
 
     def resumed() -> bool:
@@ -264,7 +264,7 @@ def test_released_memory_is_not_resident(
             now - used
         ) <= 64
 
-    assert eventually(resumed, 10)
+    assert eventually(resumed)
     if "weights" in gone:  # The memory is back with whatever was in it.
         reload(gpu_engine, gpu_engines.checkpoints["b"])
         reload(gpu_engine, gpu_engines.checkpoints["a"])

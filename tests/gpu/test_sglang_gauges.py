@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import tiny_model
-from engines import Engine, Scrape, eventually
+from engines import Engine, Scrape
 from gpu_engines import GpuEngine, GpuEngines, Record
+from waiting import eventually
 
 GIB = 2**30
 

@@ -5,8 +5,9 @@
 from __future__ import annotations
 
 import pytest
-from engines import Engine, Scrape, eventually, http_get
+from engines import Engine, Scrape, http_get
 from gpu_engines import GpuEngine, GpuEngines, Record
+from waiting import eventually
 
 FINGERPRINT = "sglang_weight_fingerprint"
 

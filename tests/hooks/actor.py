@@ -45,7 +45,8 @@ group = init_custom_process_group(
     backend="gloo", init_method=f"tcp://127.0.0.1:{sys.argv[1]}", world_size=2, rank=0,
     group_name="trainer",
 )
-time.sleep(2)
+sys.stdin.readline()  # Until it is asked for,
+time.sleep(2)  # and then it takes its time.
 torch.distributed.broadcast(torch.full((128,), 2.0, dtype=torch.bfloat16), src=0, group=group)
 """
 
@@ -235,7 +236,8 @@ def main() -> None:
         with session("peer to peer"):
             pass
 
-    with subprocess.Popen([sys.executable, "-c", TRAINER, port]) as trainer:
+    command = [sys.executable, "-c", TRAINER, port]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, text=True) as trainer:
         group = {"group_name": "trainer"}
         script.step(
             "group opens",
@@ -252,9 +254,15 @@ def main() -> None:
         batch = {"names": [NORM], "dtypes": ["bfloat16"], "shapes": [[128]]}
         distributed = "UpdateWeightsFromDistributedReqInput"
         with session("distributed"):
-            script.step("distributed batch", ask(distributed, **batch, **group))
+            batch_of_group = ask(distributed, **batch, **group)
+
+            def receive() -> Any:
+                print(file=trainer.stdin, flush=True)
+                return batch_of_group()
+
+            script.step("distributed batch", receive)
         script.step("group closes", ask("DestroyWeightsUpdateGroupReqInput", **group))
-        trainer.wait(60)
+        trainer.wait()
 
     script.step("ipc", ask("UpdateWeightsFromIPCReqInput", zmq_handles={}))
     script.step("read", ask("GetWeightsByNameReqInput", name=NORM))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from engines import PREFIX, Installation
 from ports import free_port
+from waiting import LIMIT
 
 MODELS = ("minicpm3", "deepseek_v2")
 
@@ -30,7 +31,7 @@ def measured(
         env=newest.environment(**{PREFIX + "DISABLED": "1"}),
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=LIMIT,
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-6000:]

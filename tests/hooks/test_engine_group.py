@@ -14,10 +14,10 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from engines import eventually
 from monitoring import Monitoring
 from ranks import ExporterProcess
 from standins import Rank, Request
+from waiting import eventually
 
 from sglang_weight_exporter.hooks.targets import SCHEDULER
 from sglang_weight_exporter.records.engine import Engine
@@ -109,7 +109,7 @@ def exporters(hosts: list[Host], tmp_path: Path) -> Iterator[list[ExporterProces
     started = [ExporterProcess(host.rank.directory).start() for host in hosts]
     try:
         for exporter in started:
-            eventually(exporter.scrape, 30, what="metrics of the exporter process")
+            eventually(exporter.scrape, what="metrics of the exporter process")
         yield started
     finally:
         for exporter in started:
@@ -132,17 +132,17 @@ def test_a_host_that_is_behind_or_gone_is_one_alert(
     try:
         nodes = f'sglang_weight_engine_nodes{{engine_group="{group}"}}'
         seen = f"count(count by (instance) ({nodes})) == 2"
-        eventually(lambda: monitoring.query(seen), 60, what="both hosts are scraped")
+        eventually(lambda: monitoring.query(seen), what="both hosts are scraped")
         name = "SGLangWeightHostsDisagree"
         hosts[0].traces()
-        (alert,) = eventually(lambda: raised(name), 60, what=name)
+        (alert,) = eventually(lambda: raised(name), what=name)
         assert {"engine_group": group, "role": "target"}.items() <= alert["labels"].items()
         hosts[1].traces()
-        eventually(lambda: not monitoring.active_alerts(name), 60, what=f"{name} resolves")
+        eventually(lambda: not monitoring.active_alerts(name), what=f"{name} resolves")
         assert raised("SGLangWeightHostMissing") == []
         exporters[1].end(signal.SIGKILL)
         (alert,) = eventually(
-            lambda: raised("SGLangWeightHostMissing"), 60, what="SGLangWeightHostMissing"
+            lambda: raised("SGLangWeightHostMissing"), what="SGLangWeightHostMissing"
         )
         assert alert["labels"]["engine_group"] == group
         assert alert["annotations"]["summary"].startswith("1 hosts of an engine")

@@ -17,7 +17,6 @@ import resource
 import shutil
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -31,6 +30,7 @@ from standins import (
     session,
     update_expert_location_with_recovery,
 )
+from waiting import eventually
 
 from sglang_weight_exporter.hooks.targets import EPLB_MANAGER
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
@@ -164,14 +164,16 @@ def published(rank: Rank) -> list[Snapshot]:
 
 def back(rank: Rank, holds: Callable[[Role], bool]) -> Role:
     """The role as published, once it is; without any further event."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        for snapshot in published(rank):
+
+    def found() -> Role:
+        snapshots = published(rank)
+        for snapshot in snapshots:
             for role in snapshot.roles:
                 if holds(role):
                     return role
-        threading.Event().wait(0.05)
-    raise AssertionError(f"not published again: {published(rank)}")
+        raise AssertionError(f"not published again: {snapshots}")
+
+    return eventually(found)
 
 
 @needs_mounts

@@ -9,12 +9,12 @@ The rank is SGLang's Scheduler without a server (``actor.py``), because some fai
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ import pytest
 import tiny_model
 from engines import PREFIX, Installation, sglang_version
 from ports import free_port
+from waiting import LIMIT
 
 from sglang_weight_exporter.hooks.targets import version_key
 from sglang_weight_exporter.records.event import Event
@@ -184,11 +185,11 @@ class Running:
                 stderr=subprocess.STDOUT,
             )
 
-    def ended(self) -> bool:
-        """AssertionError with the end of the log if it ended badly."""
-        code = self.process.poll()
-        assert code in {None, 0}, self.log.read_text(errors="replace")[-6000:]
-        return code is not None
+    def wait(self) -> None:
+        """AssertionError with the end of the log if it ends badly, or not."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(LIMIT)
+        assert self.process.returncode == 0, self.log.read_text(errors="replace")[-6000:]
 
     def run(self) -> Run:
         output = self.log.read_text(errors="replace")
@@ -213,12 +214,8 @@ def runs(request: pytest.FixtureRequest) -> Iterator[dict[str, Run]]:
             for release, installation in installations.items():
                 ranks = len(installations)
                 running[release] = Running(release, installation, ranks, Path(shared))
-            deadline = time.monotonic() + 500
-            still = list(running.values())
-            while still:
-                still = [rank for rank in still if not rank.ended()]
-                assert time.monotonic() < deadline, "the ranks did not end in 500 seconds"
-                time.sleep(0.2)
+            for rank in running.values():
+                rank.wait()
             yield {release: rank.run() for release, rank in running.items()}
         finally:
             for rank in running.values():

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from engines import PREFIX, Installation
+from waiting import LIMIT
 
 from sglang_weight_exporter.runners.pools import kv_storages, kv_usage
 
@@ -92,7 +93,7 @@ def built(request: pytest.FixtureRequest, checkpoints: tuple[Path, Path]) -> dic
             )
         found: dict[str, Any] = {}
         for release, process in running.items():
-            output, _ = process.communicate(timeout=400)
+            output, _ = process.communicate(timeout=LIMIT)
             assert process.returncode == 0, output[-6000:]
             found[release] = json.loads((Path(directory) / release).read_text())
         return found

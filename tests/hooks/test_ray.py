@@ -14,7 +14,6 @@ import os
 import secrets
 import subprocess
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,9 @@ import psutil
 import pytest
 import tiny_model
 from engines import PREFIX, Installation, kill
+from waiting import eventually, forget, watch
 
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
-
-SECONDS = 400.0
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def run(installation: Installation, directory: Path, **variables: str) -> dict[s
     started: set[psutil.Process] = set()
     # Sockets lie in it, so its path must be short.
     ray_directory = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp")
-    with ray_directory as temporary, log.open("wb") as output:
+    with ray_directory as temporary, watch(log).open("wb") as output:
         main = psutil.Popen(
             [installation.python, script, out, temporary, first, second],
             env=environment,
@@ -76,15 +74,17 @@ def run(installation: Installation, directory: Path, **variables: str) -> dict[s
             stderr=subprocess.STDOUT,
         )
         try:
-            deadline = time.monotonic() + SECONDS
-            while main.poll() is None:
+
+            def ended() -> bool:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    started |= set(main.children(recursive=True))
-                assert time.monotonic() < deadline, log.read_text(errors="replace")[-6000:]
-                time.sleep(0.5)
+                    started.update(main.children(recursive=True))
+                return main.poll() is not None
+
+            eventually(ended, every=0.5, what=f"the end of {script.name}")
         finally:
             kill([main, *started])
             main.wait()
+            forget(log)
     assert main.returncode == 0, log.read_text(errors="replace")[-6000:]
     seen: dict[str, Any] = json.loads(out.read_text())
     return seen

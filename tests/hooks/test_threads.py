@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from standins import Rank, Request, update_expert_location_with_recovery
+from waiting import LIMIT
 
 from sglang_weight_exporter.hooks.targets import EPLB_MANAGER
 
@@ -35,7 +36,7 @@ def at_once(*calls: Any) -> None:
 
 
 def test_an_update_and_a_move_at_the_same_moment_are_both_counted(rank: Rank) -> None:
-    together = threading.Barrier(2, timeout=20)
+    together = threading.Barrier(2, timeout=LIMIT)
 
     def meet(*arguments: Any, **keywords: Any) -> tuple[bool, str]:
         together.wait()  # Both are in SGLang's own code now, and no lock of ours is held.

@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny_model
-from engines import PREFIX, READY_SECONDS, Installation, eventually, kill
+from engines import PREFIX, Installation, kill
+from waiting import eventually
 
 from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.reader import SnapshotReader
@@ -55,7 +56,7 @@ def snapshots(
         return roles
 
     try:
-        yield eventually(loaded, READY_SECONDS, what="a daemon and an engine")
+        yield eventually(loaded, what="a daemon and an engine")
     finally:
         kill([psutil.Process(process.pid) for process in processes.values()])
         for process in processes.values():

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from collectors import Backend, Rotel
-from engines import eventually
 from ranks import ExporterProcess, Rank
+from waiting import eventually
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def start_exporter(runtime_dir: Path) -> Iterator[StartExporter]:
     def start(**variables: str) -> ExporterProcess:
         exporter = ExporterProcess(runtime_dir, **variables).start()
         started.append(exporter)
-        eventually(exporter.scrape, 30, what="metrics of the exporter process")
+        eventually(exporter.scrape, what="metrics of the exporter process")
         return exporter
 
     yield start

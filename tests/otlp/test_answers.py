@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from engines import eventually
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTracePartialSuccess,
     ExportTraceServiceResponse,
 )
 from ranks import ExporterProcess, Rank, rows
+from waiting import eventually
 
 StartExporter = Callable[..., ExporterProcess]
 
@@ -100,12 +100,12 @@ def test_what_is_no_answer_of_a_collector_exports_nothing(
     rank.load(rows(3))
     server.answer = answer
     exporter = start(start_exporter, server)
-    eventually(lambda: exporter.metric("span_failures_total") >= 1, 30, what="a failed try")
+    eventually(lambda: exporter.metric("span_failures_total") >= 1, what="a failed try")
     assert said in exporter.log()
     assert rank.waiting()
     assert exporter.metric("spans_exported_total") == 0
     server.answer = (200, PROTOBUF, b"")
-    eventually(lambda: exporter.metric("spans_exported_total") == 1, 30, what="exported")
+    eventually(lambda: exporter.metric("spans_exported_total") == 1, what="exported")
 
 
 def test_what_a_collector_dropped_is_logged_and_counted_and_not_sent_again(
@@ -117,7 +117,7 @@ def test_what_a_collector_dropped_is_logged_and_counted_and_not_sent_again(
     server.answer = (200, PROTOBUF, body)
     exporter = start(start_exporter, server)
     eventually(
-        lambda: exporter.metric("spans_dropped_total", reason="refused") == 1, 30, what="counted"
+        lambda: exporter.metric("spans_dropped_total", reason="refused") == 1, what="counted"
     )
     assert exporter.metric("spans_exported_total") == 0
     assert "too many attributes" in exporter.log()
@@ -139,7 +139,7 @@ def test_a_collector_that_never_answers_keeps_nobody_waiting(
         for _ in range(5):  # While it is waited for.
             assert exporter.metric("ranks") == 1
             rank.update()
-        eventually(lambda: exporter.metric("span_failures_total") >= 1, 30, what="a failed try")
+        eventually(lambda: exporter.metric("span_failures_total") >= 1, what="a failed try")
         asked.close()
         assert "timed out" in exporter.log()
         assert len(rank.waiting()) == 6
@@ -149,7 +149,7 @@ def test_retry_after_is_honoured(rank: Rank, server: Server, start_exporter: Sta
     rank.load(rows(3))
     server.answer = (503, {"Retry-After": "5"}, b"")
     start(start_exporter, server)
-    eventually(lambda: len(server.asked) >= 2, 30, what="a second try")
+    eventually(lambda: len(server.asked) >= 2, what="a second try")
     assert server.asked[1] - server.asked[0] >= 4.9
 
 
@@ -164,7 +164,7 @@ def test_an_empty_compression_is_none(
         OTEL_EXPORTER_OTLP_PROTOCOL=protocol,
         OTEL_EXPORTER_OTLP_COMPRESSION="",
     )
-    eventually(lambda: not rank.waiting(), 30, what="acknowledged")
+    eventually(lambda: not rank.waiting(), what="acknowledged")
 
 
 def test_what_the_queue_dropped_is_counted_once_over_restarts(
@@ -175,10 +175,10 @@ def test_what_the_queue_dropped_is_counted_once_over_restarts(
     for _ in range(4):
         rank.update()
     exporter = start(start_exporter, server)
-    eventually(lambda: exporter.metric("spans_dropped_total", reason="queue_full") == 3, 30)
-    eventually(lambda: exporter.metric("spans_exported_total") == 2, 30)
+    eventually(lambda: exporter.metric("spans_dropped_total", reason="queue_full") == 3)
+    eventually(lambda: exporter.metric("spans_exported_total") == 2)
     exporter.end(signal.SIGKILL)
     exporter = start(start_exporter, server)
     rank.update()
-    eventually(lambda: exporter.metric("spans_exported_total") == 1, 30)
+    eventually(lambda: exporter.metric("spans_exported_total") == 1)
     assert exporter.metric("spans_dropped_total", reason="queue_full") == 0

@@ -11,9 +11,9 @@ import psutil
 import pytest
 import trustme
 from collectors import Backend, Tls
-from engines import eventually
 from ports import free_port
 from ranks import ExporterProcess, Rank, rows
+from waiting import eventually
 
 StartExporter = Callable[..., ExporterProcess]
 
@@ -69,10 +69,10 @@ def test_certificates_of_both_sides(
             OTEL_EXPORTER_OTLP_CLIENT_KEY=str(files["own_key"]),
         )
         # The client's certificate is written late, as a secret that is mounted: it is found.
-        eventually(lambda: "does not take spans" in exporter.log(), 30, what="a failed try")
+        eventually(lambda: "does not take spans" in exporter.log(), what="a failed try")
         client.cert_chain_pems[0].write_to_path(str(files["own"]))
         client.private_key_pem.write_to_path(str(files["own_key"]))
-        eventually(lambda: not rank.waiting(), 60, what="acknowledged")
+        eventually(lambda: not rank.waiting(), what="acknowledged")
         assert len(backend.spans()) == 1
     finally:
         backend.stop()
@@ -114,7 +114,7 @@ def test_credentials_in_the_endpoint_are_not_logged(
         OTEL_EXPORTER_OTLP_HEADERS="authorization=Bearer%20secret",
         OTEL_EXPORTER_OTLP_TIMEOUT="1",
     )
-    eventually(lambda: "does not take spans" in exporter.log(), 30, what="a failed try")
+    eventually(lambda: "does not take spans" in exporter.log(), what="a failed try")
     assert "secret" not in exporter.log()
 
 

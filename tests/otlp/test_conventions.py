@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from collectors import Backend, attributes_of
-from engines import eventually
 from ranks import ExporterProcess, Rank, rows
+from waiting import eventually
 
 StartExporter = Callable[..., ExporterProcess]
 

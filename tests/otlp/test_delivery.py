@@ -13,9 +13,9 @@ from pathlib import Path
 import msgspec
 import pytest
 from collectors import Backend, Message, attributes_of
-from engines import eventually
 from ports import free_port
 from ranks import ExporterProcess, Rank, rows
+from waiting import eventually
 
 StartExporter = Callable[..., ExporterProcess]
 
@@ -29,19 +29,19 @@ def test_twenty_updates_outlive_a_dead_collector_and_a_killed_exporter(
     rank.load(rows(50))
     for _ in range(9):
         rank.update()
-    eventually(lambda: exporter.metric("span_failures_total") >= 2, 60, what="failed tries")
+    eventually(lambda: exporter.metric("span_failures_total") >= 2, what="failed tries")
     said = f"The collector at 127.0.0.1:{backend.grpc_port} does not take spans"
     assert exporter.log().count(said) == 1
     exporter.end(signal.SIGKILL)
     for _ in range(10):
         rank.update()
     exporter = start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
-    eventually(lambda: exporter.metric("spans_waiting") == 20, 60, what="20 waiting")
+    eventually(lambda: exporter.metric("spans_waiting") == 20, what="20 waiting")
     assert len(rank.waiting()) == 20
 
     backend.start()
     try:
-        eventually(lambda: not rank.waiting(), 90, what="acknowledged")
+        eventually(lambda: not rank.waiting(), what="acknowledged")
         numbers = [attributes_of(span)["sglang.weights.event.number"] for span in backend.spans()]
         assert numbers == list(range(1, 21))
         assert len({span.span_id for span in backend.spans()}) == 20
@@ -104,14 +104,14 @@ def test_a_span_that_is_refused_does_not_keep_others_waiting(
     for _ in range(12):
         rank.update()
     exporter = start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}")
-    eventually(lambda: len(backend.spans()) == 12, 60, what="all others")
+    eventually(lambda: len(backend.spans()) == 12, what="all others")
     assert exporter.metric("spans_dropped_total", reason="refused") == 0
 
     def given_up() -> bool:
         rank.update()
         return exporter.metric("spans_dropped_total", reason="refused") == 1
 
-    eventually(given_up, 60, every=0.5, what="given up")
+    eventually(given_up, every=0.5, what="given up")
     eventually(lambda: not rank.waiting(), what="nothing waiting")
     assert "too odd" in exporter.log()
     # The table was not in the span that was refused only: the next one carries it.

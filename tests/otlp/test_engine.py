@@ -15,15 +15,19 @@ from typing import Any
 
 import pytest
 from collectors import Backend, Rotel, attributes_of, table_rows_of
-from engines import PREFIX, Engine, Installation, eventually, http_get
+from engines import Engine, http_get
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from ranks import ExporterProcess
+from waiting import eventually
 
 
 @pytest.fixture(scope="module")
-def module_backend() -> Iterator[Backend]:
-    backend = Backend().start()
+def module_backend(traced_engine: Engine) -> Iterator[Backend]:
+    """Where SGLang's own traces go to as well."""
+    backend = Backend()
+    backend.grpc_port = traced_engine.otlp_port
+    backend.start()
     yield backend
     backend.stop()
 
@@ -33,21 +37,6 @@ def module_rotel(module_backend: Backend) -> Iterator[Rotel]:
     rotel = Rotel(module_backend).start()
     yield rotel
     rotel.stop()
-
-
-@pytest.fixture(scope="module")
-def traced_engine(
-    newest: Installation, checkpoints: tuple[Path, Path], module_backend: Backend
-) -> Iterator[Engine]:
-    """Two ranks, SGLang's own tracing on, and nobody who exports."""
-    flags = ["--dp-size", "2", "--enable-trace"]
-    flags += ["--otlp-traces-endpoint", f"127.0.0.1:{module_backend.grpc_port}"]
-    engine = Engine(newest, checkpoints[0], flags=flags, variables={PREFIX + "SERVE": "off"})
-    try:
-        engine.start()
-        yield engine.wait_until_ready()
-    finally:
-        engine.stop()
 
 
 def live_tables(engine: Engine) -> dict[int, dict[str, Any]]:
@@ -78,7 +67,7 @@ def test_load_and_reloads_of_two_ranks_over_both_protocols(
     engine, backend = traced_engine, module_backend
 
     def ours(name: str, count: int) -> list[Span]:
-        eventually(lambda: len(backend.spans(name)) >= count, 30, what=f"{count} of {name}")
+        eventually(lambda: len(backend.spans(name)) >= count, what=f"{count} of {name}")
         return backend.spans(name)
 
     def exporter(protocol: str) -> ExporterProcess:
@@ -158,4 +147,4 @@ def test_sglangs_own_tracing_works_as_before(
         "/generate", {"text": "a", "sampling_params": {"max_new_tokens": 1}}
     )
     assert status == 200, answer
-    eventually(lambda: scopes() - {"sglang_weight_exporter"}, 30, what="spans of requests")
+    eventually(lambda: scopes() - {"sglang_weight_exporter"}, what="spans of requests")

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 from collectors import Backend, Rotel, attributes_of
-from engines import eventually, http_get
+from engines import http_get
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from ranks import ExporterProcess, Rank, rows
+from waiting import eventually
 
 from sglang_weight_exporter.records.engine import Device
 from sglang_weight_exporter.records.snapshot import Role, Snapshot

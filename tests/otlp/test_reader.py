@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 import pytest
 from collectors import Backend, attributes_of
-from engines import eventually
 from ranks import ExporterProcess, Rank, rows
+from waiting import LIMIT, eventually
 
 from sglang_weight_exporter.weight_table import table_of_rows
 
@@ -27,7 +27,7 @@ def table(file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "sglang_weight_exporter", "table", "--from-trace", file, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
     )
 
 

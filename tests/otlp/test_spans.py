@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from collectors import Backend, Rotel, attributes_of, table_rows_of
-from engines import eventually
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from ranks import ExporterProcess, Rank, rows
+from waiting import LIMIT, eventually
 
 from sglang_weight_exporter.weight_table import Row
 
@@ -32,9 +32,9 @@ def as_sent(row: Row) -> dict[str, Any]:
     }
 
 
-def arrived(backend: Backend, count: int, seconds: float = 60) -> list[Span]:
+def arrived(backend: Backend, count: int) -> list[Span]:
     """The spans once there are so many."""
-    eventually(lambda: len(backend.spans()) >= count, seconds, what=f"{count} spans")
+    eventually(lambda: len(backend.spans()) >= count, what=f"{count} spans")
     return backend.spans()
 
 
@@ -86,7 +86,7 @@ def test_a_table_for_several_spans(
     table = rows(200_000)
     rank.load(table)
     start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=rotel.endpoint("grpc"))
-    eventually(lambda: not rank.waiting(), 120, what="acknowledged")
+    eventually(lambda: not rank.waiting(), what="acknowledged")
     # The collector has acknowledged them all and passes them on one by one.
     announced = attributes_of(arrived(backend, 1)[0])["sglang.weights.table.spans"]
     assert isinstance(announced, int)
@@ -142,7 +142,7 @@ def test_an_update_in_place_refers_to_the_table_that_was_sent(
 
     # Another collector has not seen the table.
     exporter.process.terminate() if exporter.process else None
-    exporter.process.wait(20) if exporter.process else None
+    exporter.process.wait(LIMIT) if exporter.process else None
     exporter.process = None
     start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://localhost:{backend.grpc_port}")
     rank.update()

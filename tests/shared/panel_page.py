@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import eventually, http_get
+from engines import http_get
 from ports import free_port
+from waiting import eventually
 
 SOURCES = Path(__file__).parents[1] / "dashboards" / "panels"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sglang-weight-exporter"

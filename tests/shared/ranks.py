@@ -17,6 +17,7 @@ from pathlib import Path
 
 from engines import PREFIX, Scrape, clean_environment
 from ports import free_port
+from waiting import LIMIT
 
 from sglang_weight_exporter.records.engine import Device, Engine, Ranks
 from sglang_weight_exporter.records.event import Event
@@ -198,5 +199,5 @@ class ExporterProcess:
     def end(self, how: signal.Signals) -> None:
         if self.process is not None:
             self.process.send_signal(how)
-            self.process.wait(20)
+            self.process.wait(LIMIT)
             self.process = None

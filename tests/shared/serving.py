@@ -19,6 +19,7 @@ from threading import Thread
 
 import pytest
 from ports import free_port
+from waiting import LIMIT
 
 from sglang_weight_exporter.records.engine import Engine, Ranks
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
@@ -35,9 +36,9 @@ class Exporter:
     port: int
     lines: Queue[str]
 
-    def line(self, pattern: str, seconds: float = 30.0) -> str:
+    def line(self, pattern: str) -> str:
         """Wait for a line that matches."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + LIMIT
         seen = []
         while True:
             try:
@@ -50,7 +51,7 @@ class Exporter:
     def request(
         self, path: str, method: str = "GET", **headers: str
     ) -> tuple[int, http.client.HTTPMessage, bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=LIMIT)
         try:
             connection.request(
                 method, path, headers={k.replace("_", "-"): v for k, v in headers.items()}

@@ -18,8 +18,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from engines import PREFIX, clean_environment, eventually
+from engines import PREFIX, clean_environment
 from ranks import ExporterProcess, Rank, rows
+from waiting import LIMIT, eventually
 
 from sglang_weight_exporter.records.endpoint import ExporterEndpoint
 from sglang_weight_exporter.records.engine import Engine, Ranks
@@ -249,14 +250,14 @@ def command(runtime_dir: RuntimeDir, *arguments: str) -> subprocess.CompletedPro
         env=clean_environment(**{PREFIX + "RUNTIME_DIR": str(runtime_dir.path)}),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
     )
 
 
 @pytest.fixture
 def exporter(runtime_dir: RuntimeDir) -> Iterator[ExporterProcess]:
     started = ExporterProcess(runtime_dir.path).start()
-    eventually(started.scrape, 30, what="metrics of the exporter process")
+    eventually(started.scrape, what="metrics of the exporter process")
     yield started
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         started.end(signal.SIGKILL)
@@ -485,7 +486,7 @@ def test_ranks_that_cannot_be_listed_are_none_for_now(runtime_dir: RuntimeDir) -
 def test_a_damaged_note_of_the_exporter_is_none(runtime_dir: RuntimeDir, content: bytes) -> None:
     exporter = ExporterProcess(runtime_dir.path).start()
     try:
-        eventually(lambda: read_endpoint(runtime_dir), 30, what="the note")
+        eventually(lambda: read_endpoint(runtime_dir), what="the note")
         runtime_dir.exporter_file.write_bytes(content)
         assert read_endpoint(runtime_dir) is None
         assert "Traceback" not in command(runtime_dir, "status").stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from engines import PREFIX, clean_environment
 from published import Command, PublishedRank
+from waiting import LIMIT
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def command(runtime_dir: Path) -> Command:
             env=clean_environment(**{PREFIX + "RUNTIME_DIR": str(runtime_dir)}, **environ),
             cwd=os.fspath(runtime_dir.parent),
             capture_output=True,
-            timeout=60,
+            timeout=LIMIT,
         )
 
     return run

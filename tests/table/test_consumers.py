@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 from engines import Installation
 from published import Command, PublishedRank
+from waiting import LIMIT
 
 from sglang_weight_exporter.cli.formats import as_nixl
 from sglang_weight_exporter.weight_table import Region
@@ -182,7 +183,7 @@ def test_sglangs_remote_instance_loader_reads_the_weights(
         env=newest.environment(SGLANG_WEIGHT_EXPORTER_DISABLED="1"),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
     server.shutdown()
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -201,7 +202,7 @@ def test_without_pyarrow_parquet_says_what_to_do(rank: PublishedRank) -> None:
     )
     path = rank.store.runtime_dir.path
     ran = subprocess.run(
-        [sys.executable, "-c", program, path], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", program, path], capture_output=True, text=True, timeout=LIMIT
     )
     assert ran.returncode == 2
     assert "pip install pyarrow" in ran.stderr

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from engines import Installation, clean_environment
+from waiting import LIMIT
 
 from sglang_weight_exporter.cli.run import START_PATH
 
@@ -32,7 +33,7 @@ def cli(
         env=environ or clean_environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
 
 
@@ -42,7 +43,7 @@ def output(command: Sequence[object], environ: dict[str, str] | None = None) -> 
         env=environ or clean_environment(),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout.strip()
@@ -157,7 +158,7 @@ class TestRun:
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert process.communicate(timeout=60)[0].split() == [str(process.pid)]
+        assert process.communicate(timeout=LIMIT)[0].split() == [str(process.pid)]
         assert process.returncode == 7
 
     def test_a_command_that_is_not_there_is_said(self) -> None:
