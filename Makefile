@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # make check                     ruff, mypy, import contracts, and the suites that need no SGLang
-# make test                      everything that CI runs
-# make test TESTS=tests/store    one suite, with no more installed than it needs
+# make test                      what tells whether this checkout is right; CI runs it
+# make test TESTS=tests/store    one suite of it, with no more installed than it needs
+# make test-release              all the rest, part by part; what came out is in test-release.txt
+# make test-release PARTS="rules image"
 # make demo                      a real SGLang with the exporter beside it
 # make demo-simulated            ranks that do not exist, on a real endpoint, in seconds
 # make benchmark                 what things cost, as ratios to a baseline of the same run
@@ -12,29 +14,37 @@
 #
 # `make check` needs Python with venv, git and make, and neither root nor SGLang. Beside those,
 # `make test` as root installs what it needs on a new Debian 12 machine. Environments live in .venv/
-# and are made by build/environment.sh.
+# and are made by build/environment.sh. CONTRIBUTING.md has the suites, the parts, and the seconds
+# that each may take.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help check test lint demo demo-simulated benchmark dist debian-packages all-tests light-tests wheel clean
+.PHONY: help check test test-release lint demo demo-simulated benchmark dist debian-packages \
+	release-packages light-tests beside-tests engine-tests some-tests newest oldest wheel clean
 
 NEWEST := 0.5.23
 OLDEST := 0.5.9
-# Rooms that need no SGLang and no torch also run on the oldest and the newest Python.
+# Rooms that need no SGLang and no torch: a part of the release runs them on these as well.
 OTHER_PYTHONS := 3.10 3.13
 LIGHT := tests/bootstrap tests/docs tests/store tests/export tests/fuzz tests/test_ledger.py \
 	tests/test_weight_table.py \
 	tests/test_contracts.py \
-	$(addprefix tests/table/test_,command.py main.py readers.py status.py weight_table_events.py weights_metadata.py)
+	$(addprefix tests/table/test_,command.py readers.py status.py weight_table_events.py weights_metadata.py)
+PARTS := oldest pythons launches alerts hosts rules boards stores deployments image distribution \
+	fuzz soak $(if $(wildcard tests/zoo),zoo)
 DEBIAN_PACKAGES := gcc libc6-dev binutils e2fsprogs libibverbs1 libnuma1 prometheus \
-	prometheus-alertmanager chromium fonts-dejavu-core mmdebstrap buildah victoria-metrics iproute2
+	prometheus-alertmanager chromium fonts-dejavu-core
+RELEASE_PACKAGES := mmdebstrap buildah victoria-metrics iproute2
 
 MAIN := .venv/sglang-$(NEWEST)
-ENVIRONMENTS := $(MAIN) .venv/sglang-$(OLDEST)
+OLD := .venv/sglang-$(OLDEST)
 environment = build/environment.sh
+# A suite, with its seconds and its budget in the last line.
+timed = build/timed.sh $(1) $(MAKE) --no-print-directory
+pytest = SGLANG_ENVIRONMENTS=$(CURDIR)/$(MAIN):$(CURDIR)/$(OLD) $(MAIN)/bin/pytest --durations=20
 say = printf '\n\033[1m==> %s\033[0m\n' "$(1)"
 install-wheel = "$$($(environment) uv)" pip install -q -p $(1)/bin/python \
 	--reinstall-package sglang-weight-exporter .venv/dist/*.whl $(2)
@@ -53,11 +63,7 @@ wheel:
 
 # ---------------------------------------------------------------------------- without SGLang
 
-check: lint
-	@$(call say,Suites without SGLang)
-	$(environment) python 3 .venv/python3
-	$(call install-wheel,.venv/python3,--group test)
-	.venv/python3/bin/pytest -n 4 $(LIGHT) $(PYTEST_ARGUMENTS)
+check: lint light-tests
 
 lint: wheel
 	@$(call say,ruff mypy lint-imports)
@@ -69,48 +75,86 @@ lint: wheel
 	.venv/lint/bin/mypy autoload benchmarks dashboards demo docs tests
 	.venv/lint/bin/lint-imports
 
+# More workers than a small machine has cores: most of these tests wait for a process.
 light-tests: wheel
-	@for version in $(if $(TESTS),3,$(OTHER_PYTHONS)); do
-	  $(call say,Tests without SGLang on Python $$version)
-	  if ! $(environment) python $$version .venv/python$$version; then
-	    echo "SKIPPED on Python $$version: it is neither installed nor can uv download it."
-	    continue
-	  fi
-	  $(call install-wheel,.venv/python$$version,--group test)
-	  .venv/python$$version/bin/pytest -n 2 $(or $(TESTS),$(LIGHT)) $(PYTEST_ARGUMENTS)
-	done
+	@$(call say,Suites without SGLang)
+	$(environment) python 3 .venv/python3
+	$(call install-wheel,.venv/python3,--group test)
+	.venv/python3/bin/pytest -n 4 --durations=20 $(or $(TESTS),$(LIGHT)) $(PYTEST_ARGUMENTS)
 
-# ---------------------------------------------------------------------------- all of it
+# ---------------------------------------------------------------------------- make test
 
-# One suite that needs no SGLang is run without it.
-test: $(if $(TESTS),$(if $(filter-out $(LIGHT),$(TESTS)),all-tests,light-tests),lint light-tests all-tests)
+# What is named is run without SGLang where it needs none.
+ifdef TESTS
+test: $(if $(filter-out $(LIGHT),$(TESTS)),some-tests,light-tests)
+else
+test:
+	@$(call timed,lint) lint
+	$(call timed,light) light-tests
+	$(MAKE) --no-print-directory debian-packages newest
+	$(call timed,beside) beside-tests
+	$(call timed,engines) engine-tests
+endif
+
+some-tests: debian-packages newest
+	$(pytest) $(TESTS) $(PYTEST_ARGUMENTS)
+
+# Beside an SGLang, and without starting it.
+beside-tests:
+	@$(call say,Tests beside SGLang $(NEWEST))
+	$(pytest) -n 3 -m 'not sglang' tests $(addprefix --ignore=,$(LIGHT)) --ignore=tests/gpu \
+	  $(PYTEST_ARGUMENTS)
+
+engine-tests:
+	@$(call say,Tests with engines of SGLang $(NEWEST))
+	$(pytest) -m sglang tests --ignore=tests/gpu $(PYTEST_ARGUMENTS)
+
+newest: wheel
+	@$(environment) sglang $(NEWEST) $(MAIN)
+	$(call install-wheel,$(MAIN),--group test --group consumers --group ray --group tracing --group panels)
+
+oldest: wheel
+	@$(environment) sglang $(OLDEST) $(OLD)
+	$(call install-wheel,$(OLD),)
 
 debian-packages:
-	@missing=()
-	for package in $(DEBIAN_PACKAGES); do
-	  dpkg-query -W -f '$${db:Status-Status}' $$package 2>/dev/null | grep -qx installed \
-	    || missing+=($$package)
-	done
-	[ $${#missing[@]} = 0 ] && exit 0
-	if [ $$(id -u) != 0 ]; then
-	  echo "The tests need Debian packages that are not installed, and only root can install them:"
-	  echo "  sudo apt-get install -y --no-install-recommends $${missing[*]}"
-	  exit 1
-	fi
-	$(call say,Installing $${missing[*]})
-	export DEBIAN_FRONTEND=noninteractive
-	apt-get update -qq
-	apt-get install -y -qq --no-install-recommends "$${missing[@]}" >/dev/null
+	@build/debian-packages.sh $(DEBIAN_PACKAGES)
 
-all-tests: debian-packages wheel
-	@$(call say,Tests with SGLang $(NEWEST) $(OLDEST))
-	for version in $(NEWEST) $(OLDEST); do
-	  $(environment) sglang $$version .venv/sglang-$$version
-	  $(call install-wheel,.venv/sglang-$$version,)
+# ---------------------------------------------------------------------------- make test-release
+
+test-release:
+	@failed=()
+	for part in $(PARTS); do
+	  RECORD=test-release.txt $(call timed,$$part) part-$$part || failed+=($$part)
 	done
-	$(call install-wheel,$(MAIN),--group test --group consumers --group ray --group tracing --group panels)
-	export SGLANG_ENVIRONMENTS=$(CURDIR)/$(MAIN):$(CURDIR)/.venv/sglang-$(OLDEST)
-	$(MAIN)/bin/pytest $(or $(TESTS),tests) $(PYTEST_ARGUMENTS)
+	[ $${#failed[@]} = 0 ] || { echo "Failed: $${failed[*]}"; exit 1; }
+
+release-packages: debian-packages
+	@build/debian-packages.sh $(RELEASE_PACKAGES)
+
+part-%: release-packages newest
+	@$(call say,Part $*)
+	$(pytest) --release=$* $(or $(TESTS),tests) --ignore=tests/gpu $(PYTEST_ARGUMENTS)
+
+part-oldest: oldest
+
+part-pythons: wheel
+	@for version in $(OTHER_PYTHONS); do
+	  $(call say,Tests without SGLang on Python $$version)
+	  $(environment) python $$version .venv/python$$version
+	  $(call install-wheel,.venv/python$$version,--group test)
+	  .venv/python$$version/bin/pytest -n 4 $(LIGHT) $(PYTEST_ARGUMENTS)
+	done
+
+part-fuzz: wheel
+	@$(call say,Fuzzing)
+	$(environment) python 3 .venv/python3
+	$(call install-wheel,.venv/python3,--group test)
+	FUZZ_EXAMPLES=$(or $(FUZZ_EXAMPLES),3000) .venv/python3/bin/pytest -n 2 tests/fuzz $(PYTEST_ARGUMENTS)
+
+part-soak: newest
+	@$(call say,Soak)
+	$(MAIN)/bin/python benchmarks/soak.py 420
 
 demo: wheel
 	@$(environment) sglang $(NEWEST) .venv/demo-$(NEWEST)

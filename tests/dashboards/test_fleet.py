@@ -16,6 +16,8 @@ from fleet_recording import replay_fleet
 from monitoring import Monitoring
 from panel_page import PanelPage, is_drawn
 
+pytestmark = pytest.mark.release("boards")
+
 SCREEN = ("1440", "900")
 PICTURES = os.environ.get("PANELS_PICTURES")
 

@@ -149,6 +149,12 @@ def outcome_without(directory: Path, condition: str, without: str) -> str:
     return done.stdout + done.stderr if done.returncode else ""
 
 
+def test_the_conditions_whose_loss_is_tried_are_there() -> None:
+    """The part `rules` of the release tries them."""
+    text = RULES.read_text()
+    assert [condition for condition, _ in LOST if condition not in text] == []
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, str], Future[str]]]:
     """What each of LOST leads to, found out on all cores: promtool takes seconds for each."""
@@ -160,6 +166,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[tuple[str, s
         pool.shutdown(cancel_futures=True)
 
 
+@pytest.mark.release("rules")
 @pytest.mark.parametrize("lost", LOST)
 def test_the_rules_tests_notice_a_lost_condition(
     told: dict[tuple[str, str], Future[str]], lost: tuple[str, str]

@@ -29,6 +29,8 @@ from panel_queries import ALL, expressions, filled_in
 from ports import free_port
 from waiting import LIMIT, eventually
 
+pytestmark = pytest.mark.release("stores")
+
 RULE_TESTS = DASHBOARDS / "sglang-weights.rules.test.yml"
 MINUTES = 120
 

@@ -134,6 +134,7 @@ def test_what_is_rendered_fits_the_kubernetes_api(render: Render, name: str) -> 
     assert rendered.keys() <= {"PodMonitor", "PrometheusRule"}
 
 
+@pytest.mark.release("deployments")
 def test_what_is_rendered_fits_the_operator_s_definitions(render: Render, tmp_path: Path) -> None:
     objects = [
         manifest

@@ -26,6 +26,8 @@ from waiting import eventually
 
 from sglang_weight_exporter.settings import DEFAULT_PORT, PREFIX
 
+pytestmark = pytest.mark.release("image")
+
 ROOT = Path(__file__).parents[2]
 PARTS = ROOT / "deploy" / "kustomize" / "workers" / "parts.yaml"
 MOUNT = "/run/sglang-weight-exporter"

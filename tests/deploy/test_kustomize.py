@@ -78,6 +78,7 @@ def env(container: Manifest) -> dict[str, Any]:
     return {each["name"]: each.get("value") for each in container.get("env", [])}
 
 
+@pytest.mark.release("deployments")
 @pytest.mark.parametrize("base", KINDS)
 def test_what_is_built_fits_the_kubernetes_api(build: Build, base: str) -> None:
     for components in [(".",), (".", "user-1000")]:

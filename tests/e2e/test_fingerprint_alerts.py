@@ -17,6 +17,8 @@ from monitoring import Monitoring
 from ports import free_port
 from waiting import eventually
 
+pytestmark = pytest.mark.release("alerts")
+
 NORM = "model.norm.weight"
 Pair = tuple[Engine, Engine]
 

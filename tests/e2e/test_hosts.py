@@ -29,6 +29,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from ports import free_port
 from waiting import eventually
 
+pytestmark = pytest.mark.release("hosts")
+
 MODEL = "two-hosts"
 BRIDGE, BRIDGE_ADDRESS = "swe-bridge", "10.77.0.254"
 EXPORTER_PORT, MEETING_PORT = 9400, 5000

@@ -9,12 +9,15 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 import tiny_model
 from engines import PREFIX, Installation
 from waiting import LIMIT
 
 from sglang_weight_exporter.store.reader import rank_directories
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+
+pytestmark = pytest.mark.release("launches")
 
 TOKENS, PAGE, BFLOAT16 = 4096, 1, 2
 

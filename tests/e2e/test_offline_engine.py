@@ -9,9 +9,12 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import tiny_model
 from engines import Engine, Installation, Scrape
 from waiting import LIMIT, eventually
+
+pytestmark = pytest.mark.release("launches")
 
 SCRIPT = """
 import json, os, sys, time, urllib.request

@@ -27,6 +27,8 @@ from waiting import eventually, forget, watch
 
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 
+pytestmark = pytest.mark.release("launches")
+
 
 @dataclass(frozen=True)
 class Seen:

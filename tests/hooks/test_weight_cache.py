@@ -19,6 +19,8 @@ from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
+pytestmark = pytest.mark.release("launches")
+
 SCRIPT = Path(__file__).with_name("weight_cache.py")
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
+pytestmark = pytest.mark.release("distribution")
+
 PROJECT = Path(__file__).parents[2]
 COMMITTED_AT = 1_700_000_000
 

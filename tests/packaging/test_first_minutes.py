@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from containers import SETTINGS, needs_root_and_debian
 
+pytestmark = pytest.mark.release("distribution")
+
 PROJECT = Path(__file__).parents[2]
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 USER = "1000:1000"

@@ -152,6 +152,7 @@ torch.save(model.state_dict(), sys.argv[2])
 """
 
 
+@pytest.mark.release("launches")
 @pytest.mark.usefixtures("published")
 def test_sglangs_remote_instance_loader_reads_the_weights(
     command: Command, model: Any, newest: Installation, tmp_path: Path

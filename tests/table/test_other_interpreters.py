@@ -167,12 +167,14 @@ class TestRun:
         assert "no-such-command cannot be started: No such file" in ran.stderr
         assert cli("run").returncode == 2
 
+    @pytest.mark.release("launches")
     def test_sglang_is_hooked(self, with_sglang: Path, newest: Installation) -> None:
         ran = cli("run", "--", with_sglang, "-c", HOOKED, environ=newest.environment())
         assert ran.stdout.split()[-1:] == ["True"], ran.stderr[-3000:]
 
 
 class TestInstall:
+    @pytest.mark.release("launches")
     def test_sglang_is_hooked_until_uninstall(
         self, with_sglang: Path, newest: Installation
     ) -> None:

@@ -1,0 +1,33 @@
+#!/bin/bash
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+#
+# timed.sh SUITE COMMAND...: runs a suite, and says in the last line how long it took. Its budget is
+# in CONTRIBUTING.md; a suite that takes twice that says so. With RECORD=FILE it adds a line there.
+
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+suite=$1
+shift
+budget=$(sed -n "s/^| \`$suite\` | \([0-9]*\) s .*/\1/p" CONTRIBUTING.md)
+if [ -z "$budget" ]; then
+  echo "timed.sh: CONTRIBUTING.md has no budget of '$suite'." >&2
+  exit 2
+fi
+
+times() { awk '{ printf "%d", ($16 + $17) / hertz }' hertz="$(getconf CLK_TCK)" /proc/$$/stat; }
+
+began=$SECONDS
+"$@"
+status=$?
+seconds=$((SECONDS - began))
+outcome=$([ $status = 0 ] && echo passed || echo FAILED)
+line="$suite: $outcome in $seconds s of $budget s, $(times) s of processor"
+[ $seconds -gt $((2 * budget)) ] && line+=": TWICE ITS BUDGET"
+printf '\033[1m%s\033[0m\n' "$line"
+if [ -n "${RECORD:-}" ]; then
+  commit=$(git describe --always --dirty --abbrev=12)
+  echo "$(date -u +%Y-%m-%dT%H:%M:%SZ) $commit $line" >>"$RECORD"
+fi
+exit $status
