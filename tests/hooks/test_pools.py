@@ -153,9 +153,7 @@ SAYS_NOTHING = {
 }
 
 
-@pytest.mark.parametrize(
-    "release", ["newest", pytest.param("oldest", marks=IN_THE_RELEASE["oldest"])]
-)
+@pytest.mark.parametrize("release", [case(release) for release in sorted(BOTH)])
 def test_a_release_lacks_only_pools_that_it_should(built: Mapping[str, Any], release: str) -> None:
     lacking = {
         name
