@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 from datetime import date
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,18 @@ def test_the_changelog_is_by_release() -> None:
     assert __version__ == ".".join(map(str, versions[0]))
     kinds = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
     assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= kinds
+
+
+def test_each_dependency_has_its_reason_in_the_document() -> None:
+    """What they bring along, and the licences, are compared with a resolved environment in the part
+    `distribution` of the release."""
+    document = (PROJECT / "docs" / "dependencies.md").read_text(encoding="utf-8")
+    _, _, below = document.partition("# Dependencies\n")
+    rows = re.findall(r"^\| ([a-z0-9-]+) \| .+ \| .+ \|$", below.partition("\n#")[0], re.MULTILINE)
+    asked = metadata.requires("sglang-weight-exporter")
+    assert asked is not None
+    names = {re.split(r"[^A-Za-z0-9._-]", each)[0].lower() for each in asked}
+    assert set(rows) - {"package"} == names
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

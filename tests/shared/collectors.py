@@ -32,7 +32,7 @@ from opentelemetry.proto.collector.metrics.v1 import (
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from ports import free_port
-from waiting import eventually
+from waiting import eventually, forget, watch
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Rotel:
         assert spec.origin is not None
         binary = Path(spec.origin).with_name("rotel-agent")
         self._directory = Path(tempfile.mkdtemp(prefix="rotel-"))
-        with (self._directory / "log").open("wb") as log:
+        with watch(self._directory / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [
                     str(binary),
@@ -243,6 +243,7 @@ class Rotel:
             self._process.kill()
             self._process.wait()
             self._process = None
+            forget(self._directory / "log")
             shutil.rmtree(self._directory, ignore_errors=True)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 from engines import http_get
 from ports import free_port
-from waiting import LIMIT, eventually
+from waiting import LIMIT, eventually, forget, watch
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
 RULES = DASHBOARDS / "sglang-weights.rules.yml"
@@ -167,7 +167,7 @@ class Monitoring:
         return self
 
     def _start(self, *command: str) -> None:
-        with (self.directory / f"{command[0]}.log").open("wb") as log:
+        with watch(self.directory / f"{command[0]}.log").open("wb") as log:
             self._processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
 
     def query(self, expression: str, at: float | None = None) -> list[dict[str, Any]]:
@@ -206,6 +206,8 @@ class Monitoring:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(LIMIT)
             process.kill()
+        for log in self.directory.glob("*.log"):
+            forget(log)
         self.webhook.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 

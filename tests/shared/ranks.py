@@ -17,7 +17,7 @@ from pathlib import Path
 
 from engines import PREFIX, Scrape, clean_environment
 from ports import free_port
-from waiting import LIMIT
+from waiting import LIMIT, forget, watch
 
 from sglang_weight_exporter.records.engine import Device, Engine, Ranks
 from sglang_weight_exporter.records.event import Event
@@ -177,7 +177,7 @@ class ExporterProcess:
         # To the library `requests` these win over OTEL_EXPORTER_OTLP_CERTIFICATE.
         for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
             environment.pop(variable, None)
-        with self.log_file.open("ab") as log:
+        with watch(self.log_file).open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "sglang_weight_exporter", "serve"],
                 env=environment,
@@ -201,3 +201,4 @@ class ExporterProcess:
             self.process.send_signal(how)
             self.process.wait(LIMIT)
             self.process = None
+            forget(self.log_file)
