@@ -144,7 +144,10 @@ def test_an_engine_serves_and_reloads_as_before_and_is_shown_again(
     faulty_engine: Engine, checkpoints: tuple[Path, Path], fault: Fault
 ) -> None:
     def answered() -> str:
-        request = {"input_ids": [5, 6, 7], "sampling_params": {"temperature": 0}}
+        request = {
+            "input_ids": [5, 6, 7],
+            "sampling_params": {"temperature": 0, "max_new_tokens": 8},
+        }
         status, answer = faulty_engine.post("/generate", request)
         assert status == 200
         text: str = answer["text"]
