@@ -47,26 +47,36 @@ def faulty_engine(request: pytest.FixtureRequest) -> Engine:
     return engine
 
 
-def ranks_of(engine: Engine) -> int:
-    return len(engine.scrape().series("sglang_weight_info", role="target"))
+def updates(engine: Engine) -> float:
+    """Of each rank, once all have come as far: SGLang waits for the first rank alone."""
+    found = {
+        sample.value
+        for sample in engine.scrape().series("sglang_weight_updates_total", source="disk")
+    }
+    assert len(found) == 1, f"ranks have counted {found}"
+    return found.pop()
 
 
 def test_a_reload_that_could_not_be_written_is_counted_when_it_can(
     faulty_engine: Engine, checkpoints: tuple[Path, Path]
 ) -> None:
-    def updates() -> float:
-        return faulty_engine.scrape().sum("sglang_weight_updates_total", source="disk")
-
-    before, ranks = updates(), ranks_of(faulty_engine)
+    ranks = len(faulty_engine.scrape().series("sglang_weight_info"))
+    before = max(
+        each.value
+        for each in faulty_engine.scrape().series("sglang_weight_updates_total", source="disk")
+    )
     with no_writes(faulty_engine.runtime_dir):
         status, answer = faulty_engine.update_weights_from_disk(checkpoints[1])
         assert (status, answer["success"]) == (200, True)
         # The truth or nothing: the rank says nothing while it cannot say what holds.
-        assert faulty_engine.scrape().series("sglang_weight_updates_total") == []
+        eventually(
+            lambda: not faulty_engine.scrape().series("sglang_weight_updates_total"),
+            what="no rank is shown",
+        )
     # Back by itself: nothing else happens in this engine.
-    eventually(lambda: updates() == before + ranks, what="the reload is counted")
+    eventually(lambda: updates(faulty_engine) == before + 1, what="the reload is counted")
     assert faulty_engine.update_weights_from_disk(checkpoints[0])[1]["success"] is True
-    eventually(lambda: updates() == before + 2 * ranks, what="and the next one")
+    eventually(lambda: updates(faulty_engine) == before + 2, what="and the next one")
     log = faulty_engine.log()
     assert log.count("SGLang is not affected; what could not be read is missing") <= 3 * ranks
 
@@ -153,17 +163,14 @@ def test_an_engine_serves_and_reloads_as_before_and_is_shown_again(
         text: str = answer["text"]
         return text
 
-    def updates() -> float:
-        return faulty_engine.scrape().sum("sglang_weight_updates_total", source="disk")
-
     def reload(checkpoint: Path) -> None:
         faulty_engine.put_requests_away()
         status, answer = faulty_engine.update_weights_from_disk(checkpoint)
         assert (status, answer["success"]) == (200, True)
 
     reload(checkpoints[0])
-    before, said, log = eventually(updates, what="metrics"), answered(), len(faulty_engine.log())
-    ranks = ranks_of(faulty_engine)
+    before = eventually(lambda: updates(faulty_engine))
+    said, log = answered(), len(faulty_engine.log())
     with fault(faulty_engine):
         assert answered() == said
         reload(checkpoints[0])
@@ -173,7 +180,7 @@ def test_an_engine_serves_and_reloads_as_before_and_is_shown_again(
 
     def counted() -> bool:
         with contextlib.suppress(AssertionError, OSError):
-            return updates() == before + 2 * ranks
+            return updates(faulty_engine) == before + 2
         return False
 
     eventually(counted, what="both reloads are counted")
