@@ -13,8 +13,9 @@ from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
-from engines import Scrape, clean_environment, eventually
+from engines import Scrape, clean_environment
 from ports import free_port
+from waiting import eventually
 
 import sglang_weight_exporter
 from sglang_weight_exporter.store.rank import RankStore
