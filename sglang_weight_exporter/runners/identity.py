@@ -6,6 +6,7 @@ what holds a model without one: an encoder server's ``MMEncoder``, a ``WeightCac
 from __future__ import annotations
 
 import hashlib
+import math
 import multiprocessing
 import os
 import sys
@@ -179,7 +180,20 @@ def engine_of(runner: Any) -> Engine:
         url=_url(runner),
         node_rank=_size(runner, "node_rank"),
         nodes=_size(runner, "nnodes"),
+        expected_ranks=_expected_ranks(runner),
     )
+
+
+def _expected_ranks(runner: Any) -> int | None:
+    """As many as SGLang starts, see :attr:`Engine.expected_ranks`."""
+    if role_of(runner) == _WEIGHT_CACHE:
+        return None  # Its settings are those of an engine beside it.
+    sizes = [_decided(runner, "get_parallel", name) for name in ("tp_size", "pp_size")]
+    if _decided(runner, "get_parallel", "enable_dp_attention") is not True:
+        sizes.append(_decided(runner, "get_parallel", "dp_size"))
+    # Releases that have no such setting have one of each.
+    known = [1 if size is None else size for size in sizes]
+    return math.prod(known) if all(type(size) is int for size in known) else None
 
 
 def _url(runner: Any) -> str:

@@ -68,6 +68,34 @@ class Host:
         return [event.update.trace_id for event in self.rank.events()]
 
 
+@pytest.mark.parametrize(
+    ("settings", "ranks"),
+    [
+        ({"tp_size": 4, "pp_size": 2}, 8),
+        ({"tp_size": 4, "pp_size": 2, "dp_size": 3}, 24),
+        # Attention-DP is inside the tensor-parallel group (`compute_world_size`).
+        ({"tp_size": 4, "dp_size": 4, "enable_dp_attention": True}, 4),
+        ({}, 1),
+        ({"tp_size": "auto"}, None),
+    ],
+)
+def test_an_engine_says_how_many_ranks_it_has(
+    tmp_path: Path, settings: dict[str, Any], ranks: int | None
+) -> None:
+    assert Host(tmp_path, 0, seed=7, **settings).engine.expected_ranks == ranks
+
+
+def test_the_number_of_ranks_is_that_which_sglang_has_decided_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 0.5.19 on the settings hold what the user gave."""
+    context = ModuleType("sglang.srt.runtime_context")
+    decided = SimpleNamespace(tp_size=8, pp_size=1, dp_size=1, dist_init_addr=ADDRESS)
+    vars(context)["get_parallel"] = lambda: decided
+    monkeypatch.setitem(sys.modules, "sglang.srt.runtime_context", context)
+    assert Host(tmp_path, 0, seed=7, tp_size=1).engine.expected_ranks == 8
+
+
 def test_two_hosts_of_an_engine_are_one_group_and_one_trace(tmp_path: Path) -> None:
     first = Host(tmp_path / "0", 0, seed=7)
     second = Host(tmp_path / "1", 1, seed=7)
