@@ -10,11 +10,11 @@ several threads follow one another; none of them is held up while SGLang's own c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 from sglang_weight_exporter.capture.allocations import Segments
@@ -26,6 +26,7 @@ from sglang_weight_exporter.rank_records import CUDA_GRAPH, KV_CACHE, WEIGHTS, R
 from sglang_weight_exporter.records.engine import HookState
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.records.fingerprints import During
+from sglang_weight_exporter.records.weights import TableChanges
 from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
 from sglang_weight_exporter.runners.memory import Memory
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
@@ -41,7 +42,12 @@ UPDATE_FINGERPRINT_SECONDS = 2.0
 
 
 class Rank:
-    """The account of one process, published after every step."""
+    """The account of one process, published after every step.
+
+    ``report``: takes an exception of ours, and where it was caught. What has happened is counted
+    whatever goes wrong with the rest of a step; a snapshot that cannot be made takes the one before
+    it away, because an old number is worse than none.
+    """
 
     def __init__(
         self,
@@ -51,6 +57,7 @@ class Rank:
         inspector: ModelRunnerInspector,
         records: RankRecords,
         publisher: Publisher,
+        report: Callable[[str, BaseException], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.roles = roles
@@ -58,9 +65,17 @@ class Rank:
         self.inspector = inspector
         self._records = records
         self._publisher = publisher
+        self._report = report
         self._clock = clock
         self._lock = threading.RLock()
-        self._pid = os.getpid()
+
+    @contextlib.contextmanager
+    def _reported(self, where: str) -> Iterator[None]:
+        """An exception in the block is reported and goes no further."""
+        try:
+            yield
+        except Exception as error:
+            self._report(where, error)
 
     def role(self, owner: Any) -> RunnerRole | None:
         """The role of a runner or of a component of one; ``None`` if it belongs to none."""
@@ -74,21 +89,23 @@ class Rank:
 
     # Steps.
 
-    def step(self, notify: Callable[[Ledger], Result], *, quietly: bool = False) -> Result | None:
+    def step(self, notify: Callable[[Ledger], Result], *, quietly: bool = False) -> Result:
         """Notify the ledger, capture what has ended, and publish.
 
-        ``quietly``: publish only if something has ended. A forked child has its parent's memory
-        and none of its weights, and does nothing.
+        ``quietly``: publish only if something has ended.
         """
-        if os.getpid() != self._pid:
-            return None
         with self._lock:
             result = notify(self.ledger)
             finished = self.ledger.take_finished()
             written = {each.role for each in finished if _wrote(each)}
-            events = dict(enumerate(self._complete(each, written) for each in finished))
-            if events or not quietly:
-                self._publish({index: event for index, event in events.items() if event})
+            events = {}
+            for index, each in enumerate(finished):
+                with self._reported("event"):
+                    event = self._complete(each, written)
+                    if event is not None:
+                        events[index] = event
+            if finished or not quietly:
+                self._publish(events)
             return result
 
     def _complete(
@@ -99,31 +116,39 @@ class Rank:
         role = self.roles.named(finished.role)
         if role is None:
             return None
-        update = finished.update
+        before = self.inspector.of(role).weights
+        changes = TableChanges()
         if _wrote(finished):
-            before = self.inspector.of(role).weights
-            others = (
-                other
-                for other in self.roles
-                if other.name not in written and not self.ledger.updates.is_in_progress(other.name)
-            )
-            self._capture(role, *others, fingerprint_seconds=self._fingerprint_seconds())
-            self.inspector.memory.end_update()
-            after = self.inspector.of(role).weights
-            update = self.ledger.complete(
-                finished,
-                model_path=role.model_path,
-                changes=compare_tables(
-                    None if before is None else before.table, None if after is None else after.table
-                ),
-                same_bytes=_same_bytes(before, after),
-            )
+            with self._reported("capture"):
+                self._capture_after_update(role, written)
+                changes = compare_tables(_table(before), _table(self.inspector.of(role).weights))
+        update = self.ledger.complete(
+            finished,
+            model_path=role.model_path,
+            changes=changes,
+            same_bytes=_same_bytes(before, self.inspector.of(role).weights),
+        )
         return None if update is None else self._records.event(role, update)
+
+    def _capture_after_update(self, role: RunnerRole, written: set[str]) -> None:
+        others = (
+            other
+            for other in self.roles
+            if other.name not in written and not self.ledger.updates.is_in_progress(other.name)
+        )
+        self._capture(role, *others, fingerprint_seconds=self._fingerprint_seconds())
+        self.inspector.memory.end_update()
 
     def _publish(self, events: dict[int, tuple[Event, WeightTable | None]]) -> None:
         if not self.roles.engine.instance:
             return  # It is not known yet whose account this is.
-        self._publisher.publish(self._records.snapshot(), self._records.tables(), events)
+        try:
+            snapshot, tables = self._records.snapshot(), self._records.tables()
+        except Exception as error:
+            self._report("snapshot", error)
+            self._publisher.withdraw(events)
+        else:
+            self._publisher.publish(snapshot, tables, events)
         self._publisher.leave_memory(self.inspector.dump_memory)
         if not self.ledger.updates.in_session:
             self._publisher.unlock_tables(update_is_over=not self.ledger.updates.in_progress)
@@ -136,9 +161,7 @@ class Rank:
         a draft holds tensors of the target's. When the capture began; ``None`` where there was
         none.
         """
-        if os.getpid() != self._pid:
-            return None
-        with self._lock:
+        with self._lock, self._reported("capture"):
             there = self.inspector.memory_is_there and not self._weights_are_released
             known = [role for role in self.roles if self.inspector.of(role).left is not None]
             if self.ledger.updates.in_progress:
@@ -149,29 +172,28 @@ class Rank:
             began_at = self._clock()
             self._find_unexpected_writes(*known, during="serving")
             return began_at
+        return None
 
     def lock_tables(self) -> None:
         """Weights are about to be written. Not inside a step: it may wait for readers."""
-        if os.getpid() == self._pid:
-            began_at = self._clock()
+        began_at = self._clock()
+        with self._reported("table_lock"):
             self._publisher.lock_tables()
-            self.ledger.updates.add_time("wait", began_at)
+        self.ledger.updates.add_time("wait", began_at)
 
     # Captures beside updates.
 
     def capture(self, *roles: RunnerRole, derived: bool = False, pools: bool = False) -> None:
         """Capture roles before the next step: something else than an update has changed them."""
-        if os.getpid() == self._pid:
-            with self._lock:
-                seconds = self._fingerprint_seconds(load=True) if derived else None
-                self._capture(*roles, derived=derived, pools=pools, fingerprint_seconds=seconds)
+        with self._lock, self._reported("capture"):
+            seconds = self._fingerprint_seconds(load=True) if derived else None
+            self._capture(*roles, derived=derived, pools=pools, fingerprint_seconds=seconds)
 
     def read_again(self, role: RunnerRole) -> None:
         """Somebody asks whether the weights are what they were; not inside an update."""
-        if os.getpid() == self._pid:
-            with self._lock:
-                if not self.ledger.updates.in_progress:
-                    self._find_unexpected_writes(role, during="serving")
+        with self._lock, self._reported("capture"):
+            if not self.ledger.updates.in_progress:
+                self._find_unexpected_writes(role, during="serving")
 
     def _capture(self, *roles: RunnerRole, fingerprint_seconds: float | None, **how: bool) -> None:
         self.inspector.capture(*roles, fingerprint_seconds=fingerprint_seconds, **how)
@@ -210,8 +232,9 @@ class Rank:
         def notify(ledger: Ledger) -> None:
             ledger.counters.release(self._saved(tags))
             self.inspector.memory_is_there = True
-            self.inspector.read_memory()
-            self.inspector.memory.end_release()
+            with self._reported("memory"):
+                self.inspector.read_memory()
+                self.inspector.memory.end_release()
 
         self.step(notify)
 
@@ -224,22 +247,26 @@ class Rank:
                 return
             ledger.counters.resume(resumed)
             for role in self.roles if WEIGHTS in resumed else ():
-                if role.keeps_a_copy:
-                    garbage = self._without_a_copy()
-                    self._find_unexpected_writes(role, during="release", garbage=garbage)
-                else:
-                    self._capture(role, fingerprint_seconds=self._fingerprint_seconds())
-                self.inspector.start_over(role, known=role.keeps_a_copy)
+                with self._reported("capture"):
+                    self._capture_resumed(role)
             self.inspector.read_memory()
 
         self.step(notify)
 
+    def _capture_resumed(self, role: RunnerRole) -> None:
+        if role.keeps_a_copy:
+            garbage = self._without_a_copy()
+            self._find_unexpected_writes(role, during="release", garbage=garbage)
+        else:
+            self._capture(role, fingerprint_seconds=self._fingerprint_seconds())
+        self.inspector.start_over(role, known=role.keeps_a_copy)
+
     def _saved(self, tags: Collection[str] | None) -> set[str]:
         """Those whose memory the saver has; of others SGLang answers, and does nothing."""
-        target = self.roles.named("target")
-        if target is None or not target.saves_memory:
+        if not any(role.saves_memory for role in self.roles):
             return set()
-        saved = {WEIGHTS, KV_CACHE} | ({CUDA_GRAPH} if target.saves_graphs else set())
+        graphs = any(role.saves_graphs for role in self.roles)
+        saved = {WEIGHTS, KV_CACHE} | ({CUDA_GRAPH} if graphs else set())
         return saved & set(tags or saved)
 
     def _without_a_copy(self) -> frozenset[int]:
@@ -285,6 +312,7 @@ def make_rank(
         inspector=inspector,
         records=records,
         publisher=Publisher(settings, environ, report=report),
+        report=report,
         clock=clock,
     )
 
@@ -296,8 +324,13 @@ def trace_id(engine: str, number: int) -> str:
 
 
 def _wrote(finished: FinishedUpdate) -> bool:
-    """Whether an update or a session has ended, and no load."""
-    return finished.update is None or finished.update.action == "update"
+    """Whether an update or a session has ended, and no load; nor one that SGLang refused."""
+    update = finished.update
+    return update is None or (update.action == "update" and update.calls > 0)
+
+
+def _table(weights: WeightCapture | None) -> WeightTable | None:
+    return None if weights is None else weights.table
 
 
 def _same_bytes(before: WeightCapture | None, after: WeightCapture | None) -> bool:

@@ -1,10 +1,11 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""The ledger against a plain model of SGLang's semantics: any order of loads, updates, buckets,
-sessions, failures, flushes, releases and rebalances, on two roles and two threads.
+"""The ledger against a model of SGLang: its scheduler with a target and a draft, as requests of any
+order and outcome would have it, and experts that move on another thread.
 
-The model says what SGLang's calls mean and not how the ledger keeps it: it counts each update when
-the rule that ends it applies, from a list of what has happened.
+:class:`LedgerMachine` does what ``SchedulerWeightUpdaterManager`` does (SGLang 0.5.23; before 0.5.21
+without sessions), notifies the ledger as the hooks do, and writes down for itself what became of
+each role's weights. What is counted of that is said here again, from the documents.
 """
 
 from __future__ import annotations
@@ -27,126 +28,102 @@ from hypothesis.stateful import (
 
 from sglang_weight_exporter.ledger import IDLE_SECONDS, CallToken, Ledger, Verdict
 from sglang_weight_exporter.records.snapshot import Role
-from sglang_weight_exporter.records.updates import Update
+from sglang_weight_exporter.records.updates import Source, Update
 from sglang_weight_exporter.records.weights import TableChanges
 
 ROLES = ("target", "draft")
-BUCKETS = ("tensor", "distributed")
-WHOLE = ("disk", "ipc")
+#: `_parse_runner_selector`: a session and a request each choose runners.
+SELECTORS = {"target": ("target",), "draft": ("draft",), "all": ROLES}
 SCHEDULER, WORKER = 1, 2
 
 CHANGED = Verdict(True, "changed")
 REFUSED = Verdict(False, "unchanged", "refused")
 BROKEN = Verdict(False, "undefined", "broken")
-verdicts = st.sampled_from([CHANGED, CHANGED, REFUSED, BROKEN])
+verdicts = st.sampled_from([CHANGED, CHANGED, CHANGED, REFUSED, BROKEN])
 
-
-#: What one call brings, where it tells.
+#: What one call brings, where it says so; of others nobody knows.
 BYTES = 100
-TELLS = {"disk", *BUCKETS}
-
-
-def sum_of_known(parts: list[int | None]) -> int | None:
-    known = [part for part in parts if part is not None]
-    return sum(known) if len(known) == len(parts) else None
+SIZED = {"disk", "tensor", "distributed"}
 
 
 @dataclass
-class Modelled:
-    """An update that has begun: what its calls said, and by whose end it ends."""
+class Writes:
+    """What is to be counted as one update of a role: calls that belong together."""
 
-    source: str | None
     began: float
     session: bool = False
+    source: Source | None = None
     verdicts: list[Verdict] = field(default_factory=list)
-    refused_later: bool = False
+    #: A request wrote the weights and could not flush the cache, which makes it fail.
+    unflushed: bool = False
     last_call: float = 0.0
     version: str = ""
-    #: Bytes of each call that wrote something; ``None``: it does not tell.
-    brought: list[int | None] = field(default_factory=list)
-
-    @property
-    def nbytes(self) -> int | None:
-        return sum_of_known(self.brought)
+    nbytes: int | None = 0
 
     @property
     def failed(self) -> bool:
-        return self.refused_later or any(not verdict.succeeded for verdict in self.verdicts)
+        return self.unflushed or not all(verdict.succeeded for verdict in self.verdicts)
 
     @property
     def changed(self) -> bool:
-        """The weights are the new ones: something was written, and nothing failed in writing."""
-        return any(verdict.effect == "changed" for verdict in self.verdicts) and all(
-            verdict.succeeded for verdict in self.verdicts
-        )
+        """The weights are the new ones: some were written, and no call failed."""
+        effects = {verdict.effect for verdict in self.verdicts}
+        return "changed" in effects and all(verdict.succeeded for verdict in self.verdicts)
+
+
+@dataclass
+class Request:
+    """One that the scheduler serves."""
+
+    source: Source
+    flush_cache: bool
+    version: str
+    wrote: set[str] = field(default_factory=set)
+    called: bool = False
 
 
 class LedgerMachine(RuleBasedStateMachine):
-    """Drives the ledger as SGLang's scheduler and its worker's thread would."""
+    """SGLang's scheduler, and its worker's thread."""
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 1000.0
         self.on = SCHEDULER
-        #: Tokens in the cache, each as how often weights had been written when it was computed.
-        self.cached: list[int] = []
-        self.written = 0
-        self.flushes: Counter[bool] = Counter()
-        self.pauses: Counter[str] = Counter()
-        self.paused = False
         self.ledger = Ledger(
             clock=lambda: self.now,
             thread=lambda: self.on,
             cached_tokens=lambda: len(self.cached),
         )
-        self.open: dict[str, Modelled | None] = dict.fromkeys(ROLES)
-        self.moves: Modelled | None = None
+        # The scheduler's own state.
+        self.has_sessions = True
+        #: `_WeightUpdateSession`: its selector, and whether weights were loaded.
+        self.session: tuple[str, bool] | None = None
+        #: Tokens in the cache, each as how often weights had been written when it was computed.
+        self.cached: list[int] = []
+        self.written = 0
+        self.paused = False
         self.rebalancing = False
         self.moving: CallToken | None = None
-        self.session_calls = 0
+        self.released: set[str] = set()
+        # What is to be counted.
+        self.open: dict[str, Writes | None] = dict.fromkeys(ROLES)
+        self.moves: Writes | None = None
+        self.calls_of_session = 0
         self.updates: Counter[tuple[str, str]] = Counter()
         self.failures: Counter[tuple[str, str]] = Counter()
         self.calls: Counter[tuple[str, str]] = Counter()
-        self.brought: dict[tuple[str, str], list[int | None]] = defaultdict(list)
-        #: Seconds of each update that was told of.
+        self.nbytes: dict[tuple[str, str], int | None] = defaultdict(int)
+        self.flushes: Counter[bool] = Counter()
+        self.pauses: Counter[str] = Counter()
+        #: Seconds of each update that has ended.
         self.seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
         #: When the last one began that counts, the load included.
         self.last_began = dict.fromkeys(ROLES, self.now)
-        self.ended = self.told = 0
-        self.released: set[str] = set()
+        self.ended = self.reported = 0
 
-    # The model.
-
-    def end(self, role: str) -> None:
-        update, self.open[role] = self.open[role], None
-        self.count(role, update)
-
-    def count(self, role: str, update: Modelled | None) -> None:
-        if update is None or update.source is None:
-            return
-        self.ended += 1
-        self.updates[role, update.source] += update.changed
-        if update.changed:
-            self.last_began[role] = update.began
-        self.failures[role, update.source] += update.failed
-        self.brought[role, update.source].append(update.nbytes)
-
-    def began(self, role: str, source: str) -> Modelled:
-        update = self.open[role]
-        if update is not None and not update.session:
-            idle = self.now - update.last_call > IDLE_SECONDS
-            if idle or update.source != source:
-                self.end(role)
-        if self.open[role] is None:
-            self.open[role] = Modelled(source, self.now, last_call=self.now)
-        update = self.open[role]
-        assert update is not None
-        return update
-
-    # What SGLang does.
-
-    @initialize()
-    def start(self) -> None:
+    @initialize(has_sessions=st.booleans())
+    def start(self, has_sessions: bool = True) -> None:
+        self.has_sessions = has_sessions
         self.ledger.begin_start()
         for role in ROLES:
             self.ledger.add_role(role)
@@ -156,130 +133,215 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.loads.end_start()
         assert [ended.role for ended in self.ledger.take_finished()] == list(ROLES)
 
-    @rule(seconds=st.sampled_from([0.01, 1.0, IDLE_SECONDS + 1]))
-    def time_passes(self, seconds: float) -> None:
-        self.now += seconds
+    # What is counted.
 
-    @rule(role=st.sampled_from(ROLES), source=st.sampled_from(WHOLE), verdict=verdicts)
-    def whole_update(self, role: str, source: Any, verdict: Verdict) -> None:
-        self.write(role, source, verdict, "request")
-        if self.open[role] is not None and not self.open_of(role).session:
-            self.end(role)
+    def count(self, role: str, writes: Writes | None) -> None:
+        """The writes have ended; in a session without any there was no update."""
+        if writes is None or writes.source is None:
+            return
+        key = (role, writes.source)
+        self.ended += 1
+        self.updates[key] += writes.changed
+        self.failures[key] += writes.failed
+        known, more = self.nbytes[key], writes.nbytes
+        self.nbytes[key] = None if known is None or more is None else known + more
+        if writes.changed:
+            self.last_began[role] = writes.began
 
-    def open_of(self, role: str) -> Modelled:
-        update = self.open[role]
-        assert update is not None
-        return update
+    def end(self, role: str) -> None:
+        writes, self.open[role] = self.open[role], None
+        self.count(role, writes)
 
-    def write(self, role: str, source: Any, verdict: Verdict, ends_with: Any) -> None:
-        update = self.began(role, source)
-        token = self.ledger.updates.begin(role, source, ends_with=ends_with)
-        if source in TELLS:
-            self.ledger.updates.add_bytes(BYTES)
+    def note(self, writes: Writes, source: Source, verdict: Verdict, nbytes: int | None) -> None:
+        writes.source, writes.last_call = source, self.now
+        writes.verdicts.append(verdict)
+        if verdict.succeeded:
+            known = writes.nbytes
+            writes.nbytes = None if known is None or nbytes is None else known + nbytes
+        if verdict.effect != "unchanged":
+            self.written += 1
+
+    # Runners: `update_weights_from_…`, and `load_weights_from_distributed` from 0.5.21 on.
+
+    def write(self, role: str, source: Source, verdict: Verdict, request: Request) -> None:
+        writes = self.open[role]
+        if writes is not None and not writes.session:
+            idle = self.now - writes.last_call > IDLE_SECONDS
+            if idle or writes.source != source:
+                self.end(role)
+        if self.open[role] is None:
+            self.open[role] = Writes(self.now, source=source, version=request.version)
+        whole = source in {"disk", "ipc"}
+        token = self.ledger.updates.begin(role, source, ends_with="request" if whole else "later")
+        nbytes = BYTES if source in SIZED else None
+        if nbytes is not None:
+            self.ledger.updates.add_bytes(nbytes)
         self.now += 0.5
         self.ledger.updates.finish(token, verdict)
-        if verdict.effect != "unchanged":
-            update.brought.append(BYTES if source in TELLS else None)
-        update.source, update.last_call = source, self.now
-        update.verdicts.append(verdict)
-        self.written += verdict.effect != "unchanged"
+        writes = self.open[role]
+        assert writes is not None
+        self.note(writes, source, verdict, nbytes)
         self.calls[role, source] += 1
-        self.session_calls += 1
+        self.calls_of_session += 1
+        request.called = True
+        request.wrote.add(role)
 
-    @rule(role=st.sampled_from(ROLES), source=st.sampled_from(BUCKETS), verdict=verdicts)
-    def bucket_without_a_request(self, role: str, source: Any, verdict: Verdict) -> None:
-        self.write(role, source, verdict, "later")
+    # Requests of the scheduler.
+
+    def begin_request(self, request: Request) -> None:
+        for role, writes in self.open.items():
+            other = writes is not None and writes.version not in {"", request.version}
+            if writes is not None and request.version and other and not writes.session:
+                self.end(role)  # A version is one update.
+        self.ledger.updates.begin_request(
+            source=request.source, flush_cache=request.flush_cache, weight_version=request.version
+        )
+
+    def answer(self, request: Request, succeeded: bool, message: str = "") -> None:
+        # Which weights are new and which old can still be told, and only the cache is not.
+        only_flush = not succeeded and not any(
+            writes is not None and writes.failed for writes in self.open.values()
+        )
+        self.ledger.updates.end_request(succeeded=succeeded, message=message, raised=False)
+        if not succeeded and not request.called:
+            self.ended += 1
+            self.failures["target", request.source] += 1
+        for role, writes in self.open.items():
+            if writes is None:
+                continue
+            if only_flush and role in request.wrote:
+                writes.unflushed = True
+            if writes.session:
+                continue
+            undefined = any(verdict.effect == "undefined" for verdict in writes.verdicts)
+            if request.version and writes.changed and not undefined:
+                writes.version = request.version
+            if not succeeded or request.flush_cache or writes.source in {"disk", "ipc"}:
+                self.end(role)
+
+    def fan_out(
+        self, request: Request, roles: tuple[str, ...], outcomes: list[Verdict]
+    ) -> tuple[bool, str]:
+        """Stops at the first runner that fails."""
+        for role, verdict in zip(roles, outcomes, strict=False):
+            self.write(role, request.source, verdict, request)
+            if not verdict.succeeded:
+                return False, verdict.message
+        return True, ""
+
+    def flush_after(self, request: Request, works: bool) -> tuple[bool, str]:
+        if request.flush_cache:
+            self.flush(works=works)
+            if not works:
+                return False, "the cache was not flushed"
+        return True, ""
+
+    outcomes = st.lists(verdicts, min_size=2, max_size=2)
+    versions = st.sampled_from(["", "1", "2"])
 
     @rule(
-        roles=st.sampled_from([("target",), ("target", "draft"), ("draft", "target")]),
-        source=st.sampled_from(BUCKETS + WHOLE),
-        verdict=verdicts,
+        source=st.sampled_from(["disk", "ipc"]),
+        outcomes=outcomes,
         flush_cache=st.booleans(),
         flushes=st.booleans(),
-        version=st.sampled_from(["", "1", "2"]),
+        version=versions,
     )
-    def request(
+    def update_from_disk_or_ipc(
+        self, source: Any, outcomes: list[Verdict], flush_cache: bool, flushes: bool, version: str
+    ) -> None:
+        request = Request(source, flush_cache, version)
+        self.begin_request(request)
+        succeeded, message = self.fan_out(request, ROLES, outcomes)
+        # "The served weights changed even if a draft runner failed afterwards."
+        if outcomes[0].succeeded:
+            flushed, why = self.flush_after(request, flushes)
+            succeeded, message = succeeded and flushed, message or why
+        self.answer(request, succeeded, message)
+
+    @rule(
+        source=st.sampled_from(["tensor", "distributed"]),
+        selector=st.sampled_from(list(SELECTORS)),
+        arrives=st.sampled_from([True, True, True, False]),
+        outcomes=outcomes,
+        flush_cache=st.booleans(),
+        flushes=st.booleans(),
+        version=versions,
+    )
+    def update_from_tensor_or_distributed(
         self,
-        roles: tuple[str, ...],
         source: Any,
-        verdict: Verdict,
+        selector: str,
+        arrives: bool,
+        outcomes: list[Verdict],
         flush_cache: bool,
         flushes: bool,
         version: str,
     ) -> None:
-        for role, update in self.open.items():
-            if (
-                update is not None
-                and not update.session
-                and version
-                and update.version not in ("", version)
-            ):
-                self.end(role)
-        self.ledger.updates.begin_request(flush_cache=flush_cache, weight_version=version)
-        for role in roles:
-            fresh = self.began(role, source)
-            fresh.version = fresh.version or ("" if fresh.session or fresh.verdicts else version)
-            self.write(role, source, verdict, "request" if source in WHOLE else "later")
-            if not verdict.succeeded:
-                break
-        if verdict.succeeded and flush_cache:
-            self.flush(works=flushes)
-        succeeded = verdict.succeeded and (flushes or not flush_cache)
-        message = "" if succeeded else "the cache was not flushed"
-        self.ledger.updates.end_request(succeeded=succeeded, message=message, raised=False)
-        written = {role: update for role, update in self.open.items() if update is not None}
-        only_flush = not succeeded and not any(update.failed for update in written.values())
-        for role, update in written.items():
-            if only_flush and update.verdicts:
-                update.refused_later = True
-            if update.session:
-                continue
-            if version and update.changed and not self.undefined(update):
-                update.version = version
-            if not succeeded or flush_cache or update.source in WHOLE:
-                self.end(role)
+        request = Request(source, flush_cache, version)
+        self.begin_request(request)
+        if self.has_sessions and self.session is None:
+            self.answer(request, False, "it must run between begin and end")
+            return
+        if self.has_sessions and source == "distributed" and not self.receive(request, arrives):
+            self.answer(request, False, "Failed to receive weights")
+            return
+        succeeded, message = self.fan_out(request, SELECTORS[selector], outcomes)
+        if succeeded:
+            if self.session is not None:
+                self.session = (self.session[0], True)
+            succeeded, message = self.flush_after(request, flushes)
+        self.answer(request, succeeded, message)
 
-    def undefined(self, update: Modelled) -> bool:
-        return any(verdict.effect == "undefined" for verdict in update.verdicts)
+    def receive(self, request: Request, arrives: bool) -> bool:
+        """`receive_weights_from_distributed`, of the target whichever runners load."""
+        self.ledger.updates.set_phase("receive", "target")
+        self.now += 0.25
+        if arrives:
+            self.ledger.updates.set_phase("wait", "target")
+            return True
+        self.ledger.updates.fail_receiving("target", "distributed", "no such group")
+        writes = self.open["target"]
+        if writes is not None:
+            self.note(writes, "distributed", Verdict(False, "unchanged"), None)
+            request.called = True
+            request.wrote.add("target")
+            self.calls_of_session += 1
+        return False
 
-    # Sessions.
-
-    @rule(role=st.sampled_from(ROLES))
-    def begin_session(self, role: str) -> None:
-        update = self.open[role]
-        if update is not None and update.session and update.verdicts:
+    @precondition(lambda self: self.has_sessions)
+    @rule(selector=st.sampled_from(list(SELECTORS)), fails_at=st.sampled_from(["", "", *ROLES]))
+    def begin_weight_update(self, selector: str, fails_at: str) -> None:
+        if self.session is not None:
+            return  # "A weight-update session is already open"; no runner is called.
+        self.calls_of_session = 0
+        for role in SELECTORS[selector]:
+            self.end(role)  # What went on without a session.
+            self.open[role] = Writes(self.now, session=True)
             self.ledger.updates.begin_session(role)
-            return
-        if update is not None and not update.session:
-            self.end(role)
-        self.open[role] = None
-        if not any(other is not None and other.session for other in self.open.values()):
-            self.session_calls = 0
-        self.open[role] = Modelled(None, self.now, session=True, last_call=self.now)
-        self.ledger.updates.begin_session(role)
+            if role == fails_at:
+                # It raises, so the session is not open; runners before this one have restored.
+                self.ledger.updates.abandon_session(role)
+                self.open[role] = None
+                return
+            self.ledger.updates.set_phase("wait", role)
+        self.session = (selector, False)
 
-    @rule(role=st.sampled_from(ROLES), works=st.booleans())
-    def end_session(self, role: str, works: bool) -> None:
-        update = self.open[role]
-        if update is None or not update.session:
-            return
-        run_post_load = self.session_calls == 0
-        error = "" if works else "repacking failed"
-        self.ledger.updates.end_session(role, error=error, run_post_load=run_post_load)
-        if not works:
-            update.source = update.source or "p2p"
-            update.verdicts.append(BROKEN)
-            self.written += 1
-        elif run_post_load:
-            update.source = "p2p"
-            update.verdicts.append(CHANGED)
-            update.brought.append(None)
-            self.written += 1
-            self.calls[role, "p2p"] += 1
-            self.session_calls += 1
-        self.end(role)
-        if not works:
-            self.open[role] = Modelled(update.source, self.now, session=True, last_call=self.now)
+    @rule()
+    def end_weight_update(self) -> None:
+        if self.session is None:
+            return  # "No weight-update session is open"; no runner is called.
+        (selector, loaded), self.session = self.session, None
+        nothing_came = self.calls_of_session == 0
+        for role in SELECTORS[selector]:
+            writes = self.open[role]
+            self.ledger.updates.set_phase("post_process", role)
+            self.now += 0.125
+            self.ledger.updates.end_session(role, run_post_load=not loaded)
+            if writes is not None and not loaded and nothing_came:
+                # The runners' tensors are what a peer wrote into: each of them.
+                self.note(writes, "p2p", CHANGED, None)
+                self.calls[role, "p2p"] += 1
+            self.end(role)
 
     # The cache.
 
@@ -324,7 +386,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def begin_move(self) -> None:
         self.on = WORKER
         if self.moves is None:
-            self.moves = Modelled("eplb", self.now)
+            self.moves = Writes(self.now, source="eplb")
         self.moving = self.ledger.updates.begin_move("target")
         assert self.ledger.updates.begin_move("target") is None  # Inside another.
         self.on = SCHEDULER
@@ -338,27 +400,31 @@ class LedgerMachine(RuleBasedStateMachine):
         for _ in range(reads):  # Missing experts, again from disk.
             token = self.ledger.updates.begin("target", "disk", ends_with="request")
             self.ledger.updates.finish(token, verdict)
-            self.moves.verdicts.append(verdict)
-            self.moves.brought.append(None)
-            self.calls["target", "eplb"] += 1
+            self.note_move(verdict)
         whole = self.moving.ends_with == "call" and self.moving.opened
         self.ledger.updates.finish(self.moving, verdict)
-        self.moves.verdicts.append(verdict)
-        self.moves.brought.append(None)
-        self.calls["target", "eplb"] += 1
+        self.note_move(verdict)
         self.on, self.moving = SCHEDULER, None
         if whole:
-            self.count("target", self.moves)
-            self.moves = None
+            self.end_moves()
+
+    def note_move(self, verdict: Verdict) -> None:
+        assert self.moves is not None
+        before = self.written
+        self.note(self.moves, "eplb", verdict, None)
+        self.written = before  # They are the same experts.
+        self.calls["target", "eplb"] += 1
+
+    def end_moves(self) -> None:
+        moves, self.moves = self.moves, None
+        self.count("target", moves)
 
     @precondition(lambda self: self.rebalancing and self.moving is None)
     @rule()
     def end_rebalance(self) -> None:
         self.rebalancing = False
         self.ledger.updates.end_rebalance()
-        if self.moves is not None:
-            self.count("target", self.moves)
-            self.moves = None
+        self.end_moves()
 
     @rule(tag=st.sampled_from(["weights", "kv_cache"]), gives=st.booleans())
     def release_or_resume(self, tag: str, gives: bool) -> None:
@@ -369,26 +435,28 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.counters.resume({tag})
             self.released.discard(tag)
 
+    @rule(seconds=st.sampled_from([0.01, 1.0, IDLE_SECONDS + 1]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
     # What must always hold.
 
-    def look(self) -> None:
+    def complete(self) -> None:
         """What follows the end of an update, as a rank does it."""
         for ended in self.ledger.take_finished():
             self.now += 0.25
             update = self.ledger.complete(ended, model_path="b", changes=TableChanges())
             if update is None or update.source is None:
                 continue
-            self.told += 1
+            self.reported += 1
             seconds = update.ended_at - update.started_at
             assert sum(update.phases.values()) == pytest.approx(seconds)
             self.seconds[ended.role, update.source].append(seconds)
 
     @invariant()
     def counts_are_the_models(self) -> None:
-        self.look()
-        for name in ROLES:
-            if name not in self.ledger.roles:
-                return
+        self.complete()
+        for name in self.ledger.roles:
             role = self.ledger.describe(name, Role(name=name, device="cpu"))
             for source, counts in role.updates.items():
                 key = (name, source)
@@ -399,7 +467,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 assert sum(counts.duration.counts) == len(seconds)
                 assert counts.duration.sum == pytest.approx(sum(seconds))
                 assert sum(counts.phases.values()) == pytest.approx(sum(seconds))
-                assert counts.nbytes == sum_of_known(self.brought[key]), key
+                assert counts.nbytes == self.nbytes[key], key
             expected = self.open[name] is not None or (name == "target" and bool(self.moves))
             assert (role.in_progress is not None) == expected, name
             assert role.last_update is not None
@@ -417,26 +485,27 @@ class LedgerMachine(RuleBasedStateMachine):
             assert cache.paused == self.paused
 
     @invariant()
-    def what_has_ended_is_told_once(self) -> None:
-        self.look()
-        assert self.told == self.ended
+    def what_has_ended_is_reported_once(self) -> None:
+        self.complete()
+        assert self.reported == self.ended
 
 
 def test_a_refused_flush_in_a_session_does_not_make_later_buckets_a_mixture() -> None:
     """Found by the machine: the refusal counted as a write that failed."""
     machine = LedgerMachine()
     machine.start()
-    machine.begin_session(role="target")
+    machine.begin_weight_update(selector="target", fails_at="")
     for flush_cache in (True, False):
-        machine.request(
-            roles=("target",),
+        machine.update_from_tensor_or_distributed(
             source="tensor",
-            verdict=CHANGED,
+            selector="target",
+            arrives=True,
+            outcomes=[CHANGED],
             flush_cache=flush_cache,
             flushes=False,
             version="",
         )
-    machine.end_session(role="target", works=True)
+    machine.end_weight_update()
     machine.counts_are_the_models()
     assert machine.updates["target", "tensor"] == machine.failures["target", "tensor"] == 1
 

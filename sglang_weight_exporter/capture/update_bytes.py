@@ -11,15 +11,19 @@ from typing import Any
 
 import torch
 
+from sglang_weight_exporter.records.updates import LARGEST_BYTES
+
 
 def of_call(argument: Callable[[str], Any]) -> int | None:
-    """By the arguments of a call that writes weights, as SGLang names them; ``None`` where they do
-    not tell, or are something else than SGLang takes, which is SGLang's to refuse: names and
-    tensors, one flat tensor, or types and shapes of what is broadcast."""
+    """By the arguments of a call that writes weights, as SGLang names them: names and tensors, one
+    flat tensor, or types and shapes of what is broadcast; whole tensors, of which a rank of several
+    keeps its part. ``None`` where they do not tell, or are something else than SGLang takes, which
+    is SGLang's to refuse: clients sent them, so any value may come."""
     try:
-        return _of_arguments(argument)
-    except (AttributeError, TypeError, ValueError):
+        nbytes = _of_arguments(argument)
+    except Exception:
         return None
+    return nbytes if type(nbytes) is int and 0 <= nbytes < LARGEST_BYTES else None
 
 
 def _of_arguments(argument: Callable[[str], Any]) -> int | None:

@@ -11,8 +11,9 @@ import logging
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang_weight_exporter.hooks.states import HookStates
@@ -28,7 +29,9 @@ logger = logging.getLogger("sglang_weight_exporter")
 class Installation:
     """The hooks of one process, and what went wrong with them.
 
-    ``make_translator`` is called with the first call of SGLang's that is seen.
+    ``make_translator`` is called with the first call of SGLang's that is seen. A forked child has
+    its parent's memory and none of its weights: hooks that were in use do nothing there, and touch
+    no lock, because another thread of the parent may have held it.
     """
 
     def __init__(
@@ -39,8 +42,16 @@ class Installation:
         self.states = HookStates(self._targets)
         self._make_translator = make_translator
         self._translator: Translator | None = None
+        #: There is none, or it is another process's: hooks do nothing.
+        self._off = False
         self._logged: set[tuple[str, type[BaseException]]] = set()
         self._lock = threading.Lock()
+        forked = weakref.WeakMethod(self._forked)
+        os.register_at_fork(after_in_child=lambda: (method := forked()) and method())
+
+    def _forked(self) -> None:
+        self._lock = threading.Lock()
+        self._off = self._translator is not None
 
     def modules(self) -> set[str]:
         """Where the targets are."""
@@ -52,7 +63,11 @@ class Installation:
         if self._translator is None:
             with self._lock:
                 if self._translator is None:
-                    self._translator = self._make_translator(self)
+                    try:
+                        self._translator = self._make_translator(self)
+                    except BaseException:
+                        self._off = True  # An import that fails is not tried at each call.
+                        raise
         return self._translator
 
     # Targets are wrapped.
@@ -87,23 +102,28 @@ class Installation:
     def _install(self, target: Target, module: ModuleType) -> None:
         path, _, name = target.attribute.rpartition(".")
         owner = getattr(module, path, None) if path else module
-        original = None if owner is None else getattr(owner, name, None)
+        original = None if owner is None else inspect.getattr_static(owner, name, None)
         if original is None:
             return
-        ours = hasattr(original, "__sglang_weight_exporter__")
-        function = original.__wrapped__ if ours else original
+        static = isinstance(original, staticmethod)
+        function = original.__func__ if static else original
         place = f"{target.module}.{target.attribute}"
-        if inspect.iscoroutinefunction(function) != target.coroutine:
+        if not isinstance(function, FunctionType):
+            kind = type(original).__name__
+            self.states.failed(target, f"{place} is no function but a {kind} in this release")
+            return
+        ours = hasattr(function, "__sglang_weight_exporter__")
+        sglangs = function.__wrapped__ if ours else function  # type: ignore[attr-defined]
+        if inspect.iscoroutinefunction(sglangs) != target.coroutine:
             which = "no coroutine" if target.coroutine else "a coroutine"
             self.states.failed(target, f"{place} is {which} in this release")
             return
-        arguments = inspect.signature(function).parameters
+        arguments = inspect.signature(sglangs).parameters
         renamed = [argument for argument in target.reads if argument not in arguments]
         if renamed:
             self.states.failed(target, f"{place} has no argument {', '.join(renamed)} any more")
         if not ours:
-            wrapper: Any = self._wrap(target, original)
-            static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+            wrapper = self._wrap(target, function)
             setattr(owner, name, staticmethod(wrapper) if static else wrapper)
         self.states.installed(target)
 
@@ -153,6 +173,8 @@ class Installation:
     def _begin(
         self, target: Target, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Around | None:
+        if self._off:
+            return None
         try:
             around: Around = getattr(self.translator, target.meaning)(
                 Call(target, original, args, kwargs)
@@ -166,7 +188,7 @@ class Installation:
         return around
 
     def _end(self, target: Target, around: Around | None, outcome: Outcome) -> None:
-        if around is None:
+        if around is None or self._off:
             return
         try:
             around.send(outcome)

@@ -181,9 +181,7 @@ class Translator:
             self._rank.ledger.updates.add_bytes(nbytes)
         outcome = yield
         if token is not None:
-            succeeded, message = verdict_on(outcome)
-            effect = effect_of(None if announced else source, outcome, succeeded, message)
-            verdict = Verdict(succeeded, effect, message)
+            verdict = _verdict(None if announced else source, outcome)
             self._rank.step(lambda ledger: ledger.updates.finish(token, verdict))
         return outcome
 
@@ -257,7 +255,7 @@ class Translator:
         version = str(call.requested("weight_version") or "")
         self._rank.step(
             lambda ledger: ledger.updates.begin_request(
-                flush_cache=flush_cache, weight_version=version
+                source=call.target.source, flush_cache=flush_cache, weight_version=version
             ),
             quietly=True,
         )
@@ -360,6 +358,11 @@ class Translator:
         failed = failed or not verdict_on(outcome)[0]
         operation = call.target.name
         self._rank.step(lambda ledger: ledger.counters.count_operation(operation, failed=failed))
+
+
+def _verdict(source: Source | None, outcome: Outcome) -> Verdict:
+    succeeded, message = verdict_on(outcome)
+    return Verdict(succeeded, effect_of(source, outcome, succeeded, message), message)
 
 
 def _error(outcome: Outcome) -> str:

@@ -25,7 +25,12 @@ class Outcome:
     @property
     def raised(self) -> str:
         """What SGLang's code raised, in its words; empty if it returned."""
-        return "" if self.error is None else str(self.error) or repr(self.error)
+        if self.error is None:
+            return ""
+        try:
+            return str(self.error) or repr(self.error)
+        except Exception:
+            return type(self.error).__name__
 
 
 #: What an observer's method returns for a call: it runs to its ``yield`` before SGLang's code
@@ -72,16 +77,19 @@ def verdict_on(outcome: Outcome) -> tuple[bool, str]:
     """Whether a call of SGLang's succeeded, and its message.
 
     Runners answer with ``(success, message)``, schedulers and LoRA with an object that has
-    ``success``; other answers mean success.
+    ``success``; other answers mean success. Never raises, because a call that has begun must end.
     """
     if outcome.error is not None:
         return False, outcome.raised
-    result = outcome.result
-    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], bool):
-        return result[0], str(result[1])
-    success = getattr(result, "success", True)
-    message = getattr(result, "message", None) or getattr(result, "error_message", None)
-    return bool(success), str(message or "")
+    try:
+        result = outcome.result
+        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], bool):
+            return result[0], str(result[1])
+        success = getattr(result, "success", True)
+        message = getattr(result, "message", None) or getattr(result, "error_message", None)
+        return bool(success), str(message or "")
+    except Exception:
+        return True, ""
 
 
 def effect_of(source: Source | None, outcome: Outcome, succeeded: bool, message: str) -> Effect:

@@ -105,7 +105,7 @@ class OpenUpdate:
         self.calls += 1
         self.last_call_at = at
         self.set_phase("wait", at)
-        if verdict.effect != "unchanged":
+        if verdict.succeeded:  # Of others nobody knows what came.
             self.nbytes = add_bytes(self.nbytes, self.incoming_bytes)
         self.incoming_bytes = None
         if not verdict.succeeded:

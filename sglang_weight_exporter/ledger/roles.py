@@ -128,12 +128,21 @@ class RoleAccounts:
             return
         if at is not None:
             open_.set_phase("wait", at)
+        self._count(name, open_, open_.source, at)
+
+    def count_refused(self, name: str, open_: OpenUpdate) -> None:
+        """Count an update that SGLang refused before it had begun."""
+        if open_.source is not None:
+            self._count(name, open_, open_.source, None)
+
+    def _count(self, name: str, open_: OpenUpdate, source: Source, at: float | None) -> None:
+        role = self[name]
         trace_id = self._trace_id(open_.number)
-        counts = role.updates[open_.source]
-        role.count(open_.source, failures=counts.failures + open_.failed)
+        counts = role.updates[source]
+        role.count(source, failures=counts.failures + open_.failed)
         if open_.effect == "changed":
             role.count(
-                open_.source,
+                source,
                 updates=counts.updates + 1,
                 trace_id=trace_id,
                 updated_at=open_.last_call_at,

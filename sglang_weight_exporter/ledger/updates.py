@@ -30,14 +30,17 @@ from sglang_weight_exporter.ledger.roles import RoleAccount, RoleAccounts
 from sglang_weight_exporter.records.updates import Phase, Source
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Request:
     """A request of the scheduler that is being served."""
 
+    source: Source | None
     number: int
     flush_cache: bool
     weight_version: str
     began_at: float
+    #: Calls that write weights, of any role, that it has come to.
+    calls: int = 0
 
     def wrote(self, update: OpenUpdate) -> bool:
         """Whether a call of the update is of this request."""
@@ -64,7 +67,7 @@ class Updates:
         #: Thread → updates of which a call is running on it, the innermost last.
         self._running: dict[int, list[OpenUpdate]] = {}
         self._rebalancing = False
-        #: Calls since the first runner's session began.
+        #: Calls of SGLang's own since the first runner's session began.
         self._session_calls = 0
 
     # What goes on.
@@ -116,10 +119,10 @@ class Updates:
             if open_ in running:
                 running.remove(open_)
             role.count(token.source, calls=role.updates[token.source].calls + 1)
-            if not token.moves:
+            if not token.moves and (open_.source is None or token.source != "external"):
+                open_.source = token.source
+            if not token.moves and token.source != "external":
                 self._session_calls += 1
-                if open_.source is None or token.source != "external":
-                    open_.source = token.source
             open_.record(verdict, self._clock())
             if not token.moves:  # Experts that move are the same experts.
                 self._prefix_cache.mark_stale(verdict)
@@ -133,6 +136,7 @@ class Updates:
             open_ = self._roles[name].update
             if open_ is not None:
                 self._session_calls += 1
+                self._note_call()
                 open_.source = source
                 open_.record(Verdict(False, "unchanged", message), self._clock())
 
@@ -142,9 +146,15 @@ class Updates:
             for open_ in self._running.get(self._thread(), [])[-1:]:
                 open_.incoming_bytes = (open_.incoming_bytes or 0) + nbytes
 
+    def _note_call(self) -> None:
+        request = self._requests.get(self._thread())
+        if request is not None:
+            request.calls += 1
+
     def _begin(
         self, name: str, source: Source, ends_with: EndsWith, since: float | None = None
     ) -> CallToken:
+        self._note_call()
         role = self._roles[name]
         moves = source == "eplb"
         open_ = role.rebalance if moves else role.update
@@ -229,13 +239,9 @@ class Updates:
         """It unpacks weights first. ``since``: as in :meth:`begin`."""
         with self._lock:
             role = self._roles[name]
-            open_ = role.update
-            if open_ is not None and open_.session:
-                if open_.calls:
-                    return  # SGLang refuses a second one.
-                role.update = None  # It came to nothing: another runner's could not begin.
-            elif open_ is not None:
-                self._roles.finish(name, open_)
+            if role.update is not None:
+                # Also a session that came to nothing, because another runner's could not begin.
+                self._roles.finish(name, role.update)
             if not self.in_session:
                 self._session_calls = 0
             opened = self._open(role, None, self._clock(), bounded=True, since=since)
@@ -264,10 +270,12 @@ class Updates:
                 open_.incoming_bytes = 0
                 open_.record(broken, self._clock())
                 self._prefix_cache.mark_stale(broken)
-            elif self._session_calls == 0 and run_post_load:
-                # Nothing came through SGLang: a peer wrote into the tensors (RDMA).
-                token = self._begin(name, "p2p", "later")
-                self.finish(token, Verdict(True, "changed"))
+            elif run_post_load and not self._session_calls and not open_.calls:
+                # Nothing came through SGLang: a peer wrote into the tensors (RDMA), of each role.
+                open_.source = "p2p"
+                role.count("p2p", calls=role.updates["p2p"].calls + 1)
+                open_.record(Verdict(True, "changed"), self._clock())
+                self._prefix_cache.mark_stale(Verdict(True, "changed"))
             if open_.calls:
                 open_.last_call_at = self._clock()
             self._roles.finish(name, open_, at=self._clock())
@@ -277,7 +285,9 @@ class Updates:
 
     # Requests: where updates of several calls or roles end.
 
-    def begin_request(self, *, flush_cache: bool, weight_version: str) -> None:
+    def begin_request(
+        self, *, flush_cache: bool, weight_version: str, source: Source | None = None
+    ) -> None:
         """The scheduler serves a request to update weights."""
         with self._lock:
             for name, role in self._roles.by_name.items():
@@ -290,34 +300,50 @@ class Updates:
                 ):
                     self._roles.finish(name, open_)
             self._requests[self._thread()] = _Request(
-                self._roles.next_number(), flush_cache, weight_version, self._clock()
+                source, self._roles.next_number(), flush_cache, weight_version, self._clock()
             )
 
     def end_request(self, *, succeeded: bool, message: str, raised: bool) -> None:
         """It is answered, or has raised, which ends the engine."""
         with self._lock:
             request = self._requests.pop(self._thread(), None)
+            if request is None:
+                return
+            now = self._clock()
             open_updates = [
                 (name, role.update)
                 for name, role in self._roles.by_name.items()
                 if role.update is not None
             ]
             only_flush_failed = not succeeded and not any(open_.failed for _, open_ in open_updates)
-            now = self._clock()
             for name, open_ in open_updates:
-                at = now if request is not None and request.wrote(open_) else None
-                if only_flush_failed and open_.calls:
+                wrote = request.wrote(open_)
+                if only_flush_failed and wrote:
                     open_.refused, open_.message = True, message
-                if raised and open_.calls:
-                    self._roles.finish(name, open_, at=at)
-                    continue
-                if open_.session or request is None:
+                if open_.session and not (raised and open_.calls):
                     continue
                 if request.weight_version and open_.effect == "changed":
                     open_.weight_version = request.weight_version
                     self._roles.weight_version = request.weight_version
                 if not succeeded or request.flush_cache or open_.source in {"disk", "ipc"}:
-                    self._roles.finish(name, open_, at=at)
+                    self._roles.finish(name, open_, at=now if wrote else None)
+            if not (succeeded or request.calls) and request.source is not None:
+                self._refuse(request, request.source, message, now)
+
+    def _refuse(self, request: _Request, source: Source, message: str, now: float) -> None:
+        """SGLang refused a request before any weights were touched: a failure of the first role,
+        which is the target."""
+        for name in list(self._roles.by_name)[:1]:
+            refused = OpenUpdate(
+                source=source,
+                number=request.number,
+                started_at=request.began_at,
+                last_call_at=now,
+                refused=True,
+                message=message,
+                phases={"wait": elapsed(request.began_at, now)},
+            )
+            self._roles.count_refused(name, refused)
 
     def change_version(self, version: str) -> None:
         """SGLang took note of a new weight version."""

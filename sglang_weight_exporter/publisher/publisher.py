@@ -82,16 +82,31 @@ class Publisher:
         tables: Mapping[str, WeightTable],
         events: Mapping[int, tuple[Event, WeightTable | None]] | None = None,
     ) -> None:
-        """Tell what holds now, and what has ended. ``tables``: by role, those of the snapshot."""
+        """Write what holds now, and what has ended. ``tables``: by role, those of the snapshot."""
         with self._lock:
             self._snapshot = snapshot
             self._tables = dict(tables)
-            for event, table in (events or {}).values():
-                self._events.append(_Waiting(event, table))
-                if len(self._events) > WAITING_EVENTS:
-                    self._events.popleft()
-                    self._dropped += 1
+            self._keep(events or {})
             self._write_or_retry()
+
+    def withdraw(self, events: Mapping[int, tuple[Event, WeightTable | None]]) -> None:
+        """What holds now is not known: take away what was written. ``events`` go out with the next
+        snapshot."""
+        with self._lock:
+            self._snapshot = None
+            self._keep(events)
+            self._withdraw()
+
+    def _keep(self, events: Mapping[int, tuple[Event, WeightTable | None]]) -> None:
+        for event, table in events.values():
+            self._events.append(_Waiting(event, table))
+            if len(self._events) > WAITING_EVENTS:
+                self._events.popleft()
+                self._dropped += 1
+
+    def _withdraw(self) -> None:
+        if self._store is not None:
+            self._store.withdraw()
 
     def leave_memory(self, read: Callable[[], MemoryDump | None]) -> None:
         """Leave the memory of the GPUs, if somebody has asked for it."""
@@ -172,6 +187,7 @@ class Publisher:
             return complete
         except Exception as error:
             self._report("snapshot", error)
+            self._withdraw()
             return False
 
     def _open(self) -> RankStore:

@@ -56,7 +56,7 @@ class Engine(Record, frozen=True, kw_only=True):
     #: Which of the engine's hosts this is, and of how many; ``None``: the settings do not say.
     node_rank: int | None = None
     nodes: int | None = None
-    #: How many ranks it has on all hosts: data-parallel replicas × tensor-parallel ×
+    #: How many ranks it has on all hosts: data-parallel replicas times tensor-parallel times
     #: pipeline-parallel ranks of SGLang's settings, as SGLang's own ``compute_world_size`` has it
     #: (0.5.23). Attention that is data-parallel is inside the tensor-parallel group and adds none.
     #: ``None``: the settings do not say.

@@ -53,8 +53,9 @@ class UpdateCounts(Record, frozen=True, kw_only=True):
     #: Of ``updates``, those after which every tensor held the bytes that it had held before.
     without_change: int = 0
     duration: Histogram = Histogram()
-    #: Seconds of all updates by what they went to, and what they brought; ``None`` once an update
-    #: brought something of which nobody can tell how much it is.
+    #: Seconds of all updates by what they went to, and bytes of the tensors and files that calls
+    #: which succeeded were handed: whole tensors, of which a rank of several keeps its part.
+    #: ``None`` once a call was handed something of which nobody can tell how much it is.
     phases: dict[Phase, float] = {}
     nbytes: int | None = 0
     #: The last update that counted: the trace of its span (32 hexadecimal digits), when it ended,
@@ -73,9 +74,16 @@ def add_phases(one: dict[Phase, float], other: dict[Phase, float]) -> dict[Phase
     }
 
 
+#: No sum of bytes is larger, because files hold no larger integer: 13 years of an update of 1.3 TB
+#: a minute. One that would be is not known.
+LARGEST_BYTES = 2**63
+
+
 def add_bytes(one: int | None, other: int | None) -> int | None:
     """What is not known makes the sum unknown."""
-    return None if one is None or other is None else one + other
+    if one is None or other is None:
+        return None
+    return one + other if one + other < LARGEST_BYTES else None
 
 
 class OperationCounts(Record, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ Runners are held weakly: one that was collected is nobody's role any more, and l
 
 from __future__ import annotations
 
+import gc
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -115,8 +116,11 @@ class Roles:
         if runner is None:
             return None
         self.identify(runner)
-        taken = {role.name for role in self}
         first = name = identity.role_of(runner)
+        taken = {role.name for role in self}
+        if first in taken:  # Perhaps by one that is garbage and was not collected yet.
+            gc.collect()
+            taken = {role.name for role in self}
         further = 1
         while name in taken:
             name = f"{first}_{further}"

@@ -19,7 +19,7 @@ _locks: weakref.WeakSet[FileLock] = weakref.WeakSet()
 
 def _close_in_child() -> None:
     for lock in list(_locks):
-        lock.close()
+        lock.close_in_child()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -29,7 +29,7 @@ class FileLock:
     """An ``flock`` on a file of its own, in one of two modes.
 
     A lock belongs to the open file and a forked child shares it, so the child's copy is closed at
-    fork. It means nothing once another file is at the path, because others lock that one: such a
+    fork, also one for which a thread of its parent's waits for the lock. It means nothing once another file is at the path, because others lock that one: such a
     lock is never taken, and :meth:`is_current` tells of one that was taken before. A lock that
     nobody refers to any more is closed.
 
@@ -44,6 +44,8 @@ class FileLock:
         self._directory = directory
         self._flags = os.O_RDWR | (os.O_CREAT if create else 0)
         self._descriptor: int | None = None
+        #: Of a file that is open and not locked yet.
+        self._opened: int | None = None
         _locks.add(self)
 
     def acquire(self, *, exclusive: bool = True, block: bool = False) -> bool:
@@ -57,19 +59,21 @@ class FileLock:
             0 if block else fcntl.LOCK_NB
         )
         while True:
-            descriptor = self._open()
+            descriptor = self._opened = self._open()
             try:
                 fcntl.flock(descriptor, operation)
-                current = self._is_at_path(descriptor)
+                if self._is_at_path(descriptor):
+                    self._descriptor = descriptor
+                    return True
             except OSError as error:
-                os.close(descriptor)
                 if error.errno == errno.EWOULDBLOCK:
                     return False
                 raise
-            if current:
-                self._descriptor = descriptor
-                return True
-            os.close(descriptor)  # Its directory was removed and made again meanwhile.
+            finally:
+                self._opened = None
+                if self._descriptor != descriptor:
+                    os.close(descriptor)
+            # Its directory was removed and made again meanwhile.
 
     def _open(self) -> int:
         if self._directory is not None:
@@ -116,6 +120,13 @@ class FileLock:
             os.close(descriptor)
 
     def __del__(self) -> None:
+        self.close()
+
+    def close_in_child(self) -> None:
+        """Close the copies of a child that was forked: it has no thread that waits."""
+        opened, self._opened = self._opened, None
+        if opened is not None and opened != self._descriptor:
+            os.close(opened)
         self.close()
 
     def release(self) -> None:

@@ -268,6 +268,33 @@ def test_the_draft_may_come_first(rank: Rank) -> None:  # EAGLE, 0.5.5 to 0.5.20
     assert rank.totals("target") == rank.totals("draft") == {"tensor": (1, 0, 1)}
 
 
+def test_a_peer_that_writes_into_target_and_draft_updates_both(rank: Rank) -> None:
+    """As the scheduler of 0.5.22 fans a session out: `run_post_load` is the same for all."""
+    updaters = [rank.runner().weight_updater, rank.runner(is_draft_worker=True).weight_updater]
+    for number in (1, 2):
+        for updater in updaters:
+            updater.begin_weight_update()
+        rank.clock.now += 60
+        for updater in updaters:
+            updater.end_weight_update(run_post_load=True)
+        assert rank.totals("target") == rank.totals("draft") == {"p2p": (number, 0, number)}
+    began = [rank.role(name).update_started_at for name in ("target", "draft")]
+    assert abs((began[0] or 0) - (began[1] or 0)) < 1
+
+
+def test_a_load_that_failed_is_no_peers_write(rank: Rank) -> None:
+    """The scheduler runs `post_load_weights` all the same, and stops at the first failure."""
+    target = rank.runner(answers={"tensor": answer(False, DERIVED)})
+    draft = rank.runner(is_draft_worker=True)
+    for runner in (target, draft):
+        runner.weight_updater.begin_weight_update()
+    rank.scheduler(target, draft).update_weights_from_tensor(Request(flush_cache=False))
+    for runner in (target, draft):
+        runner.weight_updater.end_weight_update(run_post_load=True)
+    assert rank.totals("target") == {"tensor": (0, 1, 1)}
+    assert rank.totals("draft") == {}
+
+
 # Outcomes.
 
 
@@ -336,6 +363,40 @@ def test_an_exception_in_a_session_is_told_before_it_ends_the_engine(rank: Rank)
         rank.scheduler(runner).update_weights_from_tensor(Request())
     assert rank.totals() == {"tensor": (0, 1, 1)}
     assert rank.events()[-1].update.effect == "undefined"
+
+
+NO_SESSION = (
+    "update_weights_from_tensor must run between begin_weight_update() and end_weight_update()"
+)
+
+
+def test_a_request_that_sglang_refuses_is_a_failure_with_its_reason(rank: Rank) -> None:
+    """0.5.21 and later, without a session: no runner is called."""
+    runners = rank.runner(), rank.runner(is_draft_worker=True)
+    scheduler = rank.scheduler(*runners, refuses=NO_SESSION)
+    before = rank.role()
+    assert not scheduler.update_weights_from_tensor(Request()).success
+    assert rank.totals("target") == {"tensor": (0, 1, 0)}
+    assert rank.totals("draft") == {}
+    update = rank.last_update()
+    assert (update.succeeded, update.effect, update.message) == (False, "unchanged", NO_SESSION)
+    assert rank.events()[-1].update == update
+    assert sum(update.phases.values()) == pytest.approx(update.ended_at - update.started_at)
+    role = rank.role()
+    assert role.in_progress is None
+    assert (role.updated_at, role.table) == (before.updated_at, before.table)
+
+
+def test_a_refused_request_is_no_failure_of_what_goes_on(rank: Rank) -> None:
+    runner = rank.runner()
+    updater = runner.weight_updater
+    updater.begin_weight_update()
+    updater.update_weights_from_tensor([])
+    rank.scheduler(runner, refuses="no such group").update_weights_from_tensor(Request())
+    updater.update_weights_from_tensor([])
+    updater.end_weight_update(run_post_load=False)
+    assert rank.totals() == {"tensor": (1, 1, 2)}
+    assert rank.last_update().succeeded
 
 
 # Experts that move between ranks, which needs several GPUs.

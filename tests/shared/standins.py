@@ -114,8 +114,8 @@ class Rank:
         self.workers.append(runner)
         return runner
 
-    def scheduler(self, *runners: Any, flushes: bool = True) -> Any:
-        return self.components(*runners, flushes=flushes)
+    def scheduler(self, *runners: Any, flushes: bool = True, refuses: str = "") -> Any:
+        return self.components(*runners, flushes=flushes, refuses=refuses)
 
     def snapshot(self) -> Snapshot:
         ((_, snapshot),) = SnapshotReader(RuntimeDir.open(self.directory, os.environ)).read()
@@ -278,15 +278,17 @@ class Request(SimpleNamespace):
 
 
 class SchedulerWeightUpdaterManager:
-    """Of 0.5.22, without its sessions' bookkeeping."""
+    """Of 0.5.22, without its sessions' bookkeeping. ``refuses``: with what message, before any
+    runner is called."""
 
-    def __init__(self, *runners: Any, flushes: bool = True) -> None:
+    def __init__(self, *runners: Any, flushes: bool = True, refuses: str = "") -> None:
         self.runners = runners
         self.flushes = flushes
+        self.refuses = refuses
 
     def _fan_out(self, recv_req: Any, call: Callable[[Any], Any]) -> Any:
-        success, message = True, ""
-        for runner in self.runners:
+        success, message = not self.refuses, self.refuses
+        for runner in self.runners if success else ():
             success, message = call(runner.weight_updater)
             if not success:
                 break

@@ -180,6 +180,46 @@ while not (rank.path / "child").exists() or not (rank.path / "child").read_text(
         os.kill(child, signal.SIGKILL)
 
 
+def test_a_forked_child_does_not_keep_a_lock_that_a_thread_of_its_parent_waited_for(
+    tmp_path: Path,
+) -> None:
+    """As a rank's thread waits for the exporter's; user code forks meanwhile, and goes on."""
+    path = tmp_path / "lock"
+    code = """
+import os, sys, threading, time
+from pathlib import Path
+from sglang_weight_exporter.store.locks import FileLock
+path = Path(sys.argv[1])
+lock = FileLock(path)
+thread = threading.Thread(target=lambda: lock.acquire(block=True), daemon=True)
+thread.start()
+stat = f"/proc/self/task/{thread.native_id}/stat"
+while lock._opened is None or " S " not in open(stat).read():
+    time.sleep(0.01)
+child = os.fork()
+if child == 0:
+    time.sleep(600)
+    os._exit(0)
+print(child, flush=True)
+while not lock.held:
+    time.sleep(0.01)
+os._exit(0)
+"""
+    holder = FileLock(path)
+    assert holder.acquire()
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout is not None
+        child = int(rank.stdout.readline())
+        try:
+            holder.release()
+            assert rank.wait(60) == 0
+            os.kill(child, 0)  # It lives,
+            assert not is_held(path)  # and has no lock.
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
 def test_a_reader_never_sees_half_a_snapshot(
     runtime_dir: RuntimeDir, start_rank: Callable[[str, str], subprocess.Popen[str]]
 ) -> None:
