@@ -3,9 +3,9 @@
 """The ledger against a model of SGLang: its scheduler with a target and a draft, as requests of any
 order and outcome would have it, and experts that move on another thread.
 
-:class:`LedgerMachine` does what ``SchedulerWeightUpdaterManager`` does (SGLang 0.5.23; before 0.5.21
-without sessions), notifies the ledger as the hooks do, and writes down for itself what became of
-each role's weights. What is counted of that is said here again, from the documents.
+:class:`LedgerMachine` does what ``SchedulerWeightUpdaterManager`` does (SGLang 0.5.23, and without
+sessions, as before 0.5.21), notifies the ledger as the hooks do, and writes down for itself what
+became of each role's weights. What is counted of that is said here again, from the documents.
 """
 
 from __future__ import annotations

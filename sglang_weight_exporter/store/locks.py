@@ -29,9 +29,10 @@ class FileLock:
     """An ``flock`` on a file of its own, in one of two modes.
 
     A lock belongs to the open file and a forked child shares it, so the child's copy is closed at
-    fork, also one for which a thread of its parent's waits for the lock. It means nothing once another file is at the path, because others lock that one: such a
-    lock is never taken, and :meth:`is_current` tells of one that was taken before. A lock that
-    nobody refers to any more is closed.
+    fork, also one for which a thread of its parent's waits for the lock. It means nothing once
+    another file is at the path, because others lock that one: such a lock is never taken, and
+    :meth:`is_current` tells of one that was taken before. A lock that nobody refers to any more is
+    closed.
 
     ``directory``: where the file is, opened; ``path`` is then for messages. ``create``: off, the
     file must be there.
