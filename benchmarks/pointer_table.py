@@ -98,9 +98,7 @@ def steps_for(model: torch.nn.Module, directory: Path) -> dict[str, Callable[[],
 
     def look(previous: WeightCapture) -> WeightCapture:
         """As after an update: derived weights hang where they hung."""
-        return capture_weights(
-            model, role="target", captured_at=1.0, previous=previous, thorough=False
-        )
+        return capture_weights(model, role="target", captured_at=1.0, previous=previous)
 
     before = capture_weights(model, role="target", captured_at=0.0)
     table = before.table

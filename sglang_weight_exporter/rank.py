@@ -166,7 +166,7 @@ class Rank:
             known = [role for role in self.roles if self.inspector.of(role).left is not None]
             if self.ledger.updates.in_progress:
                 return None
-            self.inspector.begin_update()
+            self.inspector.begin_update(*self.roles)
             if not known or not there:
                 return None
             began_at = self._clock()
@@ -183,11 +183,18 @@ class Rank:
 
     # Captures beside updates.
 
-    def capture(self, *roles: RunnerRole, derived: bool = False, pools: bool = False) -> None:
-        """Capture roles before the next step: something else than an update has changed them."""
+    def capture(
+        self,
+        *roles: RunnerRole,
+        loaded: bool = False,
+        complete: bool = False,
+        pools: bool = False,
+    ) -> None:
+        """Capture roles before the next step: something else than an update has changed them.
+        ``loaded``: a load, just now; ``complete``: all is loaded that will be."""
         with self._lock, self._reported("capture"):
-            seconds = self._fingerprint_seconds(load=True) if derived else None
-            self._capture(*roles, derived=derived, pools=pools, fingerprint_seconds=seconds)
+            seconds = self._fingerprint_seconds(load=True) if complete else None
+            self._capture(*roles, loaded=loaded, pools=pools, fingerprint_seconds=seconds)
 
     def read_again(self, role: RunnerRole) -> None:
         """Somebody asks whether the weights are what they were; not inside an update."""
@@ -210,6 +217,8 @@ class Rank:
         self._capture(*roles, fingerprint_seconds=self._fingerprint_seconds(), written=False)
         for role in roles:
             self.inspector.ignore(role, garbage)
+            if during == "serving":
+                self.inspector.learn_scratch(role)
             modified = self.inspector.of(role).modified.values()
             self.ledger.counters.count_modified(role.name, during, modified)
 

@@ -133,7 +133,7 @@ class RankRecords:
             return None
         released = WEIGHTS in self._ledger.counters.released
         known = capture.left is not None and weights.table.fingerprint != ""
-        # Buffers are counted by their kind and are no weights here: a forward pass may write them.
+        # Buffers are no weights here: after a release they may be SGLang's to compute again.
         modified = tuple(name for name, kind in capture.modified.items() if kind != "buffer")
         return TableRef(
             file=table_file(weights.table),
@@ -145,6 +145,8 @@ class RankRecords:
             fingerprint_seconds=None if released else weights.table.fingerprint_seconds,
             modified=None if released or not known else len(modified),
             modified_names=modified[:NAMED_CHANGES],
+            scratch=len(capture.scratch),
+            scratch_names=capture.scratch[:NAMED_CHANGES],
         )
 
 

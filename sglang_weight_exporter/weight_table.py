@@ -40,6 +40,19 @@ class Row(NamedTuple):
         return tuple(self.shape[dim] for dim in order)
 
 
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether the elements fill a run of memory, in whatever order of dimensions."""
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size == 0:
+            return True
+        if size > 1:
+            if step != expected:
+                return False
+            expected *= size
+    return True
+
+
 class Region(NamedTuple):
     """A contiguous run of memory inside one allocation that holds weights."""
 

@@ -19,12 +19,14 @@ from sglang_weight_exporter.records.memory import MEMORY_PARTS, MemoryPart
 
 Mask = npt.NDArray[np.bool_]
 
-#: The memory saver's tags (`sglang.srt.constants`) → the parts that lie in a tag's pool.
+#: The memory saver's tags (`sglang.srt.constants`) → the parts that tell which pool a tag's is.
+#: A derived weight tells nothing: scratch looks like one until it is found to change.
 _LIES_IN: dict[str, tuple[MemoryPart, ...]] = {
-    "weights": ("weights", "derived_weights"),
+    "weights": ("weights",),
     "kv_cache": ("kv_pool", "kv_tables"),
 }
 GRAPHS = "cuda_graph"
+_TELLING = tuple(part for part in MEMORY_PARTS if part != "derived_weights")
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,10 @@ def elsewhere(segments: Segments, start: Addresses, nbytes: Addresses) -> int:
 
 
 def _owners(segments: Segments, known: Iterable[OwnedStorages]) -> _Owned:
-    """Which part owns how much of each block. What several claim counts for one of them."""
+    """Which part owns how much of each block. What several claim counts for one of them; for a
+    derived weight only where nobody else does: a module may refer to what is a pool's."""
     known = [each for each in known if len(each.start)]
+    known.sort(key=lambda each: each.part == "derived_weights")
     owned: _Owned = {part: np.zeros(len(segments.block_start), np.int64) for part in MEMORY_PARTS}
     if not known or not len(segments.block_start):
         return owned
@@ -139,21 +143,21 @@ def _segments_with(segments: Segments, owned: _Owned, parts: Iterable[MemoryPart
 
 
 def _graph_segments(
-    segments: Segments, owned: _Owned, told: Collection[tuple[int, int]] | None
+    segments: Segments, owned: _Owned, named: Collection[tuple[int, int]] | None
 ) -> Mask:
     """Segments of pools that graphs are captured into.
 
     torch numbers the pool of a single graph in the first place of its name; one that was made to
     be shared, and every other pool, in the second.
     """
-    holding = _segments_with(segments, owned, MEMORY_PARTS)
+    holding = _segments_with(segments, owned, _TELLING)
     of_graphs = np.zeros(len(segments.start), dtype=bool)
     for code, pool in enumerate(segments.pools):
         if pool == DEFAULT_POOL:
             continue
         mine = segments.pool == code
         anonymous = not (holding & mine).any()
-        if pool[0] or (pool in told if told is not None else anonymous):
+        if pool[0] or (pool in named if named is not None else anonymous):
             of_graphs |= mine
     return of_graphs
 

@@ -44,12 +44,15 @@ class Segments:
     @cached_property
     def private(self) -> npt.NDArray[np.bool_]:
         """Whether a segment is in another pool than torch's default one."""
-        default = np.array([pool == DEFAULT_POOL for pool in self.pools], dtype=bool)
-        return ~default[self.pool] if len(self.pool) else np.zeros(0, dtype=bool)
+        return self._private_pools[self.pool] if len(self.pool) else np.zeros(0, dtype=bool)
 
     @cached_property
-    def _allocations(self) -> tuple[Addresses, Addresses, npt.NDArray[np.bool_]]:
-        """Start and end of each allocation, by address, and whether it is private.
+    def _private_pools(self) -> npt.NDArray[np.bool_]:
+        return np.array([pool != DEFAULT_POOL for pool in self.pools], dtype=bool)
+
+    @cached_property
+    def _allocations(self) -> tuple[Addresses, Addresses, npt.NDArray[np.int64]]:
+        """Start and end of each allocation, by address, and its pool.
 
         One ``cudaMalloc`` a segment. An expandable segment is mapped piece by piece, so there each
         block stands alone. Memory that came from elsewhere (CUDA IPC) is in none.
@@ -57,9 +60,9 @@ class Segments:
         whole, apart = ~self.expandable, self.expandable[self.block_segment]
         start = np.concatenate((self.start[whole], self.block_start[apart]))
         nbytes = np.concatenate((self.nbytes[whole], self.block_nbytes[apart]))
-        private = np.concatenate((self.private[whole], self.private[self.block_segment[apart]]))
+        pool = np.concatenate((self.pool[whole], self.pool[self.block_segment[apart]]))
         order = np.argsort(start)
-        return start[order], (start + nbytes)[order], private[order]
+        return start[order], (start + nbytes)[order], pool[order]
 
     def _find(self, addresses: Addresses) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
         """The allocation at or before each address, and whether the address lies in it."""
@@ -73,6 +76,14 @@ class Segments:
             return storage_ptr
         index, inside = self._find(storage_ptr)
         return np.where(inside, self._allocations[0][index], storage_ptr)
+
+    def pool_of(self, storage_ptr: Addresses) -> npt.NDArray[np.int64]:
+        """The private pool that each storage lies in, as a code; -1: in none."""
+        if not len(self.start):
+            return np.full(len(storage_ptr), -1, dtype=np.int64)
+        index, inside = self._find(storage_ptr)
+        pool = self._allocations[2][index]
+        return np.where(inside & self._private_pools[pool], pool, -1)
 
     def outside_saver(
         self,
@@ -89,10 +100,7 @@ class Segments:
         regions cannot be told apart, and all of that GPU's bytes count as released. It never
         releases memory that is not a GPU's.
         """
-        private: npt.NDArray[np.bool_] = np.zeros(len(ptr), dtype=bool)
-        if len(self.start):
-            index, inside = self._find(ptr)
-            private = inside & self._allocations[2][index]
+        private = self.pool_of(ptr) >= 0
         kept: dict[str, int] = {}
         for code, name in enumerate(device_values):
             here = device == code

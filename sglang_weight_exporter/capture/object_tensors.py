@@ -40,6 +40,8 @@ def owned_tensors(
         if isinstance(value, dict):
             name = path[-1] if path else ""
             queue.extend(((*path[:-1], f"{name}[{key}]"), item) for key, item in value.items())
+        elif _is_of_numbers(value):
+            continue
         elif isinstance(value, (list, tuple, set, frozenset)):
             names = getattr(value, "_fields", None)  # A named tuple's.
             if names is None:
@@ -50,6 +52,16 @@ def owned_tensors(
             if backed is not None:
                 backed.update(_backed_storages(value))
             queue.extend(((*path, name), item) for name, item in _attributes(value))
+
+
+def _is_of_numbers(value: object) -> bool:
+    """A list of free slots has an entry a slot, and there may be a million."""
+    return (
+        isinstance(value, list)
+        and len(value) > 1
+        and isinstance(value[0], int | float)
+        and isinstance(value[-1], int | float)
+    )
 
 
 def _backed_storages(owner: object) -> Iterator[tuple[int, int]]:

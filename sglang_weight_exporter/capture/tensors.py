@@ -3,17 +3,19 @@
 """Which tensors a model holds its weights in, and whether they are still what they were.
 
 Beside parameters and buffers, SGLang keeps weights as plain attributes of modules (DeepSeek's
-``w_kc`` and ``w_vc``, scales, repacked copies) and binds some of them anew at every reload. Where
-they hang is found out by one thorough walk (:func:`derived_paths`) and then looked up again.
+``w_kc`` and ``w_vc``, scales, repacked copies) and binds some of them anew at every reload. Which
+attributes these are is found out once, when a load has ended (:class:`DerivedPaths`): what a
+forward pass binds to a module later is no weight.
 
-Looks happen inside the engine, between the last byte of an update and the first token after it.
-No object is kept for a tensor and no tensor is kept alive: what remains between two looks are
+Captures happen inside the engine, between the last byte of an update and the first token after it.
+No object is kept for a tensor and no tensor is kept alive: what remains between two captures are
 numbers and names, so that Python's garbage collector never has a reason to run because of us.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -22,7 +24,7 @@ from typing import Any
 
 import torch
 
-#: What a slot is looked up by: the module's number in the order of the walk, its name with a dot
+#: How a derived weight is found: the module's number in the order of the walk, its name with a dot
 #: behind, and attribute, then index or key in the containers there.
 AttributePath = tuple[int, str, tuple[Any, ...]]
 
@@ -43,19 +45,22 @@ class NamedTensors:
     tensors: list[torch.Tensor]
     parameters: int
     buffers: int
-    #: Modules walked, a shared one as often as it appears.
+    #: Names of buffers that torch does not count to the model's state (``persistent=False``).
+    not_persistent: frozenset[str]
+    #: Modules walked, each once.
     modules: int
 
 
-def named_tensors(model: torch.nn.Module, slots: Iterable[AttributePath] = ()) -> NamedTensors:
-    """Names and tensors of a model, and of its derived weights in ``slots``.
+def named_tensors(model: torch.nn.Module, paths: Iterable[AttributePath] = ()) -> NamedTensors:
+    """Names and tensors of a model, and of its derived weights at ``paths``.
 
-    Unlike ``named_parameters()`` a tied tensor appears under all its names. Wrapper subclasses
-    (DTensor, torchao's quantized tensors) own no memory themselves and are replaced by the
-    tensors inside them, named ``NAME.INNER``.
+    Unlike ``named_parameters()`` a tied tensor appears under the names of all its modules. Wrapper
+    subclasses (DTensor, torchao's quantized tensors) own no memory themselves and are replaced by
+    the tensors inside them, named ``NAME.INNER``.
     """
     prefixes, modules = _walk(model)
     own: list[tuple[list[str], list[torch.Tensor]]] = [([], []), ([], [])]
+    not_persistent: list[str] = []
     for prefix, module in zip(prefixes, modules, strict=True):
         for number, held in enumerate((module._parameters, module._buffers)):
             if held:
@@ -64,12 +69,14 @@ def named_tensors(model: torch.nn.Module, slots: Iterable[AttributePath] = ()) -
                     if tensor is not None:
                         names.append(prefix + name)
                         tensors.append(tensor)
-    known = set(map(id, chain(own[0][1], own[1][1]))) if slots else set()
+        if module._buffers:
+            not_persistent += [prefix + name for name in module._non_persistent_buffers_set]
+    known = set(map(id, chain(own[0][1], own[1][1]))) if paths else set()
     derived: tuple[list[str], list[torch.Tensor]] = ([], [])
-    for number, prefix, path in slots:
+    for number, prefix, path in paths:
         tensor = _at(modules[number], path) if number < len(modules) else None
         if tensor is not None and id(tensor) not in known:
-            derived[0].append((prefix + ".".join(map(str, path))).replace("\n", "\\n"))
+            derived[0].append(_name(prefix, path))
             derived[1].append(tensor)
     found = [*own, derived]
     if any(map(_wraps, set(map(type, chain(*(tensors for _, tensors in found)))))):
@@ -79,27 +86,33 @@ def named_tensors(model: torch.nn.Module, slots: Iterable[AttributePath] = ()) -
         tensors=found[0][1] + found[1][1] + found[2][1],
         parameters=len(found[0][0]),
         buffers=len(found[1][0]),
+        not_persistent=frozenset(not_persistent),
         modules=len(modules),
     )
 
 
+def _name(prefix: str, path: tuple[Any, ...]) -> str:
+    return (prefix + ".".join(map(str, path))).replace("\n", "\\n")
+
+
 def _walk(model: torch.nn.Module) -> tuple[list[str], list[torch.nn.Module]]:
-    """Every module under each of its names, with a dot behind; a module inside itself once."""
+    """Every module once, with the first of its names and a dot behind."""
     prefixes: list[str] = []
     modules: list[torch.nn.Module] = []
-    ancestors: set[int] = set()
-
-    def visit(prefix: str, module: torch.nn.Module) -> None:
+    seen: set[int] = set()
+    # Two stacks and no pairs: thousands of tuples at a time would be the collector's work.
+    names, stack = [""], [model]
+    while stack:
+        prefix, module = names.pop(), stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         prefixes.append(prefix)
         modules.append(module)
-        if module._modules:
-            ancestors.add(id(module))
-            for name, child in module._modules.items():
-                if child is not None and id(child) not in ancestors:
-                    visit(f"{prefix}{name}.", child)
-            ancestors.discard(id(module))
-
-    visit("", model)
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                names.append(f"{prefix}{name}.")
+                stack.append(child)
     return prefixes, modules
 
 
@@ -129,27 +142,70 @@ def _flattened(name: str, tensor: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield from _flattened(f"{name}.{attribute}", inner)
 
 
-def derived_paths(model: torch.nn.Module) -> tuple[AttributePath, ...]:
-    """Where tensors hang that are plain attributes of modules, or in lists, tuples and
-    dictionaries there. Other objects are not entered (SGLang's caches, pools and managers), and
-    no property is run. A parameter or buffer under a further name is none of them."""
-    prefixes, modules = _walk(model)
-    held = {
-        id(tensor)
-        for module in modules
-        for tensor in chain(module._parameters.values(), module._buffers.values())
-    }
-    slots: list[AttributePath] = []
-    for number, (prefix, module) in enumerate(zip(prefixes, modules, strict=True)):
-        for attribute, value in vars(module).items():
-            if attribute in _OF_TORCH:
+@dataclass(frozen=True)
+class DerivedPaths:
+    """Which attributes of which modules a load has left weights in."""
+
+    paths: tuple[AttributePath, ...] = ()
+    #: The module of each.
+    modules: tuple[weakref.ref[torch.nn.Module], ...] = ()
+
+    @classmethod
+    def of(
+        cls, model: torch.nn.Module, *, foreign: Callable[[torch.nn.Module], bool] | None = None
+    ) -> DerivedPaths:
+        """Plain attributes of modules that are tensors, or lists, tuples and dictionaries of
+        them. Other objects are not entered (SGLang's caches, pools and managers), and no property
+        is run. A parameter or buffer under a further name is none of them.
+
+        ``foreign``: whether a module's attributes are somebody else's, as adapter slots are.
+        """
+        prefixes, modules = _walk(model)
+        held = {
+            id(tensor)
+            for module in modules
+            for tensor in chain(module._parameters.values(), module._buffers.values())
+        }
+        paths: list[AttributePath] = []
+        for number, (prefix, module) in enumerate(zip(prefixes, modules, strict=True)):
+            if foreign is not None and foreign(module):
                 continue
-            slots.extend(
-                (number, prefix, path)
-                for path, tensor in _tensors_in((attribute,), value)
-                if id(tensor) not in held
-            )
-    return tuple(slots)
+            for attribute, value in vars(module).items():
+                if attribute not in _OF_TORCH:
+                    paths.extend(
+                        (number, prefix, path)
+                        for path, tensor in _tensors_in((attribute,), value)
+                        if id(tensor) not in held
+                    )
+        return cls(tuple(paths), tuple(weakref.ref(modules[number]) for number, _, _ in paths))
+
+    def renamed(self, model: torch.nn.Module) -> DerivedPaths:
+        """The same attributes of the same modules, as they are called in the model now: modules
+        that adapters wrap have another name."""
+        prefixes, modules = _walk(model)
+        places = dict(zip(map(id, modules), range(len(modules)), strict=True))
+        there = [
+            ((number, prefixes[number], path), known)
+            for (_, _, path), known in zip(self.paths, self.modules, strict=True)
+            if (number := places.get(id(known()))) is not None
+        ]
+        return DerivedPaths(tuple(path for path, _ in there), tuple(known for _, known in there))
+
+    def only(self, indices: Collection[int]) -> DerivedPaths:
+        return DerivedPaths(
+            tuple(self.paths[index] for index in indices),
+            tuple(self.modules[index] for index in indices),
+        )
+
+    def tensors(self) -> list[torch.Tensor | None]:
+        """What is there now, without a walk through the model."""
+        return [
+            None if (module := known()) is None else _at(module, path)
+            for (_, _, path), known in zip(self.paths, self.modules, strict=True)
+        ]
+
+    def names(self) -> list[str]:
+        return [_name(prefix, path) for _, prefix, path in self.paths]
 
 
 def _tensors_in(path: tuple[Any, ...], value: object) -> Iterator[tuple[tuple[Any, ...], object]]:
@@ -165,7 +221,7 @@ def _tensors_in(path: tuple[Any, ...], value: object) -> Iterator[tuple[tuple[An
 
 
 def _at(module: torch.nn.Module, path: tuple[Any, ...]) -> torch.Tensor | None:
-    """What a slot holds now; ``None`` where that is no tensor any more."""
+    """What hangs there now; ``None`` where that is no tensor any more."""
     try:
         value = vars(module)[path[0]]
         for step in path[1:]:
@@ -177,14 +233,16 @@ def _at(module: torch.nn.Module, path: tuple[Any, ...]) -> torch.Tensor | None:
 
 @dataclass(frozen=True)
 class PreviousCapture:
-    """Enough of one look for the next to find what is elsewhere, a fraction of its price."""
+    """Enough of one capture for the next to find what is elsewhere, a fraction of its price."""
 
-    slots: tuple[AttributePath, ...]
+    derived: DerivedPaths
     modules: int
     #: Names of parameters, buffers and child modules, in the order of the walk.
     keys: list[str]
-    #: Which of what is under the names, and then in the slots, is no tensor of its own.
+    #: Which of what is under the names, and then at the paths, is no tensor of its own.
     absent: list[int]
+    #: Which paths have a tensor of their own; the last columns are theirs.
+    present: list[int]
     #: ``id()`` of each tensor. A new object may have an old number, so all else is compared too.
     ids: list[int]
     data_ptr: list[int]
@@ -203,7 +261,7 @@ class PreviousCapture:
         cls,
         model: torch.nn.Module,
         found: NamedTensors,
-        slots: tuple[AttributePath, ...],
+        derived: DerivedPaths,
         *,
         data_ptr: list[int],
         shape: list[torch.Size],
@@ -213,17 +271,18 @@ class PreviousCapture:
     ) -> PreviousCapture | None:
         """The columns: of each of the tensors that were found. Equal shapes are one object, as
         twenty thousand would be the collector's work. ``None``: what was found is not what hangs
-        under the names (parts of a wrapper), or a module contains itself."""
-        keys, absent, tensors = _held(model, slots, found.modules)
+        under the names (parts of a wrapper)."""
+        keys, absent, present, tensors = _held(model, derived.paths)
         ids = list(map(id, tensors))
         if ids != list(map(id, found.tensors)):
             return None
         contiguous = list(map(torch.Tensor.is_contiguous, tensors))
         return cls(
-            slots=slots,
+            derived=derived,
             modules=found.modules,
             keys=keys,
             absent=absent,
+            present=present,
             ids=ids,
             data_ptr=data_ptr,
             shape=shape,
@@ -238,7 +297,7 @@ class PreviousCapture:
     def capture(self, model: torch.nn.Module) -> PreviousCapture | None:
         """What hangs under the same names now, as long as every tensor is what it was, be it
         elsewhere; itself if nothing is. ``None``: something else has changed."""
-        keys, absent, tensors = _held(model, self.slots, self.modules)
+        keys, absent, _, tensors = _held(model, self.derived.paths)
         if keys != self.keys or absent != self.absent:
             return None
         if self._is_current(tensors):
@@ -277,6 +336,21 @@ class PreviousCapture:
             storage_nbytes=storage_nbytes,
         )
 
+    def rebound(self) -> list[int]:
+        """Paths at which another tensor hangs now, or none; asks about derived weights alone."""
+        tensors = self.derived.tensors()
+        found = []
+        for row, index in enumerate(self.present, start=len(self.ids) - len(self.present)):
+            tensor = tensors[index]
+            if (
+                tensor is None
+                or id(tensor) != self.ids[row]
+                or tensor.data_ptr() != self.data_ptr[row]
+                or tensor.shape != self.shape[row]
+            ):
+                found.append(index)
+        return found
+
     def _is_current(self, tensors: list[torch.Tensor]) -> bool:
         """Whether every tensor is where it was, as it was. They are not in the processor's caches:
         what is asked of each is asked at once."""
@@ -297,22 +371,23 @@ class PreviousCapture:
 
 
 def _held(
-    model: torch.nn.Module, slots: tuple[AttributePath, ...], limit: int
-) -> tuple[list[str], list[int], list[torch.Tensor]]:
-    """All names, which of them and of the slots hold no tensor, and the tensors, in the order of
-    :func:`named_tensors`. One pass, no names with dots: modules and their dictionaries are not in
-    the processor's caches. It ends behind ``limit`` modules, as a module that contains itself has
-    no end."""
+    model: torch.nn.Module, paths: tuple[AttributePath, ...]
+) -> tuple[list[str], list[int], list[int], list[torch.Tensor]]:
+    """All names, which of them and of the paths hold no tensor of their own, which paths do, and
+    the tensors, in the order of :func:`named_tensors`. One pass, no names with dots: modules and
+    their dictionaries are not in the processor's caches."""
     modules: list[torch.nn.Module] = []
     keys: list[str] = []
     held: list[Any] = []
     names_of_buffers: list[str] = []
     buffers: list[Any] = []
+    seen: set[int] = set()
     stack: list[torch.nn.Module | None] = [model]
-    while stack and len(modules) <= limit:
+    while stack:
         module = stack.pop()
-        if module is None:
+        if module is None or id(module) in seen:
             continue
+        seen.add(id(module))
         modules.append(module)
         if parameters := module._parameters:
             keys.extend(parameters)
@@ -326,14 +401,16 @@ def _held(
     held += buffers
     tensors: list[torch.Tensor] = list(filter(_present, held))
     absent: list[int] = []
+    present: list[int] = []
     if len(tensors) != len(held):
         absent = [row for row, tensor in enumerate(held) if tensor is None]
-    if slots:
+    if paths:
         known = set(map(id, tensors))
-        for row, (number, _, path) in enumerate(slots, start=len(held)):
+        for index, (number, _, path) in enumerate(paths):
             tensor = _at(modules[number], path) if number < len(modules) else None
             if tensor is None or id(tensor) in known:
-                absent.append(row)
+                absent.append(len(held) + index)
             else:
+                present.append(index)
                 tensors.append(tensor)
-    return keys + names_of_buffers, absent, tensors
+    return keys + names_of_buffers, absent, present, tensors

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import msgspec
 import numpy as np
@@ -24,14 +24,19 @@ import torch
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.regions import Regions, merge_spans
 from sglang_weight_exporter.capture.tensors import (
-    AttributePath,
+    DerivedPaths,
     NamedTensors,
     PreviousCapture,
-    derived_paths,
     named_tensors,
 )
 from sglang_weight_exporter.records.weights import Kind, WeightUsage
-from sglang_weight_exporter.weight_table import CODED, HASHED, WeightTable, table_sha256
+from sglang_weight_exporter.weight_table import (
+    CODED,
+    HASHED,
+    WeightTable,
+    is_dense,
+    table_sha256,
+)
 
 StorageRanges: TypeAlias = tuple[
     npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.bool_]
@@ -44,7 +49,7 @@ def _no_ranges() -> StorageRanges:
 
 @dataclass(frozen=True)
 class WeightCapture:
-    """What one look at a model found."""
+    """What one capture of a model has found."""
 
     table: WeightTable
     usage: tuple[WeightUsage, ...]
@@ -59,8 +64,10 @@ class WeightCapture:
     unreadable: tuple[str, ...] = ()
     #: Address and bytes of each storage that was counted here, and whether it is derived.
     ranges: StorageRanges = field(default_factory=_no_ranges, repr=False, compare=False)
+    #: Names of buffers that torch does not count to the model's state.
+    not_persistent: frozenset[str] = field(default=frozenset(), repr=False, compare=False)
     #: Where derived weights hang.
-    slots: tuple[AttributePath, ...] = ()
+    derived: DerivedPaths = field(default_factory=DerivedPaths, repr=False, compare=False)
     remembered: PreviousCapture | None = field(default=None, repr=False, compare=False)
 
     @cached_property
@@ -77,7 +84,7 @@ def capture_weights(
     counted_elsewhere: frozenset[int] = frozenset(),
     segments: Callable[[], Segments] = Segments.none,
     previous: WeightCapture | None = None,
-    thorough: bool = True,
+    derived: DerivedPaths | None = None,
 ) -> WeightCapture:
     """Read the table of a model.
 
@@ -86,90 +93,132 @@ def capture_weights(
     and add no bytes but ``shared`` ones.
     ``segments``: asked for the boundaries of regions, and only when the table differs from
     ``previous``, because that costs more than the table itself.
-    ``thorough``: find out anew where derived weights hang. Otherwise they are where ``previous``
-    has them, and nothing is read again if nothing has changed.
+    ``derived``: where derived weights hang; ``None``: where ``previous`` has them, or wherever
+    there is a tensor. Nothing is read again if nothing has changed.
     """
-    known = None if previous is None or thorough else previous.remembered
-    now = None if known is None else _look_again(known, model)
+    if derived is None:
+        derived = DerivedPaths.of(model) if previous is None else previous.derived
+    known = None
+    if previous is not None and previous.derived is derived:
+        known = previous.remembered
+    now = None if known is None else _capture_again(known, model)
     unreadable: tuple[str, ...] = ()
+    remembered: PreviousCapture | None
     if previous is not None and now is not None:
         if now is known and previous.counted_elsewhere == counted_elsewhere:
             return _again(previous, captured_at)
-        slots, remembered = now.slots, now
+        remembered, not_persistent = now, previous.not_persistent
         columns, fields = _moved(previous.table, now)
     else:
-        slots = derived_paths(model) if thorough or previous is None else previous.slots
-        found = named_tensors(model, slots)
+        found = named_tensors(model, derived.paths)
+        not_persistent = found.not_persistent
         columns, values, unreadable = _columns(found)
-        fields = {
-            "rows": len(columns["kind"]),
-            "names": joined(values["names"]),
-            **{name: column.tobytes() for name, column in columns.items()},
-            "dtype_values": tuple(str(value).removeprefix("torch.") for value in values["dtype"]),
-            "shape_values": tuple(map(tuple, values["shape"])),
-            "stride_values": tuple(values["stride"]),
-            "device_values": tuple(str(value) for value in values["device"]),
-            "kind_values": tuple(values["kind"]),
-        }
-        remembered = None
-        if not unreadable:
-            remembered = PreviousCapture.of(
-                model,
-                found,
-                slots,
-                data_ptr=columns["data_ptr"].tolist(),
-                shape=_decoded(columns["shape"], values["shape"]),
-                dtype=_decoded(columns["dtype"], values["dtype"]),
-                storage_ptr=columns["storage_ptr"].tolist(),
-                storage_nbytes=columns["storage_nbytes"].tolist(),
-            )
+        fields = _fields(columns, values)
+        remembered = None if unreadable else _remembered(model, found, derived, columns, values)
     sha256 = table_sha256(fields)
     if (
         previous is not None
         and previous.table.sha256 == sha256
         and previous.counted_elsewhere == counted_elsewhere
     ):
-        return replace(_again(previous, captured_at), slots=slots, remembered=remembered)
-    found_segments = segments()
-    regions = _regions(columns, fields["stride_values"], fields["shape_values"], found_segments)
-    device_values: tuple[str, ...] = fields["device_values"]
-    usage, ranges, outside_saver = _usage(
-        columns,
-        fields["dtype_values"],
-        device_values,
-        fields["kind_values"],
-        counted_elsewhere,
-        found_segments,
-    )
-    return WeightCapture(
-        table=WeightTable(
-            role=role,
-            captured_at=captured_at,
-            sha256=sha256,
-            region_ptr=regions.ptr.tobytes(),
-            region_nbytes=regions.nbytes.tobytes(),
-            region_device=regions.device.tobytes(),
-            **fields,
-        ),
-        usage=usage,
-        counted_elsewhere=counted_elsewhere,
-        regions=dict(
-            zip(
-                device_values,
-                np.bincount(regions.device, minlength=len(device_values)).tolist(),
-                strict=True,
-            )
-        ),
-        outside_saver=outside_saver,
+        again = _again(previous, captured_at)
+        return replace(again, not_persistent=not_persistent, derived=derived, remembered=remembered)
+    table = WeightTable(role=role, captured_at=captured_at, sha256=sha256, **fields)
+    made = _weight_capture(table, columns, counted_elsewhere, segments())
+    return replace(
+        made,
         unreadable=unreadable,
-        ranges=ranges,
-        slots=slots,
+        not_persistent=not_persistent,
+        derived=derived,
         remembered=remembered,
     )
 
 
-def _look_again(known: PreviousCapture, model: torch.nn.Module) -> PreviousCapture | None:
-    """``None`` too where a tensor is strange now: the whole look finds out which one."""
+def _weight_capture(
+    table: WeightTable,
+    columns: dict[str, npt.NDArray[Any]],
+    counted_elsewhere: frozenset[int],
+    segments: Segments,
+) -> WeightCapture:
+    """What follows from a table: its regions, and the bytes of unique storages."""
+    regions = _regions(columns, table.stride_values, table.shape_values, segments)
+    usage, ranges, outside_saver = _usage(
+        columns,
+        table.dtype_values,
+        table.device_values,
+        cast("tuple[Kind, ...]", table.kind_values),
+        counted_elsewhere,
+        segments,
+    )
+    counts = np.bincount(regions.device, minlength=len(table.device_values)).tolist()
+    return WeightCapture(
+        table=msgspec.structs.replace(
+            table,
+            region_ptr=regions.ptr.tobytes(),
+            region_nbytes=regions.nbytes.tobytes(),
+            region_device=regions.device.tobytes(),
+        ),
+        usage=usage,
+        counted_elsewhere=counted_elsewhere,
+        regions=dict(zip(table.device_values, counts, strict=True)),
+        outside_saver=outside_saver,
+        ranges=ranges,
+    )
+
+
+def _fields(columns: dict[str, npt.NDArray[Any]], values: dict[str, Any]) -> dict[str, Any]:
+    """Of a table, from its columns."""
+    return {
+        "rows": len(columns["kind"]),
+        "names": joined(values["names"]),
+        **{name: column.tobytes() for name, column in columns.items()},
+        "dtype_values": tuple(str(value).removeprefix("torch.") for value in values["dtype"]),
+        "shape_values": tuple(map(tuple, values["shape"])),
+        "stride_values": tuple(values["stride"]),
+        "device_values": tuple(str(value) for value in values["device"]),
+        "kind_values": tuple(values["kind"]),
+    }
+
+
+def _remembered(
+    model: torch.nn.Module,
+    found: NamedTensors,
+    derived: DerivedPaths,
+    columns: dict[str, npt.NDArray[Any]],
+    values: dict[str, Any],
+) -> PreviousCapture | None:
+    return PreviousCapture.of(
+        model,
+        found,
+        derived,
+        data_ptr=columns["data_ptr"].tolist(),
+        shape=_decoded(columns["shape"], values["shape"]),
+        dtype=_decoded(columns["dtype"], values["dtype"]),
+        storage_ptr=columns["storage_ptr"].tolist(),
+        storage_nbytes=columns["storage_nbytes"].tolist(),
+    )
+
+
+def in_pools_of_weights(
+    model: torch.nn.Module, derived: DerivedPaths, segments: Segments
+) -> DerivedPaths:
+    """Without tensors in pools that no parameter or buffer lies in: those are captured graphs'.
+    torch's default pool may hold weights."""
+    found = named_tensors(model).tensors
+    pools = set(segments.pool_of(_storage_ptrs(found)).tolist()) | {-1}
+    tensors = [(index, each) for index, each in enumerate(derived.tensors()) if each is not None]
+    there = segments.pool_of(_storage_ptrs([tensor for _, tensor in tensors])).tolist()
+    kept = [index for (index, _), pool in zip(tensors, there, strict=True) if pool in pools]
+    return derived if len(kept) == len(derived.paths) else derived.only(kept)
+
+
+def _storage_ptrs(tensors: Iterable[torch.Tensor]) -> npt.NDArray[np.uint64]:
+    readable = (0 if obstacle(each) else each.untyped_storage().data_ptr() for each in tensors)
+    return np.fromiter(readable, dtype=np.uint64)
+
+
+def _capture_again(known: PreviousCapture, model: torch.nn.Module) -> PreviousCapture | None:
+    """``None`` too where a tensor is strange now: the whole capture finds out which one."""
     try:
         return known.capture(model)
     except Exception:
@@ -199,14 +248,14 @@ def _again(capture: WeightCapture, captured_at: float) -> WeightCapture:
 
 def storages_of(model: torch.nn.Module) -> frozenset[int]:
     """Addresses of the storages behind a model's tensors, as ``WeightCapture.storages``."""
-    found = named_tensors(model, derived_paths(model))
+    found = named_tensors(model, DerivedPaths.of(model).paths)
     return frozenset(tensor.untyped_storage().data_ptr() for tensor in found.tensors) - {0}
 
 
 def table_tensors(capture: WeightCapture, model: torch.nn.Module) -> list[torch.Tensor]:
     """The tensors behind the rows of a capture's table, in their order. Raises ValueError where
     they are not the table's any more."""
-    found = named_tensors(model, capture.slots)
+    found = named_tensors(model, capture.derived.paths)
     names, tensors = found.names, found.tensors
     if len(names) != capture.table.rows:  # Some have no row, because they have no storage.
         there = [row for row, tensor in enumerate(tensors) if not obstacle(tensor)]
@@ -317,7 +366,7 @@ def _regions(
     has_holes = []
     for pair in unique.tolist():
         shape, stride = divmod(pair, len(stride_values))
-        has_holes.append(not _is_dense(shape_values[shape], stride_values[stride]))
+        has_holes.append(not is_dense(shape_values[shape], stride_values[stride]))
     whole = np.array(has_holes, dtype=bool)[inverse.reshape(-1)]
     return merge_spans(
         start=np.where(whole, columns["storage_ptr"], columns["data_ptr"]),
@@ -325,19 +374,6 @@ def _regions(
         allocation=segments.allocation_of(columns["storage_ptr"]),
         device=columns["device"],
     )
-
-
-def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether the elements fill a run of memory, in whatever order of dimensions."""
-    expected = 1
-    for step, size in sorted(zip(stride, shape, strict=True)):
-        if size == 0:
-            return True
-        if size > 1:
-            if step != expected:
-                return False
-            expected *= size
-    return True
 
 
 def _usage(

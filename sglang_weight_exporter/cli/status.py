@@ -122,6 +122,12 @@ def _print_role(role: Role, now: float) -> None:
             + (f", and {shared:,} that count elsewhere" if shared else "")
             + (", released" if role.released else "")
         )
+    if role.table is not None and role.table.scratch:
+        names = ", ".join(role.table.scratch_names[:5])
+        more = ", …" if role.table.scratch > 5 else ""
+        print_line(
+            f"    scratch {role.table.scratch:,} tensors, written while serving: {names}{more}"
+        )
     for pool in role.kv_pools or ():
         tokens = "" if pool.tokens is None else f" for {pool.tokens:,} tokens"
         print_line(f"    kv pool {pool.nbytes:,} bytes{tokens} ({pool.pool})")

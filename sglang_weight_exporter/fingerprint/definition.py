@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 #: The definition's version, kept beside stored fingerprints. Those of two versions never compare.
-DEFINITION = 1
+DEFINITION = 2
 #: Words of eight bytes side by side in a row of a chunk: each lane is a chain of its own.
 LANES = 1024
 #: Rows of a chunk.

@@ -1,49 +1,225 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""A table of weights with what its tensors hold."""
+"""Tables of weights with what their tensors hold.
+
+The engine waits for these, so what follows from a table is worked out once and kept while the
+table is the same: which rows are read by their addresses alone, and how a rank's names are sorted.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from sglang_weight_exporter import fingerprint
-from sglang_weight_exporter.fingerprint.tensors import Fingerprinter, has_memory, in_memory_order
-from sglang_weight_exporter.weight_table import WeightTable
+from sglang_weight_exporter.fingerprint.arrays import of_arrays, texts
+from sglang_weight_exporter.fingerprint.tensors import Fingerprinter, in_memory_order
+from sglang_weight_exporter.weight_table import NO_FINGERPRINT, WeightTable, is_dense
+
+_BYTES = len(NO_FINGERPRINT) // 2
 
 
-def with_fingerprints(
-    table: WeightTable,
-    tensors: Sequence[torch.Tensor],
-    fingerprinter: Fingerprinter,
-    limit_seconds: float,
-    after: torch.cuda.Stream | None = None,
-) -> WeightTable:
-    """The table with its tensors' fingerprints, in the order in which they lie in memory.
+class TableFingerprints:
+    """Puts fingerprints into tables; keeps for each role what to read."""
 
-    ``tensors``: those of its rows; ``after``: the stream of forward passes. Raises
-    FingerprintError.
-    """
-    started = time.perf_counter()
-    names = table.names.decode().split("\n")
-    rows = [row for row, tensor in enumerate(tensors) if has_memory(tensor)]
-    values = np.zeros((len(tensors), 2), dtype=np.uint64)
-    values[rows] = fingerprinter(
-        [in_memory_order(tensors[row]) for row in rows],
-        limit_seconds=limit_seconds,
-        owner=table.role,
-        after=after,
+    def __init__(self, fingerprinter: Fingerprinter) -> None:
+        self._fingerprinter = fingerprinter
+        self._rows: dict[str, _Rows] = {}
+        self._names: dict[str, _Names] = {}
+
+    def take(
+        self,
+        table: WeightTable,
+        tensors: Callable[[], Sequence[torch.Tensor]],
+        *,
+        skip: frozenset[str],
+        limit_seconds: float,
+        after: torch.cuda.Stream | None = None,
+    ) -> WeightTable:
+        """The table with its tensors' fingerprints, in the order in which they lie in memory.
+
+        ``tensors``: gives those of its rows, where addresses are not enough; ``skip``: names of
+        rows that are no weights and get none; ``after``: the stream of forward passes. Raises
+        FingerprintError, and what ``tensors`` raises.
+        """
+        started = time.perf_counter()
+        names, rows = self._prepared(table, skip)
+        values = np.zeros((table.rows, 2), dtype=np.uint64)
+        for device, addressed in rows.by_address.items():
+            values[addressed.rows] = self._fingerprinter.of_addresses(
+                device,
+                addressed.data_ptr,
+                addressed.nbytes,
+                limit_seconds=limit_seconds,
+                owner=table.role,
+                after=after,
+            )
+        if len(rows.by_tensor):
+            found = tensors()
+            values[rows.by_tensor] = self._fingerprinter(
+                [in_memory_order(found[row]) for row in rows.by_tensor.tolist()],
+                limit_seconds=limit_seconds - (time.perf_counter() - started),
+                owner=table.role,
+                after=after,
+            )
+        content = values.astype(">u8")
+        return msgspec.structs.replace(
+            table,
+            fingerprints=content.tobytes(),
+            fingerprint=names.of_rank(content),
+            fingerprint_seconds=time.perf_counter() - started,
+        )
+
+    def _prepared(self, table: WeightTable, skip: frozenset[str]) -> tuple[_Names, _Rows]:
+        rows = self._rows.get(table.role)
+        if rows is None or rows.sha256 != table.sha256 or rows.skip != skip:
+            has_kernels = self._fingerprinter.has_kernels
+            rows = self._rows[table.role] = _Rows.of(table, skip, has_kernels=has_kernels)
+        names = self._names.get(table.role)
+        if names is None or not names.are_those_of(table, rows):
+            names = self._names[table.role] = _Names.of(table, rows)
+        return names, rows
+
+
+def without_rows(before: WeightTable, after: WeightTable, skip: frozenset[str]) -> WeightTable:
+    """``after``, which has some of the rows of ``before``, with the fingerprints of that one;
+    ``skip``: names of rows that get none any more."""
+    digits = dict(
+        zip(
+            before.names.split(b"\n"),
+            np.frombuffer(before.fingerprints, dtype=f"V{_BYTES}").tolist(),
+            strict=True,
+        )
     )
-    content = values.astype(">u8").tobytes()
+    skipped = {name.encode() for name in skip}
+    content = b"".join(
+        bytes(_BYTES) if name in skipped else digits[name] for name in after.names.split(b"\n")
+    )
+    values = np.frombuffer(content, dtype=">u8").reshape(-1, 2)
+    rows = _Rows.of(after, skip, has_kernels=lambda device: False)
     return msgspec.structs.replace(
-        table,
+        after,
         fingerprints=content,
-        fingerprint=fingerprint.of_rank(
-            {names[row]: content[16 * row : 16 * row + 16].hex() for row in rows}
-        ),
-        fingerprint_seconds=time.perf_counter() - started,
+        fingerprint=_Names.of(after, rows).of_rank(values),
+        fingerprint_seconds=before.fingerprint_seconds,
     )
+
+
+@dataclass(frozen=True)
+class _Addressed:
+    """Rows of one device whose bytes lie one after another, in the order of the table."""
+
+    rows: NDArray[np.int64]
+    data_ptr: NDArray[np.int64]
+    nbytes: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """How each row of a table is read. Rows without memory are not."""
+
+    sha256: str
+    skip: frozenset[str]
+    by_address: dict[torch.device, _Addressed]
+    #: Rows that are read through their tensors.
+    by_tensor: NDArray[np.int64]
+    #: All of them, in order.
+    taken: NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls,
+        table: WeightTable,
+        skip: frozenset[str],
+        *,
+        has_kernels: Callable[[torch.device], bool],
+    ) -> _Rows:
+        column = {
+            name: np.frombuffer(getattr(table, name), dtype="<u8").astype(np.int64)
+            for name in ("data_ptr", "nbytes", "storage_ptr", "storage_nbytes")
+        }
+        devices = [torch.device(name) for name in table.device_values]
+        device = np.frombuffer(table.device, dtype="<u4")
+        real = np.array([each.type != "meta" for each in devices], dtype=bool)[device]
+        taken = real & ((column["storage_nbytes"] > 0) | (column["nbytes"] == 0))
+        if skip:
+            names = table.names.decode().split("\n")
+            taken &= np.fromiter((name not in skip for name in names), bool, len(names))
+        # Conjugates are complex, and their bytes are others than their elements.
+        is_real = np.array(["complex" not in name for name in table.dtype_values], dtype=bool)
+        end = column["storage_ptr"] + column["storage_nbytes"]
+        lies = taken & _dense(table) & is_real[np.frombuffer(table.dtype, dtype="<u4")]
+        lies &= column["data_ptr"] + column["nbytes"] <= end
+        by_address = {}
+        for code, each in enumerate(devices):
+            rows = np.flatnonzero(lies & (device == code))
+            if len(rows) and has_kernels(each):
+                by_address[each] = _Addressed(
+                    rows, column["data_ptr"][rows], column["nbytes"][rows]
+                )
+                taken[rows] = False
+        by_tensor = np.flatnonzero(taken)
+        addressed = [each.rows for each in by_address.values()]
+        return cls(
+            table.sha256,
+            skip,
+            by_address,
+            by_tensor,
+            np.sort(np.concatenate([by_tensor, *addressed])),
+        )
+
+
+def _dense(table: WeightTable) -> NDArray[np.bool_]:
+    """Of each row, whether its elements fill a run of memory."""
+    shape = np.frombuffer(table.shape, dtype="<u4").astype(np.uint64)
+    strides = max(1, len(table.stride_values))
+    pairs = shape * np.uint64(strides) + np.frombuffer(table.stride, dtype="<u4")
+    unique, inverse = np.unique(pairs, return_inverse=True)
+    dense = [
+        is_dense(table.shape_values[pair // strides], table.stride_values[pair % strides])
+        for pair in unique.tolist()
+    ]
+    found: NDArray[np.bool_] = np.array(dense, dtype=bool)[inverse.reshape(-1)]
+    return found
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What a rank's fingerprint is of, with room for those of its tensors."""
+
+    names: bytes
+    rows: NDArray[np.int64]
+    #: Rows by name, the bytes of all, and where in them each one's fingerprint belongs.
+    order: NDArray[np.int64]
+    content: NDArray[np.uint8]
+    places: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, table: WeightTable, rows: _Rows) -> _Names:
+        names = table.names.split(b"\n")
+        order = sorted(rows.taken.tolist(), key=names.__getitem__)
+        parts = [names[row] + b"\0" + bytes(_BYTES) for row in order]
+        ends = np.cumsum(np.fromiter(map(len, parts), np.int64, len(parts)))
+        return cls(
+            names=table.names,
+            rows=rows.taken,
+            order=np.array(order, dtype=np.int64),
+            content=np.frombuffer(b"".join(parts), dtype=np.uint8),
+            places=(ends - _BYTES)[:, None] + np.arange(_BYTES),
+        )
+
+    def are_those_of(self, table: WeightTable, rows: _Rows) -> bool:
+        return (
+            self.rows is rows.taken or np.array_equal(self.rows, rows.taken)
+        ) and self.names == table.names
+
+    def of_rank(self, values: NDArray[np.uint64]) -> str:
+        """``fingerprint.of_rank`` of these tensors. ``values``: big-endian, two a row."""
+        content = self.content.copy()
+        content[self.places] = values[self.order].view(np.uint8).reshape(-1, _BYTES)
+        return texts(of_arrays([content]))[0]

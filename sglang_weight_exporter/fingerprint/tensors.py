@@ -29,7 +29,7 @@ _CPU_BLOCK = 32
 _DEVICE_BLOCK = 1024
 #: Elements of a tensor with gaps that are gathered at a time, with indices of eight bytes.
 _GATHERED = 1 << 20
-#: How often the host looks whether the device is ready. A sleep lets other threads run.
+#: How often the host asks whether the device is ready. A sleep lets other threads run.
 _POLL_SECONDS = 5e-5
 
 
@@ -84,11 +84,36 @@ class Fingerprinter:
                 self._wait_for_the_device(device, after, deadline)
         for device, rows in by_table.items():
             with torch.cuda.device(device):
-                result[rows] = self._with_table(device, owner, [tensors[row] for row in rows])
+                result[rows] = self._with_table(
+                    device,
+                    owner,
+                    np.array([tensors[row].data_ptr() for row in rows], dtype=np.int64),
+                    np.array([tensors[row].nbytes for row in rows], dtype=np.int64),
+                )
         for device, rows in by_torch.items():
             with torch.cuda.device(device) if device in gpus else contextlib.nullcontext():
                 result[rows] = self._with_torch(device, [tensors[row] for row in rows], deadline)
         return result
+
+    def has_kernels(self, device: torch.device) -> bool:
+        """Whether tensors of a device can be read by their addresses alone."""
+        return device.type == "cuda" and _kernels() is not None
+
+    def of_addresses(
+        self,
+        device: torch.device,
+        data_ptr: NDArray[np.int64],
+        nbytes: NDArray[np.int64],
+        *,
+        limit_seconds: float = float("inf"),
+        owner: str = "",
+        after: torch.cuda.Stream | None = None,
+    ) -> NDArray[np.uint64]:
+        """The same of runs of bytes on a device that has kernels: no tensor is touched."""
+        deadline = self._clock() + limit_seconds
+        with torch.cuda.device(device):
+            self._wait_for_the_device(device, after, deadline)
+            return self._with_table(device, owner, data_ptr, nbytes)
 
     def _wait_for_the_device(
         self, device: torch.device, after: torch.cuda.Stream | None, deadline: float
@@ -112,20 +137,22 @@ class Fingerprinter:
             time.sleep(_POLL_SECONDS)
 
     def _with_table(
-        self, device: torch.device, owner: str, tensors: list[torch.Tensor]
+        self,
+        device: torch.device,
+        owner: str,
+        data_ptr: NDArray[np.int64],
+        nbytes: NDArray[np.int64],
     ) -> NDArray[np.uint64]:
-        data_ptr = np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
-        nbytes = np.array([tensor.nbytes for tensor in tensors], dtype=np.int64)
         table = self._tables.get((device, owner))
-        if table is None or not table.holds(data_ptr, nbytes):
+        if table is None or not table.has_sizes(nbytes):
             # Let go of the old one first: both together would be twice the memory.
             self._tables.pop((device, owner), None)
             del table
             table = self._tables[device, owner] = _AddressTable(device, data_ptr, nbytes)
+        else:
+            table.point_to(data_ptr)
         table.launch()
-        _wait_for_ours()
-        halves: NDArray[np.uint64] = table.fingerprints.cpu().numpy().view(np.uint64)
-        return halves
+        return table.taken()
 
     def _with_torch(
         self, device: torch.device, tensors: list[torch.Tensor], deadline: float
@@ -328,9 +355,26 @@ class _AddressTable:
         self._tensor = on_device(tensor)
         self._sums = torch.empty((2, self._chunks), dtype=torch.int64, device=device)
         self.fingerprints = torch.empty((self._tensors, 2), dtype=torch.int64, device=device)
+        #: Where they come to on the host, in memory that a device writes without anybody's help.
+        self._on_host = torch.empty(
+            (self._tensors, 2), dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
 
-    def holds(self, data_ptr: NDArray[np.int64], nbytes: NDArray[np.int64]) -> bool:
-        return np.array_equal(self._host[0], data_ptr) and np.array_equal(self._host[1], nbytes)
+    def has_sizes(self, nbytes: NDArray[np.int64]) -> bool:
+        return np.array_equal(self._host[1], nbytes)
+
+    def point_to(self, data_ptr: NDArray[np.int64]) -> None:
+        """Tensors of the same sizes, maybe elsewhere."""
+        if not np.array_equal(self._host[0], data_ptr):
+            self._host = data_ptr, self._host[1]
+            self._data_ptr.copy_(torch.from_numpy(data_ptr))
+
+    def taken(self) -> NDArray[np.uint64]:
+        """What was launched, as soon as it is there; other threads run meanwhile."""
+        self._on_host.copy_(self.fingerprints, non_blocking=True)
+        _wait_for_ours()
+        halves: NDArray[np.uint64] = self._on_host.numpy().view(np.uint64).copy()
+        return halves
 
     @property
     def nbytes(self) -> int:

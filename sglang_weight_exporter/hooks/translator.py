@@ -40,7 +40,7 @@ class Translator:
         yield
         self._rank.roles.identify(call.owner)
         self._rank.inspector.watch(call.owner)
-        self._rank.capture(*self._rank.roles, derived=True, pools=True)
+        self._rank.capture(*self._rank.roles, complete=True, pools=True)
         self._rank.step(lambda ledger: ledger.loads.end_start())
 
     def construct(self, call: Call) -> Around:
@@ -59,7 +59,8 @@ class Translator:
 
     def _end_load(self, role: RunnerRole, outcome: Outcome, started_at: float | None) -> None:
         if outcome.error is None:
-            self._rank.capture(role, derived=True, pools=True)
+            complete = not self._rank.ledger.loads.starting
+            self._rank.capture(role, loaded=True, complete=complete, pools=True)
         self._rank.step(
             lambda ledger: ledger.loads.end(
                 role.name,
@@ -76,7 +77,8 @@ class Translator:
         placeholders and the values have come only now."""
         outcome = yield
         if (role := self._rank.roles.find(call.owner)) is not None:
-            self._rank.capture(role, derived=True, pools=True)
+            complete = not self._rank.ledger.loads.starting
+            self._rank.capture(role, loaded=True, complete=complete, pools=True)
             self._rank.step(lambda ledger: ledger.loads.finalize(role.name, error=_error(outcome)))
 
     def allocate_kv_pool(self, call: Call) -> Around:
@@ -87,7 +89,7 @@ class Translator:
 
     def _report_load(self, role: RunnerRole | None, outcome: Outcome, *, complete: bool) -> None:
         if role is not None and outcome.error is None:
-            self._rank.capture(role, derived=True, pools=True)
+            self._rank.capture(role, pools=True)
             complete = complete or self._rank.inspector.of(role).kv_pools is not None
             self._rank.step(lambda ledger: ledger.loads.report(role.name) if complete else None)
 

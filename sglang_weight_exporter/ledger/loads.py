@@ -33,6 +33,11 @@ class Loads:
             for name in self._roles.by_name:
                 self.report(name)
 
+    @property
+    def starting(self) -> bool:
+        """Whether the process still loads its models."""
+        return self._starting
+
     def begin(self) -> float:
         """A load begins; the time it began, also kept for :attr:`began_at`."""
         with self._lock:

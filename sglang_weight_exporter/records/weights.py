@@ -51,6 +51,10 @@ class TableRef(Record, frozen=True, kw_only=True):
     #: ``None``: not known, because nobody has looked at them when it ended, or looks now.
     modified: int | None = None
     modified_names: tuple[str, ...] = ()
+    #: Tensors that looked like weights and that forward passes write: in no fingerprint, and where
+    #: they are plain attributes of modules, in no table and no sum.
+    scratch: int = 0
+    scratch_names: tuple[str, ...] = ()
 
 
 class TableChanges(Record, frozen=True, kw_only=True):

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,13 +13,21 @@ import torch
 
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.object_tensors import Storage
-from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights, storages_of
+from sglang_weight_exporter.capture.tensors import DerivedPaths
+from sglang_weight_exporter.capture.weights import (
+    WeightCapture,
+    capture_weights,
+    in_pools_of_weights,
+    storages_of,
+)
 from sglang_weight_exporter.records.fingerprints import Skip
 from sglang_weight_exporter.records.pools import KvPoolUsage, LoraUsage
-from sglang_weight_exporter.records.weights import Kind
+from sglang_weight_exporter.records.weights import NAMED_CHANGES, Kind
 from sglang_weight_exporter.runners import pools as runner_pools
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
 from sglang_weight_exporter.weight_table import WeightTable
+
+logger = logging.getLogger("sglang_weight_exporter")
 
 
 @dataclass
@@ -32,6 +41,12 @@ class RoleCapture:
     kv_outside_saver: dict[str, int] | None = None
     lora: tuple[LoraUsage, ...] = ()
     lora_storages: tuple[Storage, ...] = ()
+    #: Of what keeps the pools' books.
+    table_storages: tuple[Storage, ...] = ()
+    #: Where the last load has left derived weights, without what has turned out to be scratch.
+    derived: DerivedPaths | None = None
+    #: Names of tensors that forward passes write: no weights, whatever they looked like.
+    scratch: tuple[str, ...] = ()
     #: Why fingerprints were not taken; ``None`` where they were, or were not asked for.
     skipped: Skip | None = None
     #: The table as the last load or update left it, with fingerprints. ``None``: nobody knows.
@@ -87,27 +102,77 @@ class Captures:
             self._mapped |= storages_of(model)
 
     def capture_weights(
-        self, role: RunnerRole, segments: Callable[[], Segments], *, derived: bool
+        self,
+        role: RunnerRole,
+        segments: Callable[[], Segments],
+        *,
+        loaded: bool = False,
+        renamed: bool = False,
     ) -> None:
-        """``derived``: find out anew where derived weights hang."""
+        """``loaded``: by a load that has just ended, so that derived weights are those that it has
+        left; ``renamed``: modules may have other names than at the last capture."""
         held = self.known(role)
         try:
-            held.weights = self._weights(role, held.weights, segments, derived=derived)
+            model = getattr(role.runner, "model", None)
+            if not isinstance(model, torch.nn.Module):
+                held.weights = None
+                return
+            if loaded or held.derived is None:
+                held.derived, held.scratch = _left_by_load(model, segments), ()
+            elif renamed:
+                found = held.derived.renamed(model)
+                held.derived = held.derived if found.paths == held.derived.paths else found
+            held.weights = self._weights(role, model, held, segments)
         except Exception as error:
             held.weights = None
             self._report("capture", error)
 
+    def drop_rebound(self, role: RunnerRole, segments: Callable[[], Segments]) -> None:
+        """Derived weights that are other tensors now although no update has begun are scratch."""
+        held = self.of(role)
+        known = None if held.weights is None else held.weights.remembered
+        if known is None or not known.present or held.derived is None:
+            return
+        try:
+            rebound = set(known.rebound())
+        except Exception as error:
+            self._report("capture", error)
+            return
+        if rebound:
+            self.drop_scratch(role, [known.derived.names()[row] for row in rebound], segments)
+
+    def drop_scratch(
+        self, role: RunnerRole, names: Collection[str], segments: Callable[[], Segments]
+    ) -> None:
+        """These tensors are scratch from now on: no rows of the table where they are derived, and
+        in no fingerprint."""
+        held = self.known(role)
+        new = [name for name in names if name not in held.scratch]
+        if not new:
+            return
+        held.scratch = (*held.scratch, *new)
+        logger.info(
+            "sglang_weight_exporter: %d tensors of the %s model are written while nothing updates "
+            "weights, so they count as scratch and not as weights from now on: %s",
+            len(new),
+            role.name,
+            ", ".join(new[:NAMED_CHANGES]),
+        )
+        if held.derived is not None:
+            all_names = held.derived.names()
+            kept = [row for row, name in enumerate(all_names) if name not in held.scratch]
+            if len(kept) < len(all_names):
+                held.derived = held.derived.only(kept)
+                self.capture_weights(role, segments)
+
     def _weights(
         self,
         role: RunnerRole,
-        before: WeightCapture | None,
+        model: torch.nn.Module,
+        held: RoleCapture,
         segments: Callable[[], Segments],
-        *,
-        derived: bool,
-    ) -> WeightCapture | None:
-        model = getattr(role.runner, "model", None)
-        if not isinstance(model, torch.nn.Module):
-            return None
+    ) -> WeightCapture:
+        before = held.weights
         counted = self._mapped
         for other in self._earlier(role):
             if other.weights is not None:
@@ -119,7 +184,7 @@ class Captures:
             counted_elsewhere=counted,
             segments=segments,
             previous=before,
-            thorough=derived,
+            derived=held.derived,
         )
         for usage in capture.usage:
             self._roles.describe(usage.device)
@@ -134,7 +199,7 @@ class Captures:
             self._pools(role, held, segments)
         except Exception as error:
             held.kv_pools, held.kv_outside_saver, held.lora = None, None, ()
-            held.kv_storages, held.lora_storages = (), ()
+            held.kv_storages, held.lora_storages, held.table_storages = (), (), ()
             self._report("kv_pool", error)
 
     def _pools(self, role: RunnerRole, held: RoleCapture, segments: Callable[[], Segments]) -> None:
@@ -147,6 +212,8 @@ class Captures:
             held.kv_pools, held.kv_outside_saver, held.kv_storages = None, None, ()
             return
         held.kv_storages = tuple(storages)
+        pools = frozenset(storage.address for storage in self.pool_storages)
+        held.table_storages = tuple(runner_pools.table_storages(runner, pools))
         held.kv_pools = runner_pools.kv_usage(runner, storages)
         held.kv_outside_saver = _outside_saver(storages, segments())
 
@@ -157,6 +224,13 @@ class Captures:
                 break
             earlier.append(self.of(other))
         return earlier
+
+
+def _left_by_load(model: torch.nn.Module, segments: Callable[[], Segments]) -> DerivedPaths:
+    """Tensors of the model's own modules, where weights may lie. Graphs may have been captured
+    before a load has ended (with overlapped loading), and a forward pass binds scratch."""
+    found = DerivedPaths.of(model, foreign=runner_pools.is_lora_layer)
+    return in_pools_of_weights(model, found, segments()) if found.paths else found
 
 
 class UnreadableTensorsError(Exception):

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from sglang_weight_exporter.capture.weights import table_tensors
-from sglang_weight_exporter.fingerprint.tables import with_fingerprints
+from sglang_weight_exporter.capture.weights import WeightCapture, table_tensors
+from sglang_weight_exporter.fingerprint.tables import TableFingerprints, without_rows
 from sglang_weight_exporter.fingerprint.tensors import (
     Fingerprinter,
     FingerprintError,
@@ -35,7 +35,7 @@ class RoleFingerprints:
     def __init__(
         self, fingerprinter: Fingerprinter, *, report: Callable[[str, BaseException], None]
     ) -> None:
-        self._fingerprinter = fingerprinter
+        self._tables = TableFingerprints(fingerprinter)
         self._report = report
         self._logged: set[Skip] = set()
 
@@ -71,16 +71,17 @@ class RoleFingerprints:
         limit_seconds: float,
         after: torch.cuda.Stream | None,
     ) -> None:
-        assert held.weights is not None
+        weights = held.weights
+        assert weights is not None
         try:
-            table = with_fingerprints(
-                held.weights.table,
-                table_tensors(held.weights, role.runner.model),
-                self._fingerprinter,
-                limit_seconds,
+            table = self._tables.take(
+                weights.table,
+                lambda: table_tensors(weights, role.runner.model),
+                skip=_no_weights(held),
+                limit_seconds=limit_seconds,
                 after=after,
             )
-            held.weights = replace(held.weights, table=table)
+            held.weights = replace(weights, table=table)
         except FingerprintError as error:
             timed_out = isinstance(error, FingerprintTimeoutError)
             held.skipped = "time_limit" if timed_out else "unsupported"
@@ -88,6 +89,21 @@ class RoleFingerprints:
         except Exception as error:
             held.skipped = "error"
             self._report("fingerprint", error)
+
+    def drop_scratch(self, held: RoleCapture, before: WeightCapture | None) -> None:
+        """Tensors have turned out to be scratch; ``before``: the capture in which they were not."""
+        for name in held.scratch:
+            held.modified.pop(name, None)
+        if held.weights is None or before is None or not before.table.fingerprint:
+            return
+        try:
+            table = without_rows(before.table, held.weights.table, _no_weights(held))
+        except Exception as error:
+            self._report("fingerprint", error)
+            return
+        held.weights = replace(held.weights, table=table)
+        if not held.modified:
+            held.left = table
 
     def _log(self, reason: Skip, error: FingerprintError) -> None:
         """Once: it is counted each time, and nothing went wrong."""
@@ -110,6 +126,13 @@ class RoleFingerprints:
             except Exception as error:
                 held.modified = {}
                 self._report("fingerprint", error)
+
+
+def _no_weights(held: RoleCapture) -> frozenset[str]:
+    """Names of rows that a fingerprint is not of: what torch does not count to the model's state,
+    and what forward passes write."""
+    not_persistent = frozenset() if held.weights is None else held.weights.not_persistent
+    return not_persistent.union(held.scratch)
 
 
 def start_over(held: RoleCapture, *, known: bool) -> None:

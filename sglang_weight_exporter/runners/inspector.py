@@ -102,24 +102,26 @@ class ModelRunnerInspector:
     def capture(
         self,
         *roles: RunnerRole,
-        derived: bool = False,
+        loaded: bool = False,
         pools: bool = False,
         fingerprint_seconds: float | None = None,
         written: bool = True,
     ) -> None:
         """Read pointers and bytes of weights again. What cannot be read becomes absent.
 
-        ``derived``: find out anew where derived weights hang, which only a load changes; once
-        requests are served, scratch memory may hang there too. ``pools``: pools and adapter slots
-        may have changed as well. ``fingerprint_seconds``: weights may have changed, and
-        their fingerprints may take so long; 0 where they may not be read. ``written``: by a load
-        or an update; otherwise they should be as the last one left them.
+        ``loaded``: a load has just ended, and derived weights are what it has left. ``pools``:
+        pools, adapter slots and names of modules may have changed as well.
+        ``fingerprint_seconds``: weights may have changed, and their fingerprints may take so long;
+        0 where they may not be read. ``written``: by a load or an update; otherwise they should be
+        as the last one left them.
         """
         started = time.perf_counter()
         on_gpu = _Once(Segments.of_cuda)
         for role in roles:
             segments = self._segments(role.device, on_gpu)
-            self._captures.capture_weights(role, segments, derived=derived)
+            if not written:
+                self._captures.drop_rebound(role, segments)
+            self._captures.capture_weights(role, segments, loaded=loaded, renamed=pools)
             if self._fingerprints is not None and fingerprint_seconds is not None:
                 self._fingerprints.take(
                     role,
@@ -131,8 +133,18 @@ class ModelRunnerInspector:
             if pools:
                 self._captures.capture_pools(role, segments)
         self._captures.drop_collected()
-        self.read_memory(on_gpu, thorough=derived or pools)
+        self.read_memory(on_gpu, thorough=loaded or pools)
         self.seconds = time.perf_counter() - started
+
+    def learn_scratch(self, role: RunnerRole) -> None:
+        """Forward passes write what was found modified and is no parameter: it is scratch from now
+        on, and no news."""
+        held = self.of(role)
+        names = [name for name, kind in held.modified.items() if kind != "parameter"]
+        if names and self._fingerprints is not None:
+            before = held.weights
+            self._captures.drop_scratch(role, names, self._segments(role.device, Segments.of_cuda))
+            self._fingerprints.drop_scratch(held, before)
 
     def _segments(self, device: str, on_gpu: Callable[[], Segments]) -> Callable[[], Segments]:
         if self._allocations is not None:
@@ -140,8 +152,11 @@ class ModelRunnerInspector:
             return _Once(lambda: allocations(device))
         return on_gpu if device.startswith("cuda") else Segments.none
 
-    def begin_update(self) -> None:
-        """Weights are about to be written."""
+    def begin_update(self, *roles: RunnerRole) -> None:
+        """Weights are about to be written. What was bound anew since the last capture is scratch,
+        and not moved by the update."""
+        for role in roles:
+            self._captures.drop_rebound(role, self._segments(role.device, Segments.of_cuda))
         try:
             self.memory.begin_update()
         except Exception as error:

@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a process has of its GPUs through torch's allocator, kept up from look to look.
+"""What a process has of its GPUs through torch's allocator, kept up from capture to capture.
 
-torch's counters are read at every look, which takes 0.03 ms. Its segments with their blocks take
-half a millisecond where the blocks are 1,000, and 10 where they are 20,000. A look that nothing
-else needs them for leaves so many alone while what is reserved is what it was: the parts still sum
-to it, and how the allocator's own share is split (other tensors, rounding, free inside and outside
-of segments) is as of the look before.
+torch's counters are read at every capture, which takes 0.03 ms. Its segments with their blocks take
+half a millisecond where the blocks are 1,000, and 10 where they are 20,000. An update leaves them
+alone while what is reserved is what it was: the parts still sum to it, and how the allocator's own
+share is split (other tensors, rounding, free inside and outside of segments) is as of the last
+time.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ from sglang_weight_exporter.capture.weights import StorageRanges
 from sglang_weight_exporter.records.memory import DeviceMemory, MemoryPart
 from sglang_weight_exporter.runners.pools import graph_pools
 
-#: So many can be read at every look.
-FEW_BLOCKS = 1000
-
 
 class Memory:
     """One process's account of its GPUs. ``released``: tags of memory that is given back now."""
@@ -47,7 +44,7 @@ class Memory:
         self._before_update: dict[int, int] = {}
 
     def devices(self) -> tuple[DeviceMemory, ...]:
-        """What the last look has found, by index of the device."""
+        """What was found last, by index of the device."""
         return tuple(self._devices.values())
 
     def begin_update(self) -> None:
@@ -55,7 +52,7 @@ class Memory:
         self._before_update = {device: _reserved(each) for device, each in self._stats().items()}
 
     def end_update(self) -> None:
-        """It has ended and been looked at."""
+        """It has ended, and memory was read after it."""
         for device, before in self._before_update.items():
             if device in self._devices:
                 self._change(
@@ -64,7 +61,7 @@ class Memory:
         self._before_update = {}
 
     def end_release(self) -> None:
-        """Memory has been given back, and been looked at."""
+        """Memory has been given back, and was read after that."""
         for device, each in self._devices.items():
             self._change(device, after_release=each.reserved - each.released)
 
@@ -79,7 +76,7 @@ class Memory:
         *,
         thorough: bool,
     ) -> None:
-        """``segments``: reads them, or has them already where the look needed them for the table.
+        """``segments``: reads them, or has them already where the table needed them.
         ``known``: the storages that are somebody's. ``pools``: those of KV pools. ``thorough``:
         read the segments in any case."""
         found = self._stats()
@@ -91,7 +88,6 @@ class Memory:
                 before is not None
                 and before.parts is not None
                 and before.reserved == _reserved(stats)
-                and _blocks(stats) > FEW_BLOCKS
             )
             if before is not None and same and not thorough:
                 taken = Account(before.parts, before.released), before.mapped
@@ -171,11 +167,6 @@ def _columns(storages: Iterable[Storage]) -> tuple[Any, Any]:
 
 def _reserved(stats: dict[str, Any]) -> int:
     return int(stats["reserved_bytes"]["all"]["current"])
-
-
-def _blocks(stats: dict[str, Any]) -> int:
-    """About how many there are: live ones, and one free one a segment."""
-    return int(stats["active"]["all"]["current"]) + int(stats["segment"]["all"]["current"])
 
 
 def _cuda_stats() -> dict[int, dict[str, Any]]:

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import msgspec
 import torch
@@ -23,11 +23,10 @@ from sglang_weight_exporter.weight_table import table_rows
 def owned_storages(captures: Captures) -> list[OwnedStorages]:
     """Storages by what they are part of."""
     owned: list[OwnedStorages] = []
-    pools = frozenset(storage.address for storage in captures.pool_storages)
-    for role, held in captures:
+    for _, held in captures:
         if held.weights is not None:
             owned += of_weights(held.weights.ranges)
-        owned += [of_storages(*group) for group in _groups(role, held, pools)]
+        owned += [of_storages(*group) for group in _groups(held)]
     return owned
 
 
@@ -45,10 +44,9 @@ def dump_memory(captures: Captures, *, at: float) -> MemoryDump | None:
 
 def memory_owners(captures: Captures) -> Iterator[MemoryOwner]:
     """What is known of the memory, a storage each, with a name."""
-    pools = frozenset(storage.address for storage in captures.pool_storages)
     for role, held in captures:
         yield from _weight_owners(role, held)
-        for part, storages in _groups(role, held, pools):
+        for part, storages in _groups(held):
             for number, each in enumerate(storages):
                 yield MemoryOwner(
                     address=each.address,
@@ -71,10 +69,9 @@ def _weight_owners(role: RunnerRole, held: RoleCapture) -> Iterator[MemoryOwner]
         yield MemoryOwner(address=address, nbytes=size, part=part, name=f"{name} ({role.name})")
 
 
-def _groups(
-    role: RunnerRole, held: RoleCapture, pools: frozenset[int]
-) -> Iterator[tuple[MemoryPart, Iterable[Storage]]]:
-    yield "kv_pool", held.kv_storages
-    yield "lora", held.lora_storages
-    if role.runner is not None:
-        yield "kv_tables", runner_pools.table_storages(role.runner, pools)
+def _groups(held: RoleCapture) -> tuple[tuple[MemoryPart, tuple[Storage, ...]], ...]:
+    return (
+        ("kv_pool", held.kv_storages),
+        ("lora", held.lora_storages),
+        ("kv_tables", held.table_storages),
+    )

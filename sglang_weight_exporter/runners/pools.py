@@ -130,6 +130,12 @@ def table_storages(runner: Any, pools: Container[int]) -> list[Storage]:
     return unique_storages(tensors, counted=pools)
 
 
+def is_lora_layer(module: torch.nn.Module) -> bool:
+    """Whether a module is one that SGLang puts around another for adapters: its attributes are
+    adapter slots."""
+    return type(module).__module__.startswith("sglang.srt.lora.")
+
+
 def lora_storages(runner: Any) -> list[Storage]:
     """Memory of a runner's adapter slots; empty where LoRA is off."""
     pool = getattr(getattr(runner, "lora_manager", None), "memory_pool", None)

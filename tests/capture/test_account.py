@@ -91,11 +91,11 @@ def test_every_byte_counts_once(drawn: tuple[list[dict[str, Any]], list[Owner]])
         address = each["address"]
         for block in each["blocks"]:
             if block["state"] != "inactive":
-                for _, start, nbytes in owners:
+                for part, start, nbytes in owners:
                     here = range(max(start, address), min(start + nbytes, address + block["size"]))
                     if each["device"] == 0:
                         owned |= set(here)
-                    if here:
+                    if here and part != "derived_weights":
                         holding.add(each["segment_pool_id"])
             address += block["size"]
     for each in mine:
@@ -188,6 +188,25 @@ def test_what_cannot_be_told_apart_is_absent_with_the_reason(
     found = taken(segments, owners, released={"weights"})
     assert found.parts is None
     assert reason in found.reason
+
+
+def test_adapter_slots_that_a_module_refers_to_are_no_weights() -> None:
+    owners: list[Owner] = [("weights", 0, 64), ("derived_weights", 64, 64), ("lora", 64, 64)]
+    found = taken([segment(0, DEFAULT, (64, 64, True), (64, 64, True))], owners)
+    assert held(found) == {"weights": 64, "lora": 64}
+
+
+@pytest.mark.parametrize("graph_pools", [{GRAPHS}, None])
+def test_scratch_in_the_graphs_pool_is_released_with_no_weights(graph_pools: Any) -> None:
+    """A module's attribute that was bound while a graph was captured lies in that pool."""
+    segments = [
+        segment(0, SAVED_WEIGHTS, (100, 100, True)),
+        segment(1000, GRAPHS, (8, 8, True), (40, 0, False)),
+    ]
+    owners: list[Owner] = [("weights", 0, 100), ("derived_weights", 1000, 8)]
+    found = taken(segments, owners, released={"weights"}, graph_pools=graph_pools)
+    assert found.released == 100
+    assert held(found) == {"derived_weights": 8, "cuda_graphs": 40}
 
 
 # Recorded from SGLang 0.5.17 on an H200, see docs/gpu-measurements.md.

@@ -46,7 +46,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_manifest(path) == written
     assert json.loads(path.read_bytes()) == {
         "schema_version": 1,
-        "definition": 1,
+        "definition": 2,
         "weight_version": "7",
         "shard": None,
         "fingerprint": fingerprint.of_rank({"a": A, "b": B}),
@@ -63,7 +63,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
     [
         (b"{}", "is no manifest"),
         (b"\x00", "is no manifest"),
-        (b'{"tensors": {}, "fingerprint": "", "definition": 2}', "definition 2"),
+        (b'{"tensors": {}, "fingerprint": "", "definition": 1}', "definition 1"),
         (b'{"tensors": {}, "fingerprint": "", "schema_version": 9}', "schema 9"),
     ],
 )

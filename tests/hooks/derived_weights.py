@@ -143,9 +143,7 @@ def bound(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def look(model: torch.nn.Module, previous: WeightCapture | None = None) -> WeightCapture:
-    return capture_weights(
-        model, role="target", captured_at=0.0, previous=previous, thorough=previous is None
-    )
+    return capture_weights(model, role="target", captured_at=0.0, previous=previous)
 
 
 def measure(build: Callable[[], torch.nn.Module], *, reloads: bool) -> dict[str, Any]:

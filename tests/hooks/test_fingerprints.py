@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from standins import Rank, Request, answer, fail, model, rebalanced, session
+from standins import Rank, Request, Scheduler, answer, fail, model, rebalanced, session
 
 from sglang_weight_exporter import fingerprint
 from sglang_weight_exporter.fingerprint.tensors import (
@@ -21,6 +21,7 @@ from sglang_weight_exporter.fingerprint.tensors import (
     FingerprintError,
     FingerprintTimeoutError,
 )
+from sglang_weight_exporter.hooks.targets import SCHEDULER
 from sglang_weight_exporter.records.fingerprints import FingerprintCounts
 from sglang_weight_exporter.records.weights import Kind
 from sglang_weight_exporter.store.reader import SnapshotReader
@@ -363,22 +364,63 @@ def test_what_wrote_between_two_updates_is_found_by_a_check_and_before_the_next_
     assert of(rank) == expected(runner) != loaded
 
 
-def test_a_buffer_that_changed_is_counted_and_is_no_weight_that_did(rank: Rank) -> None:
-    """A forward pass may write buffers, as with a cache of rotary embeddings that grows."""
+def test_what_forward_passes_write_is_scratch_once_it_is_seen(rank: Rank) -> None:
+    """A persistent buffer, as of a quantizer that observes, and an attribute of a module."""
     made = model()
-    made.register_buffer("cache", torch.zeros(4))
+    made.register_buffer("seen", torch.zeros(4))
+    made.history = torch.zeros(6)
+    runner = rank.runner(model=made, answers={})
+    runner.answers["disk"] = writes(runner)
+    assert {part.kind: part.nbytes for part in rank.weights()}["derived"] == 24
+    made.seen += 1
+    made.history += 1
+    for _ in range(2):
+        runner.check_weights("checksum")
+        table = rank.role().table
+        assert table is not None
+        assert counts(rank).modified == {"serving": {}}
+        assert (table.modified, table.scratch) == (0, 2)
+        assert table.scratch_names == ("seen", "history")
+        assert of(rank) == expected(runner)
+        made.seen += 1
+        made.history += 1
+    assert "derived" not in {part.kind for part in rank.weights()}
+    runner.weight_updater.update_weights_from_disk("other", "auto")
+    assert counts(rank).modified == {"serving": {}}
+    assert of(rank) == expected(runner)
+    add_one(runner)  # A parameter is none.
+    runner.check_weights("checksum")
+    table = rank.role().table
+    assert table is not None
+    assert counts(rank).modified == {"serving": {"parameter": 1}}
+    assert (table.modified, table.modified_names, table.scratch) == (1, ("proj.weight",), 2)
+
+
+def test_a_rank_is_of_its_weights_and_not_of_what_it_computes(rank: Rank) -> None:
+    """A cache of rotary embeddings is as long as the context that the engine was started with."""
+    made = model()
+    made.register_buffer("cos_sin_cache", torch.zeros(4), persistent=False)
     runner = rank.runner(model=made)
-    made.cache += 1
+    assert of(rank) == expected(runner)
+    made.cos_sin_cache += 1
     runner.check_weights("checksum")
-    assert counts(rank).modified == {"serving": {"buffer": 1}}
-    table = rank.role().table
-    assert table is not None
-    assert (table.modified, table.modified_names) == (0, ())
-    add_one(runner)
-    runner.check_weights("checksum")
-    table = rank.role().table
-    assert table is not None
-    assert (table.modified, table.modified_names) == (1, ("proj.weight",))
+    assert counts(rank).modified == {"serving": {}}
+    assert {part.kind: part.nbytes for part in rank.weights()}["buffer"] == 16
+
+
+def test_fingerprints_at_the_start_are_taken_once_when_all_is_loaded(
+    rank: Rank, counting: Counting
+) -> None:
+    """Each may take half a minute on a CPU."""
+
+    def make() -> None:
+        for draft in (False, True):
+            rank.runner(is_draft_worker=draft).alloc_memory_pool()
+        assert counting.times == 0
+
+    rank.hook(SCHEDULER, Scheduler)(make)
+    assert counting.times == 2
+    assert of(rank) != ""
 
 
 def test_what_a_bucket_of_a_session_wrote_is_none_of_it(rank: Rank) -> None:

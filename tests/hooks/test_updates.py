@@ -18,6 +18,7 @@ from standins import (
     IpcModelLoader,
     Rank,
     Request,
+    Scheduler,
     WeightCacheDaemon,
     answer,
     fail,
@@ -583,11 +584,6 @@ def test_released_weights_keep_their_bytes_and_have_none_resident(
 
 
 # Ranks, wherever a release keeps them.
-
-
-class Scheduler:  # until 0.5.20
-    def __init__(self, make: Any, *, dp_rank: int | None) -> None:
-        make()
 
 
 class Unset:

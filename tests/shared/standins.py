@@ -233,6 +233,14 @@ def fail(error: BaseException) -> Answer:
     return raise_it
 
 
+class Scheduler:
+    """Until 0.5.20: makes runners when it is made itself."""
+
+    def __init__(self, make: Callable[[], None], *, dp_rank: int | None = None) -> None:
+        self.forward_ct = 0
+        make()
+
+
 class WeightUpdater:
     """Of 0.5.21 and later; what each call answers is the runner's ``answers``."""
 
