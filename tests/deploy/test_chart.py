@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from deploy.google import SCHEMAS
 from kubernetes_programs import Program
 from monitoring import DASHBOARDS, RULES
 from panel_page import installed
@@ -82,6 +84,34 @@ VALUES: dict[str, Values] = {
         "dashboards": {"enabled": False},
         "networkPolicy": {"enabled": True, "from": [{"ipBlock": {"cidr": "192.0.2.0/24"}}]},
     },
+    "Google's": {
+        "operator": "google",
+        "podMonitor": {
+            "podTargetLabels": ["app.kubernetes.io/name"],
+            "scrapeTimeout": "5s",
+            "sampleLimit": 20000,
+            "sglang": {"port": 30000},
+            "scheme": "https",
+            "tlsConfig": {"ca": {"secret": {"name": "weights", "key": "ca.crt"}}},
+            "basicAuth": {
+                "username": "prometheus",
+                "password": {"secret": {"name": "weights", "key": "password"}},
+            },
+            "metricRelabelings": [
+                {"action": "drop", "sourceLabels": ["__name__"], "regex": "sglang_weight_x"}
+            ],
+        },
+        "networkPolicy": {"enabled": True},
+    },
+    "Azure's": {"operator": "azure", "podMonitor": {"namespaceSelector": {"any": True}}},
+    "other figures": {
+        "podMonitor": {"sampleLimit": 20000},
+        "prometheusRule": {
+            "interval": "1m",
+            "disabled": {"SGLangKVCacheStale": True},
+            "alerts": {"SGLangWeightsLeaveLittleForKV": {"threshold": 0.8, "for": "1h"}},
+        },
+    },
     "dashboards alone": {
         "podMonitor": {"enabled": False},
         "prometheusRule": {"enabled": False},
@@ -131,6 +161,9 @@ def test_what_is_rendered_fits_the_kubernetes_api(render: Render, name: str) -> 
     for kind in ("ConfigMap", "NetworkPolicy"):
         for manifest in rendered.pop(kind, []):
             kubernetes_validate.validate(manifest, "1.34", strict=True)
+    for kind, schema in SCHEMAS.items():
+        for manifest in rendered.pop(kind, []):
+            jsonschema.validate(manifest, schema)
     assert rendered.keys() <= {"PodMonitor", "PrometheusRule"}
 
 
@@ -142,7 +175,9 @@ def test_what_is_rendered_fits_the_operator_s_definitions(render: Render, tmp_pa
         for kind in ("PodMonitor", "PrometheusRule")
         for manifest in render(values).get(kind, [])
     ]
-    assert len(objects) == 7
+    assert len(objects) == 10
+    for each in objects:  # Azure's differ from the operator's in the group alone.
+        each["apiVersion"] = each["apiVersion"].removeprefix("az")
     page = installed()
     page.check_manifests(objects, tmp_path)
     objects[0]["spec"]["unheard"] = "of"
@@ -162,6 +197,20 @@ def test_what_is_rendered_fits_the_operator_s_definitions(render: Render, tmp_pa
         # `from` with nobody in it would be everybody.
         ({"networkPolicy": {"from": []}}, "minItems: got 0, want 1"),
         ({"networkPolicy": {"from": None}}, "missing property 'from'"),
+        # An empty selector would be every pod.
+        ({"selector": None}, "missing property 'selector'"),
+        ({"selector": {"matchLabels": None}}, "selector"),
+        ({"selector": {"matchLabels": {"sglang-weights": None}}}, "minProperties"),
+        ({"podMonitor": None}, "missing property 'podMonitor'"),
+        ({"operator": "datadog"}, "operator"),
+        ({"podMonitor": {"sampleLimit": -1}}, "sampleLimit"),
+        ({"prometheusRule": {"disabled": {"SGLangKVCacheStail": True}}}, "There is no alert"),
+        ({"prometheusRule": {"alerts": {"SGLangWeightsGone": {"for": "1m"}}}}, "There is no alert"),
+        (
+            {"prometheusRule": {"alerts": {"SGLangWeightHostMissing": {"for": "soon"}}}},
+            "does not match",
+        ),
+        ({"operator": "google", "podMonitor": {"namespace": "monitoring"}}, "of its own namespace"),
     ],
 )
 def test_values_that_are_none_are_refused(
@@ -236,6 +285,73 @@ def test_alerts_are_labelled_left_out_and_led_elsewhere(render: Render) -> None:
     ]
 
 
+def test_every_alert_can_be_disabled(render: Render) -> None:
+    names = [rule["alert"] for rule in shipped_rules() if "alert" in rule]
+    assert "SGLangKVCacheStale" in names
+    (made,) = render({"prometheusRule": {"disabled": dict.fromkeys(names, True)}})["PrometheusRule"]
+    assert not [rule for rule in rules(made["spec"]["groups"]) if "alert" in rule]
+
+
+def test_an_alert_has_other_figures(render: Render) -> None:
+    name = "SGLangWeightsLeaveLittleForKV"
+    own = {"threshold": 0.85, "for": "1h", "labels": {"severity": "info"}}
+    values = {"interval": "1m", "alerts": {name: own}}
+    (made,) = render({"prometheusRule": values})["PrometheusRule"]
+    groups = made["spec"]["groups"]
+    assert {group["interval"] for group in groups} == {"1m"}
+    before = {rule.get("alert"): rule for rule in shipped_rules()}
+    after = {rule.get("alert"): rule for rule in rules(groups)}
+    assert after.pop(name) == {
+        **before[name],
+        "expr": before.pop(name)["expr"].replace("> 0.6", "> 0.85"),
+        "for": "1h",
+        "labels": {"severity": "info"},
+    }
+    assert after == before
+
+
+def test_two_installs_take_nothing_from_each_other(helm: Program, tmp_path: Path) -> None:
+    """Two of one name in two namespaces, with their objects in a third; two of two names in one."""
+    values = {
+        key: {"namespace": "monitoring"} for key in ("podMonitor", "prometheusRule", "dashboards")
+    }
+    (tmp_path / "values.yaml").write_text(yaml.safe_dump(values))
+    found = []
+    for release, namespace in (("weights", "blue"), ("weights", "green"), ("other", "green")):
+        options = ("--namespace", namespace, "--values", tmp_path / "values.yaml")
+        done = helm("template", release, CHART, *options)
+        assert done.returncode == 0, done.stderr
+        for each in yaml.safe_load_all(done.stdout):
+            where = each["metadata"]
+            found.append((each["kind"], where["namespace"], where["name"]))
+    assert len(set(found)) == len(found) > 9
+
+
+def test_google_s_objects_say_the_same(render: Render) -> None:
+    rendered = render(VALUES["Google's"])
+    assert rendered.keys() == {"PodMonitoring", "Rules", "ConfigMap", "NetworkPolicy"}
+    (monitoring,), (made,) = rendered["PodMonitoring"], rendered["Rules"]
+    ours, sglang_s = monitoring["spec"]["endpoints"]
+    assert (ours["port"], ours["interval"], ours["timeout"]) == ("weights", "15s", "5s")
+    assert sglang_s["port"] == 30000
+    assert monitoring["spec"]["limits"] == {"samples": 20000}
+    (label,) = monitoring["spec"]["targetLabels"]["fromPod"]
+    assert label == {"from": "app.kubernetes.io/name", "to": "app_kubernetes_io_name"}
+    assert rules(made["spec"]["groups"]) == shipped_rules()
+
+
+def test_azure_s_monitor_is_of_its_group_and_has_no_rules(render: Render) -> None:
+    rendered = render(VALUES["Azure's"])
+    assert rendered.keys() == {"PodMonitor", "ConfigMap"}
+    assert rendered["PodMonitor"][0]["apiVersion"] == "azmonitoring.coreos.com/v1"
+
+
+def test_a_scrape_of_too_many_series_is_refused(render: Render) -> None:
+    (monitor,) = render(VALUES["other figures"])["PodMonitor"]
+    assert monitor["spec"]["sampleLimit"] == 20000
+    assert "sampleLimit" not in render({})["PodMonitor"][0]["spec"]
+
+
 def test_grafana_s_sidecar_finds_every_dashboard(render: Render) -> None:
     """kube-prometheus-stack's looks for the label grafana_dashboard with the value 1."""
     maps = render({})["ConfigMap"]
@@ -254,7 +370,7 @@ def test_grafana_s_sidecar_finds_every_dashboard(render: Render) -> None:
 def test_the_monitor_selects_what_the_component_makes(render: Render) -> None:
     template = yaml.safe_load(PARTS.read_text())["template"]
     (sidecar,) = (
-        each for each in template["spec"]["containers"] if each["name"] == "weight-exporter"
+        each for each in template["spec"]["initContainers"] if each["name"] == "weight-exporter"
     )
     (monitor,) = render({})["PodMonitor"]
     labels = monitor["spec"]["selector"]["matchLabels"]

@@ -95,7 +95,7 @@ def rank(volume: Path, user: int) -> multiprocessing.process.BaseProcess:
 def sidecar(image: Image, volume: Path, log: Path, user: int) -> tuple[Container, str]:
     """The sidecar as the component describes it, on a port of its own, and where it answers."""
     port = free_port()
-    described = part("containers", "weight-exporter")
+    described = part("initContainers", "weight-exporter")
     environment = {each["name"]: each["value"] for each in described["env"]}
     container = Container(
         image,
@@ -175,7 +175,7 @@ def test_another_user_s_directory_is_refused_with_a_reason(
 def test_the_hooks_that_it_copies_load_where_there_is_no_such_package(
     builder: Builder, image: Image, volume: Path, tmp_path: Path
 ) -> None:
-    described = part("initContainers", "weight-exporter-hooks")
+    described = part("initContainers", "weight-hooks")
     for _ in range(2):  # An init container may run again in the same pod.
         copying = Container(
             image,

@@ -26,7 +26,7 @@ from sglang_weight_exporter.settings import DEFAULT_PORT, PREFIX
 BASES = Path(__file__).parent / "bases"
 COMPONENT = Path(__file__).parents[2] / "deploy" / "kustomize"
 MOUNT = "/run/sglang-weight-exporter"
-SIDECAR, HOOKS = "weight-exporter", "weight-exporter-hooks"
+SIDECAR, HOOKS = "weight-exporter", "weight-hooks"
 KINDS = ["deployment", "statefulset", "leaderworkerset"]
 
 Manifest = dict[str, Any]
@@ -81,7 +81,7 @@ def env(container: Manifest) -> dict[str, Any]:
 @pytest.mark.release("deployments")
 @pytest.mark.parametrize("base", KINDS)
 def test_what_is_built_fits_the_kubernetes_api(build: Build, base: str) -> None:
-    for components in [(".",), (".", "user-1000")]:
+    for components in [(".",), (".", "user-1000"), (".", "arbitrary-user")]:
         built = build(base, components)
         for manifest in built:
             if manifest["kind"] != "LeaderWorkerSet":
@@ -109,11 +109,11 @@ def test_nothing_of_the_base_changes_but_the_engine_s_container(build: Build, ba
         for key in added:
             for entry in engine.get(key, []):
                 assert entry in changed[key] or entry["name"] == "PYTHONPATH"
-        for key, ours in (("containers", SIDECAR), ("initContainers", HOOKS)):
+        for key, ours in (("containers", ()), ("initContainers", (HOOKS, SIDECAR))):
             others = containers(old, key)
             others.pop(engine["name"], None)
             assert others.items() <= containers(new, key).items()
-            assert set(containers(new, key)) == {*containers(old, key), ours}
+            assert list(containers(new, key)) == [*containers(old, key), *ours]
         new["metadata"]["labels"].pop("sglang-weights")
         assert new["metadata"]["labels"] == old.get("metadata", {}).get("labels", {})
         assert [volume for volume in new["spec"]["volumes"] if volume["name"] != MOUNT[5:]] == (
@@ -132,10 +132,8 @@ def test_nothing_of_the_base_changes_but_the_engine_s_container(build: Build, ba
 def test_the_engine_and_the_sidecar_meet_in_one_directory(build: Build, base: str) -> None:
     for template in templates(build(base)):
         engine = template["spec"]["containers"][0]
-        sidecar, hooks = (
-            containers(template)[SIDECAR],
-            containers(template, "initContainers")[HOOKS],
-        )
+        added = containers(template, "initContainers")
+        sidecar, hooks = added[SIDECAR], added[HOOKS]
         directories = {env(each)[PREFIX + "RUNTIME_DIR"] for each in (engine, sidecar)}
         assert directories == {f"{MOUNT}/store"}  # Below the mount, which belongs to root.
         mount = {"name": MOUNT[5:], "mountPath": MOUNT}
@@ -151,7 +149,7 @@ def test_the_sidecar_is_the_engine_s_user_and_no_reason_to_be_unready(
     for components, user in (((".",), 0), ((".", "user-1000"), 1000)):
         for template in templates(build(base, components)):
             engine = template["spec"]["containers"][0]
-            sidecar = containers(template)[SIDECAR]
+            sidecar = containers(template, "initContainers")[SIDECAR]
             # SGLang's images run as root.
             of_the_pod = template["spec"].get("securityContext", {}).get("runAsUser", 0)
             assert engine.get("securityContext", {}).get("runAsUser", of_the_pod) == user
@@ -164,13 +162,50 @@ def test_the_sidecar_is_the_engine_s_user_and_no_reason_to_be_unready(
 
 
 @pytest.mark.parametrize("base", KINDS)
-def test_an_engine_that_is_user_1000_has_a_home(build: Build, base: str) -> None:
-    for template in templates(build(base, (".", "user-1000"))):
+def test_a_job_ends_and_the_last_spans_are_sent(build: Build, base: str) -> None:
+    """A native sidecar: started before the engine, ended after it, and not waited for."""
+    for template in templates(build(base)):
+        added = containers(template, "initContainers")
+        assert [each.get("restartPolicy") for each in (added[HOOKS], added[SIDECAR])] == [
+            None,
+            "Always",
+        ]
+
+
+#: https://kubernetes.io/docs/concepts/security/pod-security-standards, of each container.
+RESTRICTED = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+
+
+@pytest.mark.parametrize("base", KINDS)
+@pytest.mark.parametrize("user", ["user-1000", "arbitrary-user"])
+def test_what_is_added_fits_the_restricted_profile(build: Build, base: str, user: str) -> None:
+    for template in templates(build(base, (".", user))):
+        of_the_pod = template["spec"].get("securityContext", {})
+        for name in (HOOKS, SIDECAR):
+            rights = containers(template, "initContainers")[name]["securityContext"]
+            assert rights.items() >= RESTRICTED.items()
+            assert rights["readOnlyRootFilesystem"]
+            assert rights.get("runAsNonRoot", of_the_pod.get("runAsNonRoot"))
+            # What the restricted profile allows: any but root. OpenShift: none named.
+            assert rights.get("runAsUser") == {"user-1000": 1000, "arbitrary-user": None}[user]
+        if user == "arbitrary-user":
+            assert "runAsUser" not in of_the_pod
+
+
+@pytest.mark.parametrize("base", KINDS)
+@pytest.mark.parametrize("user", ["user-1000", "arbitrary-user"])
+def test_an_engine_that_is_not_root_has_a_home(build: Build, base: str, user: str) -> None:
+    for template in templates(build(base, (".", user))):
         engine = template["spec"]["containers"][0]
         assert env(engine)["USER"]
         assert {"name": "home", "mountPath": env(engine)["HOME"]} in engine["volumeMounts"]
         assert {"name": "home", "emptyDir": {}} in template["spec"]["volumes"]
-        assert template["spec"]["securityContext"]["fsGroup"] == 1000
+        if user == "user-1000":
+            assert template["spec"]["securityContext"]["fsGroup"] == 1000
 
 
 def test_images_names_and_namespaces_are_changed_as_always(build: Build) -> None:
@@ -181,7 +216,9 @@ def test_images_names_and_namespaces_are_changed_as_always(build: Build) -> None
         "serving",
     )
     for template in templates([group]):
-        assert containers(template)[SIDECAR]["image"] == "registry.example/w:0.1.0"
+        assert (
+            containers(template, "initContainers")[SIDECAR]["image"] == "registry.example/w:0.1.0"
+        )
         assert containers(template, "initContainers")[HOOKS]["image"] == "registry.example/w:0.1.0"
 
 
@@ -190,7 +227,7 @@ def test_a_group_without_a_leader_takes_the_workers_component(build: Build) -> N
     del group["spec"]["leaderWorkerTemplate"]["leaderTemplate"]
     (built,) = build([group], ("workers",))
     assert "leaderTemplate" not in built["spec"]["leaderWorkerTemplate"]
-    assert SIDECAR in containers(next(templates([built])))
+    assert SIDECAR in containers(next(templates([built])), "initContainers")
     # With the other one a leader would be made of the sidecar alone: the API refuses it, loudly.
     (built,) = build([group])
     leader = built["spec"]["leaderWorkerTemplate"]["leaderTemplate"]

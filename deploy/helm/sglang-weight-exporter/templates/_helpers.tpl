@@ -13,8 +13,11 @@ SPDX-License-Identifier: Apache-2.0
 {{- define "weights.metadata" -}}
 {{- $root := index . 0 -}}
 {{- $section := index . 1 -}}
-name: {{ include "weights.fullname" $root }}{{ index . 2 }}
-namespace: {{ default $root.Release.Namespace $section.namespace }}
+{{- $namespace := default $root.Release.Namespace $section.namespace }}
+{{- /* Releases of the same name in two namespaces may put their objects into one. */}}
+{{- $from := eq $namespace $root.Release.Namespace | ternary "" (printf "-%s" $root.Release.Namespace) }}
+name: {{ include "weights.fullname" $root }}{{ $from }}{{ index . 2 }}
+namespace: {{ $namespace }}
 labels:
   {{- $ours := dict
       "helm.sh/chart" (printf "%s-%s" $root.Chart.Name $root.Chart.Version)
