@@ -18,7 +18,7 @@ from prometheus_client import ProcessCollector
 from sglang_weight_exporter.export.endpoint import Endpoint
 from sglang_weight_exporter.export.gpu_account import GpuAccounts
 from sglang_weight_exporter.export.metadata import MetadataFollower
-from sglang_weight_exporter.export.nvml import GpuMemory, Nvml
+from sglang_weight_exporter.export.nvml import GpuMemory, GpuWatch, Nvml
 from sglang_weight_exporter.export.otlp.pipeline import OtlpPipeline
 from sglang_weight_exporter.export.prometheus import Exposition
 from sglang_weight_exporter.export.rank_care import RankCare
@@ -29,6 +29,10 @@ from sglang_weight_exporter.store.reader import SnapshotReader, remove_endpoint
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 logger = logging.getLogger("sglang_weight_exporter")
+
+
+#: How long the start waits for NVML, so that the first scrape has what later ones have.
+FIRST_READING_SECONDS = 2.0
 
 
 class HostReader:
@@ -78,9 +82,14 @@ class Exporter:
     ) -> None:
         self._runtime_dir = runtime_dir
         spans = SpanCounts()
+        gpus = simulated_gpus
+        if gpus is None:
+            watch = GpuWatch(Nvml())
+            watch.start(FIRST_READING_SECONDS)
+            gpus = watch.read
         host = HostReader(
             runtime_dir,
-            gpus=simulated_gpus or Nvml().read,
+            gpus=gpus,
             spans=spans,
             simulated=simulated_gpus is not None,
         )
