@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
             from sglang_weight_exporter.simulation import simulated_ranks
 
             with simulated_ranks(*arguments.simulate) as (runtime_dir, gpus):
-                settings = replace(settings, runtime_dir=runtime_dir)
+                # Addresses that are made up belong among no real ones.
+                settings = replace(settings, runtime_dir=runtime_dir, metadata_dir=None)
                 serve(settings, os.environ, simulated_gpus=gpus)
     except AlreadyServedError as error:
         print(error, file=sys.stderr)

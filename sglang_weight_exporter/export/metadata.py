@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -25,27 +26,42 @@ class MetadataFollower:
     ``directory``: where all their files go; ``None``: where each rank's own setting says.
     """
 
-    def __init__(self, runtime_dir: RuntimeDir, directory: Path | None) -> None:
+    def __init__(self, runtime_dir: RuntimeDir, directory: Path | None, guard: Guard) -> None:
         self._snapshots = SnapshotReader(runtime_dir)
         self._directory = directory
+        self._guard = guard
         self._files: dict[str, MetadataFiles] = {}
         #: Rank and role → what its files were made of.
         self._made: dict[tuple[str, str], object] = {}
         self._said: set[str] = set()
 
     def follow(self) -> None:
-        """Bring the files up to date with what ranks say now. Never raises for a single rank."""
+        """Bring the files up to date with what ranks say now. What goes wrong with one rank keeps
+        no other's from it."""
         living = set()
         for rank, snapshot in self._snapshots.read():
             directory = self._directory or (snapshot.metadata_dir and Path(snapshot.metadata_dir))
             if directory:
                 living.add(snapshot.rank_id)
-                files = self._files.setdefault(snapshot.rank_id, MetadataFiles(directory))
-                for role in snapshot.roles:
-                    self._follow(files, rank, snapshot, role)
+                with self._guard.step(f"Keeping weights_metadata files in {str(directory)!r}"):
+                    files = self._files.setdefault(snapshot.rank_id, MetadataFiles(directory))
+                    for role in snapshot.roles:
+                        self._follow(files, rank, snapshot, role)
         for gone in self._files.keys() - living:
-            self._files.pop(gone).close()
-            self._made = {key: made for key, made in self._made.items() if key[0] != gone}
+            with self._guard.step(f"Removing weights_metadata files of the rank {gone!r}"):
+                self._forget(gone)
+
+    def _forget(self, rank_id: str) -> None:
+        """The addresses of a rank that is gone are nobody's."""
+        files = self._files.pop(rank_id)
+        roles = [role for rank, role in self._made if rank == rank_id]
+        for role in roles:
+            del self._made[rank_id, role]
+        try:
+            for role in roles:
+                files.remove(role)
+        finally:
+            files.close()
 
     def _follow(
         self, files: MetadataFiles, rank: RankDirectory, snapshot: Snapshot, role: Role

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from prometheus_client import ProcessCollector
 
 from sglang_weight_exporter.export.endpoint import Endpoint
-from sglang_weight_exporter.export.gpu_account import GpuAccounts
+from sglang_weight_exporter.export.gpu_account import GpuAccount, GpuAccounts
+from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.metadata import MetadataFollower
 from sglang_weight_exporter.export.nvml import GpuMemory, GpuWatch, Nvml
 from sglang_weight_exporter.export.otlp.pipeline import OtlpPipeline
@@ -44,12 +45,14 @@ class HostReader:
         *,
         gpus: Callable[[], Iterable[GpuMemory]],
         spans: SpanCounts,
+        guard: Guard,
         simulated: bool,
     ) -> None:
         self._snapshots = SnapshotReader(runtime_dir, on_unreadable=logger.warning)
         self._gpus = gpus
         self._accounts = GpuAccounts()
         self._spans = spans
+        self._guard = guard
         self._simulated = simulated
         self._started_at = time.time()
         self._reading = threading.Lock()
@@ -57,11 +60,15 @@ class HostReader:
     def read(self) -> HostView:
         with self._reading:  # A scrape, the thread that sends metrics, the care of ranks.
             snapshots = tuple(snapshot for _, snapshot in self._snapshots.read())
+            gpus: tuple[GpuAccount, ...] = ()
+            with self._guard.step("The account of the GPUs"):
+                gpus = self._accounts.read(snapshots, self._gpus(), time.monotonic())
             return HostView(
                 snapshots=snapshots,
-                gpus=self._accounts.read(snapshots, self._gpus(), time.monotonic()),
+                gpus=gpus,
                 unreadable=self._snapshots.unreadable,
                 spans=self._spans,
+                errors=self._guard.errors,
                 started_at=self._started_at,
                 simulated=self._simulated,
             )
@@ -81,7 +88,7 @@ class Exporter:
         simulated_gpus: Callable[[], Iterable[GpuMemory]] | None = None,
     ) -> None:
         self._runtime_dir = runtime_dir
-        spans = SpanCounts()
+        spans, guard = SpanCounts(), Guard()
         gpus = simulated_gpus
         if gpus is None:
             watch = GpuWatch(Nvml())
@@ -91,6 +98,7 @@ class Exporter:
             runtime_dir,
             gpus=gpus,
             spans=spans,
+            guard=guard,
             simulated=simulated_gpus is not None,
         )
         self._pipeline = pipeline = OtlpPipeline(
@@ -100,6 +108,7 @@ class Exporter:
             host.read,
             ProcessCollector(registry=None),
             exemplars=lambda: pipeline.exports_spans,
+            guard=guard,
         )
         self._endpoint = Endpoint(runtime_dir, settings, environ, exposition)
         self._care = RankCare(
@@ -107,8 +116,9 @@ class Exporter:
             lock,
             ends_with_ranks=ends_with_ranks,
             pipeline=pipeline,
-            metadata=MetadataFollower(runtime_dir, settings.metadata_dir),
+            metadata=MetadataFollower(runtime_dir, settings.metadata_dir, guard),
             read=host.read,
+            guard=guard,
         )
         self._stop = asyncio.Event()
 

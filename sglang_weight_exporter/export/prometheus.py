@@ -20,6 +20,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Exemplar
 
+from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.instruments import INSTRUMENTS
 from sglang_weight_exporter.export.instruments.base import Instrument, Sample
 from sglang_weight_exporter.export.views import HostView, RoleView, role_views, roles_of
@@ -52,11 +53,12 @@ class Exposition:
         others: Collector,
         *,
         exemplars: Callable[[], bool],
+        guard: Guard,
     ) -> None:
         self._read = read
         self._others = others
         self._exemplars = exemplars
-        self._formats = {openmetrics: _Format(openmetrics) for openmetrics in (True, False)}
+        self._formats = {openmetrics: _Format(openmetrics, guard) for openmetrics in (True, False)}
         self._scrape_seconds: float | None = None
 
     def content_type(self, *, openmetrics: bool) -> str:
@@ -82,7 +84,8 @@ _Key = tuple[Snapshot, tuple[bool, ...], bool]
 class _Format:
     """What is kept of one text format."""
 
-    def __init__(self, openmetrics: bool) -> None:
+    def __init__(self, openmetrics: bool, guard: Guard) -> None:
+        self._guard = guard
         self._encode, self.content_type = choose_encoder(_ACCEPT[openmetrics])
         self._eof = _EOF if openmetrics else b""
         #: Each rank's samples of each instrument, in their order, by the identity of its
@@ -102,7 +105,10 @@ class _Format:
             )
             kept = self._texts.get(id(snapshot))
             if kept is None or kept[0][1:] != (settled, exemplars):
-                kept = ((snapshot, settled, exemplars), self._samples(roles, exemplars))
+                samples = [b""] * len(_OF_ROLES)
+                with self._guard.step(f"The text of the rank {snapshot.rank_id!r}"):
+                    samples = self._samples(roles, exemplars)
+                kept = ((snapshot, settled, exemplars), samples)
                 changed = True
                 await asyncio.sleep(0)
             texts[id(snapshot)] = kept

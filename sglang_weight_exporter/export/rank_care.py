@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.metadata import MetadataFollower
 from sglang_weight_exporter.export.otlp.pipeline import OtlpPipeline
 from sglang_weight_exporter.store.locks import FileLock
@@ -48,6 +49,7 @@ class RankCare:
         pipeline: OtlpPipeline,
         metadata: MetadataFollower,
         read: Callable[[], object],
+        guard: Guard,
     ) -> None:
         self._runtime_dir = runtime_dir
         self._lock = lock
@@ -55,24 +57,22 @@ class RankCare:
         self._pipeline = pipeline
         self._metadata = metadata
         self._read = read
+        self._guard = guard
+        self._touched_at = -TOUCH_SECONDS
 
     async def run(self) -> None:
         """Returns when the exporter process has to end."""
         alone_since = time.monotonic()
-        touched_at = -TOUCH_SECONDS
         while True:
-            if time.monotonic() - touched_at >= TOUCH_SECONDS:
-                await asyncio.to_thread(keep_from_cleaners, self._runtime_dir)
-                touched_at = time.monotonic()
-            alive = await self._pass()
-            await asyncio.to_thread(self._metadata.follow)
-            await asyncio.to_thread(self._read)
-            if not self._owns_the_directory():
-                logger.warning(
-                    "%s was removed, so this process ends: whoever makes it anew serves it.",
-                    self._runtime_dir.path,
-                )
-                return
+            alive = True
+            with self._guard.step("A pass over the ranks"):
+                alive = await self._pass()
+                if not self._owns_the_directory():
+                    logger.warning(
+                        "%s was removed, so this process ends: whoever makes it anew serves it.",
+                        self._runtime_dir.path,
+                    )
+                    return
             now = time.monotonic()
             if alive or not self._ends_with_ranks:
                 alone_since = now
@@ -81,14 +81,24 @@ class RankCare:
             await asyncio.sleep(PASS_SECONDS)
 
     async def _pass(self) -> bool:
-        """Whether any rank is alive; what dead ones left is removed."""
+        """Whether any rank is alive, as far as is known; what dead ones left is removed."""
+        if time.monotonic() - self._touched_at >= TOUCH_SECONDS:
+            self._touched_at = time.monotonic()
+            with self._guard.step("Keeping files from cleaners"):
+                await asyncio.to_thread(keep_from_cleaners, self._runtime_dir)
         alive = False
         try:
             for directory in rank_directories(self._runtime_dir):
-                alive |= self._look_after(directory)
+                lives = True
+                with self._guard.step(f"Looking after the rank {directory.rank_id!r}"):
+                    lives = self._look_after(directory)
+                alive |= lives
                 await asyncio.sleep(0)  # Thousands that are dead keep no scrape waiting.
         except OSError:
-            return True  # Not known to be none. SnapshotReader counts it and says it.
+            alive = True  # Not known to be none. SnapshotReader counts it and says it.
+        with self._guard.step("Keeping weights_metadata files"):
+            await asyncio.to_thread(self._metadata.follow)
+        await asyncio.to_thread(self._read)
         return alive
 
     def _look_after(self, directory: RankDirectory) -> bool:
@@ -99,8 +109,8 @@ class RankCare:
                 return True
             if self._pipeline.is_done_with(directory):
                 directory.remove()
-        except OSError:
-            pass  # Nothing this time.
+        except FileNotFoundError:
+            pass  # It has gone meanwhile.
         return False
 
     def _owns_the_directory(self) -> bool:

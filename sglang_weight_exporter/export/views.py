@@ -66,6 +66,8 @@ class HostView:
     gpus: tuple[GpuAccount, ...] = ()
     unreadable: int = 0
     spans: SpanCounts = field(default_factory=SpanCounts)
+    #: What went wrong in this process, one rank or one pass at a time.
+    errors: int = 0
     #: What the scrape before this one took; None before the first, and where nothing is scraped.
     scrape_seconds: float | None = None
     #: When this process began to count.

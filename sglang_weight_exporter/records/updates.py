@@ -146,5 +146,6 @@ class UpdateInProgress(Record, frozen=True, kw_only=True):
         return (
             self.idle_seconds is not None
             and self.calls > 0
-            and now - self.last_call_at > self.idle_seconds
+            # A clock that was set back makes the last call one of the future.
+            and abs(now - self.last_call_at) > self.idle_seconds
         )

@@ -38,6 +38,7 @@ from waiting import LIMIT
 
 from sglang_weight_exporter.cli.status import _print_rank
 from sglang_weight_exporter.cli.trace_reader import TraceError, tables_from_trace
+from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.otlp.metrics import messages
 from sglang_weight_exporter.export.otlp.spans import event_spans
 from sglang_weight_exporter.export.prometheus import Exposition
@@ -119,7 +120,9 @@ def test_a_snapshot_is_refused_or_can_be_scraped_sent_and_printed(content: bytes
     except UnreadableError:
         return
     view = HostView(snapshots=(snapshot,))
-    exposition = Exposition(lambda: view, CollectorRegistry(), exemplars=lambda: True)
+    exposition = Exposition(
+        lambda: view, CollectorRegistry(), exemplars=lambda: True, guard=Guard()
+    )
     text = asyncio.run(exposition.scrape(openmetrics=True, gzip=False)).decode()
     families = {family.name for family in text_string_to_metric_families(text)}
     assert "sglang_weight_exporter_ranks" in families

@@ -19,6 +19,7 @@ from prometheus_client import Metric
 from prometheus_client.registry import Collector
 
 from sglang_weight_exporter.export.gpu_account import GpuAccounts
+from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.prometheus import Exposition
 from sglang_weight_exporter.export.views import HostView
 from sglang_weight_exporter.simulation import Simulation
@@ -46,7 +47,9 @@ async def scrapes(directory: Path, end: float) -> AsyncIterator[tuple[float, int
     views: dict[int, HostView] = {}
     accounts = [GpuAccounts() for _ in range(HOSTS)]
     expositions = [
-        Exposition(partial(views.__getitem__, host), Nothing(), exemplars=lambda: False)
+        Exposition(
+            partial(views.__getitem__, host), Nothing(), exemplars=lambda: False, guard=Guard()
+        )
         for host in range(HOSTS)
     ]
     try:

@@ -40,6 +40,14 @@ INSTRUMENTS = (
         read_host=lambda view: one(view.unreadable),
     ),
     Instrument(
+        "sglang_weight_exporter_errors",
+        "counter",
+        "{error}",
+        "Errors of its own that the exporter process went on after, each of one rank or one pass; "
+        "its log says what they were.",
+        read_host=lambda view: one(view.errors),
+    ),
+    Instrument(
         "sglang_weight_exporter_scrape_duration_seconds",
         "gauge",
         "s",

@@ -1,0 +1,89 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""The loop that looks after ranks: what goes wrong with one of them is its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from engines import Scrape, eventually
+from ranks import Rank, rows
+from serving import Exporter
+
+from sglang_weight_exporter.records.updates import UpdateInProgress
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+
+
+def loaded(runtime_dir: RuntimeDir, *, tp: int, metadata_dir: str) -> Rank:
+    """A rank whose weights are loaded, and whose `weights_metadata` files are to be there."""
+    rank = Rank(runtime_dir.path, tp=tp)
+    rank.load(rows(5))
+    file = rank.store.path / "snapshot"
+    snapshot = msgspec.msgpack.decode(file.read_bytes())
+    snapshot["metadata_dir"] = metadata_dir
+    snapshot["roles"][0] |= {"loaded_at": 1.0, "device": f"cuda:{tp}"}
+    new = file.with_name(".new")
+    new.write_bytes(msgspec.msgpack.encode(snapshot))
+    new.replace(file)
+    return rank
+
+
+def scrape(exporter: Exporter) -> Scrape:
+    return Scrape.of(f"http://127.0.0.1:{exporter.port}/metrics")
+
+
+@pytest.mark.parametrize("directory", ["/tmp/a\0b", "/tmp/" + "x" * 5000, "/proc/1"])
+def test_a_directory_that_cannot_be_is_one_rank_s(
+    directory: str, runtime_dir: RuntimeDir, tmp_path: Path, serve: Callable[..., Exporter]
+) -> None:
+    broken = loaded(runtime_dir, tp=0, metadata_dir=directory)
+    good = loaded(runtime_dir, tp=1, metadata_dir=str(tmp_path / "metadata"))
+    exporter = serve()
+    exporter.line("weights_metadata files")
+    eventually((tmp_path / "metadata" / "weights_meta_1.json").exists, what="the other's files")
+    eventually(
+        lambda: (
+            {each.labels["tp_rank"] for each in scrape(exporter).series("sglang_weight_info")}
+            == {"0", "1"}
+        ),
+        what="both ranks",
+    )
+    assert exporter.process.poll() is None
+    for rank in (broken, good):
+        rank.store.close()
+
+
+def test_an_error_is_counted(
+    runtime_dir: RuntimeDir, serve: Callable[..., Exporter], tmp_path: Path
+) -> None:
+    rank = loaded(runtime_dir, tp=0, metadata_dir="/tmp/a\0b")
+    exporter = serve()
+    exporter.line("embedded null")
+    assert scrape(exporter).one("sglang_weight_exporter_errors_total") >= 1
+    rank.store.close()
+
+
+def test_files_of_a_rank_go_with_it(
+    runtime_dir: RuntimeDir, serve: Callable[..., Exporter], tmp_path: Path
+) -> None:
+    directory = tmp_path / "metadata"
+    rank = loaded(runtime_dir, tp=0, metadata_dir=str(directory))
+    serve()
+    eventually((directory / "weights_meta_0.json").exists, what="its files")
+    rank.store.close()
+    eventually(lambda: not list(directory.glob("*.json")), what="the end of its files")
+
+
+def test_an_idle_update_is_over_when_the_clock_was_set_back() -> None:
+    now = time.time()
+    progress = UpdateInProgress(
+        source="tensor", started_at=now, last_call_at=now, calls=1, idle_seconds=10.0
+    )
+    assert not progress.is_over(now - 1.0)  # Clocks of two processes may differ a little.
+    assert not progress.is_over(now + 9.0)
+    assert progress.is_over(now - 3600.0)
+    assert progress.is_over(now + 11.0)
