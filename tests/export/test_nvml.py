@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from engines import Scrape, eventually
+from engines import Scrape
 from serving import Exporter
+from waiting import eventually
 
 #: NVML as `nvidia-ml-py` has it, which does what a file says at each call.
 PYNVML = """

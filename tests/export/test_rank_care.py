@@ -10,9 +10,10 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from engines import Scrape, eventually
+from engines import Scrape
 from ranks import Rank, rows
 from serving import Exporter
+from waiting import eventually
 
 from sglang_weight_exporter.records.updates import UpdateInProgress
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir

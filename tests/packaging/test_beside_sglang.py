@@ -78,6 +78,7 @@ def environment(directory: Path, release: str, until: str) -> Path:
     return directory / "bin" / "python"
 
 
+@pytest.mark.release("distribution")
 @pytest.mark.parametrize(("release", "until"), RELEASES)
 def test_no_installed_version_changes(
     release: str, until: str, wheel: Path, tmp_path: Path
