@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_weight_exporter.cli import formats, table_diff, table_text
+from sglang_weight_exporter.cli import formats, table_at, table_diff, table_text
 from sglang_weight_exporter.cli.choice import (
     CommandError,
     add_choice,
@@ -20,8 +21,12 @@ from sglang_weight_exporter.cli.choice import (
     chosen_tables,
     is_chosen,
 )
-from sglang_weight_exporter.cli.flags import add_flags
+from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.cli.trace_reader import TraceError, tables_from_trace
+from sglang_weight_exporter.records.memory import MemoryOwner
+from sglang_weight_exporter.store.decoding import UnreadableError
+from sglang_weight_exporter.store.reader import RankDirectory
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.store.tables import Table, TableError
 from sglang_weight_exporter.store.weights_metadata import owners, write_files
 from sglang_weight_exporter.weight_table import Row
@@ -57,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to wait for the end of an update (default: 10)",
     )
+    _add_output(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     show = parser.add_argument_group("what to print")
     show.add_argument("--format", choices=formats.FORMATS, default="text")
     show.add_argument("--regions", action="store_true", help="regions instead of tensors")
@@ -86,7 +96,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write weights_meta_*.json, total_weight_meta_*.json and "
         "weight_update_summary_*.json into DIR",
     )
-    parser.set_defaults(run=run)
+    instead.add_argument(
+        "--at",
+        type=table_at.address,
+        metavar="ADDRESS",
+        help="whose memory it is: the tensor, or what else a rank has left with `snapshot --ask`; "
+        "exit status 1 where it is nobody's",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -109,6 +125,10 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         return table_diff.print_differences(before[1], after[1])
     tables = _read(arguments)
+    if arguments.at is not None:
+        return table_at.print_owners(
+            arguments.at, [(each, _owners(each, arguments)) for each in tables]
+        )
     if arguments.diff is not None:
         if not arguments.diff:
             return table_diff.print_last_changes(tables)
@@ -184,6 +204,18 @@ def _read(arguments: argparse.Namespace) -> list[Table]:
     for problem in problems:  # One rank's trouble hides no other rank's table.
         print(problem, file=sys.stderr)
     return tables
+
+
+def _owners(table: Table, arguments: argparse.Namespace) -> Sequence[MemoryOwner] | None:
+    """What else is in the rank's memory, as it has left it."""
+    if arguments.from_trace:
+        return None
+    path = settings_from(arguments, os.environ).runtime_dir
+    ranks = RuntimeDir.find(path, os.environ).ranks
+    try:
+        return RankDirectory(ranks / table.rank_id).memory().owners
+    except (OSError, UnreadableError):
+        return None
 
 
 def _read_trace(arguments: argparse.Namespace) -> list[Table]:

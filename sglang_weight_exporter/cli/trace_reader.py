@@ -23,7 +23,7 @@ from sglang_weight_exporter.records.snapshot import Role
 from sglang_weight_exporter.records.updates import Update
 from sglang_weight_exporter.records.weights import TableRef
 from sglang_weight_exporter.store.tables import Table
-from sglang_weight_exporter.weight_table import without_fingerprints
+from sglang_weight_exporter.weight_table import WeightTable, without_fingerprints
 from sglang_weight_exporter.weight_table_events import (
     MissingRowsError,
     TableEventsError,
@@ -99,42 +99,9 @@ def _tables(path: Path, spans: list[_Span], trace_id: str) -> list[Table]:
 
 
 def _table(path: Path, span: _Span, chunks: Mapping[str, list[dict[str, Any]]]) -> Table:
-    sha256 = str(span.get("table.sha256"))
-    whose = f"The span {span.span_id} of the trace {span.trace_id}"
-    if not sha256:
-        reason = {
-            "disabled": "spans were set to carry none (SGLANG_WEIGHT_EXPORTER_SPAN_TABLE)",
-            "missing": "it could not be read when the span was made",
-        }.get(str(span.get("table.state")), "its attributes do not name one")
-        raise TraceError(f"{whose} has no table: {reason}.")
-    if sha256 not in chunks and span.get("table.span_id"):
-        raise TraceError(
-            f"{whose} says that the table is the same as in the span {span.get('table.span_id')} "
-            f"of the trace {span.get('table.trace_id')}, which is not in {path}. Get that trace."
-        )
+    columns = _columns(path, span, chunks)
     resource, name = span.resource, str(span.get("role"))
     fingerprint = str(span.get("fingerprint"))
-    try:
-        columns = decode_table(
-            chunks.get(sha256, ()),
-            role=name,
-            rows=int(span.get("table.rows", 0)),
-            sha256=sha256,
-            chunks=span.get("table.chunks", None),
-        )
-    except MissingRowsError as error:
-        further = int(span.get("table.spans", 1)) - 1
-        raise TraceError(
-            f"{whose} {error}"
-            + (
-                f" The table continues in {further} further spans, which this span links to and "
-                "which are in traces of their own."
-                if further > 0
-                else ""
-            )
-        ) from error
-    except TableEventsError as error:
-        raise TraceError(f"{whose} {error}") from error
     if columns.fingerprint != fingerprint:
         # The rows are those of an earlier span; what the tensors hold is not.
         columns = without_fingerprints(columns)
@@ -179,6 +146,43 @@ def _table(path: Path, span: _Span, chunks: Mapping[str, list[dict[str, Any]]]) 
         weight_version=str(span.get("version")),
         columns=columns,
     )
+
+
+def _columns(path: Path, span: _Span, chunks: Mapping[str, list[dict[str, Any]]]) -> WeightTable:
+    sha256 = str(span.get("table.sha256"))
+    whose = f"The span {span.span_id} of the trace {span.trace_id}"
+    if not sha256:
+        reason = {
+            "disabled": "spans were set to carry none (SGLANG_WEIGHT_EXPORTER_SPAN_TABLE)",
+            "missing": "it could not be read when the span was made",
+        }.get(str(span.get("table.state")), "its attributes do not name one")
+        raise TraceError(f"{whose} has no table: {reason}.")
+    if sha256 not in chunks and span.get("table.span_id"):
+        raise TraceError(
+            f"{whose} says that the table is the same as in the span {span.get('table.span_id')} "
+            f"of the trace {span.get('table.trace_id')}, which is not in {path}. Get that trace."
+        )
+    try:
+        return decode_table(
+            chunks.get(sha256, ()),
+            role=str(span.get("role")),
+            rows=int(span.get("table.rows", 0)),
+            sha256=sha256,
+            chunks=span.get("table.chunks", None),
+        )
+    except MissingRowsError as error:
+        further = int(span.get("table.spans", 1)) - 1
+        raise TraceError(
+            f"{whose} {error}"
+            + (
+                f" The table continues in {further} further spans, which this span links to and "
+                "which are in traces of their own."
+                if further > 0
+                else ""
+            )
+        ) from error
+    except TableEventsError as error:
+        raise TraceError(f"{whose} {error}") from error
 
 
 def _rank(span: _Span, name: str) -> int | None:

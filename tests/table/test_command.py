@@ -19,6 +19,7 @@ from engines import PREFIX, clean_environment
 from published import ROWS, Command, PublishedRank
 
 from sglang_weight_exporter.records.engine import Ranks
+from sglang_weight_exporter.records.memory import MemoryDump, MemoryOwner
 from sglang_weight_exporter.records.weights import TableChanges
 
 COLUMNS = [
@@ -273,6 +274,53 @@ def test_a_file_that_is_no_table_is_said(command: Command, tmp_path: Path, conte
     ran = command("table", "--diff", "other.json")
     assert ran.returncode == 2
     assert "other.json is not what" in ran.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("0x1000", ["embed.weight  byte 0 of 64", "head.weight  byte 0 of 64"]),  # Tied.
+        ("2081", ["layers.1.w  byte 1 of 128"]),
+        ("0x20ff", ["layers.1.w  byte 127 of 128"]),
+    ],
+)
+def test_an_address_is_found(
+    rank: PublishedRank, command: Command, address: str, said: list[str]
+) -> None:
+    ran = command("table", "--at", address)
+    assert ran.returncode == 0, ran.stderr
+    title, *found = lines(ran)
+    assert title.startswith(f"engine 30000  tp=0,pp=0  target  process {os.getpid()}")
+    assert [line.partition(",")[0].strip() for line in found] == said
+
+
+def test_a_view_reaches_to_its_last_element(rank: PublishedRank, command: Command) -> None:
+    """A transposed view of 4 rows of 8 bytes in steps of 64: 200 bytes from end to end."""
+    rank.publish([ROWS[0]._replace(shape=(4, 4), stride=(32, 1), nbytes=32)])
+    last = 0x1000 + 3 * 64 + 3 * 2
+    assert command("table", "--at", hex(last + 1)).returncode == 0
+    assert command("table", "--at", hex(last + 2)).returncode == 1
+
+
+def test_an_address_that_is_nobody_s(rank: PublishedRank, command: Command) -> None:
+    ran = command("table", "--at", "0x2180")
+    assert ran.returncode == 1
+    assert "128 bytes behind layers.1.w" in lines(ran)[2]
+    assert "640 bytes before layers.0.scale" in lines(ran)[3]
+    assert "snapshot --ask" in lines(ran)[4]
+    for text in ("x", "-1", "0x1ffffffffffffffff", ""):
+        assert command("table", "--at", text).returncode == 2
+
+
+def test_an_address_of_a_pool_where_the_rank_has_left_its_memory(
+    rank: PublishedRank, command: Command
+) -> None:
+    pool = MemoryOwner(address=2**40, nbytes=4096, part="kv_pool", name="k_buffer[3] (target)")
+    rank.store.leave_memory(MemoryDump(at=1.0, segments=b"[]", owners=(pool,)))
+    ran = command("table", "--at", hex(2**40 + 5))
+    assert ran.returncode == 0
+    assert "k_buffer[3] (target)  byte 5 of 4,096, kv_pool" in lines(ran)[1]
+    assert "snapshot --ask" not in command("table", "--at", "0x1").stdout.decode()
 
 
 def test_no_torch_is_needed(rank: PublishedRank, runtime_dir: Path) -> None:
