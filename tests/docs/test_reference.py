@@ -124,12 +124,26 @@ def test_the_changelog_is_by_release() -> None:
     assert set(re.findall(r"^### (.+)$", text, re.MULTILINE)) <= kinds
 
 
+def test_suites_and_parts_of_the_release_are_where_they_are_described() -> None:
+    """`build/timed.sh` takes the budgets from there."""
+    makefile = (PROJECT / "Makefile").read_text(encoding="utf-8")
+    (parts,) = re.findall(r"^PARTS := ((?:.*\\\n)*.*)$", makefile, re.MULTILINE)
+    suites = re.findall(r"\$\(call timed,([a-z]+)\)", makefile)
+    page = (PROJECT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    described = re.findall(r"^\| `(\w+)` \| \d+ s \|", page, re.MULTILINE)
+    named = re.findall(r"[a-z]+", re.sub(r"\$\(\w+ \$\(.*?\),(\w+)\)", r"\1", parts))
+    assert described == [*suites, *named]
+    tests = (path.read_text() for path in (PROJECT / "tests").rglob("test_*.py"))
+    marked = {part for text in tests for part in re.findall(r'mark\.release\("(\w+)"\)', text)}
+    assert marked <= set(named)
+
+
 def test_each_dependency_has_its_reason_in_the_document() -> None:
     """What they bring along, and the licences, are compared with a resolved environment in the part
     `distribution` of the release."""
     document = (PROJECT / "docs" / "dependencies.md").read_text(encoding="utf-8")
-    _, _, below = document.partition("# Dependencies\n")
-    rows = re.findall(r"^\| ([a-z0-9-]+) \| .+ \| .+ \|$", below.partition("\n#")[0], re.MULTILINE)
+    direct = document.partition("## What they bring\n")[0]
+    rows = re.findall(r"^\| ([a-z0-9-]+) \| .+ \| .+ \|$", direct, re.MULTILINE)
     asked = metadata.requires("sglang-weight-exporter")
     assert asked is not None
     names = {re.split(r"[^A-Za-z0-9._-]", each)[0].lower() for each in asked}
