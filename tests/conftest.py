@@ -86,10 +86,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     pool.plan = {item.nodeid: kinds_of(item) for item in session.items}
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    ends = item.get_closest_marker("ends_engine") is not None
+    item.config.stash[POOL].before(item.nodeid, ends=ends)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    with item.config.stash[POOL].during(item.nodeid):
+    try:
         return (yield)
+    finally:
+        item.config.stash[POOL].after(item.nodeid)
 
 
 def pytest_terminal_summary(

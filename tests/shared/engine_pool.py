@@ -14,14 +14,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import draft_plugin
 import pytest
 import tiny_model
-from engines import Engine, Installation, sglang_version
+from engines import Engine, Installation, kill, sglang_version
 
 NEWEST, OLDEST = "0.5.23", "0.5.9"
 
@@ -149,25 +149,28 @@ class EnginePool:
             draft_plugin.write(self._directory / "plugin")
         return self._directory / "a", self._directory / "b"
 
-    @contextlib.contextmanager
-    def during(self, test: str) -> Iterator[None]:
-        """Before a test start what it needs, and the kind that is needed next; after it end what
-        no further test needs."""
-        if self.plan[test]:
-            wanted = dict.fromkeys(kind for kinds in self.plan.values() for kind in kinds)
-            for name in [name for name in list(wanted)[:AT_MOST] if name != SCRIPT]:
-                # What is missing is said by the tests that need it.
-                with contextlib.suppress(pytest.skip.Exception, pytest.fail.Exception):
-                    self._start(name)
-            for engine in self._engines.values():
-                engine.let_others_go_first()
-        try:
-            yield
-        finally:
-            del self.plan[test]
-            needed = {kind for kinds in self.plan.values() for kind in kinds}
-            for name in self._engines.keys() - self._over - needed:
-                self.end(name)
+    def before(self, test: str, *, ends: bool) -> None:
+        """Start what a test needs, and the kind that is needed next. `ends`: it knows that its
+        engine may have ended."""
+        if not self.plan[test]:
+            return
+        wanted = dict.fromkeys(kind for kinds in self.plan.values() for kind in kinds)
+        for name in [name for name in list(wanted)[:AT_MOST] if name != SCRIPT]:
+            # What is missing is said by the tests that need it.
+            with contextlib.suppress(pytest.skip.Exception, pytest.fail.Exception):
+                self._start(name)
+        for engine in self._engines.values():
+            engine.let_others_go_first()
+        for name in self._engines.keys() & set(self.plan[test]):
+            if not ends:
+                self._revive(name)
+
+    def after(self, test: str) -> None:
+        """End what no further test needs."""
+        del self.plan[test]
+        needed = {kind for kinds in self.plan.values() for kind in kinds}
+        for name in self._engines.keys() - self._over - needed:
+            self.end(name)
 
     def ready(self, name: str) -> Engine:
         """The engine of that kind, once it answers."""
@@ -187,6 +190,15 @@ class EnginePool:
             self.end(name)
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _revive(self, name: str) -> None:
+        """Start an engine again that has ended, so that its end fails one test and not all."""
+        engine = self._engines[name]
+        if (status := engine.main.poll()) is not None:
+            self.ended.append((name, status, engine.log()[-3000:]))
+            kill(engine.processes())
+            engine.start()
+            engine.wait_until_ready()
 
     def _start(self, name: str) -> Engine:
         """Start the engine unless it was started; does not wait."""
