@@ -9,8 +9,10 @@ ends its question or never reads would stay for good.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import resource
+import socket
 import ssl
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +24,12 @@ from sglang_weight_exporter.export.authenticator import Authenticator
 #: A client that has sent no whole request, or not taken its whole answer, in this time is
 #: disconnected. Prometheus gives a scrape 10 seconds by default.
 EXCHANGE_SECONDS = 15.0
+
+#: A client that has not taken most of a piece of its answer in this time is disconnected.
+TAKE_SECONDS = 5.0
+
+#: What the kernel keeps of answers that clients have not taken; it would take megabytes each.
+_SEND_BUFFER = 1 << 17
 
 #: Beyond it the connection that is open for the longest is let go for each new one; of those that
 #: are being answered only where there are no others.
@@ -48,11 +56,15 @@ class HttpProtocol(H11Protocol):
         self._access = access
         self._handshake: asyncio.Task[None] | None = None
         self._early: list[bytes] = []
+        self._taking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
         self.connections.add(self)
         self._made_at = self.loop.time()
+        transport.get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER
+        )
         self._next_look = self.loop.call_later(EXCHANGE_SECONDS, self._look, None)
         if len(self.connections) > _most_connections():
             oldest = min(
@@ -71,11 +83,10 @@ class HttpProtocol(H11Protocol):
         try:
             # No time-out of its own: `_look` is one for all that a client may not do.
             secured: Any = await self.loop.start_tls(transport, self, context, server_side=True)
-        except OSError:  # Of TLS as well.
+            names = _alternative_names(secured.get_extra_info("peercert") or {})
+        except Exception:  # Of TLS, or of a certificate that is strange.
             secured = None
-        if secured is None or not self._access.allows(
-            _alternative_names(secured.get_extra_info("peercert") or {})
-        ):
+        if secured is None or not self._access.allows(names):
             self._forget()
             transport.abort()
             return
@@ -96,12 +107,23 @@ class HttpProtocol(H11Protocol):
         self._forget()
         super().connection_lost(exc)
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._taking = self.loop.call_later(TAKE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._taking is not None:
+            self._taking.cancel()
+
     @property
     def _is_answered(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
     def _forget(self) -> None:
         self._next_look.cancel()
+        if self._taking is not None:
+            self._taking.cancel()
         self.connections.discard(self)
 
     def _look(self, before: object) -> None:
@@ -123,9 +145,13 @@ def _most_connections() -> int:
 
 
 def _alternative_names(certificate: Mapping[str, Any]) -> set[str]:
-    """As they are written in ``client_allowed_sans``; ``ssl`` writes IPv6 addresses in full."""
-    return {
-        str(ipaddress.ip_address(name.strip())) if kind == "IP Address" else name
-        for kind, name in certificate.get("subjectAltName", ())
-        if kind in {"DNS", "email", "IP Address", "URI"}
-    }
+    """As they are written in ``client_allowed_sans``; ``ssl`` writes IPv6 addresses in full. An
+    address of a length that none has is no name."""
+    names = set()
+    for kind, name in certificate.get("subjectAltName", ()):
+        if kind == "IP Address":
+            with contextlib.suppress(ValueError):
+                names.add(str(ipaddress.ip_address(name.strip())))
+        elif kind in {"DNS", "email", "URI"}:
+            names.add(name)
+    return names

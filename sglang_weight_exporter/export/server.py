@@ -17,7 +17,7 @@ from typing import Any, cast
 import uvicorn
 
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.export.authenticator import Authenticator
+from sglang_weight_exporter.export.authenticator import Authenticator, BusyError
 from sglang_weight_exporter.export.connections import ACCEPTED_AT_ONCE, HttpProtocol
 from sglang_weight_exporter.export.prometheus import Exposition
 from sglang_weight_exporter.settings import DEFAULT_PORT, PREFIX, Settings
@@ -35,6 +35,9 @@ SCRAPES_AT_ONCE = 40
 #: Connections that wait to be accepted (listen(2)).
 _BACKLOG = 128
 
+#: An answer is sent in pieces of this size, each once the client has taken most of the one before.
+_PIECE = 1 << 16
+
 
 class EndpointError(Exception):
     """The endpoint cannot be opened now; the message says why and what to do."""
@@ -50,13 +53,24 @@ class MetricsApp:
         self._scrapes = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
+        if scope["type"] == "http":
+            # At the end of the process; uvicorn would log it as an error.
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._page(scope, send)
+
+    async def _page(self, scope: Message, send: Send) -> None:
         if not self._access.is_within_rate():
             await _answer(send, 429, "More requests than the configuration admits.\n")
             return
         send = functools.partial(_send_with, send, self._access.headers)
-        if not await self._access.admits(_header(scope, b"authorization")):
+        try:
+            admitted = await self._access.admits(
+                _header(scope, b"authorization"), client=(scope.get("client") or ("",))[0]
+            )
+        except BusyError:
+            await _answer(send, 429, "Too many passwords are to be checked.\n", retry_after="1")
+            return
+        if not admitted:
             await _answer(send, 401, "Unauthorized.\n", www_authenticate='Basic realm="metrics"')
             return
         pages = {"/": self._landing, "/metrics": self._metrics, "/healthz": self._healthz}
@@ -167,7 +181,10 @@ async def _answer(
     ]
     headers += [(name.replace("_", "-").encode(), value.encode()) for name, value in more.items()]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})
+    for start in range(0, len(content), _PIECE):
+        piece = content[start : start + _PIECE]
+        await send({"type": "http.response.body", "body": piece, "more_body": True})
+    await send({"type": "http.response.body"})
 
 
 def bind(settings: Settings) -> socket.socket:
@@ -235,7 +252,20 @@ class Server:
 
     async def run(self) -> None:
         """Serve until the task that runs this is cancelled."""
-        await self._server.serve(sockets=[self._listener])
+        try:
+            await self._server.serve(sockets=[self._listener])
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
+        """Let go of clients, and then of what they asked for."""
+        state = self._server.server_state
+        for connection in list(state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)  # In which they are told that they are lost.
+        for task in state.tasks:
+            task.cancel()
+        await asyncio.gather(*state.tasks, return_exceptions=True)
 
 
 class _QuietServer(uvicorn.Server):

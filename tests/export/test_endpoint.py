@@ -542,3 +542,52 @@ def test_an_unusable_setting_is_named_and_the_default_used(
     )
     assert f"{name}='{value}' cannot be used" in result.stderr
     assert "the default" in result.stderr
+
+
+def peak_bytes(exporter: Exporter) -> int:
+    """The most memory that the process has had."""
+    status = Path(f"/proc/{exporter.process.pid}/status").read_text()
+    return int(re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[0]) * 1024
+
+
+def test_answers_that_nobody_takes_are_bounded(
+    serve: Callable[..., Exporter], runtime_dir: RuntimeDir
+) -> None:
+    kinds = [f"dtype{number}" for number in range(300)]
+    stores = [RankStore(runtime_dir, f"rank{number}") for number in range(16)]
+    for number, store in enumerate(stores):
+        usages = tuple(
+            WeightUsage(device="cpu", kind="parameter", dtype=each, nbytes=1, tensors=1)
+            for each in kinds
+        )
+        store.write_snapshot(
+            Snapshot(
+                rank_id=f"rank{number}",
+                pid=os.getpid(),
+                started_at=1.0,
+                engine=Engine(name="30000", instance="one", model_name="m" * 200),
+                ranks=Ranks(tp=number),
+                roles=(Role(name="target", device="cpu", weights=usages),),
+            )
+        )
+    exporter = serve()
+    exporter.line("metrics are at")
+    text = len(exporter.request("/metrics")[2])
+    assert text > 2**21
+    before = peak_bytes(exporter)
+    clients = []
+    for _ in range(150):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(("127.0.0.1", exporter.port))
+        client.sendall(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+        clients.append(client)
+    # Those that take nothing are let go, and then everybody is served.
+    eventually(lambda: exporter.request("/metrics")[0] == 200, what="an answer")
+    eventually(lambda: exporter.open_sockets() < 50, what="the end of their connections")
+    # Some of its own are under way at a time, and none for each client that waits.
+    assert peak_bytes(exporter) - before < 150 * text / 2
+    for client in clients:
+        client.close()
+    for store in stores:
+        store.close()

@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 import trustme
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from serving import Exporter
 from waiting import LIMIT, eventually
 
@@ -432,3 +433,72 @@ def test_what_cannot_be_used_is_refused_in_words(
             source.read()
         assert complaint in str(error.value)
         assert str(error.value).count("\n") == 0
+
+
+def odd_certificate(authority: trustme.CA, directory: Path, names: bytes) -> tuple[str, str]:
+    """A client's certificate and key, with these alternative names as DER has them."""
+    issuer = x509.load_pem_x509_certificate(authority.cert_pem.bytes())
+    signing = serialization.load_pem_private_key(authority.private_key_pem.bytes(), None)
+    assert isinstance(signing, ec.EllipticCurvePrivateKey)
+    key = ec.generate_private_key(ec.SECP256R1())
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "odd")]))
+        .issuer_name(issuer.subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(issuer.not_valid_before_utc)
+        .not_valid_after(issuer.not_valid_after_utc)
+        .add_extension(
+            x509.UnrecognizedExtension(x509.ObjectIdentifier("2.5.29.17"), names), critical=False
+        )
+        .sign(signing, hashes.SHA256())
+    )
+    (directory / "odd.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (directory / "odd.key").write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    return str(directory / "odd.pem"), str(directory / "odd.key")
+
+
+#: An IP address of five bytes.
+FIVE_BYTES = bytes((0x30, 7, 0x87, 5, 1, 2, 3, 4, 5))
+
+
+def test_an_address_of_odd_length_is_no_name(
+    configured: Started, authority: trustme.CA, directory: Path
+) -> None:
+    asks = f"{TLS}, client_ca_file: ca.pem, client_auth_type: RequireAndVerifyClientCert"
+    exporter = configured(f"{asks}}}\n")
+    certificate = odd_certificate(authority, directory, FIVE_BYTES)
+
+    def present(context: ssl.SSLContext) -> None:
+        context.load_cert_chain(*certificate)
+
+    assert handshake(exporter, authority, adjust=present)[0] == 200
+    (directory / "web.yml").write_text(f"{asks}, client_allowed_sans: [prometheus]}}\n")
+    exporter.line("was read again")
+    with pytest.raises(REFUSED):
+        handshake(exporter, authority, adjust=present)
+    assert handshake(exporter, authority, authority.issue_cert("prometheus"))[0] == 200
+
+
+def test_the_end_of_the_process_is_no_error_of_requests_under_way(configured: Started) -> None:
+    exporter = configured(f"basic_auth_users: {{prometheus: {HASH}}}\n")
+    waiting = []
+    for number in range(8):
+        waiting.append(socket.create_connection(("127.0.0.1", exporter.port)))
+        wrong = authorization("prometheus", f"wrong{number}")
+        waiting[-1].sendall(
+            f"GET /metrics HTTP/1.1\r\nHost: x\r\nAuthorization: {wrong}\r\n\r\n".encode()
+        )
+    assert exporter.request("/healthz")[0] == 401
+    exporter.process.terminate()
+    assert exporter.process.wait(LIMIT) == 0
+    for each in waiting:
+        each.close()
+    assert [line for line in exporter.lines.queue if "Traceback" in line] == []
