@@ -85,6 +85,12 @@ class Settings:
     fingerprint: bool = _setting(
         False, _switch, "fingerprint all weights after a load and after each update"
     )
+    reference_dir: Path | None = _setting(
+        None,
+        _path,
+        "directory, which hosts may share, of what the first load of each checkpoint and "
+        "configuration left; later loads are compared with it, where fingerprints are on",
+    )
     span_table: bool = _setting(True, _switch, "whether spans carry the pointer table")
     span_table_names: str = _setting(
         "", str, "regular expression: of the table, spans carry only the tensors that it finds"

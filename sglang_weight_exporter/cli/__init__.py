@@ -22,6 +22,7 @@ _COMMANDS = {
     "verify": "compare the weights in memory with a checkpoint, a manifest, or other replicas",
     "manifest": "write the fingerprints of a checkpoint or of a running rank, for verify "
     "--manifest",
+    "reference": "keep what SGLang's own loader makes of a checkpoint, for verify --manifest",
     "advise": "how much GPU memory was really free, and what it could be",
     "snapshot": "torch's memory with its blocks named, for PyTorch's viewer and Perfetto",
     "dashboard": "print or write the Grafana dashboards and the Prometheus rules",

@@ -8,6 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import msgspec
+
 from sglang_weight_exporter.cli.choice import (
     CommandError,
     add_choice,
@@ -20,13 +22,14 @@ from sglang_weight_exporter.store.tables import TableError
 from sglang_weight_exporter.verification.checkpoint import Checkpoint, CheckpointError
 from sglang_weight_exporter.verification.checkpoint_layout import fuse, fused_bytes
 from sglang_weight_exporter.verification.manifest import (
+    Manifest,
     ManifestTensor,
     Shard,
     encode,
     manifest_of,
-    write_manifest,
+    manifest_of_table,
+    save,
 )
-from sglang_weight_exporter.weight_table import table_fingerprints
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,15 +66,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        tensors, version, shard = _held(arguments)
+        manifest = _held(arguments)
         if arguments.weight_version is not None:
-            version = arguments.weight_version
+            manifest = msgspec.structs.replace(manifest, weight_version=arguments.weight_version)
         if arguments.output is None:
-            manifest = manifest_of(tensors, weight_version=version, shard=shard)
             sys.stdout.buffer.write(encode(manifest))
             sys.stdout.buffer.flush()
         else:
-            write_manifest(arguments.output, tensors, weight_version=version, shard=shard)
+            save(arguments.output, manifest)
     except (CheckpointError, RuntimeDirError, TableError, CommandError) as error:
         print(error, file=sys.stderr)
     except ModuleNotFoundError as error:
@@ -85,9 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 2
 
 
-def _held(
-    arguments: argparse.Namespace,
-) -> tuple[dict[str, ManifestTensor], str, Shard | None]:
+def _held(arguments: argparse.Namespace) -> Manifest:
     if (arguments.checkpoint is None) == (not arguments.rank):
         raise CommandError("Name a checkpoint, or a running rank with --rank, and not both.")
     if arguments.rank:
@@ -101,33 +101,29 @@ def _held(
         taken = checkpoint.fingerprints(held)
     else:
         taken = checkpoint.fingerprints()
-    tensors = {
-        name: ManifestTensor(fingerprint=taken[name], dtype=dtype, shape=shape)
-        for name, (dtype, shape) in stored.items()
-    }
-    return tensors, "", None
+    return manifest_of(
+        {
+            name: ManifestTensor(fingerprint=taken[name], dtype=dtype, shape=shape)
+            for name, (dtype, shape) in stored.items()
+        }
+    )
 
 
-def _of_rank(arguments: argparse.Namespace) -> tuple[dict[str, ManifestTensor], str, Shard]:
+def _of_rank(arguments: argparse.Namespace) -> Manifest:
     readers = chosen_tables(arguments)
     if len(readers) > 1:
         raise CommandError(
             f"A manifest is of one rank, and {len(readers)} are chosen:\n{choices(readers)}"
         )
     table = readers[0].read(timeout=10.0)
-    fingerprints = table_fingerprints(table.columns)
-    if not fingerprints or table.released:
+    if not table.columns.fingerprint or table.released:
         raise CommandError(
             "This rank has no fingerprints. Start SGLang with "
             "SGLANG_WEIGHT_EXPORTER_FINGERPRINT=on; they are absent too while the memory of the "
             "weights is released, and where taking them failed, which SGLang's log says."
         )
-    tensors = {
-        row.name: ManifestTensor(
-            fingerprint=fingerprints[row.name], dtype=row.dtype, shape=row.shape_in_memory
-        )
-        for row in table.rows()
-        if row.name in fingerprints
-    }
-    shard = Shard.of(table.engine, table.ranks, table.role.name)
-    return tensors, table.weight_version, shard
+    return manifest_of_table(
+        table.columns,
+        weight_version=table.weight_version,
+        shard=Shard.of(table.engine, table.ranks, table.role.name),
+    )

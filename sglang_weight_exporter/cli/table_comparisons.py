@@ -4,11 +4,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import msgspec
+
+from sglang_weight_exporter.export.references import (
+    bytes_by_name,
+    compare_with_reference,
+    is_own_reference,
+)
 from sglang_weight_exporter.store.tables import Table
 from sglang_weight_exporter.verification.checkpoint import Checkpoint
 from sglang_weight_exporter.verification.checkpoint_layout import (
@@ -19,7 +28,12 @@ from sglang_weight_exporter.verification.checkpoint_layout import (
 )
 from sglang_weight_exporter.verification.comparison import Comparison, compare, compare_replicas
 from sglang_weight_exporter.verification.confirmed_loaders import confirmed
-from sglang_weight_exporter.verification.manifest import Manifest, ManifestError, Shard
+from sglang_weight_exporter.verification.manifest import (
+    Manifest,
+    ManifestError,
+    Shard,
+    read_manifest,
+)
 from sglang_weight_exporter.weight_table import table_fingerprints
 
 
@@ -36,10 +50,6 @@ class Comparisons:
 def title(table: Table) -> str:
     since = "its load" if table.update <= 1 else f"update {table.update}"
     return f"engine {table.engine.name}  {table.ranks}  {table.role.name}  since {since}"
-
-
-def _nbytes(table: Table) -> dict[str, int]:
-    return {row.name: row.nbytes for row in table.rows()}
 
 
 # A checkpoint.
@@ -64,7 +74,7 @@ def against_checkpoint(tables: Sequence[Table], path: Path, tp_size: int | None)
         result = compare(
             table_fingerprints(table.columns),
             expected.fingerprints,
-            _nbytes(table),
+            bytes_by_name(table),
             unverifiable=expected.unverifiable,
             doubted=_doubts(table, checkpoint, expected),
         )
@@ -115,14 +125,25 @@ def _doubts(table: Table, checkpoint: Checkpoint, expected: Expected) -> dict[st
 # Manifests.
 
 
+def read_manifests(paths: Iterable[Path]) -> list[Manifest]:
+    """Of files, and of all files of directories. Raises ManifestError and OSError."""
+    files: list[Path] = []
+    for path in paths:
+        files += sorted(path.glob("*.json")) if path.is_dir() else [path]
+    if not files:
+        raise ManifestError("There is no manifest in what --manifest names.")
+    return [read_manifest(file) for file in files]
+
+
 def against_manifests(tables: Sequence[Table], manifests: Sequence[Manifest]) -> Comparisons:
     """A manifest of a running rank with the ranks at its place, another one with all."""
     found = Comparisons()
     held: set[str] = set()
+    named: dict[str, None] = {}
     for table in tables:
-        shard = Shard.of(table.engine, table.ranks, table.role.name)
-        chosen = [manifest for manifest in manifests if manifest.shard in {None, shard}]
+        chosen = _chosen(table, manifests)
         if not chosen:
+            shard = Shard.of(table.engine, table.ranks, table.role.name)
             print(
                 f"{title(table)}: no manifest is of this part of the model ({_place(shard)}).",
                 file=sys.stderr,
@@ -130,14 +151,31 @@ def against_manifests(tables: Sequence[Table], manifests: Sequence[Manifest]) ->
         for manifest in chosen:
             found.results.append((title(table), _against_manifest(table, manifest)))
             held |= table_fingerprints(table.columns).keys()
+            named |= dict.fromkeys(manifest.tensors)
     if not found.results:
         places = (_place(each.shard) for each in manifests if each.shard is not None)
         raise ManifestError(
             "No rank here holds what a manifest is of, which is: " + "; ".join(places) + "."
         )
-    named = dict.fromkeys(name for manifest in manifests for name in manifest.tensors)
     found.unheld = tuple(name for name in named if name not in held)
     return found
+
+
+def _chosen(table: Table, manifests: Sequence[Manifest]) -> list[Manifest]:
+    """Those of its place. Of references, which are of many checkpoints, the one of its own; another
+    one where it is the only one."""
+    shard = Shard.of(table.engine, table.ranks, table.role.name)
+    chosen = [each for each in manifests if not each.reference and each.shard in {None, shard}]
+    references = [each for each in manifests if each.reference and _same_place(each, shard)]
+    own = [each for each in references if is_own_reference(table, each, os.environ)]
+    return chosen + (own or (references if len(manifests) == 1 else []))
+
+
+def _same_place(manifest: Manifest, shard: Shard) -> bool:
+    """Whatever the model is called."""
+    if manifest.shard is None:
+        return False
+    return msgspec.structs.replace(manifest.shard, model_name=shard.model_name) == shard
 
 
 def _place(shard: Shard) -> str:
@@ -151,6 +189,8 @@ def _place(shard: Shard) -> str:
 
 def _against_manifest(table: Table, manifest: Manifest) -> Comparison:
     """Compares what has the same dtype and shape: a rank's share has another fingerprint."""
+    if manifest.reference is not None:
+        return compare_with_reference(table, manifest, os.environ)
     expected, unverifiable = {}, {}
     for row in table.rows():
         tensor = manifest.tensors.get(row.name)
@@ -161,7 +201,10 @@ def _against_manifest(table: Table, manifest: Manifest) -> Comparison:
         else:
             expected[row.name] = tensor.fingerprint
     return compare(
-        table_fingerprints(table.columns), expected, _nbytes(table), unverifiable=unverifiable
+        table_fingerprints(table.columns),
+        expected,
+        bytes_by_name(table),
+        unverifiable=unverifiable,
     )
 
 
@@ -177,10 +220,15 @@ def _not_there(name: str) -> str:
 def replicas(tables: Iterable[Table]) -> Comparisons:
     """Ranks that should hold the same: of one model, at the same place in it, quantized and packed
     in the same way."""
-    places: dict[tuple[Shard, str, str], list[Table]] = {}
+    places: dict[tuple[Any, ...], list[Table]] = {}
     for table in tables:
         shard = Shard.of(table.engine, table.ranks, table.role.name)
-        same = shard, table.role.quantization, table.engine.sglang_version
+        same = (
+            shard,
+            table.role.quantization,
+            table.engine.sglang_version,
+            tuple(sorted(table.engine.load_settings.items())),
+        )
         places.setdefault(same, []).append(table)
     found = Comparisons()
     for first, *others in places.values():
@@ -188,7 +236,7 @@ def replicas(tables: Iterable[Table]) -> Comparisons:
         for other in others:
             beside = f"{title(other)}\n  beside {title(first)}"
             result = compare_replicas(
-                one, table_fingerprints(other.columns), _nbytes(first) | _nbytes(other)
+                one, table_fingerprints(other.columns), bytes_by_name(first) | bytes_by_name(other)
             )
             found.results.append((beside, result))
     return found

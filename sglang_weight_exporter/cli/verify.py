@@ -22,6 +22,7 @@ from sglang_weight_exporter.cli.table_comparisons import (
     Comparisons,
     against_checkpoint,
     against_manifests,
+    read_manifests,
     replicas,
     title,
 )
@@ -31,7 +32,7 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
 from sglang_weight_exporter.store.tables import Table, TableError
 from sglang_weight_exporter.verification.checkpoint import CheckpointError
 from sglang_weight_exporter.verification.comparison import Comparison
-from sglang_weight_exporter.verification.manifest import ManifestError, read_manifest
+from sglang_weight_exporter.verification.manifest import ManifestError
 
 #: Names that a text lists of each kind.
 _NAMED = 20
@@ -53,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         action="append",
         metavar="FILE",
-        help="what `manifest` or a trainer wrote; several times for the ranks of another engine",
+        help="what `manifest`, `reference` or a trainer wrote, or a directory of such files; "
+        "several times for the ranks of another engine",
     )
     add_choice(parser, role="target")
     parser.add_argument(
@@ -192,7 +194,7 @@ def _comparisons(arguments: argparse.Namespace, tables: Sequence[Table]) -> Comp
     if arguments.checkpoint is not None:
         return against_checkpoint(tables, arguments.checkpoint, arguments.tp_size)
     if arguments.manifest:
-        return against_manifests(tables, [read_manifest(path) for path in arguments.manifest])
+        return against_manifests(tables, read_manifests(arguments.manifest))
     return replicas(tables)
 
 

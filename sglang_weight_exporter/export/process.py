@@ -23,6 +23,7 @@ from sglang_weight_exporter.export.nvml import GpuMemory, GpuWatch, Nvml
 from sglang_weight_exporter.export.otlp.pipeline import OtlpPipeline
 from sglang_weight_exporter.export.prometheus import Exposition
 from sglang_weight_exporter.export.rank_care import RankCare
+from sglang_weight_exporter.export.references import ReferenceFollower
 from sglang_weight_exporter.export.views import HostView, SpanCounts
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.locks import FileLock
@@ -46,6 +47,7 @@ class HostReader:
         gpus: Callable[[], Iterable[GpuMemory]],
         spans: SpanCounts,
         guard: Guard,
+        references: ReferenceFollower,
         simulated: bool,
     ) -> None:
         self._snapshots = SnapshotReader(runtime_dir, on_unreadable=logger.warning)
@@ -53,13 +55,16 @@ class HostReader:
         self._accounts = GpuAccounts()
         self._spans = spans
         self._guard = guard
+        self._references = references
         self._simulated = simulated
         self._started_at = time.time()
         self._reading = threading.Lock()
 
     def read(self) -> HostView:
         with self._reading:  # A scrape, the thread that sends metrics, the care of ranks.
-            snapshots = tuple(snapshot for _, snapshot in self._snapshots.read())
+            snapshots = tuple(
+                self._references.annotated(snapshot) for _, snapshot in self._snapshots.read()
+            )
             gpus: tuple[GpuAccount, ...] = ()
             with self._guard.step("The account of the GPUs"):
                 gpus = self._accounts.read(snapshots, self._gpus(), time.monotonic())
@@ -94,11 +99,13 @@ class Exporter:
             watch = GpuWatch(Nvml())
             watch.start(FIRST_READING_SECONDS)
             gpus = watch.read
+        self._references = ReferenceFollower(runtime_dir, settings.reference_dir, environ)
         host = HostReader(
             runtime_dir,
             gpus=gpus,
             spans=spans,
             guard=guard,
+            references=self._references,
             simulated=simulated_gpus is not None,
         )
         self._pipeline = pipeline = OtlpPipeline(
@@ -128,6 +135,7 @@ class Exporter:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         self._pipeline.start()
+        self._references.start()
         tasks = [
             asyncio.create_task(run)
             for run in (self._endpoint.serve(), self._care.run(), self._stop.wait())

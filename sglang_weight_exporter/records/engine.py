@@ -49,6 +49,9 @@ class Engine(Record, frozen=True, kw_only=True):
     tp_size: int | None = None
     pp_size: int | None = None
     ep_size: int | None = None
+    #: Of its settings those that decide how weights are read, converted and packed, as they were
+    #: given; without those that were not.
+    load_settings: dict[str, str] = {}
     #: Where it serves HTTP, as its settings say; empty where it does not.
     url: str = ""
     #: The same for all ranks of the engine, on however many hosts; empty until they have agreed.

@@ -54,6 +54,9 @@ class Role(Record, frozen=True, kw_only=True):
     changes: dict[Change, int] = {}
     #: ``None``: fingerprints are switched off.
     fingerprints: FingerprintCounts | None = None
+    #: Whether the load left what the reference of its checkpoint and configuration holds, as the
+    #: exporter process has found; ranks do not know. ``None``: there is no other to compare with.
+    reference_match: bool | None = None
     in_progress: UpdateInProgress | None = None
     last_update: Update | None = None
 

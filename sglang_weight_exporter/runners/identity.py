@@ -23,6 +23,38 @@ _ENCODER, _WEIGHT_CACHE = "encoder", "weight_cache"
 _WITHOUT_RUNNER = {"MMEncoder": _ENCODER, "WeightCacheDaemon": _WEIGHT_CACHE}
 
 
+#: Settings by which a loader makes other bytes of a checkpoint, packs them, or places experts
+#: (``arg_groups/fields`` of 0.5.23; earlier releases have them in ``server_args.py``).
+_LOAD_SETTINGS = (
+    "disable_shared_experts_fusion",
+    "dtype",
+    "enable_dp_attention",
+    "enable_dp_lm_head",
+    "enable_eplb",
+    "enable_fp32_lm_head",
+    "enable_shared_experts_attn_tp",
+    "ep_num_redundant_experts",
+    "fp4_gemm_runner_backend",
+    "fp8_gemm_runner_backend",
+    "init_expert_location",
+    "json_model_override_args",
+    "kv_cache_dtype",
+    "load_format",
+    "model_impl",
+    "model_loader_extra_config",
+    "moe_a2a_backend",
+    "moe_dense_tp_size",
+    "moe_runner_backend",
+    "quantization",
+    "quantization_param_path",
+    "revision",
+    "rl_quant_profile",
+    "speculative_draft_model_path",
+    "speculative_draft_model_quantization",
+    "torchao_config",
+)
+
+
 def ranks_of(runner: Any, dp_rank: int | None) -> Ranks:
     """Ranks of the process, from its **target** runner; ``dp_rank`` as the runner was told it
     (0.5.1 to 0.5.11 pass it to ``__init__``, where it is not kept).
@@ -177,6 +209,7 @@ def engine_of(runner: Any) -> Engine:
         tp_size=_size(runner, "tp_size"),
         pp_size=_size(runner, "pp_size"),
         ep_size=_size(runner, "ep_size"),
+        load_settings=_load_settings(runner),
         url=_url(runner),
         node_rank=_size(runner, "node_rank"),
         nodes=_size(runner, "nnodes"),
@@ -194,6 +227,12 @@ def _expected_ranks(runner: Any) -> int | None:
     # Releases that have no such setting have one of each.
     known = [1 if size is None else size for size in sizes]
     return math.prod(known) if all(type(size) is int for size in known) else None
+
+
+def _load_settings(runner: Any) -> dict[str, str]:
+    """What was not given is SGLang's own choice, which follows from the rest and the device."""
+    given = {name: server_setting(runner, name) for name in _LOAD_SETTINGS}
+    return {name: str(value) for name, value in given.items() if value not in (None, False, "")}
 
 
 def _url(runner: Any) -> str:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_weight_exporter.records.engine import Engine, Ranks
+from sglang_weight_exporter.records.engine import Device, Engine, Ranks
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.weights import TableRef
 from sglang_weight_exporter.store.decoding import (
@@ -65,6 +65,8 @@ class Table:
     role: Role
     weight_version: str
     columns: WeightTable
+    #: Those that hold anything of the rank.
+    devices: tuple[Device, ...] = ()
 
     @property
     def update(self) -> int:
@@ -199,6 +201,7 @@ class TableReader:
             role=role,
             weight_version=snapshot.weight_version,
             columns=last[1],
+            devices=snapshot.devices,
         ), TableError()
 
     def _role(self, snapshot: Snapshot) -> Role:

@@ -4,12 +4,14 @@
 
 A JSON object: ``schema_version``, ``definition`` (of the fingerprint), ``weight_version`` (may be
 empty), ``fingerprint`` (of all tensors together), ``shard`` (which part of the model a running rank
-is that it was written from, or null) and ``tensors``, name to ``fingerprint`` (32 hexadecimal
-digits), ``dtype`` (as torch calls it) and ``shape``.
+is that it was written from, or null), ``reference`` (what decides what a rank holds after a load,
+where SGLang's own loader left this, or null) and ``tensors``, name to ``fingerprint`` (32
+hexadecimal digits), ``dtype`` (as torch calls it) and ``shape``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +20,11 @@ import msgspec
 
 from sglang_weight_exporter import fingerprint as _fingerprint
 from sglang_weight_exporter.records.engine import Engine, Ranks
+from sglang_weight_exporter.weight_table import WeightTable, table_fingerprints, table_rows
 
 SCHEMA_VERSION = 1
+#: Bytes of a file that is read: of a million tensors.
+_LARGEST = 1 << 28
 
 
 class ManifestError(Exception):
@@ -61,6 +66,43 @@ class Shard(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+class ReferenceKey(msgspec.Struct, frozen=True, kw_only=True):
+    """What decides which bytes a rank holds after a load."""
+
+    #: Of its files' headers and sizes, or of all their bytes.
+    checkpoint: str
+    release: str
+    #: Of SGLang's, as they were given: how weights are read, converted and packed.
+    settings: dict[str, str]
+    quantization: str
+    role: str
+    tp_rank: int
+    pp_rank: int
+    moe_ep_rank: int
+    tp_size: int | None
+    pp_size: int | None
+    ep_size: int | None
+    device: str
+    #: Of names, dtypes and shapes.
+    layout: str
+
+    @property
+    def digest(self) -> str:
+        """Its name: 16 hexadecimal digits."""
+        content = msgspec.json.encode(self, order="deterministic")
+        return hashlib.sha256(content).hexdigest()[:16]
+
+
+class Reference(msgspec.Struct, frozen=True, kw_only=True):
+    """That a manifest is what SGLang's own loader left, and of what."""
+
+    key: ReferenceKey
+    #: For whoever reads it; another path may have the same checkpoint.
+    model_path: str
+    host: str
+    made_at: float
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Names and fingerprints."""
 
@@ -68,6 +110,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str
     weight_version: str = ""
     shard: Shard | None = None
+    reference: Reference | None = None
     schema_version: int = SCHEMA_VERSION
     definition: int = _fingerprint.DEFINITION
 
@@ -86,6 +129,30 @@ def manifest_of(
     )
 
 
+def manifest_of_table(
+    table: WeightTable,
+    *,
+    weight_version: str = "",
+    shard: Shard | None = None,
+    reference: Reference | None = None,
+) -> Manifest:
+    """Of a rank's table with fingerprints."""
+    held = table_fingerprints(table)
+    return Manifest(
+        tensors={
+            row.name: ManifestTensor(
+                fingerprint=held[row.name], dtype=row.dtype, shape=row.shape_in_memory
+            )
+            for row in sorted(table_rows(table))
+            if row.name in held
+        },
+        fingerprint=table.fingerprint,
+        weight_version=weight_version,
+        shard=shard,
+        reference=reference,
+    )
+
+
 def write_manifest(
     path: str | os.PathLike[str],
     tensors: Mapping[str, ManifestTensor],
@@ -95,10 +162,16 @@ def write_manifest(
 ) -> Manifest:
     """Write ``tensors`` to ``path``, whole or not at all; to a pipe or device as it is."""
     manifest = manifest_of(tensors, weight_version=weight_version, shard=shard)
+    save(path, manifest)
+    return manifest
+
+
+def save(path: str | os.PathLike[str], manifest: Manifest) -> None:
+    """As ``write_manifest`` does."""
     path = Path(path)
     if path.exists() and not path.is_file():
         path.write_bytes(encode(manifest))
-        return manifest
+        return
     path = path.resolve()
     temporary = path.with_name(f".manifest-{os.urandom(8).hex()}")
     try:
@@ -107,7 +180,6 @@ def write_manifest(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    return manifest
 
 
 def encode(manifest: Manifest) -> bytes:
@@ -118,7 +190,11 @@ def encode(manifest: Manifest) -> bytes:
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """Raises ManifestError, also for a manifest that another definition wrote."""
     try:
-        manifest = msgspec.json.decode(Path(path).read_bytes(), type=Manifest)
+        with Path(path).open("rb") as file:
+            content = file.read(_LARGEST + 1)
+        if len(content) > _LARGEST:
+            raise ManifestError(f"{os.fspath(path)} is longer than any manifest.")
+        manifest = msgspec.json.decode(content, type=Manifest)
     except msgspec.DecodeError as error:
         raise ManifestError(f"{os.fspath(path)} is no manifest: {error}") from error
     written = manifest.schema_version, manifest.definition

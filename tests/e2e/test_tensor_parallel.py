@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import tiny_model
+from engine_pool import KINDS
 from engines import Engine, Scrape
 from waiting import eventually
 
@@ -79,3 +80,29 @@ def test_reloads_of_the_same_and_of_another_checkpoint(
     assert verify(tensor_parallel_engine, checkpoints[1])[0] == 0
     assert reload(tensor_parallel_engine, checkpoints[0]) == first
     assert verify(tensor_parallel_engine, checkpoints[0])[0] == 0
+
+
+def test_a_reference_that_sglangs_own_loader_made(
+    tensor_parallel_engine: Engine, checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Of both ranks. The two checkpoints have the same headers, so the other one is different from
+    it, which no rule of ours says."""
+    engine = tensor_parallel_engine
+    command = ["reference", "--model-path", str(checkpoints[0]), "-o", str(tmp_path)]
+    flags = [*KINDS["tensor_parallel_engine"].flags, *engine.installation.server_flags()]
+    done = engine.exporter_cli(*command, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == len(RANKS), done.stdout
+    reload(engine, checkpoints[0])
+
+    def compared() -> tuple[int, str]:
+        done = engine.exporter_cli("verify", "--manifest", str(tmp_path), "--require", "1")
+        return done.returncode, done.stdout + done.stderr
+
+    status, text = compared()
+    assert status == 0, text
+    assert text.count(" 0 different, 0 that cannot be compared") == len(RANKS), text
+    reload(engine, checkpoints[1])
+    status, text = compared()
+    assert status == 1, text
+    assert "different  model.layers.1.self_attn.qkv_proj.weight" in text

@@ -49,6 +49,7 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:
         "definition": 2,
         "weight_version": "7",
         "shard": None,
+        "reference": None,
         "fingerprint": fingerprint.of_rank({"a": A, "b": B}),
         "tensors": {
             name: {"fingerprint": text, "dtype": "bfloat16", "shape": [2, 3]}

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from sglang_weight_exporter.records.engine import Engine, Ranks
+from sglang_weight_exporter.records.engine import Device, Engine, Ranks
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import Update, UpdateInProgress
 from sglang_weight_exporter.records.weights import TableChanges, TableRef, WeightUsage
@@ -55,6 +55,7 @@ class PublishedRank:
         self.engine = Engine(name=engine, instance="0" * 16, model_name="tiny")
         self.ranks = ranks
         self.role = Role(name=role, device=device)
+        self.devices: tuple[Device, ...] = ()
         self.sequence = 0
 
     def publish(
@@ -116,6 +117,10 @@ class PublishedRank:
         self.role = msgspec.structs.replace(self.role, resident={"cuda:0": 0})
         self._write()
 
+    def write_again(self) -> None:
+        """Something else is known of the rank or its engine."""
+        self._write()
+
     def _write(self, weight_version: str = "") -> None:
         self.store.write_snapshot(
             Snapshot(
@@ -124,6 +129,7 @@ class PublishedRank:
                 started_at=time.time(),
                 engine=self.engine,
                 ranks=self.ranks,
+                devices=self.devices,
                 roles=(self.role,),
                 weight_version=weight_version,
             )

@@ -32,6 +32,11 @@ def _modified(view: RoleView) -> Iterator[Sample]:
             yield Sample((during, kind), counts.get(kind, 0))
 
 
+def _reference_match(view: RoleView) -> Iterator[Sample]:
+    match = view.role.reference_match
+    return one(None if match is None else int(match))
+
+
 def _skipped(view: RoleView) -> Iterator[Sample]:
     if view.role.fingerprints is not None:
         for reason in SKIPS:
@@ -55,6 +60,15 @@ INSTRUMENTS = (
         read_role=lambda view: one(
             None if view.role.table is None else view.role.table.fingerprint_seconds
         ),
+    ),
+    Instrument(
+        "sglang_weight_reference_match",
+        "gauge",
+        "",
+        "Whether the last load left what another load of the same checkpoint and configuration had "
+        "left: 1 or 0. Absent where this is the first, after an update, and without "
+        "SGLANG_WEIGHT_EXPORTER_REFERENCE_DIR.",
+        read_role=_reference_match,
     ),
     Instrument(
         "sglang_weight_fingerprint_skipped",

@@ -1,0 +1,289 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Models of the zoo in real ranks, one after another: `load_models.py DIRECTORY DEVICE NAME...`.
+
+SGLang is imported once, which is most of the work; each model is loaded in a child of its own, with
+``NAME:2`` in two that are tensor-parallel ranks of one engine. A rank is SGLang's Scheduler without
+a server. What came of it is written to ``DIRECTORY/results/NAME.json``, or ``NAME-RANK.json``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import traceback
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from zoo_models import MODELS, write
+
+TP_FLAGS = " --disable-custom-all-reduce"
+FLAGS = {
+    "cpu": "--device cpu --attention-backend torch_native --mem-fraction-static 0.2",
+    "cuda": "--attention-backend triton --sampling-backend pytorch --disable-cuda-graph"
+    " --mem-fraction-static 0.3",
+}
+COMMON = " --skip-tokenizer-init --disable-overlap-schedule --context-length 512"
+COMMON += " --max-total-tokens 4096 --trust-remote-code"
+
+
+class ModelInARank:
+    """What happens to one model, and what the exporter makes of it."""
+
+    def __init__(self, scheduler: Any, checkpoints: tuple[Path, Path]) -> None:
+        from sglang_weight_exporter.settings import Settings
+        from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+
+        self.scheduler = scheduler
+        self.model = scheduler.tp_worker.model_runner.model
+        self.first, self.second = checkpoints
+        settings, _ = Settings.from_environ(os.environ)
+        self.runtime_dir = RuntimeDir.open(settings.runtime_dir, os.environ)
+        self.seen: dict[str, Any] = {"class": type(self.model).__name__, "steps": {}}
+        self.equal: dict[str, set[str]] = {}
+        self.failed: set[str] = set()
+        self.addresses: dict[str, int] = {}
+
+    def run(self) -> dict[str, Any]:
+        from sglang.srt.managers import io_struct
+
+        disk = io_struct.UpdateWeightFromDiskReqInput
+
+        def read(checkpoint: Path) -> Callable[[], str]:
+            request = disk(model_path=str(checkpoint), load_format="auto")
+            return functools.partial(self._ask, request)
+
+        self._step("load", None, self.first)
+        self._beside(self.second)
+        self._step("the same", read(self.first), self.first)
+        self._step("another", read(self.second), self.second)
+        self._step("tokens", self._generate, self.second)
+        return self._summary()
+
+    def _ask(self, request: Any) -> str:
+        import torch
+
+        with torch.inference_mode():  # As SGLang's event loop has it.
+            answer = self.scheduler._request_dispatcher(request)
+        return "" if getattr(answer, "success", True) else str(answer.message)
+
+    def _generate(self) -> str:
+        """Four tokens, as the event loop of SGLang's scheduler makes them."""
+        import torch
+        from sglang.srt.managers import io_struct
+        from sglang.srt.sampling.sampling_params import SamplingParams
+
+        parameters = SamplingParams(max_new_tokens=4, ignore_eos=True, temperature=0)
+        parameters.normalize(None)
+        request = io_struct.TokenizedGenerateReqInput(
+            rid="zoo",
+            input_text="",
+            input_ids=array("q", [5, 6, 7, 8]),
+            input_embeds=None,
+            mm_inputs=None,
+            token_type_ids=None,
+            sampling_params=parameters,
+            return_logprob=False,
+            logprob_start_len=-1,
+            top_logprobs_num=0,
+            token_ids_logprob=None,
+            stream=False,
+        )
+        scheduler = self.scheduler
+        with torch.inference_mode():
+            scheduler.process_input_requests([request])
+            for _ in range(8):
+                plan = scheduler.get_next_batch_to_run(
+                    running_batch=scheduler.running_batch, last_batch=scheduler.last_batch
+                )
+                scheduler.running_batch, batch = plan.running_batch, plan.batch_to_run
+                if batch:
+                    result = scheduler.run_batch(batch)
+                    scheduler.process_batch_result(batch, result)
+                scheduler.last_batch = batch
+            # Somebody looks.
+            check = io_struct.CheckWeightsReqInput(action="checksum", skip_tensor_list=[""])
+            scheduler._request_dispatcher(check)
+        return "" if scheduler.last_batch is None else "requests are running still"
+
+    def _step(self, name: str, act: Callable[[], str] | None, checkpoint: Path) -> None:
+        try:
+            problem = "" if act is None else act()
+        except Exception as error:  # Of SGLang's; what it left is looked at all the same.
+            traceback.print_exc()
+            problem = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        (table,) = [
+            reader.read(10.0)
+            for reader in self._readers()
+            if reader.directory.snapshot().pid == os.getpid()
+        ]
+        comparison, whole = self._compare(table, checkpoint)
+        addresses = {row.name: row.data_ptr for row in table.rows()}
+        moved = sum(self.addresses.get(each, at) != at for each, at in addresses.items())
+        self.addresses = addresses
+        update = table.role.last_update
+        published = sum(use.nbytes for use in table.role.weights if use.kind != "derived")
+        self.seen["steps"][name] = {
+            "problem": problem,
+            "equal": len(comparison.equal),
+            "different": sorted(comparison.differing),
+            "not_comparable": len(comparison.unverifiable),
+            "equal_bytes": round(comparison.equal_bytes / comparison.all_bytes, 4),
+            "bytes": [published, self._bytes()],
+            "moved": [update.changes.moved if act and update.action == "update" else 0, moved],
+            "modified": table.role.table.modified or 0,
+            "modified_names": list(table.role.table.modified_names),
+        }
+        self.seen |= {
+            "architecture": table.role.architecture,
+            "release": table.engine.sglang_version,
+            "device": table.role.device.partition(":")[0],
+            "derived": sum(row.kind == "derived" for row in table.rows()),
+        }
+        for each in (*comparison.equal, *comparison.unverifiable, *comparison.differing):
+            kind = "whole" if each in whole else "shares"
+            if each in comparison.equal and each not in self.failed:
+                self.equal.setdefault(kind, set()).add(each)
+            else:
+                self.failed.add(each)
+
+    def _readers(self) -> Any:
+        from sglang_weight_exporter.store.tables import open_tables
+
+        return open_tables(self.runtime_dir.path, role="target")
+
+    def _compare(self, table: Any, checkpoint: Path) -> tuple[Any, frozenset[str]]:
+        from sglang_weight_exporter.cli.table_comparisons import against_checkpoint
+        from sglang_weight_exporter.verification.checkpoint import Checkpoint
+        from sglang_weight_exporter.verification.checkpoint_layout import (
+            ServedTensor,
+            expected_fingerprints,
+        )
+
+        ((_, comparison),) = against_checkpoint([table], checkpoint, None).results
+        served = [
+            ServedTensor(row.name, row.dtype, row.shape_in_memory, row.kind) for row in table.rows()
+        ]
+        expected = expected_fingerprints(
+            served,
+            Checkpoint(checkpoint),
+            tp_rank=table.ranks.tp,
+            tp_size=table.engine.tp_size or 1,
+        )
+        return comparison, expected.whole
+
+    def _beside(self, checkpoint: Path) -> None:
+        """Beside a checkpoint that it is not."""
+        (table,) = [
+            reader.read(10.0)
+            for reader in self._readers()
+            if reader.directory.snapshot().pid == os.getpid()
+        ]
+        comparison, _ = self._compare(table, checkpoint)
+        self.seen["told"] = len(comparison.differing)
+
+    def _bytes(self) -> int:
+        """Of the unique storages of parameters and buffers, by torch."""
+        storages: dict[int, int] = {}
+        for tensors in (self.model.parameters(), self.model.buffers()):
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+    def _summary(self) -> dict[str, Any]:
+        from sglang_weight_exporter.verification.confirmed_loaders import pattern
+
+        failed = {pattern(name) for name in self.failed}
+        confirmed = {
+            kind: sorted({pattern(name) for name in names - self.failed} - failed)
+            for kind, names in self.equal.items()
+        }
+        return {**self.seen, "confirmed": confirmed}
+
+
+def make_schedulers(path: Path, device: str, size: int) -> Callable[[int], Any]:
+    """What makes each rank's scheduler, in a process of its own."""
+    from sglang.srt import runtime_context
+    from sglang.srt.managers.scheduler import Scheduler, configure_scheduler_process
+    from sglang.srt.server_args import PortArgs, prepare_server_args
+
+    if size > 1:
+        cores = os.cpu_count() or 1
+        os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
+            str(rank % cores) for rank in range(size)
+        )
+    flags = FLAGS[device] + COMMON + (f" --tp-size {size}" + TP_FLAGS if size > 1 else "")
+    server_args = prepare_server_args(["--model-path", str(path), *flags.split()])
+    port_args = PortArgs.init_new(server_args)
+
+    def make(rank: int) -> Any:
+        ranks = runtime_context.SpawnRanks(world_rank=rank, dp_rank=None, gpu_id=rank)
+        runtime_context.publish(server_args, role="scheduler", ranks=ranks)
+        configure_scheduler_process(server_args, rank)
+        return Scheduler(server_args, port_args)
+
+    return make
+
+
+def in_child(act: Callable[[], dict[str, Any]], result: Path) -> int:
+    """Its process; what it returns or raises is in the file."""
+    pid = os.fork()
+    if pid:
+        return pid
+    log = os.open(result.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        found = act()
+    except BaseException as error:
+        traceback.print_exc()
+        found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
+    if found:
+        result.write_text(json.dumps(found))
+    os._exit(0)  # SGLang's threads would keep the process.
+
+
+def run_rank(make: Callable[[int], Any], rank: int, checkpoints: tuple[Path, Path]) -> Any:
+    return ModelInARank(make(rank), checkpoints).run()
+
+
+def load(name: str, device: str, directory: Path) -> dict[str, Any]:
+    """Both checkpoints, and the ranks that load them; returns nothing of its own."""
+    name, _, size = name.partition(":")
+    checkpoints = directory / "models" / name / "a", directory / "models" / name / "b"
+    results = directory / "results"
+    for seed, checkpoint in enumerate(checkpoints):
+        if not (checkpoint / "config.json").exists():
+            write(MODELS[name], checkpoint, seed)
+    make = make_schedulers(checkpoints[0], device, int(size or 1))
+    pids = [
+        in_child(
+            functools.partial(run_rank, make, rank, checkpoints),
+            results / (f"{name}-{rank}.json" if size else f"{name}.json"),
+        )
+        for rank in range(int(size or 1))
+    ]
+    for pid in pids:
+        os.waitpid(pid, 0)
+    return {}
+
+
+def main() -> None:
+    directory, device, *names = sys.argv[1:]
+    import sglang.srt.managers.scheduler  # noqa: F401
+    import transformers  # noqa: F401
+
+    (Path(directory) / "results").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        result = Path(directory) / "results" / f"{name.replace(':', '-of-')}.json"
+        # A child makes the checkpoints and reads the settings, which a process can do once.
+        os.waitpid(in_child(functools.partial(load, name, device, Path(directory)), result), 0)
+
+
+if __name__ == "__main__":
+    main()
