@@ -75,7 +75,7 @@ def _run(words: Sequence[str]) -> int:
         return _remove(parser.parse_args(words[1:]))
     parser = argparse.ArgumentParser(
         prog=prog,
-        usage=f"{prog} --model-path DIR [SGLang's flags]\n       {prog} list\n"
+        usage=f"{prog} --model-path DIR [--] [SGLang's flags]\n       {prog} list\n"
         f"       {prog} remove NAME...",
         description="Start this Python's SGLang as its flags say, take the fingerprints of what "
         "its loader left on each rank of this host, keep them as references, and end it. `verify "
@@ -93,7 +93,7 @@ def _run(words: Sequence[str]) -> int:
     parser.add_argument(
         "--log", type=Path, metavar="FILE", help="what SGLang prints (default: standard error)"
     )
-    arguments, flags = parser.parse_known_args(words)
+    arguments, flags = parser.parse_known_args([word for word in words if word != "--"])
     return _make(arguments, ["--model-path", arguments.model_path, *flags])
 
 

@@ -7,16 +7,22 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Iterator
 from datetime import datetime, timezone
+from pathlib import Path
 
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.cli.terminal import print_line
+from sglang_weight_exporter.export.references import differing_from_reference
 from sglang_weight_exporter.records.engine import HookState
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import Update
 from sglang_weight_exporter.store.locks import is_held
-from sglang_weight_exporter.store.reader import SnapshotReader, read_endpoint
+from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader, read_endpoint
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.store.tables import TableError, TableReader
+from sglang_weight_exporter.verification.checkpoint import CheckpointError
+from sglang_weight_exporter.verification.manifest import ManifestError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "For each engine and rank of this user on this host: hooked or not and why, "
         "the last update, and where the endpoint is. Exit status 0 only when all is well."
     )
-    add_flags(parser, "runtime_dir")
+    add_flags(parser, "runtime_dir", "reference_dir")
     parser.add_argument("-v", "--verbose", action="store_true", help="list every hook")
     parser.set_defaults(run=run)
 
@@ -48,10 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
             "No exporter process runs, so nothing is served. The first rank starts one, unless "
             "SGLANG_WEIGHT_EXPORTER_SERVE is off."
         )
-    snapshots = [
-        snapshot
-        for _, snapshot in SnapshotReader(runtime_dir, on_unreadable=problems.append).read()
-    ]
+    found = SnapshotReader(runtime_dir, on_unreadable=problems.append).read()
+    snapshots = [snapshot for _, snapshot in found]
     if not snapshots:
         problems.append(
             f"No rank is alive in {runtime_dir.path}. Where an engine runs: it may have been "
@@ -62,6 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     now = time.time()
     for snapshot in sorted(snapshots, key=lambda each: each.order):
         problems += _print_rank(snapshot, now, verbose=arguments.verbose)
+    if settings.reference_dir is not None:
+        for directory, snapshot in found:
+            problems += _unlike_references(directory, snapshot, settings.reference_dir)
     for problem in problems:
         print_line(f"! {problem}")
     return 1 if problems else 0
@@ -105,6 +112,28 @@ def _print_rank(snapshot: Snapshot, now: float, *, verbose: bool) -> list[str]:
                 f"{name}: the last update of the {role.name} model failed: {last.message}"
             )
     return problems
+
+
+def _unlike_references(
+    directory: RankDirectory, snapshot: Snapshot, references: Path
+) -> Iterator[str]:
+    for role in snapshot.roles:
+        name = f"engine {snapshot.engine.name}, {snapshot.ranks}, {role.name}"
+        try:
+            table = TableReader(directory, role.name, snapshot.engine, snapshot.ranks).read()
+            differing = differing_from_reference(table, references, os.environ)
+        except TableError:
+            continue  # It is being updated, or it ended.
+        except (CheckpointError, ManifestError, OSError) as error:
+            yield f"{name}: it cannot be compared with a reference: {error}"
+            continue
+        if differing:
+            more = f" and {len(differing) - 1:,} more" if differing[1:] else ""
+            yield (
+                f"{name}: its load left other bytes in {differing[0]}{more} than another load of "
+                "the same checkpoint and configuration. Load it again; if it stays, compare the "
+                "checkpoint's files with another host's."
+            )
 
 
 def _hook_line(hook: HookState) -> str:

@@ -99,7 +99,7 @@ class Exporter:
             watch = GpuWatch(Nvml())
             watch.start(FIRST_READING_SECONDS)
             gpus = watch.read
-        self._references = ReferenceFollower(runtime_dir, settings.reference_dir, environ)
+        self._references = ReferenceFollower(runtime_dir, settings.reference_dir, environ, guard)
         host = HostReader(
             runtime_dir,
             gpus=gpus,

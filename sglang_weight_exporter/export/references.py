@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -119,11 +120,16 @@ class ReferenceFollower:
     """
 
     def __init__(
-        self, runtime_dir: RuntimeDir, directory: Path | None, environ: Mapping[str, str]
+        self,
+        runtime_dir: RuntimeDir,
+        directory: Path | None,
+        environ: Mapping[str, str],
+        guard: Guard,
     ) -> None:
         self._snapshots = SnapshotReader(runtime_dir)
         self._references = None if directory is None else References(directory)
         self._environ = environ
+        self._guard = guard
         #: Rank and role → the load that was compared, and whether it is what the reference holds.
         self._found: dict[tuple[str, str], tuple[object, bool | None]] = {}
         self._said: set[str] = set()
@@ -134,7 +140,8 @@ class ReferenceFollower:
 
     def _run(self) -> None:
         while True:
-            self.follow()
+            with self._guard.step("Comparing loads with references"):
+                self.follow()
             time.sleep(_LOOK_EVERY)
 
     def follow(self) -> None:

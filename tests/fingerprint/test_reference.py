@@ -24,6 +24,7 @@ from engines import eventually  # noqa: E402
 from published import PublishedRank  # noqa: E402
 from ranks import ExporterProcess  # noqa: E402
 
+from sglang_weight_exporter.export.guard import Guard  # noqa: E402
 from sglang_weight_exporter.export.references import (  # noqa: E402
     ReferenceFollower,
     own_key,
@@ -65,7 +66,7 @@ class Fleet:
 
     def follow(self, run: Path) -> list[bool | None]:
         runtime_dir = RuntimeDir.open(run, os.environ)
-        follower = ReferenceFollower(runtime_dir, self.references, os.environ)
+        follower = ReferenceFollower(runtime_dir, self.references, os.environ, Guard())
         follower.follow()
         return [
             role.reference_match
@@ -139,7 +140,9 @@ def own_digest(run: Path) -> str:
 
 def test_after_an_update_there_is_nothing_to_compare_with(fleet: Fleet) -> None:
     runs = [fleet.host(name, HELD) for name in ("one", "two")]
-    follower = ReferenceFollower(RuntimeDir.open(runs[1], os.environ), fleet.references, os.environ)
+    follower = ReferenceFollower(
+        RuntimeDir.open(runs[1], os.environ), fleet.references, os.environ, Guard()
+    )
     fleet.follow(runs[0])
     follower.follow()
     rank = fleet.ranks[1]
@@ -235,6 +238,14 @@ def test_a_reference_is_found_by_its_key_among_many(fleet: Fleet) -> None:
     )
     assert status == 0, text
     assert text.count("2 equal, 0 different") == 1
+
+
+def test_status_names_what_is_other(fleet: Fleet) -> None:
+    runs = [fleet.host("one", HELD), fleet.host("two", FLIPPED)]
+    fleet.follow(runs[0])
+    for run, count in zip(runs, (0, 1), strict=True):
+        _, text = command("status", "--runtime-dir", run, "--reference-dir", fleet.references)
+        assert text.count(f"its load left other bytes in {NORM} than another load") == count, text
 
 
 def test_the_exporter_process_serves_what_it_finds(fleet: Fleet) -> None:
