@@ -20,9 +20,9 @@ np = pytest.importorskip("numpy", reason="needs NumPy, which comes with SGLang")
 
 import msgspec  # noqa: E402
 from array_ranks import command, noise, save, serve  # noqa: E402
-from engines import eventually  # noqa: E402
 from published import PublishedRank  # noqa: E402
 from ranks import ExporterProcess  # noqa: E402
+from waiting import eventually  # noqa: E402
 
 from sglang_weight_exporter.export.guard import Guard  # noqa: E402
 from sglang_weight_exporter.export.references import (  # noqa: E402

@@ -62,9 +62,14 @@ def run(name: str, host: Path, *arguments: str | Path, **variables: str) -> tupl
     return done.returncode, done.stdout + done.stderr
 
 
+#: A rank that nobody holds has let go of its lock, which is to have ended.
+_ALIVE: list[PublishedRank] = []
+
+
 def rank(host: Path, *, tp: int = 0, tp_size: int = 2, engine: str = "30000") -> PublishedRank:
     made = PublishedRank(host, engine=engine, ranks=Ranks(tp=tp))
     made.engine = msgspec.structs.replace(made.engine, tp_size=tp_size, pp_size=1, ep_size=1)
+    _ALIVE.append(made)
     return made
 
 

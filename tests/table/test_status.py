@@ -25,8 +25,10 @@ def test_an_update_that_nobody_ended_is_over_once_it_is_idle(
 def test_ranks_are_named_as_people_do_and_in_their_order(
     runtime_dir: Path, command: Command
 ) -> None:
-    for ranks in (Ranks(tp=1, dp=1), Ranks(tp=1, dp=0, moe_ep=1), Ranks(tp=0, dp=0)):
-        PublishedRank(runtime_dir, ranks=ranks).publish()
+    places = Ranks(tp=1, dp=1), Ranks(tp=1, dp=0, moe_ep=1), Ranks(tp=0, dp=0)
+    alive = [PublishedRank(runtime_dir, ranks=ranks) for ranks in places]
+    for each in alive:
+        each.publish()
     shown = command("status").stdout.decode().splitlines()
     assert [line.partition("  ")[0] for line in shown if line.startswith("engine ")] == [
         "engine 30000, tp 0 pp 0 dp 0",
