@@ -15,7 +15,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.weights import WeightCapture
@@ -89,10 +89,16 @@ class Rank:
 
     # Steps.
 
-    def step(self, notify: Callable[[Ledger], Result], *, quietly: bool = False) -> Result:
+    def step(
+        self,
+        notify: Callable[[Ledger], Result],
+        *,
+        then: Literal["publish", "note", ""] = "publish",
+    ) -> Result:
         """Notify the ledger, capture what has ended, and publish.
 
-        ``quietly``: publish only if something has ended.
+        ``then``: where nothing has ended, ``note`` what goes on beside the snapshot that readers
+        have, which is a hundredth of the work; or do nothing.
         """
         with self._lock:
             result = notify(self.ledger)
@@ -104,9 +110,16 @@ class Rank:
                     event = self._complete(each, written)
                     if event is not None:
                         events[index] = event
-            if finished or not quietly:
+            if finished or then == "publish" or (then == "note" and not self._note()):
                 self._publish(events)
+            elif then == "note":
+                self._unlock_tables()
             return result
+
+    def _note(self) -> bool:
+        with self._reported("progress"):
+            return self._publisher.note(self._records.progress())
+        return False
 
     def _complete(
         self, finished: FinishedUpdate, written: set[str]
@@ -150,7 +163,11 @@ class Rank:
         else:
             self._publisher.publish(snapshot, tables, events)
         self._publisher.leave_memory(self.inspector.dump_memory)
-        if not self.ledger.updates.in_session:
+        self._unlock_tables()
+
+    def _unlock_tables(self) -> None:
+        """Between the calls of an update without a session too; not while a call is running."""
+        if not (self.ledger.updates.in_session or self.ledger.updates.running):
             self._publisher.unlock_tables(update_is_over=not self.ledger.updates.in_progress)
 
     # Before an update.

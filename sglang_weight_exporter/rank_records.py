@@ -11,7 +11,7 @@ from typing import Any
 from sglang_weight_exporter.ledger import Ledger
 from sglang_weight_exporter.records.engine import HookState
 from sglang_weight_exporter.records.event import Event
-from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.snapshot import Progress, Role, Snapshot
 from sglang_weight_exporter.records.updates import Update
 from sglang_weight_exporter.records.weights import NAMED_CHANGES, TableRef
 from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
@@ -99,6 +99,17 @@ class RankRecords:
             update_groups=self._ledger.counters.update_groups,
             cache=self._ledger.prefix_cache.counts,
             snapshot_seconds=self._inspector.seconds,
+            running=self._ledger.counters.running,
+        )
+
+    def progress(self) -> Progress:
+        """What has changed since the snapshot, while an update or an operation goes on."""
+        return Progress(
+            snapshot=0,
+            roles=self._ledger.progress(),
+            weight_version=self._ledger.weight_version,
+            cache=self._ledger.prefix_cache.counts,
+            running=self._ledger.counters.running,
         )
 
     def _role(self, role: RunnerRole) -> Role:

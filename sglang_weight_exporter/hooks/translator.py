@@ -36,7 +36,7 @@ class Translator:
         """``Scheduler.__init__``: a draft gives up its own embeddings for the target's after its
         pools are allocated, so the tables are true only when this has ended."""
         self._rank.roles.tell_dp_rank(call.argument("dp_rank"))
-        self._rank.step(Ledger.begin_start, quietly=True)
+        self._rank.step(Ledger.begin_start, then="")
         yield
         self._rank.roles.identify(call.owner)
         self._rank.inspector.watch(call.owner)
@@ -97,7 +97,7 @@ class Translator:
 
     def begin_load(self, call: Call) -> Around:
         """``get_model_loader``, the first step of every load."""
-        self._rank.step(lambda ledger: ledger.loads.begin(), quietly=True)
+        self._rank.step(lambda ledger: ledger.loads.begin(), then="")
         yield
 
     def start_encoder(self, call: Call) -> Around:
@@ -129,16 +129,6 @@ class Translator:
     def external(self, call: Call) -> Around:
         """Code beside SGLang changes weights by its own means and says so."""
         yield from self._write(call, call.target.source, "call", announced=True)
-
-    def check(self, call: Call) -> Around:
-        """``check_weights``; its action ``reset_tensors`` overwrites the weights."""
-        if call.argument("action") == "reset_tensors":
-            outcome = yield from self._write(call, "external", "call", announced=True)
-        else:
-            outcome = yield
-            if (role := self._rank.role(call.owner)) is not None:
-                self._rank.read_again(role)
-        self._count(call, outcome)
 
     def move_experts(self, call: Call) -> Around:
         """Some layers' experts move, from peers or again from disk."""
@@ -177,14 +167,18 @@ class Translator:
     ) -> Generator[None, Outcome, Outcome]:
         """Around one call that writes weights; all of them come through here. ``announced``: not
         SGLang's, whose failures are known by what they say."""
-        token = self._rank.step(begin)
+        token = self._rank.step(begin, then="note")
         self._rank.lock_tables()
         if token is not None and nbytes is not None:
             self._rank.ledger.updates.add_bytes(nbytes)
         outcome = yield
         if token is not None:
             verdict = _verdict(None if announced else source, outcome)
-            self._rank.step(lambda ledger: ledger.updates.finish(token, verdict))
+            # Where a request ends it, that is next.
+            self._rank.step(
+                lambda ledger: ledger.updates.finish(token, verdict),
+                then="note" if token.ends_with == "later" else "",
+            )
         return outcome
 
     # Calls inside an update: where its time goes, and what it brings.
@@ -194,16 +188,15 @@ class Translator:
         role, source = self._rank.role(call.owner), call.target.source
         if role is None or source is None:
             return
-        self._rank.step(lambda ledger: ledger.updates.set_phase("receive", role.name))
+        self._rank.step(lambda ledger: ledger.updates.set_phase("receive", role.name), then="note")
         outcome = yield
         message = outcome.raised
         if outcome.error is None:
-            self._rank.step(
-                lambda ledger: ledger.updates.set_phase("wait", role.name), quietly=True
-            )
+            self._rank.step(lambda ledger: ledger.updates.set_phase("wait", role.name), then="")
         else:
             self._rank.step(
-                lambda ledger: ledger.updates.fail_receiving(role.name, source, message)
+                lambda ledger: ledger.updates.fail_receiving(role.name, source, message),
+                then="note",
             )
 
     def read_files(self, call: Call) -> Around:
@@ -212,15 +205,15 @@ class Translator:
         if outcome.error is None and self._rank.ledger.updates.writing:
             _, files, _ = outcome.result
             nbytes = update_bytes.of_files(files)
-            self._rank.step(lambda ledger: ledger.updates.add_bytes(nbytes), quietly=True)
+            self._rank.step(lambda ledger: ledger.updates.add_bytes(nbytes), then="")
 
     def post_process(self, call: Call) -> Around:
         """Weights are unpacked before a load or packed after it, inside the call that loads; in a
         session its beginning and its end do the same."""
         if self._rank.ledger.updates.writing:
-            self._rank.step(lambda ledger: ledger.updates.set_phase("post_process"))
+            self._rank.step(lambda ledger: ledger.updates.set_phase("post_process"), then="note")
             yield
-            self._rank.step(lambda ledger: ledger.updates.set_phase("load"), quietly=True)
+            self._rank.step(lambda ledger: ledger.updates.set_phase("load"), then="")
 
     # Sessions, requests and rebalances.
 
@@ -229,19 +222,27 @@ class Translator:
         role = self._rank.role(call.owner)
         if role is not None:
             since = self._rank.capture_before_update()
-            self._rank.step(lambda ledger: ledger.updates.begin_session(role.name, since=since))
+            self._rank.step(
+                lambda ledger: ledger.updates.begin_session(role.name, since=since), then="note"
+            )
             self._rank.lock_tables()
             outcome = yield
             if outcome.error is not None:
-                self._rank.step(lambda ledger: ledger.updates.abandon_session(role.name))
+                self._rank.step(
+                    lambda ledger: ledger.updates.abandon_session(role.name), then="note"
+                )
             else:
-                self._rank.step(lambda ledger: ledger.updates.set_phase("wait", role.name))
+                self._rank.step(
+                    lambda ledger: ledger.updates.set_phase("wait", role.name), then="note"
+                )
 
     def end_session(self, call: Call) -> Around:
         """The session is over, and weights that were unpacked for it are packed again."""
         role = self._rank.role(call.owner)
         if role is not None:
-            self._rank.step(lambda ledger: ledger.updates.set_phase("post_process", role.name))
+            self._rank.step(
+                lambda ledger: ledger.updates.set_phase("post_process", role.name), then="note"
+            )
         outcome = yield
         if role is not None:
             run_post_load = bool(call.argument("run_post_load"))
@@ -259,7 +260,7 @@ class Translator:
             lambda ledger: ledger.updates.begin_request(
                 source=call.target.source, flush_cache=flush_cache, weight_version=version
             ),
-            quietly=True,
+            then="",
         )
         outcome = yield
         succeeded, message = verdict_on(outcome)
@@ -268,7 +269,7 @@ class Translator:
             lambda ledger: ledger.updates.end_request(
                 succeeded=succeeded, message=message, raised=raised
             ),
-            quietly=not self._rank.ledger.updates.in_progress,
+            then="" if succeeded else "note",
         )
 
     def change_version(self, call: Call) -> Around:
@@ -276,41 +277,41 @@ class Translator:
         outcome = yield
         version = call.argument("new_version")
         if version is not None and outcome.error is None:
-            self._rank.step(lambda ledger: ledger.updates.change_version(str(version)))
+            self._rank.step(lambda ledger: ledger.updates.change_version(str(version)), then="note")
 
     def rebalance(self, call: Call) -> Around:
         """A rebalance moves experts layer by layer; all of it is one update."""
-        self._rank.step(lambda ledger: ledger.updates.begin_rebalance(), quietly=True)
+        self._rank.step(lambda ledger: ledger.updates.begin_rebalance(), then="")
         yield
-        self._rank.step(lambda ledger: ledger.updates.end_rebalance(), quietly=True)
+        self._rank.step(lambda ledger: ledger.updates.end_rebalance(), then="")
 
     # The cache that weights leave behind.
 
     def flush(self, call: Call) -> Around:
         """``Scheduler.flush_cache``, which refuses while requests run or wait."""
-        self._rank.step(Ledger.begin_flush, quietly=True)
+        self._rank.step(Ledger.begin_flush, then="")
         outcome = yield
         succeeded = outcome.error is None and bool(outcome.result)
-        self._rank.step(lambda ledger: ledger.end_flush(succeeded=succeeded))
+        self._rank.step(lambda ledger: ledger.end_flush(succeeded=succeeded), then="note")
 
     def pause(self, call: Call) -> Around:
         """Generation is interrupted; mode ``abort`` does not get here, see :meth:`abort`."""
         mode = call.requested("mode")
         outcome = yield
         if mode in PAUSES and outcome.error is None:
-            self._rank.step(lambda ledger: ledger.prefix_cache.pause(mode))
+            self._rank.step(lambda ledger: ledger.prefix_cache.pause(mode), then="note")
 
     def continue_generation(self, call: Call) -> Around:
         """Generation goes on; also where it was not paused."""
         outcome = yield
         if outcome.error is None:
-            self._rank.step(lambda ledger: ledger.prefix_cache.continue_generation())
+            self._rank.step(lambda ledger: ledger.prefix_cache.continue_generation(), then="note")
 
     def abort(self, call: Call) -> Around:
         """Requests are aborted: one that a client gave up, which is nothing to us, or all."""
         if call.requested("abort_all"):
             yield
-            self._rank.step(lambda ledger: ledger.prefix_cache.pause("abort"))
+            self._rank.step(lambda ledger: ledger.prefix_cache.pause("abort"), then="note")
 
     # Memory that is given back and taken again.
 
@@ -327,39 +328,57 @@ class Translator:
         if outcome.error is None:
             self._rank.resume(call.requested("tags"))
 
-    # What surrounds an update.
+    # What surrounds an update. It may wait for others, so it has a beginning as well.
 
     def group(self, call: Call) -> Around:
         """A process group for distributed updates is made or destroyed."""
+        self._begin_operation(call)
         outcome = yield
         if verdict_on(outcome)[0]:
             is_open = call.target.name == "init_weights_update_group"
             name = str(call.argument("group_name"))
             self._rank.step(
-                lambda ledger: ledger.counters.set_group(name, is_open=is_open), quietly=True
+                lambda ledger: ledger.counters.set_group(name, is_open=is_open), then=""
             )
-        self._count(call, outcome)
+        self._end_operation(call, outcome)
 
     def operate(self, call: Call) -> Around:
         """Weights are read, saved or sent."""
-        self._count(call, (yield))
+        self._begin_operation(call)
+        self._end_operation(call, (yield))
 
     def read(self, call: Call) -> Around:
         """``get_weights_by_name``, which logs an error and answers with nothing."""
+        self._begin_operation(call)
         outcome = yield
-        self._count(call, outcome, failed=outcome.result is None)
+        self._end_operation(call, outcome, failed=outcome.result is None)
+
+    def check(self, call: Call) -> Around:
+        """``check_weights``; its action ``reset_tensors`` overwrites the weights."""
+        self._begin_operation(call)
+        if call.argument("action") == "reset_tensors":
+            outcome = yield from self._write(call, "external", "call", announced=True)
+        else:
+            outcome = yield
+            if (role := self._rank.role(call.owner)) is not None:
+                self._rank.read_again(role)
+        self._end_operation(call, outcome)
 
     def lora(self, call: Call) -> Around:
         """An adapter is loaded or unloaded."""
+        self._begin_operation(call)
         outcome = yield
         if (role := self._rank.role(call.owner)) is not None:
             self._rank.capture(role, pools=True)
-        self._count(call, outcome)
+        self._end_operation(call, outcome)
 
-    def _count(self, call: Call, outcome: Outcome, *, failed: bool = False) -> None:
-        failed = failed or not verdict_on(outcome)[0]
+    def _begin_operation(self, call: Call) -> None:
         operation = call.target.name
-        self._rank.step(lambda ledger: ledger.counters.count_operation(operation, failed=failed))
+        self._rank.step(lambda ledger: ledger.counters.begin_operation(operation), then="note")
+
+    def _end_operation(self, call: Call, outcome: Outcome, *, failed: bool = False) -> None:
+        operation, failed = call.target.name, failed or not verdict_on(outcome)[0]
+        self._rank.step(lambda ledger: ledger.counters.end_operation(operation, failed=failed))
 
 
 def _verdict(source: Source | None, outcome: Outcome) -> Verdict:

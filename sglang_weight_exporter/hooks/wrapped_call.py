@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,8 @@ Around = Generator[None, Outcome, None]
 class Call:
     """One call of a target, as SGLang made it."""
 
+    __slots__ = ("_args", "_kwargs", "_original", "target")
+
     def __init__(
         self, target: Target, original: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> None:
@@ -60,17 +63,25 @@ class Call:
 
     def argument(self, name: str) -> Any:
         """An argument, however it was passed; ``None`` where the signature lacks it."""
-        try:
-            bound = _signature(self._original).bind(*self._args, **self._kwargs)
-        except TypeError:
-            return None  # SGLang's own call is about to fail with the same words.
-        bound.apply_defaults()
-        return bound.arguments.get(name)
+        if name in self._kwargs:
+            return self._kwargs[name]
+        place = _places(self._original).get(name)
+        if place is None:
+            return None
+        index, default = place
+        return self._args[index] if index < len(self._args) else default
 
 
 @functools.cache
-def _signature(original: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(original)
+def _places(original: Callable[..., Any]) -> dict[str, tuple[int, Any]]:
+    """Argument → its place among those that are passed by position, and its default. Read once:
+    binding arguments to a signature costs more than some of SGLang's calls."""
+    places = {}
+    for index, parameter in enumerate(inspect.signature(original).parameters.values()):
+        by_name = parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        default = None if parameter.default is inspect.Parameter.empty else parameter.default
+        places[parameter.name] = (sys.maxsize if by_name else index, default)
+    return places
 
 
 def verdict_on(outcome: Outcome) -> tuple[bool, str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from sglang_weight_exporter.records.fingerprints import During, FingerprintCounts, Skip
 from sglang_weight_exporter.records.updates import OperationCounts
@@ -16,22 +16,41 @@ from sglang_weight_exporter.records.weights import Kind
 class Counters:
     """Operations, update groups, fingerprints, and tags of the memory saver."""
 
-    def __init__(self, lock: threading.RLock) -> None:
+    def __init__(self, lock: threading.RLock, *, clock: Callable[[], float]) -> None:
         self._lock = lock
+        self._clock = clock
         self._operations: dict[str, OperationCounts] = {}
+        #: Operations that run → when each of them began.
+        self._running: dict[str, list[float]] = {}
         self._groups: set[str] = set()
         self._released: set[str] = set()
         #: By role; they belong to the process and outlive its runners.
         self._skipped: dict[str, Counter[Skip]] = {}
         self._modified: dict[str, dict[During, Counter[Kind]]] = {}
 
-    def count_operation(self, operation: str, *, failed: bool) -> None:
-        """Weights were read, saved, sent or checked."""
+    def begin_operation(self, operation: str) -> None:
+        """Weights are about to be read, saved, sent or checked, or an update group to be made,
+        which may wait for others."""
         with self._lock:
+            self._running.setdefault(operation, []).append(self._clock())
+
+    def end_operation(self, operation: str, *, failed: bool) -> None:
+        with self._lock:
+            began = self._running.get(operation, [])
+            if began:
+                began.pop()
+            if not began:
+                self._running.pop(operation, None)
             counts = self._operations.get(operation, OperationCounts())
             self._operations[operation] = OperationCounts(
                 calls=counts.calls + 1, failures=counts.failures + failed
             )
+
+    @property
+    def running(self) -> dict[str, float]:
+        """Operations that have begun and not ended, and since when."""
+        with self._lock:
+            return {operation: min(began) for operation, began in self._running.items()}
 
     @property
     def operations(self) -> dict[str, OperationCounts]:

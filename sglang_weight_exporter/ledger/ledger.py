@@ -14,7 +14,7 @@ from sglang_weight_exporter.ledger.open_update import FinishedUpdate
 from sglang_weight_exporter.ledger.prefix_cache import PrefixCache
 from sglang_weight_exporter.ledger.roles import RoleAccounts
 from sglang_weight_exporter.ledger.updates import Updates
-from sglang_weight_exporter.records.snapshot import Role
+from sglang_weight_exporter.records.snapshot import Role, RoleProgress
 from sglang_weight_exporter.records.updates import Update
 from sglang_weight_exporter.records.weights import TableChanges
 
@@ -36,7 +36,7 @@ class Ledger:
     ) -> None:
         self._roles = RoleAccounts(clock=clock, trace_id=trace_id)
         self._lock = self._roles.lock
-        self.counters = Counters(self._lock)
+        self.counters = Counters(self._lock, clock=clock)
         self.prefix_cache = PrefixCache(self._lock, clock=clock, cached_tokens=cached_tokens)
         self.loads = Loads(self._roles)
         self.updates = Updates(self._roles, self.prefix_cache, thread=thread)
@@ -90,6 +90,12 @@ class Ledger:
             return self._roles.complete(
                 finished, model_path=model_path, changes=changes, same_bytes=same_bytes
             )
+
+    def progress(self) -> dict[str, RoleProgress]:
+        """By role, what changes while updates go on; of roles that have one."""
+        with self._lock:
+            found = {name: role.progress() for name, role in self._roles.by_name.items()}
+            return {name: progress for name, progress in found.items() if progress is not None}
 
     def describe(self, name: str, record: Role) -> Role:
         """The record of a role with what this ledger knows of it."""

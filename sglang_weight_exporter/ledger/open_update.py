@@ -127,6 +127,7 @@ class OpenUpdate:
             calls=self.calls,
             failed=self.failed,
             phase=self.phase,
+            phase_since=self.phase_since,
             phases=dict(self.phases),
             nbytes=self.nbytes,
             idle_seconds=None if self.bounded or self.running else IDLE_SECONDS,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from sglang_weight_exporter.ledger.open_update import FinishedUpdate, OpenUpdate, elapsed
-from sglang_weight_exporter.records.snapshot import Role
+from sglang_weight_exporter.records.snapshot import Role, RoleProgress
 from sglang_weight_exporter.records.updates import (
     SOURCES,
     Phase,
@@ -65,6 +65,16 @@ class RoleAccount:
             changes=dict(self.changes),
             in_progress=self.open[0].in_progress if self.open else None,
             last_update=self.last_update,
+        )
+
+    def progress(self) -> RoleProgress | None:
+        """What changes while an update goes on; ``None``: none does."""
+        if not self.open:
+            return None
+        sources = {each.source for each in self.open if each.source is not None}
+        return RoleProgress(
+            in_progress=self.open[0].in_progress,
+            calls={source: self.updates[source].calls for source in sources},
         )
 
     def count(self, source: Source, **changes: object) -> None:

@@ -90,6 +90,11 @@ class Updates:
             return role in self._roles.by_name and bool(self._roles[role].open)
 
     @property
+    def running(self) -> bool:
+        """Whether a call that writes weights is running on any thread."""
+        return any(self._running.values())
+
+    @property
     def writing(self) -> bool:
         """Whether a call that writes weights is running on this thread."""
         return bool(self._running.get(self._thread()))

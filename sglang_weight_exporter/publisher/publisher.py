@@ -9,6 +9,7 @@ thread tries again until all is written; while all is well there is none.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections import deque
@@ -21,7 +22,7 @@ from sglang_weight_exporter.publisher.exporter_process import Supervisor
 from sglang_weight_exporter.records.engine import Engine
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.records.memory import MemoryDump
-from sglang_weight_exporter.records.snapshot import Snapshot
+from sglang_weight_exporter.records.snapshot import Progress, Snapshot
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.engine_names import claim_engine_name
 from sglang_weight_exporter.store.namespaces import pid_namespace
@@ -67,6 +68,11 @@ class Publisher:
         #: The name that the engine was given in the store.
         self._name = ""
         self._snapshot: Snapshot | None = None
+        #: Of the last snapshot that readers have; 0: none.
+        self._number = 0
+        self._numbers = itertools.count(1)
+        #: Whether an update was noted beside it.
+        self._noted = False
         self._tables: dict[str, WeightTable] = {}
         self._events: deque[_Waiting] = deque()
         self._dropped = 0
@@ -89,11 +95,31 @@ class Publisher:
             self._keep(events or {})
             self._write_or_retry()
 
+    def note(self, progress: Progress) -> bool:
+        """Note what has changed since the last snapshot, beside it; ``False`` where that cannot be
+        done now, and a snapshot is needed."""
+        with self._lock:
+            if self._store is None or not self._number or self._retrying:
+                return False
+            try:
+                self._store.write_progress(
+                    msgspec.structs.replace(progress, snapshot=self._number),
+                    check=not self._noted,
+                )
+                self._noted = bool(progress.roles)
+            except OSError:
+                return False
+            except Exception as error:
+                self._report("progress", error)
+                return False
+            return True
+
     def withdraw(self, events: Mapping[int, tuple[Event, WeightTable | None]]) -> None:
         """What holds now is not known: take away what was written. ``events`` go out with the next
         snapshot."""
         with self._lock:
             self._snapshot = None
+            self._number = 0
             self._keep(events)
             self._withdraw()
 
@@ -177,7 +203,8 @@ class Publisher:
         try:
             store = self._open()
             if self._name:
-                return self._write_to(store, snapshot)
+                with store.publishing():
+                    return self._write_to(store, snapshot)
             # The first one is written under a name that no other engine on this host has.
             with claim_engine_name(store.runtime_dir, snapshot.engine, snapshot.ranks) as name:
                 self._name = name
@@ -242,20 +269,29 @@ class Publisher:
                 self._report("event", error)
                 self._dropped += 1
             self._events.popleft()
+        self._number = 0
+        number = next(self._numbers)
         try:
-            store.write_snapshot(self._complete(snapshot, store, without=missing))
+            store.write_snapshot(self._complete(snapshot, store, number, without=missing))
+            self._number, self._noted = number, False
         except Exception as error:
             self._report("snapshot", error)
             complete = False
         return complete
 
     def _complete(
-        self, snapshot: Snapshot, store: RankStore, *, without: set[str] | Mapping[str, object]
+        self,
+        snapshot: Snapshot,
+        store: RankStore,
+        number: int,
+        *,
+        without: set[str] | Mapping[str, object],
     ) -> Snapshot:
         """The snapshot with what only the store knows; roles whose table could not be written
         have none."""
         return msgspec.structs.replace(
             snapshot,
+            number=number,
             rank_id=self._rank_id,
             pid_namespace=pid_namespace(),
             engine=self._engine(snapshot.engine),

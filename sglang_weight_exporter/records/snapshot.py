@@ -122,6 +122,10 @@ class Snapshot(Record, frozen=True, kw_only=True):
     #: Seconds the engine spent on the last capture and on writing it.
     snapshot_seconds: float | None = None
     events_dropped: int = 0
+    #: Counts the snapshots of the rank; 0 where nobody counts.
+    number: int = 0
+    #: Operations that have begun and not ended, and since when.
+    running: dict[str, float] = {}
     #: Where the exporter process is to keep ``weights_metadata`` files; empty: nowhere.
     metadata_dir: str = ""
 
@@ -129,3 +133,50 @@ class Snapshot(Record, frozen=True, kw_only=True):
     def order(self) -> tuple[str, tuple[int, int, int], float]:
         """Sorts ranks for people: by engine, ranks, and start."""
         return self.engine.name, self.ranks.order, self.started_at
+
+    def with_progress(self, progress: Progress) -> Snapshot:
+        """The snapshot with what has changed since it was written; as it is, where the progress is
+        another snapshot's."""
+        if progress.snapshot != self.number:
+            return self
+        return msgspec.structs.replace(
+            self,
+            weight_version=progress.weight_version,
+            cache=progress.cache,
+            running=progress.running,
+            roles=tuple(
+                _with_progress(role, progress.roles[role.name])
+                if role.name in progress.roles
+                else msgspec.structs.replace(role, in_progress=None)
+                for role in self.roles
+            ),
+        )
+
+
+class RoleProgress(Record, frozen=True, kw_only=True):
+    """What changes of a role while an update goes on."""
+
+    in_progress: UpdateInProgress
+    #: Totals, of sources that it has come through.
+    calls: dict[Source, int] = {}
+
+
+class Progress(Record, frozen=True, kw_only=True):
+    """What changes of a rank between two snapshots. A small file that is written in place, because
+    an update is made of thousands of calls."""
+
+    schema: int = SCHEMA_VERSION
+    #: Number of the snapshot that it goes with.
+    snapshot: int
+    #: Of roles with an update in progress.
+    roles: dict[str, RoleProgress] = {}
+    weight_version: str = ""
+    cache: CacheCounts | None = None
+    running: dict[str, float] = {}
+
+
+def _with_progress(role: Role, progress: RoleProgress) -> Role:
+    updates = dict(role.updates)
+    for source, calls in progress.calls.items():
+        updates[source] = msgspec.structs.replace(updates.get(source, UpdateCounts()), calls=calls)
+    return msgspec.structs.replace(role, in_progress=progress.in_progress, updates=updates)

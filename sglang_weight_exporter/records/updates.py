@@ -131,6 +131,8 @@ class UpdateInProgress(Record, frozen=True, kw_only=True):
     failed: bool = False
     #: What it is about now, and what it has been about until its last call ended.
     phase: Phase = "wait"
+    #: Since when; ``None``: not known.
+    phase_since: float | None = None
     phases: dict[Phase, float] = {}
     nbytes: int | None = 0
     #: SGLang before 0.5.21 has no end of an update made of several calls: such an update counts

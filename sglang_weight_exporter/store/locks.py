@@ -19,7 +19,7 @@ _locks: weakref.WeakSet[FileLock] = weakref.WeakSet()
 
 def _close_in_child() -> None:
     for lock in list(_locks):
-        lock.close_in_child()
+        lock.close()
 
 
 os.register_at_fork(after_in_child=_close_in_child)
@@ -45,7 +45,7 @@ class FileLock:
         self._directory = directory
         self._flags = os.O_RDWR | (os.O_CREAT if create else 0)
         self._descriptor: int | None = None
-        #: Of a file that is open and not locked yet.
+        #: Of a file that is open and not locked, yet or any more.
         self._opened: int | None = None
         _locks.add(self)
 
@@ -60,20 +60,22 @@ class FileLock:
             0 if block else fcntl.LOCK_NB
         )
         while True:
-            descriptor = self._opened = self._open()
+            kept = self._opened is not None
+            descriptor = self._opened = self._open() if self._opened is None else self._opened
             try:
                 fcntl.flock(descriptor, operation)
-                if self._is_at_path(descriptor):
-                    self._descriptor = descriptor
+                if kept or self._is_at_path(descriptor):
+                    self._descriptor, self._opened = descriptor, None
                     return True
             except OSError as error:
                 if error.errno == errno.EWOULDBLOCK:
                     return False
                 raise
             finally:
-                self._opened = None
-                if self._descriptor != descriptor:
-                    os.close(descriptor)
+                if not kept:
+                    self._opened = None
+                    if self._descriptor != descriptor:
+                        os.close(descriptor)
             # Its directory was removed and made again meanwhile.
 
     def _open(self) -> int:
@@ -93,9 +95,11 @@ class FileLock:
         return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
 
     def is_current(self) -> bool:
-        """Whether the lock is held, on the file that others would lock too."""
+        """Whether the lock is held, or was and its file is still open (:meth:`unlock`), on the file
+        that others would lock too."""
+        descriptor = self._opened if self._descriptor is None else self._descriptor
         try:
-            return self._descriptor is not None and self._is_at_path(self._descriptor)
+            return descriptor is not None and self._is_at_path(descriptor)
         except OSError:
             return True  # It cannot be told, so nothing is known to be wrong.
 
@@ -116,18 +120,19 @@ class FileLock:
 
     def close(self) -> None:
         """Let go of our copy; a child that it was handed to keeps the lock."""
-        descriptor, self._descriptor = self._descriptor, None
-        if descriptor is not None:
-            os.close(descriptor)
+        for descriptor in (self._descriptor, self._opened):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._descriptor = self._opened = None
+
+    def unlock(self) -> None:
+        """Unlock and keep the file open: the next :meth:`acquire` takes it as it is, so whoever
+        keeps it finds out whether it is still there (:meth:`is_current`)."""
+        if self._descriptor is not None:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self._descriptor, self._opened = None, self._descriptor
 
     def __del__(self) -> None:
-        self.close()
-
-    def close_in_child(self) -> None:
-        """Close the copies of a child that was forked: it has no thread that waits."""
-        opened, self._opened = self._opened, None
-        if opened is not None and opened != self._descriptor:
-            os.close(opened)
         self.close()
 
     def release(self) -> None:

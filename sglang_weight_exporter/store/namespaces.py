@@ -7,14 +7,16 @@ Each container counts its processes for itself, and the NVIDIA driver names them
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 #: Inode of the host's own namespace (``PROC_PID_INIT_INO`` of Linux).
 HOST_PIDS = 0xEFFFFFFC
 
 
+@functools.cache
 def pid_namespace() -> int:
-    """Inode of the namespace that this process's id is of; 0: not known."""
+    """Inode of the namespace that this process's id is of, for as long as it lives; 0: not known."""
     try:
         return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:

@@ -8,19 +8,24 @@ import contextlib
 import errno
 import os
 import time
+from collections.abc import Iterator
 
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.records.memory import MemoryDump
-from sglang_weight_exporter.records.snapshot import Snapshot
+from sglang_weight_exporter.records.snapshot import Progress, Snapshot
 from sglang_weight_exporter.store.encoding import encode
 from sglang_weight_exporter.store.files import Directory
 from sglang_weight_exporter.store.locks import FileLock, is_held
+from sglang_weight_exporter.store.progress import FILE, ProgressWriter
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
 from sglang_weight_exporter.store.spool import EVENT_BYTES, EVENT_COUNT, SpoolWriter
 from sglang_weight_exporter.weight_table import WeightTable
 
 #: What a look leaves of torch's memory, and who asks for it.
 MEMORY, MEMORY_WANTED = "memory", "memory.wanted"
+
+#: Longer than a tick of the kernel's clock, which times of files are of.
+_TICK_NANOSECONDS = 50_000_000
 
 
 def table_file(table: WeightTable) -> str:
@@ -55,6 +60,31 @@ class RankStore:
         self._events = SpoolWriter(events, event_bytes=event_bytes, event_count=event_count)
         #: Files of tables that are in the directory.
         self._tables: set[str] = set()
+        #: What the directory looked like after the last write of ours: what nobody has changed
+        #: since need not be asked for again.
+        self._left: tuple[int, ...] | None = None
+        #: Nobody has; and inside of :meth:`publishing`, which asks once.
+        self._untouched = self._publishing = False
+
+    @contextlib.contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Around all that is written of one step: whether the directory is still there, and what
+        was written before still in it, is asked once."""
+        self._come_back()
+        self._publishing = True
+        try:
+            yield
+        finally:
+            self._publishing = False
+            with contextlib.suppress(OSError):
+                self._left = _look(self._directory.status())
+
+    def write_progress(self, progress: Progress, *, check: bool) -> None:
+        """Note what has changed since the snapshot whose number it has, in one system call.
+        ``check``: fail where readers would not find it any more."""
+        if self._progress is None or (check and not self._progress.is_there()):
+            raise FileNotFoundError(FILE)
+        self._progress.write(progress)
 
     def _make(self) -> Directory:
         """Make the directory under a hidden name and show it once its lock is held: whoever
@@ -68,8 +98,9 @@ class RankStore:
             lock = undo.enter_context(FileLock(self.path / "lock", directory=directory))
             lock.acquire()
             table_lock = FileLock(self.path / "table.lock", directory=directory)
-            with table_lock:  # Here for readers before the first update.
-                table_lock.acquire()
+            undo.callback(table_lock.close)
+            table_lock.acquire()  # Here for readers before the first update.
+            table_lock.unlock()
             try:
                 ranks.rename(hidden, self.rank_id)
             except OSError:
@@ -78,7 +109,14 @@ class RankStore:
                 ranks.rename(hidden, self.rank_id)
             undo.pop_all()
         self._lock, self._table_lock = lock, table_lock
+        self._progress = self._make_progress(directory)
         return directory
+
+    def _make_progress(self, directory: Directory) -> ProgressWriter | None:
+        try:
+            return ProgressWriter(directory)
+        except OSError:
+            return None  # Of a full disk; a snapshot is written in its place.
 
     def _check_nobody_has_it(self) -> None:
         """What stands at the path is removed, unless it is another process's: a fork of this one
@@ -112,7 +150,7 @@ class RankStore:
         """Keep a table; returns its file's name. Takes effect with the next snapshot."""
         self._come_back()
         file = table_file(table)
-        if file not in self._tables or not self._directory.has(file):
+        if file not in self._tables or not (self._untouched or self._directory.has(file)):
             self._write(file, encode(table))
             self._tables.add(file)
         return file
@@ -176,7 +214,7 @@ class RankStore:
 
     def unlock_table(self) -> None:
         """Let readers in again."""
-        self._table_lock.release()
+        self._table_lock.unlock()
 
     def close(self) -> None:
         """Leave: the next look at the runtime directory finds this rank dead."""
@@ -190,9 +228,28 @@ class RankStore:
             self._directory.remove_all(name)
             self._directory.write(name, content)
 
+    def _is_untouched(self) -> bool:
+        if self._left is None or not self._lock.held:
+            return False
+        try:
+            found = _look(self.path.lstat())
+        except OSError:
+            return False
+        # Of two changes in one tick of the kernel's clock the second cannot be told.
+        return found == self._left and time.time_ns() - found[-1] > _TICK_NANOSECONDS
+
     def _come_back(self) -> None:
         """Be alive, in a directory that is there."""
+        if self._publishing:
+            return
+        self._untouched = self._is_untouched()
+        if self._untouched:
+            return
         if self._directory.is_at(self.path):
+            if self._progress is None or not self._progress.is_there():
+                self._progress = self._make_progress(self._directory)
+            if not self._table_lock.is_current():
+                self._table_lock.close()
             if not self._lock.is_current():
                 self._lock.close()
                 with contextlib.suppress(OSError):  # Given up before, and perhaps removed just now.
@@ -215,3 +272,8 @@ class RankStore:
         self._directory = directory
         self._tables.clear()
         self._events.move(directory.open_directory("events"))
+
+
+def _look(status: os.stat_result) -> tuple[int, ...]:
+    """What is different once an entry of a directory was made or removed."""
+    return status.st_dev, status.st_ino, status.st_nlink, status.st_size, status.st_mtime_ns

@@ -25,6 +25,7 @@ from sglang_weight_exporter.store.decoding import (
 )
 from sglang_weight_exporter.store.files import Directory, write_atomically
 from sglang_weight_exporter.store.locks import FileLock, is_held
+from sglang_weight_exporter.store.progress import with_progress
 from sglang_weight_exporter.store.rank import MEMORY, MEMORY_WANTED
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.store.spool import SpoolReader
@@ -47,7 +48,7 @@ class RankDirectory:
     def snapshot(self, on_left_out: Callable[[str], None] | None = None) -> Snapshot:
         """Raises ``OSError`` and ``UnreadableError``; models that are damaged are left out, and
         ``on_left_out`` is told."""
-        return read_snapshot(self.path / "snapshot", on_left_out)
+        return with_progress(read_snapshot(self.path / "snapshot", on_left_out), self.path)
 
     def table(self, file: str) -> WeightTable:
         return read(self.path / file, WeightTable)
@@ -163,6 +164,8 @@ class SnapshotReader:
                     continue
                 seen.add(directory.path)
                 snapshot = self._snapshot(directory)
+                if snapshot is not None:
+                    snapshot = with_progress(snapshot, directory.path)
             except FileNotFoundError:
                 continue  # Not written yet, or the rank has just gone.
             except OSError as error:
@@ -202,7 +205,7 @@ class SnapshotReader:
             return cached[1]
         snapshot: Snapshot | None = None
         try:
-            snapshot = directory.snapshot(self._complain)
+            snapshot = read_snapshot(directory.path / "snapshot", self._complain)
         except UnreadableError as error:
             self._complain(str(error))
         self._cache[directory.path] = (key, snapshot)

@@ -1,0 +1,76 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""A rank's progress: one file that is written in place with one system call, and read whole.
+
+The length of the record and its checksum stand before it: a reader that meets a writer finds that
+they do not fit, and reads again. Not mapped into memory, because a process that touches a mapped
+file that somebody has made shorter is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import zlib
+from pathlib import Path
+
+from sglang_weight_exporter.records.snapshot import Progress, Snapshot
+from sglang_weight_exporter.store.decoding import UnreadableError, decode
+from sglang_weight_exporter.store.encoding import encode
+from sglang_weight_exporter.store.files import Directory, read_file
+
+FILE = "progress"
+
+_HEADER = struct.Struct("<II")
+#: Space that the file has from the beginning, so that a disk that is full later changes nothing.
+_SPACE = 4096
+_TRIES = 10
+
+
+class ProgressWriter:
+    """The rank's side. Raises ``OSError``."""
+
+    def __init__(self, directory: Directory) -> None:
+        directory.write(FILE, bytes(_SPACE))
+        self._descriptor = directory.open_file(FILE, os.O_WRONLY)
+
+    def write(self, progress: Progress) -> None:
+        content = encode(progress)
+        if _HEADER.size + len(content) > _SPACE:
+            raise OSError(f"{len(content)} bytes of progress are more than fit")
+        os.pwrite(self._descriptor, _HEADER.pack(len(content), zlib.crc32(content)) + content, 0)
+
+    def is_there(self) -> bool:
+        """Whether the file has a name by which readers find it."""
+        return os.fstat(self._descriptor).st_nlink > 0
+
+    def close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def with_progress(snapshot: Snapshot, directory: Path) -> Snapshot:
+    """The snapshot of a rank's directory, with what has changed since. Raises nothing: a progress
+    that cannot be read is none."""
+    path = directory / FILE
+    for _ in range(_TRIES):
+        try:
+            content = read_file(path, _SPACE)
+        except OSError:
+            return snapshot
+        if len(content) < _HEADER.size:
+            return snapshot
+        length, checksum = _HEADER.unpack_from(content)
+        record = content[_HEADER.size : _HEADER.size + length]
+        if length and zlib.crc32(record) == checksum:
+            try:
+                return snapshot.with_progress(decode(record, Progress, path))
+            except UnreadableError:
+                return snapshot
+        if not any(content):
+            return snapshot
+    return snapshot
