@@ -176,10 +176,11 @@ class Installation:
         if self._off:
             return None
         try:
-            around: Around = getattr(self.translator, target.meaning)(
-                Call(target, original, args, kwargs)
-            )
-            next(around)
+            translator = self._translator or self.translator
+            call = Call(target, original, args, kwargs)
+            around: Around | None = getattr(translator, target.meaning)(call)
+            if around is not None:
+                next(around)
         except StopIteration:
             return None
         except Exception as error:

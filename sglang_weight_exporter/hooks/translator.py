@@ -3,8 +3,8 @@
 """What each of SGLang's calls means: one method a meaning in the table of targets.
 
 A method is a generator that runs to its ``yield`` before SGLang's code and goes on with the outcome
-after it. It keeps nothing, opens no file and reads no tensor: it notifies the rank. Exceptions are
-caught by the caller.
+after it; or it returns ``None`` where a call means nothing. It keeps nothing, opens no file and
+reads no tensor: it notifies the rank. Exceptions are caught by the caller.
 """
 
 from __future__ import annotations
@@ -307,11 +307,13 @@ class Translator:
         if outcome.error is None:
             self._rank.step(lambda ledger: ledger.prefix_cache.continue_generation(), then="note")
 
-    def abort(self, call: Call) -> Around:
+    def abort(self, call: Call) -> Around | None:
         """Requests are aborted: one that a client gave up, which is nothing to us, or all."""
-        if call.requested("abort_all"):
-            yield
-            self._rank.step(lambda ledger: ledger.prefix_cache.pause("abort"), then="note")
+        return self._abort_all() if call.requested("abort_all") else None
+
+    def _abort_all(self) -> Around:
+        yield
+        self._rank.step(lambda ledger: ledger.prefix_cache.pause("abort"), then="note")
 
     # Memory that is given back and taken again.
 

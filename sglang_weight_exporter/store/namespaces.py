@@ -16,7 +16,7 @@ HOST_PIDS = 0xEFFFFFFC
 
 @functools.cache
 def pid_namespace() -> int:
-    """Inode of the namespace that this process's id is of, for as long as it lives; 0: not known."""
+    """Inode of the namespace that this process's id is of, which stays; 0: not known."""
     try:
         return Path("/proc/self/ns/pid").stat().st_ino
     except OSError:
