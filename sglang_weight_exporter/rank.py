@@ -180,7 +180,12 @@ class Rank:
         """
         with self._lock, self._reported("capture"):
             there = self.inspector.memory_is_there and not self._weights_are_released
-            known = [role for role in self.roles if self.inspector.of(role).left is not None]
+            known = [
+                role
+                for role in self.roles
+                if self.inspector.of(role).left is not None
+                and not self.inspector.nothing_ran_since(role)
+            ]
             if self.ledger.updates.in_progress:
                 return None
             self.inspector.begin_update(*self.roles)

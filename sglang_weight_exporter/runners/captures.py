@@ -51,6 +51,8 @@ class RoleCapture:
     skipped: Skip | None = None
     #: The table as the last load or update left it, with fingerprints. ``None``: nobody knows.
     left: WeightTable | None = None
+    #: Forward passes that the scheduler had begun when fingerprints were taken last.
+    passes: int | None = None
     #: Name → kind of tensors that hold other bytes than that.
     modified: dict[str, Kind] = field(default_factory=dict)
 

@@ -82,8 +82,20 @@ class ModelRunnerInspector:
         """Whose prefix cache it is."""
         self._scheduler = weakref.ref(scheduler)
 
-    def _forward_passes(self) -> torch.cuda.Stream | None:
-        """The stream that they are in, where they are in one of their own. With overlapped
+    def nothing_ran_since(self, role: RunnerRole) -> bool:
+        """Whether no forward pass has begun since fingerprints of a role were taken: nothing of
+        SGLang's has run then that could have written its weights."""
+        held, passes = self.of(role), self._passes()
+        known = held.weights is not None and held.weights.table.fingerprint != ""
+        return known and passes is not None and held.passes == passes
+
+    def _passes(self) -> int | None:
+        """How many forward passes the scheduler has begun (``Scheduler.run_batch`` counts)."""
+        passes = getattr(self._scheduler(), "forward_ct", None)
+        return passes if isinstance(passes, int) else None
+
+    def _forward_stream(self) -> torch.cuda.Stream | None:
+        """The stream of forward passes, where they are in one of their own. With overlapped
         scheduling a request is served while the last batch still runs there."""
         stream = getattr(self._scheduler(), "forward_stream", None)
         return stream if isinstance(stream, torch.cuda.Stream) else None
@@ -128,8 +140,9 @@ class ModelRunnerInspector:
                     self._captures.known(role),
                     fingerprint_seconds if self.memory_is_there else 0.0,
                     written=written,
-                    after=self._forward_passes(),
+                    after=self._forward_stream(),
                 )
+                self._captures.known(role).passes = self._passes()
             if pools:
                 self._captures.capture_pools(role, segments)
         self._captures.drop_collected()

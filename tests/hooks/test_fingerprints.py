@@ -423,6 +423,22 @@ def test_fingerprints_at_the_start_are_taken_once_when_all_is_loaded(
     assert of(rank) != ""
 
 
+def test_where_no_batch_has_run_nothing_is_read_before_an_update(
+    rank: Rank, counting: Counting
+) -> None:
+    owner = rank.hook(SCHEDULER, Scheduler)(lambda: rank.runner(answers={}).alloc_memory_pool())
+    (runner,) = rank.workers
+    runner.answers["disk"] = writes(runner)
+    before = counting.times
+    rank.scheduler(runner).update_weights_from_disk(Request())
+    assert counting.times == before + 1
+    add_one(runner)
+    owner.forward_ct += 1
+    rank.scheduler(runner).update_weights_from_disk(Request())
+    assert counting.times == before + 3
+    assert counts(rank).modified == {"serving": {"parameter": 1}}
+
+
 def test_what_a_bucket_of_a_session_wrote_is_none_of_it(rank: Rank) -> None:
     runner = rank.runner(answers={})
     runner.answers["tensor"] = writes(runner)

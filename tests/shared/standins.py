@@ -238,6 +238,7 @@ class Scheduler:
 
     def __init__(self, make: Callable[[], None], *, dp_rank: int | None = None) -> None:
         self.forward_ct = 0
+        self.tree_cache = SimpleNamespace(evictable_size=int, protected_size=int)
         make()
 
 
