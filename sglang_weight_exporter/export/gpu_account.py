@@ -27,6 +27,12 @@ OTHER_PARTS = (
 )
 GPU_PARTS = (*MEMORY_PARTS, *OTHER_PARTS)
 
+#: What a GPU has in use may change so much between two readings while no rank reads its own memory.
+#: More is under way: a load, a resume, and the rank that does it has not said so yet.
+UNSAID_BYTES = 256 * 2**20
+#: So long the process of a rank that is gone may have memory.
+ENDING_SECONDS = 10.0
+
 #: How far back the most in use is looked for: any usual scrape interval, and with two scrapers the
 #: same for both.
 WINDOW_SECONDS = 60.0
@@ -47,8 +53,8 @@ class RankOnGpu:
 
 @dataclass(frozen=True)
 class GpuAccount:
-    """One GPU now. The parts sum to NVML's total; ``None``: they do not close, as in the middle of
-    a release."""
+    """One GPU now. The parts sum to NVML's total; ``None``: they do not close or change right now,
+    as in the middle of a load or a release, because ranks and NVML are read at different times."""
 
     gpu: GpuMemory
     ranks: tuple[RankOnGpu, ...]
@@ -87,6 +93,10 @@ class GpuAccounts:
         #: Ranks with the times of their looks → the least that they had beside torch's memory
         #: since. What torch takes between two looks would count as outside of it otherwise.
         self._outside: dict[Hashable, int] = {}
+        #: GPU → its bytes in use and the times of its ranks' readings, at the last reading.
+        self._before: dict[str, tuple[int, frozenset[Hashable]]] = {}
+        #: Process → when it was a rank's last.
+        self._were_ranks: dict[int, float] = {}
 
     def read(
         self, snapshots: Iterable[Snapshot], gpus: Iterable[GpuMemory], now: float
@@ -94,6 +104,9 @@ class GpuAccounts:
         """``gpus`` as NVML has them now."""
         snapshots = list(snapshots)
         kept, self._outside = self._outside, {}
+        self._were_ranks = {
+            pid: seen for pid, seen in self._were_ranks.items() if now - seen < ENDING_SECONDS
+        } | {each.pid: now for each in snapshots if each.pid_namespace == HOST_PIDS}
         accounts = tuple(self._account(gpu, snapshots, kept, now) for gpu in gpus)
         self._most.forget(now)
         return accounts
@@ -107,6 +120,7 @@ class GpuAccounts:
             for memory in snapshot.memory
             if memory.device in {each.name for each in snapshot.devices if each.uuid == gpu.uuid}
         ]
+        changing = self._is_changing(gpu, ranks, snapshots)
         of_processes = self._of_processes(gpu, [snapshot for snapshot, _ in ranks])
         found = tuple(
             self._rank(gpu, snapshot, memory, of_processes.get(snapshot.rank_id), kept, now)
@@ -115,9 +129,26 @@ class GpuAccounts:
         return GpuAccount(
             gpu=gpu,
             ranks=found,
-            parts=self._parts(gpu, found, snapshots, kept),
+            parts=None if changing else self._parts(gpu, found, snapshots, kept),
             most_used=self._most.note(gpu.uuid, gpu.used_bytes, now),
         )
+
+    def _is_changing(
+        self,
+        gpu: GpuMemory,
+        ranks: list[tuple[Snapshot, DeviceMemory]],
+        snapshots: list[Snapshot],
+    ) -> bool:
+        """Whether something is under way that ranks have not said yet."""
+        said = frozenset[Hashable]((snapshot.rank_id, memory.at) for snapshot, memory in ranks)
+        used, said_before = self._before.get(gpu.uuid, (gpu.used_bytes, said))
+        self._before[gpu.uuid] = gpu.used_bytes, said
+        unsaid = said == said_before and abs(gpu.used_bytes - used) > UNSAID_BYTES
+        living = {each.pid for each in snapshots}
+        ends = self._namespace == HOST_PIDS and any(
+            pid in self._were_ranks and pid not in living for pid in gpu.processes or ()
+        )
+        return gpu.changing or unsaid or ends
 
     def _of_processes(self, gpu: GpuMemory, ranks: list[Snapshot]) -> dict[str, int]:
         """Rank → bytes of its process, where it is known which one that is.

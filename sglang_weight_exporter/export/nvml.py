@@ -35,6 +35,12 @@ class GpuMemory:
     #: Process id, as the host counts, → bytes, of every process that has memory here. ``None``
     #: where the driver does not tell.
     processes: dict[int, int] | None = None
+    #: Whether it had other bytes in use when its processes had been read than before.
+    changing: bool = False
+
+
+#: So much may come and go while a GPU is read.
+_UNCHANGED_BYTES = 16 * 2**20
 
 
 class Nvml:
@@ -75,6 +81,8 @@ class Nvml:
                 bus = _text(nvml.nvmlDeviceGetPciInfo(gpu).busId)
                 for handle in (gpu, *self._mig_instances(gpu)):
                     memory = self._memory(handle)
+                    processes = self._processes(handle)
+                    grown = int(self._memory(handle).used) - int(memory.used)
                     found.append(
                         GpuMemory(
                             uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
@@ -84,7 +92,8 @@ class Nvml:
                             total_bytes=int(memory.total),
                             used_bytes=int(memory.used),
                             reserved_bytes=getattr(memory, "reserved", None),
-                            processes=self._processes(handle),
+                            processes=processes,
+                            changing=abs(grown) > _UNCHANGED_BYTES,
                         )
                     )
         return found

@@ -120,7 +120,8 @@ class Captures:
                 held.weights = None
                 return
             if loaded or held.derived is None:
-                held.derived, held.scratch = _left_by_load(model, segments), ()
+                held.derived = _left_by_load(model, segments)
+                held.scratch = runner_pools.paged_parameters(model)
             elif renamed:
                 found = held.derived.renamed(model)
                 held.derived = held.derived if found.paths == held.derived.paths else found

@@ -106,6 +106,8 @@ def kv_usage(runner: Any, storages: Iterable[Storage]) -> tuple[KvPoolUsage, ...
     )
 
 
+_PAGED_EXPERTS = "sglang.srt.layers.moe.paged_experts."
+
 #: What finds a request's tokens in the pool, and free slots.
 _TABLES = ("req_to_token_pool", "token_to_kv_pool_allocator", "token_to_kv_pool")
 
@@ -134,6 +136,18 @@ def is_lora_layer(module: torch.nn.Module) -> bool:
     """Whether a module is one that SGLang puts around another for adapters: its attributes are
     adapter slots."""
     return type(module).__module__.startswith("sglang.srt.lora.")
+
+
+def paged_parameters(model: torch.nn.Module) -> tuple[str, ...]:
+    """Names of parameters that hold the experts that were asked for last and that forward passes
+    write (``--enable-paged-experts`` of 0.5.22 and later; all experts are on the host)."""
+    return tuple(
+        f"{name}.{parameter}"
+        for name, module in model.named_modules()
+        if type(getattr(module, "quant_method", None)).__module__.startswith(_PAGED_EXPERTS)
+        for parameter, held in module._parameters.items()
+        if held is not None
+    )
 
 
 def lora_storages(runner: Any) -> list[Storage]:

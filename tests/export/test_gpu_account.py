@@ -4,11 +4,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 
-from sglang_weight_exporter.export.gpu_account import WINDOW_SECONDS, GpuAccount, GpuAccounts
+from sglang_weight_exporter.export.gpu_account import (
+    ENDING_SECONDS,
+    WINDOW_SECONDS,
+    GpuAccount,
+    GpuAccounts,
+)
 from sglang_weight_exporter.export.nvml import GpuMemory
 from sglang_weight_exporter.records.engine import Device, Engine
 from sglang_weight_exporter.records.memory import MEMORY_PARTS, DeviceMemory, MemoryPart
@@ -56,6 +62,10 @@ def gpu(used: int, processes: dict[int, int] | None, **more: Any) -> GpuMemory:
     )
 
 
+def big(used: int, processes: dict[int, int]) -> GpuMemory:
+    return dataclasses.replace(gpu(used, processes), total_bytes=100 * 2**30)
+
+
 def read(accounts: GpuAccounts, ranks: list[Snapshot], seen: GpuMemory, now: float) -> GpuAccount:
     (account,) = accounts.read(ranks, [seen], now)
     return account
@@ -98,6 +108,36 @@ def test_an_account_that_does_not_close_is_absent() -> None:
     assert account.parts is None
     assert account.ranks[0].outside_torch is None
     assert account.ranks[0].used == 800
+
+
+def test_an_account_is_absent_while_something_is_under_way_that_no_rank_has_said() -> None:
+    """A resume takes gigabytes at once, and its rank reads its memory when it has ended."""
+    gigabytes = 7 * 2**30
+    accounts, ranks = GpuAccounts(HOST_PIDS), [rank(7, weights=1000)]
+    assert read(accounts, ranks, big(1300, {7: 1300}), 0.0).parts is not None
+    taken = big(1300 + gigabytes, {7: 1300 + gigabytes})
+    assert read(accounts, ranks, taken, 1.0).parts is None
+    said = [rank(7, weights=1000 + gigabytes, at=2.0)]
+    found = read(accounts, said, taken, 2.0)
+    assert named(found)["weights"] == 1000 + gigabytes
+    assert "since_look" not in named(found)
+    more = big(1300 + 2 * gigabytes, {7: 1300 + 2 * gigabytes})
+    assert read(accounts, said, more, 3.0).parts is None
+    assert named(read(accounts, said, more, 4.0))["since_look"] == gigabytes  # And stays.
+
+
+def test_a_rank_that_ends_is_not_taken_for_somebody_else() -> None:
+    accounts = GpuAccounts(HOST_PIDS)
+    assert read(accounts, [rank(7, weights=1000)], gpu(1300, {7: 1300}), 0.0).parts is not None
+    assert read(accounts, [], gpu(1300, {7: 1300}), 1.0).parts is None
+    assert named(read(accounts, [], gpu(0, {}), 2.0)) == {"driver": 400, "free": 9600}
+    found = read(accounts, [], gpu(1300, {7: 1300}), ENDING_SECONDS + 1.0)
+    assert named(found)["other_processes"] == 1300  # The number is another process's by now.
+
+
+def test_an_account_is_absent_where_nvmls_figures_are_of_two_times() -> None:
+    seen = dataclasses.replace(gpu(1300, {7: 1300}), changing=True)
+    assert read(GpuAccounts(HOST_PIDS), [rank(7, weights=1000)], seen, 0.0).parts is None
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import os
 import statistics
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Listener
 from pathlib import Path
@@ -33,6 +34,11 @@ MOMENTS: list[tuple[str, int, int | None]] = []
 
 #: What a loader leaks with every update, and what it has leaked.
 LEAK: dict[str, Any] = {"bytes": 0, "tensors": []}
+
+
+#: The model runners of this process. (Captures of CUDA graphs freeze Python's garbage, and what is
+#: frozen is in no list of objects.)
+RUNNERS: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def nvml_processes() -> dict[int, int]:
@@ -62,6 +68,7 @@ def around(method: str) -> Callable[..., Any]:
     def call(original: Callable[..., Any], runner: Any, *args: Any, **kwargs: Any) -> Any:
         import torch
 
+        RUNNERS.add(runner)
         allocated = torch.cuda.memory_allocated if torch.cuda.is_available() else lambda: 0
         before = allocated()
         result = original(runner, *args, **kwargs)
@@ -140,8 +147,8 @@ class Probe:
             for block in segment["blocks"]:
                 requested[address] = block["requested_size"]
                 address += block["size"]
-        keys = {tensor.data_ptr() for tensor in runner.token_to_kv_pool.k_buffer}
-        values = {tensor.data_ptr() for tensor in runner.token_to_kv_pool.v_buffer}
+        pool = runner.token_to_kv_pool
+        kv = {each.untyped_storage().data_ptr() for each in (*pool.k_buffer, *pool.v_buffer)}
         found = set()
         for owner in (
             runner.req_to_token_pool,
@@ -151,7 +158,7 @@ class Probe:
             for value in vars(owner).values():
                 if isinstance(value, torch.Tensor) and value.is_cuda:
                     found.add(value.untyped_storage().data_ptr())
-        return sum(requested[address] for address in found - keys - values if address)
+        return sum(requested[address] for address in found - kv if address)
 
     def segments(self) -> list[tuple[int, int, list[tuple[int, int]]]]:
         """Address, bytes and blocks in use (address, bytes) of the allocator's segments."""
@@ -214,9 +221,11 @@ class Probe:
             for value in vars(owner).values()
             if isinstance(value, torch.Tensor) and value.is_cuda
         }
+        # From 0.5.23 on keys and values of a layer are halves of one tensor.
+        kv = {each.untyped_storage().data_ptr() for each in (*pool.k_buffer, *pool.v_buffer)}
         return (
-            sum(blocks[tensor.data_ptr()] for tensor in (*pool.k_buffer, *pool.v_buffer)),
-            sum(blocks[address] for address in tables if address),
+            sum(blocks[address] for address in kv),
+            sum(blocks[address] for address in tables - kv if address),
         )
 
     def uuid(self) -> str:
@@ -266,13 +275,7 @@ class Probe:
         }
 
     def _runner(self, draft: bool) -> Any:
-        from sglang.srt.model_executor.model_runner import ModelRunner
-
-        (runner,) = (
-            found
-            for found in gc.get_objects()
-            if issubclass(type(found), ModelRunner) and bool(found.is_draft_worker) == draft
-        )
+        (runner,) = (found for found in RUNNERS if bool(found.is_draft_worker) == draft)
         return runner
 
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import tiny_model
+from engines import Scrape
 from gpu_engines import (
     BFLOAT16,
     HEAD_DIM,
@@ -20,6 +21,22 @@ from gpu_engines import (
     rows,
     storages,
 )
+from waiting import eventually
+
+
+def when_all_are_loaded(engine: GpuEngine) -> Scrape:
+    """Rank 1 may still load when rank 0 answers requests."""
+    found = engine.engine.scrape()
+
+    def both() -> bool:
+        nonlocal found
+        found = engine.engine.scrape()
+        series = found.series("sglang_kv_pool_resident_bytes")
+        loaded = found.series("sglang_weight_loaded_timestamp_seconds")
+        return len(series) == len(loaded) == 2
+
+    assert eventually(both)
+    return found
 
 
 def test_each_rank_publishes_its_half_on_its_gpu(
@@ -28,7 +45,7 @@ def test_each_rank_publishes_its_half_on_its_gpu(
     header = tiny_model.safetensors_header(two_gpu_engine.engine.model)
     # Norms are on both, everything else is split.
     half = sum(size if "norm" in name else size // 2 for name, (_, size) in header.items())
-    scrape, ranks = two_gpu_engine.engine.scrape(), two_gpu_engine.ranks()
+    scrape, ranks = when_all_are_loaded(two_gpu_engine), two_gpu_engine.ranks()
     gpus = nvidia_smi()
     page = two_gpu_engine.engine.server_info()["page_size"]
     assert [rank.snapshot.ranks.tp for rank in ranks] == [0, 1]

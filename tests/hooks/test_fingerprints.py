@@ -396,6 +396,27 @@ def test_what_forward_passes_write_is_scratch_once_it_is_seen(rank: Rank) -> Non
     assert (table.modified, table.modified_names, table.scratch) == (1, ("proj.weight",), 2)
 
 
+class PagedExpertsMoEMethod:
+    """Of 0.5.22 and later: the layer's parameters are slots, filled as experts are asked for."""
+
+
+PagedExpertsMoEMethod.__module__ = "sglang.srt.layers.moe.paged_experts.method"
+
+
+def test_slots_of_paged_experts_are_in_no_fingerprint(rank: Rank) -> None:
+    made = model()
+    made.proj.quant_method = PagedExpertsMoEMethod()
+    runner = rank.runner(model=made)
+    nbytes = sum(part.nbytes for part in rank.weights())
+    add_one(runner)
+    runner.check_weights("checksum")
+    table = rank.role().table
+    assert table is not None
+    assert (table.modified, table.scratch_names) == (0, ("proj.weight",))
+    assert counts(rank).modified == {"serving": {}}
+    assert sum(part.nbytes for part in rank.weights()) == nbytes
+
+
 def test_a_rank_is_of_its_weights_and_not_of_what_it_computes(rank: Rank) -> None:
     """A cache of rotary embeddings is as long as the context that the engine was started with."""
     made = model()
