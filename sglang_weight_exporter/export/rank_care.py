@@ -29,8 +29,19 @@ LINGER_SECONDS = 10.0
 #: Between two passes over the ranks.
 PASS_SECONDS = 1.0
 
+#: How long an exporter that somebody has started sees no rank before it says so. Loading SGLang and
+#: its weights takes minutes, its hooks publish before that.
+UNSEEN_SECONDS = 600.0
+
 #: Between two times at which files are kept from cleaners, who count in days.
 TOUCH_SECONDS = 3600.0
+
+
+_UNSEEN = (
+    "No rank has published anything in %s for %d s. If SGLang runs, its hooks are not loaded, or "
+    "it has another SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR: in its container look at PYTHONPATH "
+    "(another sitecustomize in front of ours?) and at its log for lines of sglang_weight_exporter."
+)
 
 
 class RankCare:
@@ -62,7 +73,8 @@ class RankCare:
 
     async def run(self) -> None:
         """Returns when the exporter process has to end."""
-        alone_since = time.monotonic()
+        alone_since = began = time.monotonic()
+        waiting = not self._ends_with_ranks
         while True:
             alive = True
             with self._guard.step("A pass over the ranks"):
@@ -78,6 +90,10 @@ class RankCare:
                 alone_since = now
             elif now - alone_since > LINGER_SECONDS:
                 return
+            if waiting and (alive or now - began >= UNSEEN_SECONDS):
+                waiting = False
+                if not alive:
+                    logger.warning(_UNSEEN, self._runtime_dir.path, int(now - began))
             await asyncio.sleep(PASS_SECONDS)
 
     async def _pass(self) -> bool:

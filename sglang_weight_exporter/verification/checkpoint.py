@@ -262,11 +262,18 @@ def _files(path: Path, tp_rank: int | None) -> tuple[list[Path], dict[str, str]]
 
 def _index(path: Path) -> dict[str, str]:
     try:
-        return msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
+        places = msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
     except FileNotFoundError:
         return {}
     except msgspec.DecodeError as error:
         raise CheckpointError(f"{path} is no index of safetensors files: {error}.") from error
+    for name in set(places.values()):
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(
+                f"{path} names {name}, which leads out of its directory. Name that file itself if "
+                "it is meant."
+            )
+    return places
 
 
 def _read_header(file: _File) -> Iterator[tuple[str, StoredTensor]]:

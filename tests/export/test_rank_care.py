@@ -4,9 +4,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -15,6 +19,8 @@ from ranks import Rank, rows
 from serving import Exporter
 from waiting import eventually
 
+from sglang_weight_exporter.export import rank_care
+from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.records.updates import UpdateInProgress
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
@@ -88,3 +94,49 @@ def test_an_idle_update_is_over_when_the_clock_was_set_back() -> None:
     assert not progress.is_over(now + 9.0)
     assert progress.is_over(now - 3600.0)
     assert progress.is_over(now + 11.0)
+
+
+@pytest.mark.parametrize(("ends_with_ranks", "lines"), [(False, 1), (True, 0)])
+def test_a_sidecar_that_sees_no_rank_says_so_once(
+    runtime_dir: RuntimeDir,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ends_with_ranks: bool,
+    lines: int,
+) -> None:
+    """Where hooks are not loaded, only the exporter can. One that ranks started has seen them."""
+    monkeypatch.setattr(rank_care, "UNSEEN_SECONDS", 0.0)
+    monkeypatch.setattr(rank_care, "PASS_SECONDS", 0.0)
+    passes = 0
+
+    def read() -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 5:
+            lock.current = False
+
+    class Lock:
+        current = True
+
+        def is_current(self) -> bool:
+            return self.current
+
+        def close(self) -> None:
+            raise asyncio.CancelledError
+
+    lock = Lock()
+    care = rank_care.RankCare(
+        runtime_dir,
+        cast(Any, lock),
+        ends_with_ranks=ends_with_ranks,
+        pipeline=cast(Any, None),
+        metadata=cast(Any, SimpleNamespace(follow=lambda: None)),
+        read=read,
+        guard=Guard(),
+    )
+    with contextlib.suppress(asyncio.CancelledError):
+        asyncio.run(care.run())
+    assert passes == 5
+    said = [each for each in caplog.messages if "No rank has published" in each]
+    assert len(said) == lines
+    assert all("PYTHONPATH" in each and str(runtime_dir.path) in each for each in said)

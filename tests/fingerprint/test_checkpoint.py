@@ -250,6 +250,17 @@ def test_tensors_that_an_index_names_and_no_file_has(tmp_path: Path) -> None:
     assert Checkpoint(tmp_path).absent == ("b",)
 
 
+@pytest.mark.parametrize("name", ["../outside.safetensors", "{}/outside.safetensors", "a/../../x"])
+def test_an_index_does_not_lead_out_of_its_directory(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "outside.safetensors", {"a": ("U8", [3], b"abc")})
+    directory = tmp_path / "model"
+    directory.mkdir()
+    index = {"weight_map": {"a": name.format(tmp_path)}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="leads out of"):
+        Checkpoint(directory)
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", "{", '{"weight_map": {"a": 1}}'])
 def test_an_index_that_is_none(tmp_path: Path, content: str) -> None:
     write(tmp_path / "model-1.safetensors", {"a": ("U8", [3], b"abc")})
