@@ -188,7 +188,9 @@ class Translator:
         role, source = self._rank.role(call.owner), call.target.source
         if role is None or source is None:
             return
-        self._rank.step(lambda ledger: ledger.updates.set_phase("receive", role.name), then="note")
+        self._rank.step(
+            lambda ledger: ledger.updates.begin_receiving(role.name, source), then="note"
+        )
         outcome = yield
         message = outcome.raised
         if outcome.error is None:

@@ -135,8 +135,15 @@ class Updates:
             if token.opened and token.ends_with != "later" and not served:
                 self._roles.finish(token.role, open_, at=open_.last_call_at)
 
+    def begin_receiving(self, name: str, source: Source) -> None:
+        """Tensors arrive, to be loaded by further calls; of this role or, where it is in no
+        session, perhaps of others alone."""
+        with self._lock:
+            self._finish_other(name, self._roles[name].update, source)
+            self.set_phase("receive", name)
+
     def fail_receiving(self, name: str, source: Source, message: str) -> None:
-        """Tensors of an open update did not arrive."""
+        """They did not arrive."""
         with self._lock:
             open_ = self._roles[name].update
             if open_ is not None:
@@ -162,13 +169,9 @@ class Updates:
         self._note_call()
         role = self._roles[name]
         moves = source == "eplb"
+        self._finish_other(name, role.rebalance if moves else role.update, source)
         open_ = role.rebalance if moves else role.update
         now = self._clock()
-        if open_ is not None and not open_.session and not open_.running:
-            idle = not open_.bounded and now - open_.last_call_at > IDLE_SECONDS
-            if idle or open_.source != source:
-                self._roles.finish(name, open_)
-                open_ = None
         opened = open_ is None
         if open_ is None:
             bounded = moves and self._rebalancing
@@ -177,6 +180,14 @@ class Updates:
         open_.set_phase("load", now)
         self._running.setdefault(self._thread(), []).append(open_)
         return CallToken(name, source, ends_with, opened, open_, moves)
+
+    def _finish_other(self, name: str, open_: OpenUpdate | None, source: Source) -> None:
+        """End an update that a call of this source is no part of, because nobody reports its
+        end."""
+        if open_ is not None and not open_.session and not open_.running:
+            idle = not open_.bounded and self._clock() - open_.last_call_at > IDLE_SECONDS
+            if idle or open_.source != source:
+                self._roles.finish(name, open_)
 
     def _open(
         self,
