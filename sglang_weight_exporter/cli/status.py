@@ -16,7 +16,7 @@ from sglang_weight_exporter.cli.terminal import print_line
 from sglang_weight_exporter.export.references import differing_from_reference
 from sglang_weight_exporter.records.engine import HookState
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
-from sglang_weight_exporter.records.updates import Update
+from sglang_weight_exporter.records.updates import Update, UpdateInProgress
 from sglang_weight_exporter.store.locks import is_held
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader, read_endpoint
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -100,6 +100,8 @@ def _print_rank(snapshot: Snapshot, now: float, *, verbose: bool) -> list[str]:
         print_line(f"  host      {engine.node_rank} of 0 to {(engine.nodes or 1) - 1} {group}")
     if snapshot.weight_version:
         print_line(f"  version   {snapshot.weight_version}")
+    for operation, since in snapshot.running.items():
+        print_line(f"  runs      {operation} for {now - since:.1f} s")
     if not any(role.loaded_at is not None for role in snapshot.roles):
         problems.append(f"{name}: the weights are not loaded yet.")
     for role in (role.settled(now) for role in snapshot.roles):
@@ -161,14 +163,18 @@ def _print_role(role: Role, now: float) -> None:
         tokens = "" if pool.tokens is None else f" for {pool.tokens:,} tokens"
         print_line(f"    kv pool {pool.nbytes:,} bytes{tokens} ({pool.pool})")
     if role.in_progress is not None:
-        progress = role.in_progress
-        print_line(
-            f"    update  in progress for {now - progress.started_at:.1f} s ({progress.phase})"
-        )
+        print_line(f"    update  in progress for {_progress_line(role.in_progress, now)}")
     if role.last_update is not None:
         print_line(f"    last    {_update_line(role.last_update, now)}")
         if role.last_update.phases:
             print_line(f"    took    {_time_line(role.last_update)}")
+
+
+def _progress_line(progress: UpdateInProgress, now: float) -> str:
+    phase: str = progress.phase
+    if progress.phase_since is not None:
+        phase += f" for {now - progress.phase_since:.1f} s"
+    return f"{now - progress.started_at:.1f} s ({phase})"
 
 
 def _time_line(update: Update) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from standins import ModelRunner, Rank, Request, WeightUpdater
 
+from sglang_weight_exporter.export.instruments import operations, phases
+from sglang_weight_exporter.export.views import RoleView
 from sglang_weight_exporter.hooks.targets import RUNNER, SCHEDULER, UPDATER
 from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.reader import SnapshotReader
@@ -270,3 +272,30 @@ def test_what_is_paused_and_flushed_is_noted(rank: Rank) -> None:
     cache = rank.snapshot().cache
     assert cache is not None
     assert not cache.paused
+
+
+def test_a_rank_that_waits_is_a_series_with_its_beginning(rank: Rank) -> None:
+    GroupUpdater.__name__ = "WeightUpdater"
+    updater = rank.hook(UPDATER, GroupUpdater)(rank.runner())
+    seen: dict[str, list[tuple[tuple[str, ...], Any]]] = {}
+
+    def look() -> None:
+        views = [RoleView(rank.snapshot(), role) for role in rank.snapshot().roles]
+        for instrument in (*operations.INSTRUMENTS, *phases.INSTRUMENTS):
+            read = instrument.read_role
+            if read is not None and "timestamp" in instrument.name:
+                for view in views:
+                    seen[instrument.name] = [(each.labels, each.value) for each in read(view)]
+
+    updater.meanwhile = look
+    before = rank.clock.now
+    updater.begin_weight_update()
+    updater.init_weights_update_group("127.0.0.1", 1, group_name="trainer")
+    ((labels, since),) = seen["sglang_weight_operation_start_timestamp_seconds"]
+    assert labels == ("init_weights_update_group",)
+    assert before <= since <= rank.clock.now
+    ((labels, since),) = seen["sglang_weight_update_phase_start_timestamp_seconds"]
+    assert labels == ("wait",)
+    assert before <= since <= rank.clock.now
+    look()
+    assert seen["sglang_weight_operation_start_timestamp_seconds"] == []

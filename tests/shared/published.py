@@ -65,6 +65,7 @@ class PublishedRank:
         table: WeightTable | None = None,
         changes: TableChanges = TableChanges(),  # noqa: B008
         weight_version: str = "",
+        running: dict[str, float] | None = None,
         modified: tuple[str, ...] = (),
     ) -> None:
         """A load or, from the second time on, an update has ended with this table."""
@@ -101,7 +102,7 @@ class PublishedRank:
                 changes=changes,
             ),
         )
-        self._write(weight_version)
+        self._write(weight_version, running)
         self.store.unlock_table()
 
     def begin_update(self, **progress: Any) -> None:
@@ -121,7 +122,7 @@ class PublishedRank:
         """Something else is known of the rank or its engine."""
         self._write()
 
-    def _write(self, weight_version: str = "") -> None:
+    def _write(self, weight_version: str = "", running: dict[str, float] | None = None) -> None:
         self.store.write_snapshot(
             Snapshot(
                 rank_id=self.store.rank_id,
@@ -132,6 +133,7 @@ class PublishedRank:
                 devices=self.devices,
                 roles=(self.role,),
                 weight_version=weight_version,
+                running=running or {},
             )
         )
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -48,3 +49,15 @@ def test_weights_whose_memory_was_given_back_are_said_to_be_released(
 def test_the_version_is_shown_as_it_was_given(rank: PublishedRank, command: Command) -> None:
     rank.publish(weight_version="step-42")
     assert b"\n  version   step-42\n" in command("status").stdout
+
+
+def test_what_a_rank_waits_in_is_named_with_its_time(rank: PublishedRank, command: Command) -> None:
+    rank.begin_update(phase="receive", phase_since=time.time() - 90)
+    found = re.search(rb"\(receive for (\d+\.\d) s\)", command("status").stdout)
+    assert found is not None
+    assert float(found[1]) >= 90
+    rank.publish(running={"init_weights_update_group": time.time() - 30})
+    shown = command("status").stdout
+    found = re.search(rb"\n  runs      init_weights_update_group for (\d+\.\d) s\n", shown)
+    assert found is not None
+    assert float(found[1]) >= 30

@@ -35,6 +35,12 @@ def _operations(attribute: Literal["calls", "failures"]) -> RoleReader:
     return samples
 
 
+def _running(view: RoleView) -> Iterator[Sample]:
+    if view.is_target:
+        for operation, since in view.snapshot.running.items():
+            yield Sample((operation,), since)
+
+
 INSTRUMENTS = (
     Instrument(
         "sglang_weight_operations",
@@ -51,5 +57,14 @@ INSTRUMENTS = (
         "Such calls that failed.",
         ("operation",),
         _operations("failures"),
+    ),
+    Instrument(
+        "sglang_weight_operation_start_timestamp_seconds",
+        "gauge",
+        "s",
+        "Since when such a call has been running, as one does that waits for a member of an update "
+        "group which never comes; absent while none is.",
+        ("operation",),
+        _running,
     ),
 )

@@ -23,6 +23,12 @@ def _phase_in_progress(view: RoleView) -> Iterator[Sample]:
         yield Sample((view.role.in_progress.phase,), 1)
 
 
+def _phase_started(view: RoleView) -> Iterator[Sample]:
+    progress = view.role.in_progress
+    if progress is not None and progress.phase_since is not None:
+        yield Sample((progress.phase,), progress.phase_since)
+
+
 INSTRUMENTS = (
     Instrument(
         "sglang_weight_update_phase_seconds",
@@ -43,5 +49,13 @@ INSTRUMENTS = (
         "What an update is about now; 1, and absent while there is none.",
         ("phase",),
         _phase_in_progress,
+    ),
+    Instrument(
+        "sglang_weight_update_phase_start_timestamp_seconds",
+        "gauge",
+        "s",
+        "Since when an update has been about what it is about now; absent while there is none.",
+        ("phase",),
+        _phase_started,
     ),
 )

@@ -98,8 +98,9 @@ INSTRUMENTS = (
         "sglang_weight_update_bytes",
         "counter",
         "By",
-        "Bytes that updates brought: of tensors that were handed over, or of the files of a "
-        "checkpoint. Of sources that were used and of whose bytes all are known.",
+        "Bytes that came to the rank with updates that succeeded: of whole tensors, also where it "
+        "keeps a part of them, or of the files of a checkpoint. Of sources that were used and of "
+        "whose bytes all are known.",
         ("source",),
         _update_bytes,
     ),
