@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from typing import Any, TextIO
 
@@ -28,6 +29,8 @@ class PrintableText:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        if isinstance(stream, io.TextIOWrapper):  # In a locale of few letters too.
+            stream.reconfigure(errors="backslashreplace")
 
     def write(self, text: str) -> int:
         self._stream.write(printable(text))
