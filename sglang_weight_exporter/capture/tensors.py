@@ -47,7 +47,7 @@ class NamedTensors:
     buffers: int
     #: Names of buffers that torch does not count to the model's state (``persistent=False``).
     not_persistent: frozenset[str]
-    #: Modules walked, each once.
+    #: Names of modules that were walked.
     modules: int
 
 
@@ -96,7 +96,9 @@ def _name(prefix: str, path: tuple[Any, ...]) -> str:
 
 
 def _walk(model: torch.nn.Module) -> tuple[list[str], list[torch.nn.Module]]:
-    """Every module once, with the first of its names and a dot behind."""
+    """Every module under each name that a module gives it, with a dot behind. Below a module that
+    was met before nothing is met again: by all their names, layers that hold one another are more
+    than can be counted."""
     prefixes: list[str] = []
     modules: list[torch.nn.Module] = []
     seen: set[int] = set()
@@ -104,11 +106,11 @@ def _walk(model: torch.nn.Module) -> tuple[list[str], list[torch.nn.Module]]:
     names, stack = [""], [model]
     while stack:
         prefix, module = names.pop(), stack.pop()
+        prefixes.append(prefix)
+        modules.append(module)
         if id(module) in seen:
             continue
         seen.add(id(module))
-        prefixes.append(prefix)
-        modules.append(module)
         for name, child in reversed(module._modules.items()):
             if child is not None:
                 names.append(f"{prefix}{name}.")
@@ -167,9 +169,11 @@ class DerivedPaths:
             for tensor in chain(module._parameters.values(), module._buffers.values())
         }
         paths: list[AttributePath] = []
+        seen: set[int] = set()
         for number, (prefix, module) in enumerate(zip(prefixes, modules, strict=True)):
-            if foreign is not None and foreign(module):
+            if id(module) in seen or (foreign is not None and foreign(module)):
                 continue
+            seen.add(id(module))
             for attribute, value in vars(module).items():
                 if attribute not in _OF_TORCH:
                     paths.extend(
@@ -183,7 +187,9 @@ class DerivedPaths:
         """The same attributes of the same modules, as they are called in the model now: modules
         that adapters wrap have another name."""
         prefixes, modules = _walk(model)
-        places = dict(zip(map(id, modules), range(len(modules)), strict=True))
+        places: dict[int, int] = {}
+        for place, module in enumerate(modules):
+            places.setdefault(id(module), place)
         there = [
             ((number, prefixes[number], path), known)
             for (_, _, path), known in zip(self.paths, self.modules, strict=True)
@@ -385,9 +391,8 @@ def _held(
     stack: list[torch.nn.Module | None] = [model]
     while stack:
         module = stack.pop()
-        if module is None or id(module) in seen:
+        if module is None:
             continue
-        seen.add(id(module))
         modules.append(module)
         if parameters := module._parameters:
             keys.extend(parameters)
@@ -395,6 +400,9 @@ def _held(
         if module._buffers:
             names_of_buffers.extend(module._buffers)
             buffers.extend(module._buffers.values())
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         if children := module._modules:
             keys.extend(children)
             stack.extend(reversed(children.values()))

@@ -101,21 +101,29 @@ def test_a_tied_tensor_has_both_names_and_counts_once() -> None:
     assert usage.tensors == 2
 
 
-def test_a_module_that_is_used_twice_has_its_first_name_as_torch_has_it() -> None:
+def test_a_module_that_is_used_twice_has_both_names() -> None:
+    """As SGLang ties its embeddings: ``lm_head`` is the module ``model.embed_tokens``."""
     shared = module(weight=parameter(2, 2))
     model = torch.nn.ModuleDict({"first": shared, "second": torch.nn.Sequential(shared)})
-    assert list(rows(model)) == [name for name, _ in model.named_parameters()] == ["first.weight"]
+    named = model.named_parameters(remove_duplicate=False)
+    assert list(rows(model)) == [name for name, _ in named] == ["first.weight", "second.0.weight"]
+    assert nbytes(model) == 16
 
 
-def test_modules_that_hold_one_another_are_visited_once_each() -> None:
+def test_modules_that_hold_one_another_are_entered_once_each() -> None:
     """Layers that register their two predecessors: by all their names they are 635,570."""
     layers = [module(weight=parameter(2)) for _ in range(24)]
+    held_by_others = 0
     for one, two, layer in zip(layers, layers[1:], layers[2:], strict=False):
         layer.one, layer.two = one, two
+        held_by_others += 2
     model = torch.nn.ModuleList(reversed(layers))
-    assert named_tensors(model).modules == len(list(model.modules())) == 25
+    assert named_tensors(model).modules == 1 + len(layers) + held_by_others
     first = capture(model)
-    assert first.table.names.decode().split("\n") == [name for name, _ in model.named_parameters()]
+    assert first.usage[0].nbytes == 24 * 2 * 4
+    names = first.table.names.decode().split("\n")
+    assert {name for name, _ in model.named_parameters()} < set(names)
+    assert len(names) == len(set(names)) == 24 + held_by_others
     assert capture(model, previous=first) == first
 
 
@@ -123,7 +131,7 @@ def test_a_module_that_contains_itself_ends() -> None:
     model = module(weight=parameter(2))
     model.child = torch.nn.Module()
     model.child.parent = model
-    assert list(rows(model)) == ["weight"]
+    assert list(rows(model)) == ["weight", "child.parent.weight"]
 
 
 def test_views_of_one_storage_count_their_storage_once() -> None:
