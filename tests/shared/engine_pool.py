@@ -35,7 +35,7 @@ FINGERPRINT = ("SGLANG_WEIGHT_EXPORTER_FINGERPRINT", "on")
 #: Of one rank's readers: update, and a directory that follows the engine.
 FOR_READERS = (
     ("SGLANG_WEIGHT_EXPORTER_METADATA_DIR", "{directory}/weights_metadata"),
-    ("SGLANG_WEIGHT_EXPORTER_READER_WAIT_SECONDS", "5"),
+    ("SGLANG_WEIGHT_EXPORTER_READER_WAIT_SECONDS", "300"),
 )
 
 
