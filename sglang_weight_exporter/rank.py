@@ -11,6 +11,7 @@ several threads follow one another; none of them is held up while SGLang's own c
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import threading
 import time
@@ -18,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from sglang_weight_exporter.capture.allocations import Segments
+from sglang_weight_exporter.capture.arrival import Arrival
 from sglang_weight_exporter.capture.weights import WeightCapture
 from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
 from sglang_weight_exporter.ledger import FinishedUpdate, Ledger
@@ -68,6 +70,10 @@ class Rank:
         self._report = report
         self._clock = clock
         self._lock = threading.RLock()
+        #: Of the last call that received weights, as long as its device is not known to have them.
+        self._arrival: Arrival | None = None
+        #: What has ended for SGLang while its device still receives.
+        self._arriving: list[FinishedUpdate] = []
 
     @contextlib.contextmanager
     def _reported(self, where: str) -> Iterator[None]:
@@ -101,8 +107,11 @@ class Rank:
         have, which is a hundredth of the work; or do nothing.
         """
         with self._lock:
+            arrived_at = self._arrived_at()
             result = notify(self.ledger)
-            finished = self.ledger.take_finished()
+            finished = self._that_arrived(self.ledger.take_finished(), arrived_at)
+            if self._arriving:
+                return result
             written = {each.role for each in finished if _wrote(each)}
             events = {}
             for index, each in enumerate(finished):
@@ -120,6 +129,50 @@ class Rank:
         with self._reported("progress"):
             return self._publisher.note(self._records.progress())
         return False
+
+    @contextlib.contextmanager
+    def receiving(self) -> Iterator[None]:
+        """Around a call that receives weights, which its device does on its own time."""
+        arrival = self.inspector.begin_arrival()
+        yield
+        if arrival is not None:
+            with self._lock, self._reported("arrival"):
+                arrival.end()
+                self._arrival = arrival
+
+    def _arrived_at(self) -> float | None:
+        """When the device had what was received last, the first time that this is known."""
+        at = None
+        with self._reported("arrival"):
+            at = None if self._arrival is None else self._arrival.at()
+        if at is not None:
+            self._arrival = None
+            self.ledger.updates.receive_until(at)
+        return at
+
+    def _that_arrived(
+        self, finished: list[FinishedUpdate], arrived_at: float | None
+    ) -> list[FinishedUpdate]:
+        """What has ended on the device too. The rest does so later, and nobody waits for it but a
+        thread of its own: until then readers see an update in progress."""
+        waiting, self._arriving = self._arriving, []
+        if self._arrival is None or not (waiting or any(map(_received, finished))):
+            late = [dataclasses.replace(each, arrived_at=arrived_at) for each in waiting]
+            return late + finished
+        if not waiting:
+            threading.Thread(
+                target=self._step_when_arrived,
+                args=(self._arrival,),
+                name="sglang-weight-exporter-arrival",
+                daemon=True,
+            ).start()
+        self._arriving = waiting + finished
+        return []
+
+    def _step_when_arrived(self, arrival: Arrival) -> None:
+        with self._reported("arrival"):
+            arrival.wait()
+            self.step(lambda ledger: None, then="")
 
     def _complete(
         self, finished: FinishedUpdate, written: set[str]
@@ -149,7 +202,10 @@ class Rank:
             for other in self.roles
             if other.name not in written and not self.ledger.updates.is_in_progress(other.name)
         )
-        self._capture(role, *others, fingerprint_seconds=self._fingerprint_seconds())
+        # Another may have begun while this one arrived, and writes what would be read.
+        begun = self.ledger.updates.is_in_progress(role.name)
+        seconds = None if begun else self._fingerprint_seconds()
+        self._capture(role, *others, fingerprint_seconds=seconds)
         self.inspector.memory.end_update()
 
     def _publish(self, events: dict[int, tuple[Event, WeightTable | None]]) -> None:
@@ -187,6 +243,10 @@ class Rank:
                 and not self.inspector.nothing_ran_since(role)
             ]
             if self.ledger.updates.in_progress:
+                return None
+            if self._arriving:  # Nobody will know what was there when this one began.
+                for role in self.roles:
+                    self.inspector.start_over(role, known=False)
                 return None
             self.inspector.begin_update(*self.roles)
             if not known or not there:
@@ -256,6 +316,12 @@ class Rank:
     @property
     def _weights_are_released(self) -> bool:
         return WEIGHTS in self.ledger.counters.released
+
+    def begin_release(self) -> None:
+        """Memory is about to go. Where a thread reads it, that ends first: a kernel that reads
+        released memory ends the process."""
+        with self._lock:
+            self.inspector.memory_is_there = False
 
     def release(self, tags: Collection[str] | None) -> None:
         """Memory is gone; of these tags and of no others. ``None`` or empty: of all."""
@@ -352,6 +418,11 @@ def trace_id(engine: str, number: int) -> str:
     """Of an update's span: the same on every rank of the engine, on all of its hosts, without a
     word between them. ``engine``: what they have in common."""
     return hashlib.sha256(f"{engine}|{number}".encode()).hexdigest()[:32]
+
+
+def _received(finished: FinishedUpdate) -> bool:
+    """Whether an update has ended whose bytes a device receives by itself."""
+    return finished.update is not None and finished.update.source == "distributed"
 
 
 def _wrote(finished: FinishedUpdate) -> bool:

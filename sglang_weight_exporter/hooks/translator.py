@@ -9,6 +9,7 @@ reads no tensor: it notifies the rank. Exceptions are caught by the caller.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Generator
 
 from sglang_weight_exporter.capture import update_bytes
@@ -171,7 +172,8 @@ class Translator:
         self._rank.lock_tables()
         if token is not None and nbytes is not None:
             self._rank.ledger.updates.add_bytes(nbytes)
-        outcome = yield
+        with self._rank.receiving() if source == "distributed" else contextlib.nullcontext():
+            outcome = yield
         if token is not None:
             verdict = _verdict(None if announced else source, outcome)
             # Where a request ends it, that is next.
@@ -191,7 +193,8 @@ class Translator:
         self._rank.step(
             lambda ledger: ledger.updates.begin_receiving(role.name, source), then="note"
         )
-        outcome = yield
+        with self._rank.receiving():
+            outcome = yield
         message = outcome.raised
         if outcome.error is None:
             self._rank.step(lambda ledger: ledger.updates.set_phase("wait", role.name), then="")
@@ -321,7 +324,7 @@ class Translator:
 
     def release(self, call: Call) -> Around:
         """Physical memory goes, addresses stay. Where it failed, nobody knows which."""
-        self._rank.inspector.memory_is_there = False
+        self._rank.begin_release()
         outcome = yield
         if outcome.error is None:
             self._rank.release(call.requested("tags"))

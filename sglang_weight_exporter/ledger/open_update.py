@@ -51,6 +51,8 @@ class FinishedUpdate:
     #: When that was noticed, where what follows belongs to it too; ``None`` where it has ended
     #: with its last call, some time ago.
     at: float | None = None
+    #: When the device had all of it, where that was later.
+    arrived_at: float | None = None
 
 
 @dataclass(eq=False)
@@ -95,6 +97,12 @@ class OpenUpdate:
         self.set_phase(self.phase, since)
         self.add_time(phase, elapsed(since, at))
         self.phase_since = at
+
+    def receive_until(self, at: float) -> None:
+        """Since the running phase began, and until then, tensors were still arriving."""
+        if at > self.phase_since:
+            self.add_time("receive", at - self.phase_since)
+            self.phase_since = at
 
     @property
     def failed(self) -> bool:

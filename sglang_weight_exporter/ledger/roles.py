@@ -174,10 +174,15 @@ class RoleAccounts:
         if update is None or update.source is None:
             return update
         complete = msgspec.structs.replace(update, model_path=model_path, changes=changes)
-        if finished.at is not None:
+        at = finished.at
+        if finished.arrived_at is not None and finished.arrived_at > update.ended_at:
+            late: dict[Phase, float] = {"receive": finished.arrived_at - update.ended_at}
+            at, phases = finished.arrived_at, add_phases(complete.phases, late)
+            complete = msgspec.structs.replace(complete, ended_at=at, phases=phases)
+        if at is not None:
             now = self.clock()
-            capture: dict[Phase, float] = {"capture": elapsed(finished.at, now)}
-            phases = add_phases(update.phases, capture)
+            capture: dict[Phase, float] = {"capture": elapsed(at, now)}
+            phases = add_phases(complete.phases, capture)
             complete = msgspec.structs.replace(complete, ended_at=now, phases=phases)
         _count_time(role, update.source, complete)
         if role.last_update is update:

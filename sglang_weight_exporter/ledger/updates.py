@@ -234,6 +234,13 @@ class Updates:
             for open_ in self._running.get(self._thread(), [])[-1:]:
                 open_.divert_time(phase, since, self._clock())
 
+    def receive_until(self, at: float) -> None:
+        """The device has what the last call has put into its stream since this time only."""
+        with self._lock:
+            for role in self._roles.by_name.values():
+                if role.update is not None and role.update.source == "distributed":
+                    role.update.receive_until(at)
+
     def begin_flush(self) -> None:
         """The cache is about to be flushed: where a request asks for it, that is part of the
         updates that it has a call in."""

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from sglang_weight_exporter.capture.allocations import Segments
+from sglang_weight_exporter.capture.arrival import Arrival, arrival
 from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
 from sglang_weight_exporter.records.memory import MemoryDump
 from sglang_weight_exporter.runners import fingerprints
@@ -164,6 +165,14 @@ class ModelRunnerInspector:
             allocations = self._allocations
             return _Once(lambda: allocations(device))
         return on_gpu if device.startswith("cuda") else Segments.none
+
+    def begin_arrival(self) -> Arrival | None:
+        """A call begins that receives weights; ``None`` where no device does it by itself."""
+        try:
+            return arrival(self._clock)
+        except Exception as error:
+            self._report("arrival", error)
+            return None
 
     def begin_update(self, *roles: RunnerRole) -> None:
         """Weights are about to be written. What was bound anew since the last capture is scratch,
