@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ports import taken
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as parse_openmetrics,
 )
@@ -32,6 +33,7 @@ from sglang_weight_exporter.records.engine import Engine, Ranks
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import UpdateInProgress
 from sglang_weight_exporter.records.weights import WeightUsage
+from sglang_weight_exporter.settings import DEFAULT_PORT
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
@@ -455,11 +457,8 @@ def test_an_address_of_ipv6_alone(serve: Callable[..., Exporter]) -> None:
 def test_the_line_about_the_default_port_names_dcgm_exporter(
     serve: Callable[..., Exporter],
 ) -> None:
-    with contextlib.ExitStack() as stack:
-        # Who has it for longer than any other test does what this one needs.
-        with contextlib.suppress(AssertionError):
-            stack.enter_context(eventually(lambda: socket.create_server(("127.0.0.1", 9400))))
-        assert "dcgm-exporter" in serve(port=9400).line("Port 9400 .* in use")
+    with taken(DEFAULT_PORT):
+        assert "dcgm-exporter" in serve(port=DEFAULT_PORT).line(f"Port {DEFAULT_PORT} .* in use")
 
 
 def test_a_second_exporter_of_one_directory_says_so_and_ends(

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from collectors import Backend, attributes_of
 from engines import Scrape
-from ports import free_port
+from ports import free_port, taken
 from waiting import LIMIT, eventually
 
 from sglang_weight_exporter.export.gpu_account import GpuAccounts
@@ -271,7 +270,7 @@ def test_real_ranks_get_no_simulated_neighbours(tmp_path: Path) -> None:
 def test_the_demo_shows_one_of_their_updates_where_its_usual_port_is_taken() -> None:
     """By somebody who never answers. With a port of its own nobody follows it there."""
     demo = Path(__file__).parents[2] / "demo" / "demo.py"
-    with eventually(lambda: socket.create_server(("127.0.0.1", DEFAULT_PORT)), what="the port"):
+    with taken(DEFAULT_PORT):
         done = subprocess.run(
             [sys.executable, str(demo), "--simulated", "--exit"], capture_output=True, text=True
         )

@@ -5,9 +5,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import os
 import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 # Below the range of outgoing connections (ip_local_port_range), which take ports unasked. An
 # engine takes more ports by itself, up to 1,000 above its own, so engines have a range apart.
@@ -31,3 +35,14 @@ def free_port(*, engine: bool = False) -> int:
             probe.bind(("127.0.0.1", port))
             return port
     raise AssertionError("unreachable: the ports come round")
+
+
+@contextlib.contextmanager
+def taken(port: int) -> Iterator[None]:
+    """Somebody has this port, and answers nothing: one test at a time, or who had it before."""
+    with (Path(tempfile.gettempdir()) / f"taken-{port}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                stack.enter_context(socket.create_server(("127.0.0.1", port)))
+            yield
