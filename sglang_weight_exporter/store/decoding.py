@@ -35,9 +35,9 @@ LARGEST_RECORD = 16 * 2**20
 #: What the exporter process keeps for itself is smaller.
 LARGEST_NOTE = 2**20
 
-#: What Prometheus keeps as a float and OTLP as a signed integer of 64 bits, in which sums of such
-#: numbers have to fit as well. In bytes it is 9 petabytes.
-_LARGEST_INTEGER = 2**53
+#: What a file can hold with its sign. Counters of bytes pass 2**53 (9 petabytes) in days of updates
+#: of a terabyte a minute; what is larger than that is sent as a float.
+_LARGEST_INTEGER = 2**63 - 1
 #: Times and durations are sent as nanoseconds; this is the year 2262.
 _LARGEST_SECONDS = 2**63 / 1e9
 
@@ -199,7 +199,10 @@ def _problem_of_record(record: Record) -> str:
     """What only the fields of one kind of record can have."""
     if isinstance(record, Histogram):
         counts = len(record.counts)
-        return "" if counts == _COUNTS else f".counts has {counts} entries and not {_COUNTS}"
+        if counts != _COUNTS:
+            return f".counts has {counts} entries and not {_COUNTS}"
+        # OTLP has 64 bits for their sum.
+        return "" if sum(record.counts) <= 2**53 else ".counts are more than can be"
     if isinstance(record, Update | UpdateCounts) and not _TRACE_ID.fullmatch(record.trace_id):
         return f".trace_id is {record.trace_id!r}"
     if isinstance(record, TableRef):

@@ -144,7 +144,8 @@ def _point(
         attributes=attributes,
         start_time_unix_nano=start,
         time_unix_nano=end,
-        value=sample.value,
+        # OTLP's integers have 64 bits, and sums of such numbers may have more.
+        value=sample.value if abs(sample.value) < 2**53 else float(sample.value),
     )
 
 
