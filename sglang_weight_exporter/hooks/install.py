@@ -103,8 +103,8 @@ class Installation:
         path, _, name = target.attribute.rpartition(".")
         owner = getattr(module, path, None) if path else module
         original = None if owner is None else inspect.getattr_static(owner, name, None)
-        if original is None:
-            return
+        if original is None or original is getattr(object, name, None):
+            return  # This release has none, or none of its own.
         static = isinstance(original, staticmethod)
         function = original.__func__ if static else original
         place = f"{target.module}.{target.attribute}"
