@@ -83,7 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     settings = settings_from(arguments, os.environ)
     runtime_dir = RuntimeDir.find(settings.runtime_dir, os.environ)
     snapshots = [each for _, each in SnapshotReader(runtime_dir).read()]
-    accounts = GpuAccounts().read(snapshots, Nvml().read(), time.monotonic())
+    nvml = Nvml()
+    accounts = GpuAccounts().read(snapshots, nvml.read(), time.monotonic())
     worst: Callable[[GpuAccount], Worst] = since_the_start
     if arguments.prometheus:
 
@@ -105,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
             print_line(line)
         print()
     for snapshot, memory in unmeasured:
-        for line in _of_torch(snapshot, memory):
+        for line in _of_torch(snapshot, memory, nvml.problem):
             print_line(line)
         print()
     if not (advices or unmeasured):
@@ -317,7 +318,8 @@ def _unmeasured(
     ]
 
 
-def _of_torch(snapshot: Snapshot, memory: DeviceMemory) -> list[str]:
+def _of_torch(snapshot: Snapshot, memory: DeviceMemory, problem: str) -> list[str]:
+    """``problem``: why NVML knows no GPU at all."""
     token_bytes, tokens = _tokens(snapshot, memory.device)
     found = [
         _title(snapshot.engine.name, snapshot, 1),
@@ -326,6 +328,12 @@ def _of_torch(snapshot: Snapshot, memory: DeviceMemory) -> list[str]:
     ]
     if token_bytes:
         found.append(f"  KV pool         {tokens:,} tokens of {token_bytes:,.0f} bytes")
+    if problem:
+        return [
+            *found,
+            f"  not known       what was free at worst: NVML cannot be read ({problem}). No "
+            "fraction is advised.",
+        ]
     available = _available()
     if available is not None:
         found.append(f"  host's memory   {available:,} bytes available now")

@@ -271,10 +271,20 @@ def test_a_gpu_that_shares_the_host_s_memory(
     done = command("advise", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     text = done.stdout.decode()
+    assert "NVML cannot be read" not in text
     assert f"in torch        {44 * GIB:,} bytes, {48 * GIB:,} at its peak" in text
     assert "300,000 tokens of 107,374 bytes" in text
     assert re.search(r"host's memory   [\d,]+ bytes available now", text)
     assert "No fraction is advised" in text
+
+
+def test_nvml_that_fails_is_said(rank: PublishedRank, command: Command, tmp_path: Path) -> None:
+    (tmp_path / "pynvml.py").write_text("def nvmlInit(): raise OSError('Unknown Error')\n")
+    rank.store.write_snapshot(msgspec.structs.replace(snapshot(), rank_id=rank.store.rank_id))
+    done = command("advise", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert b"NVML cannot be read (OSError: Unknown Error)" in done.stdout
+    assert b"host's memory" not in done.stdout
 
 
 @pytest.mark.usefixtures("rank")

@@ -153,10 +153,10 @@ def test_a_reader_of_memory_never_takes_a_mixture_for_a_checkpoint(
             with reader.hold(timeout=LIMIT) as table:
                 found = held(table)
                 if not reader.is_current(table):
-                    taken["told"] += 1
+                    taken["notified"] += 1
                     continue
         except TableError:
-            taken["told"] += 1
+            taken["notified"] += 1
             continue
         tables.add(table.columns.sha256)
         content = tuple((name, found[name]) for name in names)

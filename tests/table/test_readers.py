@@ -63,7 +63,7 @@ def test_there_is_a_reader_for_each_living_rank_and_role(runtime_dir: Path) -> N
     assert [reader.role for reader in open_tables(runtime_dir, role="draft")] == ["draft"]
 
 
-def test_in_the_middle_of_an_update_a_reader_is_told(
+def test_in_the_middle_of_an_update_a_reader_is_notified(
     rank: PublishedRank, reader: TableReader
 ) -> None:
     rank.begin_update()
@@ -105,7 +105,7 @@ def test_whatever_happens_to_the_memory_a_table_read_before_is_not_current(
     assert reader.is_current(reader.read())
 
 
-def test_a_reader_is_told_of_the_next_change(rank: PublishedRank, reader: TableReader) -> None:
+def test_a_reader_is_notified_of_the_next_change(rank: PublishedRank, reader: TableReader) -> None:
     table = reader.read()
     with pytest.raises(TimeoutError):
         reader.wait_for_change(table, timeout=0.05)
@@ -285,14 +285,14 @@ def test_a_reader_in_a_loop_never_sees_rows_of_two_tables(
     seen: set[int] = set()
     try:
 
-        def look() -> bool:
+        def poll() -> bool:
             with contextlib.suppress(UpdateInProgressError):
                 pairs = zip(tuple(reader.read().rows()), ROWS, strict=True)
                 (step,) = {now.data_ptr - row.data_ptr for now, row in pairs}
                 seen.add(step)
             return len(seen) >= 50 and max(seen) >= 200
 
-        eventually(look, every=0)
+        eventually(poll, every=0)
     finally:
         enough.set()
         thread.join()

@@ -66,7 +66,7 @@ def engine() -> tuple[list[dict[str, Any]], list[MemoryOwner], list[tuple[int, i
 
 
 def leave(rank: PublishedRank) -> None:
-    """What the rank does at a look, once it was asked."""
+    """What the rank does at a capture, once it was asked."""
     segments, owners, pools = engine()
     assert rank.store.memory_is_wanted
     rank.store.leave_memory(
