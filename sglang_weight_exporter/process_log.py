@@ -9,15 +9,20 @@ piece. How much is said is decided where it is said, so that a flood costs the e
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
+import re
 import select
+import sys
+import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 #: What the kernel writes into a pipe whole or not at all (pipe(7)).
 LONGEST_LINE = select.PIPE_BUF
@@ -30,6 +35,27 @@ SECONDS_BETWEEN = 60.0
 #: so many.
 RAW_LINES = 100
 
+#: What stands in the place of a secret.
+HIDDEN = "<hidden>"
+
+#: Variables that hold a secret as a whole: SGLang's, Hugging Face's and clouds' among them.
+_SECRET_NAME = re.compile(
+    r"PASSWORD|PASSWD|SECRET|(?:^|_)TOKEN(?:_|$)|API_?KEY|ACCESS_?KEY|CREDENTIAL|AUTHORIZATION",
+    re.I,
+)
+#: Shorter ones would hide parts of ordinary words.
+_SHORTEST_SECRET = 6
+
+#: ``//user:password@``, ``?key=value``, ``authorization: …`` and ``Bearer …``, whosever they are.
+_USER = re.compile(r"(?<=//)[^/\s@'\"]+@")
+_QUERY = re.compile(r"\?[\w.~%-]+=(?:<hidden>|[^\s'\"<>)])*")
+_CREDENTIALS = re.compile(
+    r"(?i)\b((?:proxy-)?authorization['\"]?\s*[:=]\s*['\"]?(?:[a-z]+\s+)?|(?:bearer|basic)\s+)"
+    r"(?!<hidden>)[^\s'\",;]+"
+)
+#: What a terminal obeys.
+_COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
 _GOODBYE = '{"goodbye": true}'
 
 
@@ -38,6 +64,85 @@ class Message(NamedTuple):
 
     level: int
     text: str
+
+
+class Secrets:
+    """What must not be in a log: headers and passwords that the environment holds, whoever says
+    them, and the same of others where they are told by their form."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        found: set[str] = set()
+        for name, value in environ.items():
+            if name.upper().endswith("_HEADERS"):
+                for entry in value.split(","):
+                    # In the wrong form they are secret too: `Authorization: Bearer …`.
+                    found |= {entry, re.split("[=:]", entry, maxsplit=1)[-1]}
+            elif _SECRET_NAME.search(name):
+                found.add(value)
+            if "://" in value or name.upper().endswith(("ENDPOINT", "PROXY")):
+                place, _, query = value.partition("?")
+                found |= {field.partition("=")[2] for field in query.split("&")}
+                user, _, host = place.rpartition("://")[2].rpartition("@")
+                _, colon, port = host.partition("/")[0].rpartition(":")
+                # A port that is no number is a password whose host was left away.
+                found |= {user, user.partition(":")[2], "" if port.isdigit() else colon and port}
+        # Longest first, so that no part is left of one that holds another.
+        known = {form.strip() for secret in found for form in _forms(secret)}
+        kept = sorted((each for each in known if len(each) >= _SHORTEST_SECRET), key=len)
+        self._known = re.compile("|".join(map(re.escape, reversed(kept)))) if kept else None
+
+    def hide(self, text: str) -> str:
+        """The text without them, and without characters that a terminal obeys."""
+        if self._known is not None:
+            text = self._known.sub(HIDDEN, text)
+        text = _USER.sub(f"{HIDDEN}@", text)
+        text = _QUERY.sub(f"?{HIDDEN}", text)
+        text = _CREDENTIALS.sub(rf"\1{HIDDEN}", text)
+        return _COMMANDS.sub("\ufffd", text)
+
+
+def _forms(secret: str) -> set[str]:
+    """What a secret may look like by the time that somebody says it."""
+    plain = unquote(secret)
+    words = {word for word in plain.split() if word.lower() not in {"bearer", "basic", "token"}}
+    forms = {secret, plain, *words}
+    for word in words:
+        try:  # The user and password of `Basic …`.
+            decoded = base64.b64decode(word, validate=True).decode()
+            forms |= {decoded, decoded.partition(":")[2]}
+        except ValueError:
+            continue
+    for form in list(forms):
+        forms |= {quote(form), quote(form, safe=""), json.dumps(form)[1:-1], repr(form)[1:-1]}
+        forms.add(base64.b64encode(form.encode(errors="replace")).decode())
+    return forms
+
+
+class HidingFormatter(logging.Formatter):
+    """The one place that each record passes on its way out, its traceback included."""
+
+    def __init__(self, fmt: str, secrets: Secrets) -> None:
+        super().__init__(fmt)
+        self._secrets = secrets
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._secrets.hide(super().format(record))
+
+
+def log_uncaught() -> None:
+    """Have what ends a thread or the process logged, and not printed past the log."""
+    logger = logging.getLogger("sglang_weight_exporter")
+
+    def of_process(kind: Any, error: Any, traceback: Any) -> None:
+        logger.critical("The exporter ends because of an error.", exc_info=(kind, error, traceback))
+
+    def of_thread(arguments: threading.ExceptHookArgs) -> None:
+        logger.critical(
+            "A thread of the exporter ends because of an error.", exc_info=arguments.exc_value
+        )
+
+    sys.excepthook = of_process
+    threading.excepthook = of_thread
 
 
 @dataclass

@@ -48,6 +48,13 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _message_bytes(text: str) -> int:
+    nbytes = int(text)
+    if nbytes < 20_000:
+        raise ValueError("is not a number of bytes from 20000 on")
+    return nbytes
+
+
 def _path(text: str) -> Path:
     return Path(text).expanduser().absolute()
 
@@ -94,6 +101,12 @@ class Settings:
     span_table: bool = _setting(True, _switch, "whether spans carry the pointer table")
     span_table_names: str = _setting(
         "", str, "regular expression: of the table, spans carry only the tensors that it finds"
+    )
+    span_bytes: int = _setting(
+        3_000_000, _message_bytes, "the largest span, which is a message of its own"
+    )
+    span_event_bytes: int = _setting(
+        500_000, _message_bytes, "the largest event of a span, which is a part of the table"
     )
 
     @classmethod

@@ -12,19 +12,28 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows, table_rows
 
-#: Limits of one event. A collector's gRPC receiver takes messages of 4 MiB, uncompressed.
+#: Limits of one event and of one span, in rows and events.
 EVENT_ROWS = 2_000
-EVENT_BYTES = 500_000
-
-#: Limits of one span. Every span is a message of its own.
 SPAN_EVENTS = 100
-SPAN_BYTES = 3_000_000
+
+
+class Limits(NamedTuple):
+    """Bytes, as protobuf, of one event, and of one span, which is a message of its own.
+
+    A collector's gRPC receiver takes messages of 4 MiB, uncompressed.
+    """
+
+    event: int = 500_000
+    span: int = 3_000_000
+
+
+DEFAULT_LIMITS = Limits()
 
 TABLE_EVENT = "sglang.weights.table"
 
@@ -44,12 +53,16 @@ class MissingRowsError(TableEventsError):
     """Events are missing or damaged: other spans may have them."""
 
 
-def encode_table(table: WeightTable, *, captured_at: float) -> list[list[Attributes]]:
+def encode_table(
+    table: WeightTable, *, captured_at: float, limits: Limits = DEFAULT_LIMITS, reserved: int = 0
+) -> list[list[Attributes]]:
     """Attributes of the events that carry a table, by span; none for a table without rows.
 
-    ``captured_at``: when the table was last seen to be this one, in Unix seconds.
+    ``captured_at``: when the table was last seen to be this one, in Unix seconds. ``reserved``:
+    bytes that a span has besides its events; the first may have no room for an event.
     """
-    chunks = list(_chunks(table))
+    room = max(limits.span - reserved, limits.span // 2)
+    chunks = list(_chunks(table, min(limits.event, room)))
     return [
         [
             {
@@ -68,7 +81,7 @@ def encode_table(table: WeightTable, *, captured_at: float) -> list[list[Attribu
             }
             for index, chunk in span
         ]
-        for span in _packed(chunks)
+        for span in _packed(chunks, limits.span, reserved)
     ]
 
 
@@ -155,11 +168,13 @@ class _Chunk:
 
 #: Upper bound of an event's keys, counts and fingerprint.
 _CHUNK_BYTES = 1_000
+#: What a link to another span takes as protobuf.
+_LINK_BYTES = 40
 #: What a row's fingerprint takes as protobuf.
 _FINGERPRINT_BYTES = 36
 
 
-def _chunks(table: WeightTable) -> Iterator[_Chunk]:
+def _chunks(table: WeightTable, limit: int) -> Iterator[_Chunk]:
     digits = table.fingerprints.hex()
     offset, rows, size = 0, list[Row](), _CHUNK_BYTES
     shapes: set[tuple[int, ...]] = set()
@@ -170,7 +185,7 @@ def _chunks(table: WeightTable) -> Iterator[_Chunk]:
 
     for row in table_rows(table):
         needed = _row_bytes(row) + (_FINGERPRINT_BYTES if digits else 0)
-        if rows and (len(rows) == EVENT_ROWS or size + needed + 22 * len(row.shape) > EVENT_BYTES):
+        if rows and (len(rows) == EVENT_ROWS or size + needed + 22 * len(row.shape) > limit):
             yield made()
             offset, rows, size = offset + len(rows), [], _CHUNK_BYTES
             shapes.clear()
@@ -237,14 +252,20 @@ def _text(value: Sequence[int]) -> str:
     return ",".join(map(str, value))
 
 
-def _packed(chunks: Sequence[_Chunk]) -> Iterator[list[tuple[int, _Chunk]]]:
+def _packed(
+    chunks: Sequence[_Chunk], limit: int, reserved: int
+) -> Iterator[list[tuple[int, _Chunk]]]:
     """Chunks with their index, by span."""
+    total = sum(chunk.nbytes for chunk in chunks)
+    # The first one names the others.
+    size = reserved + _LINK_BYTES * (2 * total // limit)
     span: list[tuple[int, _Chunk]] = []
-    size = 0
+    is_first = True
     for index, chunk in enumerate(chunks):
-        if span and (len(span) >= SPAN_EVENTS or size + chunk.nbytes > SPAN_BYTES):
+        full = len(span) >= SPAN_EVENTS or size + chunk.nbytes > limit
+        if full and (span or is_first):
             yield span
-            span, size = [], 0
+            span, size, is_first = [], reserved, False
         span.append((index, chunk))
         size += chunk.nbytes
     if span:

@@ -12,7 +12,13 @@ import sys
 from dataclasses import replace
 
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
-from sglang_weight_exporter.process_log import PipeHandler, RateLimitFilter
+from sglang_weight_exporter.process_log import (
+    HidingFormatter,
+    PipeHandler,
+    RateLimitFilter,
+    Secrets,
+    log_uncaught,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "web_config_file",
         "span_table",
         "span_table_names",
+        "span_bytes",
+        "span_event_bytes",
     )
     parser.add_argument(
         "--simulate",
@@ -55,7 +63,9 @@ def run(arguments: argparse.Namespace) -> int:
         atexit.register(pipe.say_goodbye)
     handler.addFilter(RateLimitFilter())
     logging.raiseExceptions = False  # Who reads our lines may be gone before us.
-    logging.basicConfig(handlers=[handler], format=log_format, level=logging.INFO)
+    handler.setFormatter(HidingFormatter(log_format, Secrets(os.environ)))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    log_uncaught()
     # Imported here: `status` and `table` need no web server.
     from sglang_weight_exporter.export.process import AlreadyServedError, serve
 

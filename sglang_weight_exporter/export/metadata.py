@@ -13,7 +13,6 @@ from pathlib import Path
 from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
-from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.store.tables import TableError, TableReader
 from sglang_weight_exporter.store.weights_metadata import MetadataFiles
 
@@ -26,8 +25,8 @@ class MetadataFollower:
     ``directory``: where all their files go; ``None``: where each rank's own setting says.
     """
 
-    def __init__(self, runtime_dir: RuntimeDir, directory: Path | None, guard: Guard) -> None:
-        self._snapshots = SnapshotReader(runtime_dir)
+    def __init__(self, snapshots: SnapshotReader, directory: Path | None, guard: Guard) -> None:
+        self._snapshots = snapshots
         self._directory = directory
         self._guard = guard
         self._files: dict[str, MetadataFiles] = {}

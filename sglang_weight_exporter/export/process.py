@@ -42,7 +42,7 @@ class HostReader:
 
     def __init__(
         self,
-        runtime_dir: RuntimeDir,
+        snapshots: SnapshotReader,
         *,
         gpus: Callable[[], Iterable[GpuMemory]],
         spans: SpanCounts,
@@ -50,7 +50,7 @@ class HostReader:
         references: ReferenceFollower,
         simulated: bool,
     ) -> None:
-        self._snapshots = SnapshotReader(runtime_dir, on_unreadable=logger.warning)
+        self._snapshots = snapshots
         self._gpus = gpus
         self._accounts = GpuAccounts()
         self._spans = spans
@@ -99,9 +99,10 @@ class Exporter:
             watch = GpuWatch(Nvml())
             watch.start(FIRST_READING_SECONDS)
             gpus = watch.read
-        self._references = ReferenceFollower(runtime_dir, settings.reference_dir, environ, guard)
+        snapshots = SnapshotReader(runtime_dir, on_unreadable=logger.warning)
+        self._references = ReferenceFollower(snapshots, settings.reference_dir, environ, guard)
         host = HostReader(
-            runtime_dir,
+            snapshots,
             gpus=gpus,
             spans=spans,
             guard=guard,
@@ -109,7 +110,7 @@ class Exporter:
             simulated=simulated_gpus is not None,
         )
         self._pipeline = pipeline = OtlpPipeline(
-            runtime_dir, settings, environ, read=host.read, counts=spans
+            snapshots, settings, environ, read=host.read, counts=spans, guard=guard
         )
         exposition = Exposition(
             host.read,
@@ -123,7 +124,7 @@ class Exporter:
             lock,
             ends_with_ranks=ends_with_ranks,
             pipeline=pipeline,
-            metadata=MetadataFollower(runtime_dir, settings.metadata_dir, guard),
+            metadata=MetadataFollower(snapshots, settings.metadata_dir, guard),
             read=host.read,
             guard=guard,
         )

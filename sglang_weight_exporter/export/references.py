@@ -20,7 +20,6 @@ import msgspec
 from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
-from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.store.tables import Table, TableError, TableReader
 from sglang_weight_exporter.verification.checkpoint import CheckpointError
 from sglang_weight_exporter.verification.comparison import Comparison, compare
@@ -121,12 +120,12 @@ class ReferenceFollower:
 
     def __init__(
         self,
-        runtime_dir: RuntimeDir,
+        snapshots: SnapshotReader,
         directory: Path | None,
         environ: Mapping[str, str],
         guard: Guard,
     ) -> None:
-        self._snapshots = SnapshotReader(runtime_dir)
+        self._snapshots = snapshots
         self._references = None if directory is None else References(directory)
         self._environ = environ
         self._guard = guard

@@ -48,7 +48,7 @@ class RoleView:
 
 @dataclass
 class SpanCounts:
-    """What became of the events of this host's ranks, counted by ``export.otlp.delivery``."""
+    """What became of the events of this host's ranks, counted by ``export.otlp.span_sender``."""
 
     exported: int = 0
     waiting: int = 0

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from sglang_weight_exporter.process_log import Message, read_messages
+from sglang_weight_exporter.process_log import Message, Secrets, read_messages
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.runtime_dir import VARIABLE, RuntimeDir
 
@@ -122,6 +122,8 @@ class Supervisor:
         assert process.stdout is not None
         ended = False
         said = set()
+        # It hides them itself; what its interpreter says of a crash comes as it is.
+        secrets = Secrets(self._environ)
         with process.stdout:
             for message in read_messages(process.stdout):
                 if message is None:
@@ -130,7 +132,8 @@ class Supervisor:
                 said.add(message)
                 # An exporter that cannot start says why with every try: in the log it is once.
                 if message not in self._said:
-                    logger.log(message.level, "sglang_weight_exporter: %s", message.text)
+                    text = secrets.hide(message.text)
+                    logger.log(message.level, "sglang_weight_exporter: %s", text)
         self._said = said
         process.wait()
         return ended

@@ -17,6 +17,9 @@ import stat
 from pathlib import Path
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: What :func:`read_file` raises for what will never be a file that can be read.
+NEVER_READABLE = {errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.EISDIR}
+
 _TEMPORARY = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 
 

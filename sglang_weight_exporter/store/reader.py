@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import msgspec
 
@@ -140,30 +142,46 @@ def remove_endpoint(runtime_dir: RuntimeDir) -> None:
     runtime_dir.exporter_file.unlink(missing_ok=True)
 
 
+#: Of a file: another one is at its path when any of these is another.
+Version: TypeAlias = tuple[int, int, int]
+
+
 @dataclass
 class SnapshotReader:
-    """Snapshots of the ranks that are alive, read again only when a file was replaced."""
+    """Snapshots of the ranks that are alive, read again only when a file was replaced. Safe from
+    any thread."""
 
     runtime_dir: RuntimeDir
     #: Called with the sentence for each file that could not be read, once for each version of it.
     on_unreadable: Callable[[str], None] = lambda sentence: None
     unreadable: int = 0
-    _cache: dict[Path, tuple[tuple[int, int, int], Snapshot | None]] = field(default_factory=dict)
-    #: What was said of a rank that could not be looked at, until it can be.
+    _cache: dict[Path, tuple[Version, Snapshot | None]] = field(default_factory=dict)
+    #: What was said of a rank that could not be read, until it can be.
     _said: dict[Path, str] = field(default_factory=dict)
     #: It is said once, not at each scrape.
     _listing_failed: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def read(self) -> list[tuple[RankDirectory, Snapshot]]:
         """Live ranks with a snapshot, in a stable order. Never raises: what cannot be read is none
         this time, is counted, and is said once."""
+        with self._lock:
+            return self._read()
+
+    def of(self, directory: RankDirectory) -> tuple[Version, Snapshot | None]:
+        """The snapshot of one rank, dead or alive, or ``None`` if it is damaged, and what tells
+        whether it is still that. Raises ``OSError``."""
+        with self._lock:
+            return self._snapshot(directory)
+
+    def _read(self) -> list[tuple[RankDirectory, Snapshot]]:
         found, seen, obstacles = [], set(), dict[Path, str]()
         for directory in self._directories():
+            seen.add(directory.path)
             try:
                 if not directory.is_alive():
                     continue
-                seen.add(directory.path)
-                snapshot = self._snapshot(directory)
+                _, snapshot = self._snapshot(directory)
                 if snapshot is not None:
                     snapshot = with_progress(snapshot, directory.path)
             except FileNotFoundError:
@@ -197,19 +215,19 @@ class SnapshotReader:
         self._listing_failed = False
         return directories
 
-    def _snapshot(self, directory: RankDirectory) -> Snapshot | None:
+    def _snapshot(self, directory: RankDirectory) -> tuple[Version, Snapshot | None]:
         status = (directory.path / "snapshot").lstat()
-        key = (status.st_ino, status.st_mtime_ns, status.st_size)
+        version = (status.st_ino, status.st_mtime_ns, status.st_size)
         cached = self._cache.get(directory.path)
-        if cached is not None and cached[0] == key:
-            return cached[1]
+        if cached is not None and cached[0] == version:
+            return cached
         snapshot: Snapshot | None = None
         try:
             snapshot = read_snapshot(directory.path / "snapshot", self._complain)
         except UnreadableError as error:
             self._complain(str(error))
-        self._cache[directory.path] = (key, snapshot)
-        return snapshot
+        self._cache[directory.path] = found = (version, snapshot)
+        return found
 
     def _complain(self, sentence: str) -> None:
         self.unreadable += 1

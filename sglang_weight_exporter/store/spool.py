@@ -16,6 +16,7 @@ none goes while a new event begins to refer to it.
 from __future__ import annotations
 
 import errno
+import os
 from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,9 +151,15 @@ class SpoolReader:
     path: Path
 
     def waiting(self) -> list[Path]:
-        """Files of events, oldest first; none where there is no such directory."""
+        """Files of events, oldest first; none where there is no such directory. What only has the
+        name of one, such as a directory or a link, is none."""
         try:
-            return sorted(path for path in self.path.iterdir() if path.suffix == ".event")
+            with os.scandir(self.path) as entries:
+                return sorted(
+                    Path(entry)
+                    for entry in entries
+                    if entry.name.endswith(".event") and entry.is_file(follow_symlinks=False)
+                )
         except (FileNotFoundError, NotADirectoryError):
             return []
 
@@ -167,7 +174,7 @@ class SpoolReader:
         return read(self.path / _table_file(event.table.sha256[:16]), WeightTable)
 
     def acknowledge(self, file: Path) -> None:
-        """An event is exported, or given up."""
+        """An event is exported, or dropped."""
         file.unlink(missing_ok=True)
 
     def size(self) -> tuple[float, int]:

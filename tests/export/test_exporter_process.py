@@ -381,7 +381,9 @@ def test_an_exporter_that_cannot_start_says_why_once_and_leaves_the_rank_alone(
     output, _ = rank.communicate()
     # In one piece, from the first line to the last.
     assert re.fullmatch(
-        r"sglang_weight_exporter: Traceback .*\n(?:  .*\n)+ImportError: broken\n", output
+        r"sglang_weight_exporter: The exporter ends because of an error\.\n"
+        r"Traceback .*\n(?:  .*\n)+ImportError: broken\n",
+        output,
     ), output
 
 

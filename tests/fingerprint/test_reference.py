@@ -66,7 +66,9 @@ class Fleet:
 
     def follow(self, run: Path) -> list[bool | None]:
         runtime_dir = RuntimeDir.open(run, os.environ)
-        follower = ReferenceFollower(runtime_dir, self.references, os.environ, Guard())
+        follower = ReferenceFollower(
+            SnapshotReader(runtime_dir), self.references, os.environ, Guard()
+        )
         follower.follow()
         return [
             role.reference_match
@@ -141,7 +143,10 @@ def own_digest(run: Path) -> str:
 def test_after_an_update_there_is_nothing_to_compare_with(fleet: Fleet) -> None:
     runs = [fleet.host(name, HELD) for name in ("one", "two")]
     follower = ReferenceFollower(
-        RuntimeDir.open(runs[1], os.environ), fleet.references, os.environ, Guard()
+        SnapshotReader(RuntimeDir.open(runs[1], os.environ)),
+        fleet.references,
+        os.environ,
+        Guard(),
     )
     fleet.follow(runs[0])
     follower.follow()

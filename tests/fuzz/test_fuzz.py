@@ -41,6 +41,7 @@ from sglang_weight_exporter.cli.trace_reader import TraceError, tables_from_trac
 from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.otlp.metrics import messages
 from sglang_weight_exporter.export.otlp.spans import event_spans
+from sglang_weight_exporter.export.otlp.temporality import Totals
 from sglang_weight_exporter.export.prometheus import Exposition
 from sglang_weight_exporter.export.views import HostView
 from sglang_weight_exporter.export.web_configuration import (
@@ -126,7 +127,7 @@ def test_a_snapshot_is_refused_or_can_be_scraped_sent_and_printed(content: bytes
     text = asyncio.run(exposition.scrape(openmetrics=True, gzip=False)).decode()
     families = {family.name for family in text_string_to_metric_families(text)}
     assert "sglang_weight_exporter_ranks" in families
-    for message in messages(view, Resource({})):
+    for message in messages(view, Resource({}), Totals("cumulative", since=0.0)):
         assert encode_metrics(message).SerializeToString()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         _print_rank(snapshot, time.time(), verbose=True)

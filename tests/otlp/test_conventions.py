@@ -52,8 +52,9 @@ def test_a_failed_span_has_a_type_and_each_resource_a_version_and_a_schema(
 def test_two_exporters_of_a_host_have_an_instance_each(
     tmp_path: Path, backend: Backend, start_exporter: StartExporter
 ) -> None:
-    for directory in (tmp_path / "runtime", tmp_path / "other"):
-        rank = Rank(directory)
+    ranks = [Rank(directory) for directory in (tmp_path / "runtime", tmp_path / "other")]
+    for rank in ranks:
+        directory = rank.runtime_dir.path
         start_exporter(
             OTEL_METRICS_EXPORTER="otlp",
             OTEL_TRACES_EXPORTER="none",

@@ -30,10 +30,15 @@ UNITS = {"By": "bytes", "s": "seconds"}
 class BusyRank(Rank):
     """A rank that has seen updates."""
 
+    def __init__(self, runtime_dir: Path, *, started_at: float | None = None) -> None:
+        self.started_at = time.time() - 100 if started_at is None else started_at
+        self.updates = 3
+        super().__init__(runtime_dir)
+
     def write_snapshot(self, table: Any = None) -> None:
         now = time.time()
         disk = UpdateCounts(
-            updates=3,
+            updates=self.updates,
             failures=1,
             calls=4,
             # As after a week of updates of a terabyte a minute: no float counts them one by one.
@@ -59,7 +64,7 @@ class BusyRank(Rank):
             Snapshot(
                 rank_id=self.rank_id,
                 pid=os.getpid(),
-                started_at=now - 100,
+                started_at=self.started_at,
                 engine=self.engine,
                 ranks=self.ranks,
                 devices=(Device(name="cuda:0", uuid="GPU-0"),),
@@ -141,6 +146,46 @@ def test_the_same_values_as_a_scrape(
     assert resource["service.name"] == "named"
     assert "host.name" in resource
     assert not backend.spans()
+
+
+def test_deltas_where_a_backend_takes_nothing_else(
+    runtime_dir: Path, backend: Backend, start_exporter: StartExporter
+) -> None:
+    start_exporter(
+        OTEL_METRICS_EXPORTER="otlp",
+        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}",
+        OTEL_TRACES_EXPORTER="none",
+        OTEL_METRIC_EXPORT_INTERVAL="300",
+        OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE="delta",
+    )
+    rank = BusyRank(runtime_dir, started_at=time.time())
+
+    def points(name: str) -> list[Any]:
+        return [
+            point
+            for message in list(backend.messages)
+            for scope in message.request.resource_metrics[0].scope_metrics
+            for metric in scope.metrics
+            if metric.name == name
+            for point in getattr(metric, metric.WhichOneof("data")).data_points
+            if attributes_of(point).get("source") == "disk"
+        ]
+
+    def arrived(count: int) -> bool:
+        return len(points("sglang.weight_updates")) >= count
+
+    eventually(lambda: arrived(2), what="two messages")
+    rank.updates = 5
+    rank.write_snapshot()
+    eventually(lambda: sum(point.as_int for point in points("sglang.weight_updates")) == 5)
+    first, *more = points("sglang.weight_updates")
+    assert first.as_int == 3
+    for before, after in zip((first, *more), more, strict=False):
+        assert after.start_time_unix_nano == before.time_unix_nano
+    assert sum(point.count for point in points("sglang.weight_update_duration")) == 4
+    metrics = backend.metrics()
+    assert metrics["sglang.weight_updates"].sum.aggregation_temporality == 1
+    assert metrics["sglang.weight_update_duration"].histogram.aggregation_temporality == 1
 
 
 def test_metrics_are_sent_only_when_asked_for(

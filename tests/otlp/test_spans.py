@@ -14,7 +14,8 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from ranks import ExporterProcess, Rank, rows
 from waiting import LIMIT, eventually
 
-from sglang_weight_exporter.weight_table import Row
+from sglang_weight_exporter.cli.trace_reader import tables_from_trace
+from sglang_weight_exporter.weight_table import Row, table_rows
 
 StartExporter = Callable[..., ExporterProcess]
 PROTOCOLS = ("grpc", "http/protobuf")
@@ -88,11 +89,12 @@ def test_a_table_for_several_spans(
     start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=rotel.endpoint("grpc"))
     eventually(lambda: not rank.waiting(), what="acknowledged")
     # The collector has acknowledged them all and passes them on one by one.
-    announced = attributes_of(arrived(backend, 1)[0])["sglang.weights.table.spans"]
+    (first,) = eventually(lambda: backend.spans("sglang.weights.load"), what="the first one")
+    announced = attributes_of(first)["sglang.weights.table.spans"]
     assert isinstance(announced, int)
     spans = arrived(backend, announced)
 
-    first, *further = spans
+    further = [span for span in spans if span != first]
     assert len(further) > 2
     assert announced == len(spans)
     assert table_rows_of(spans) == [as_sent(row) for row in table]
@@ -102,6 +104,27 @@ def test_a_table_for_several_spans(
     assert all(len(span.events) <= 100 for span in spans)
     assert all(span.ByteSize() <= 3_000_000 for span in spans)
     assert all(message.nbytes < 4 * MEBIBYTE for message in backend.messages)
+
+
+def test_no_message_is_larger_than_a_pipeline_takes(
+    rank: Rank, backend: Backend, start_exporter: StartExporter, tmp_path: Path
+) -> None:
+    """Kafka's limit is 1,000,000 bytes: a collector before it acknowledges what is lost there."""
+    table = rows(20_000)
+    rank.load(table)
+    start_exporter(
+        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.grpc_port}",
+        SGLANG_WEIGHT_EXPORTER_SPAN_BYTES="1000000",
+        SGLANG_WEIGHT_EXPORTER_SPAN_EVENT_BYTES="200000",
+    )
+    eventually(lambda: not rank.waiting(), what="acknowledged")
+    sizes = [message.nbytes for message in backend.messages]
+    assert max(sizes) <= 1_000_000
+    assert len(sizes) > 2
+    assert max(event.ByteSize() for span in backend.spans() for event in span.events) <= 200_000
+    assert table_rows_of(backend.spans()) == [as_sent(row) for row in table]
+    (found,) = tables_from_trace(backend.write_json(tmp_path / "trace.json"))
+    assert list(table_rows(found.columns)) == table
 
 
 def test_ranks_of_one_update_share_a_trace(

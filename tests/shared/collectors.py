@@ -77,6 +77,8 @@ class Backend:
         self.messages: list[Message] = []
         #: Asked before a request is taken; a sentence refuses it.
         self.refuses: Callable[[Message], str] = lambda message: ""
+        #: Whether what it refuses may be sent again.
+        self.retryable = False
         self._grpc: grpc.Server | None = None
         self._http: http.server.ThreadingHTTPServer | None = None
 
@@ -158,7 +160,10 @@ class _Service:
         metadata = {key: str(value) for key, value in context.invocation_metadata()}
         message = Message(self._signal, "grpc", request.ByteSize(), request, metadata)
         if reason := self._backend.take(message):
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, reason)
+            code = grpc.StatusCode
+            context.abort(
+                code.UNAVAILABLE if self._backend.retryable else code.INVALID_ARGUMENT, reason
+            )
         return self._answer()
 
 
@@ -177,7 +182,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         headers = {key.lower(): value for key, value in self.headers.items()}
         message = Message(signal, "http", len(body), kinds[signal].FromString(body), headers)
         reason = self.backend.take(message)
-        self.send_response(400 if reason else 200)
+        status = 503 if self.backend.retryable else 400
+        self.send_response(status if reason else 200)
         self.send_header("Content-Type", "application/x-protobuf")
         self.send_header("Content-Length", "0")
         self.end_headers()

@@ -174,9 +174,6 @@ class ExporterProcess:
 
     def start(self) -> ExporterProcess:
         environment = clean_environment(**self.variables)
-        # To the library `requests` these win over OTEL_EXPORTER_OTLP_CERTIFICATE.
-        for variable in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
-            environment.pop(variable, None)
         with watch(self.log_file).open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "sglang_weight_exporter", "serve"],

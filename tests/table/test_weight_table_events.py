@@ -22,10 +22,10 @@ from sglang_weight_exporter.weight_table import (
     with_names,
 )
 from sglang_weight_exporter.weight_table_events import (
-    EVENT_BYTES,
+    DEFAULT_LIMITS,
     EVENT_ROWS,
-    SPAN_BYTES,
     SPAN_EVENTS,
+    Limits,
     MissingRowsError,
     TableEventsError,
     decode_table,
@@ -118,7 +118,7 @@ def test_an_event_with_fingerprints_is_no_larger_than_it_may_be() -> None:
     table = fingerprinted(20 * EVENT_ROWS)
     for span in encode_table(table, captured_at=1.5):
         for event in span:
-            assert len(json.dumps(event)) < 2 * EVENT_BYTES
+            assert len(json.dumps(event)) < 2 * DEFAULT_LIMITS.event
 
 
 def test_chosen_rows_keep_what_they_hold() -> None:
@@ -134,10 +134,24 @@ def test_large_tables_are_cut_into_events_and_spans_that_collectors_take() -> No
     for span in spans:
         sizes = [len(json.dumps(event)) for event in span]
         assert len(span) <= SPAN_EVENTS
-        assert max(sizes) < 2 * EVENT_BYTES  # JSON takes more than protobuf, by less than this.
-        assert sum(sizes) < 2 * SPAN_BYTES
+        assert (
+            max(sizes) < 2 * DEFAULT_LIMITS.event
+        )  # JSON takes more than protobuf, by less than this.
+        assert sum(sizes) < 2 * DEFAULT_LIMITS.span
         assert all(len(event["name"]) <= EVENT_ROWS for event in span)  # type: ignore[arg-type]
     assert decoded(table, events_of(table)).rows == table.rows
+
+
+@pytest.mark.parametrize("reserved", [0, 30_000, 90_000])
+def test_spans_are_as_small_as_a_pipeline_needs_them(reserved: int) -> None:
+    table, limits = many(5_000), Limits(event=40_000, span=100_000)
+    spans = encode_table(table, captured_at=1.5, limits=limits, reserved=reserved)
+    assert max(len(json.dumps(event)) for span in spans for event in span) < 2 * limits.event
+    sizes = [sum(len(json.dumps(event)) for event in span) for span in spans]
+    assert sizes[0] <= 2 * (limits.span - reserved)
+    assert max(sizes) <= 2 * limits.span
+    events = [event for span in spans for event in span]
+    assert decoded(table, events).rows == table.rows
 
 
 def test_missing_rows_are_named() -> None:

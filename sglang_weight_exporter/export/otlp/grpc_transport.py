@@ -10,22 +10,31 @@ from urllib.parse import urlsplit
 
 import grpc
 from google.protobuf.message import DecodeError
-from opentelemetry.util.re import parse_env_headers
 
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.export.otlp.client import ExportResult, Request, partial_success
+from sglang_weight_exporter.export.otlp.client import ExportResult, partial_success
 from sglang_weight_exporter.export.otlp.settings import ConnectionSettings
+
+#: The codes after which OTLP allows to send a message again. ``RESOURCE_EXHAUSTED`` is one where
+#: the collector says when.
+_RETRYABLE = {
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.ABORTED,
+    grpc.StatusCode.OUT_OF_RANGE,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DATA_LOSS,
+}
 
 
 class GrpcTransport:
-    """``stub``: ``TraceServiceStub`` or ``MetricsServiceStub``.
+    """``service``: the name of OTLP's service; ``response``: the type of its answer.
 
     Raises ``OSError`` where a certificate cannot be read.
     """
 
-    def __init__(self, settings: ConnectionSettings, stub: type[Any]) -> None:
-        self._timeout = settings.timeout
-        self._headers = tuple(parse_env_headers(settings.headers, liberal=True).items())
+    def __init__(self, settings: ConnectionSettings, service: str, response: type[Any]) -> None:
+        self._headers = tuple(settings.headers.items())
         parts = urlsplit(settings.endpoint)
         target = parts.netloc or settings.endpoint
         compression = (
@@ -44,17 +53,22 @@ class GrpcTransport:
                 _content(settings.client_certificate),
             )
             self._channel = grpc.secure_channel(target, credentials, options, compression)
-        self._export = stub(self._channel).Export
+        self._export: Any = self._channel.unary_unary(
+            f"/{service}/Export", response_deserializer=response.FromString
+        )
 
-    def send(self, request: Request) -> ExportResult:
+    def send(self, body: bytes, seconds: float) -> ExportResult:
         """Send a message."""
         try:
-            response = self._export(request, metadata=self._headers, timeout=self._timeout)
+            response = self._export(body, metadata=self._headers, timeout=seconds)
         except grpc.RpcError as error:
+            code, wait = error.code(), _retry_after(error)
             return ExportResult(
                 False,
-                f"{error.code().name}: {error.details()}",
-                retry_after=_retry_after(error),
+                f"{code.name}: {error.details()}",
+                retry_after=wait or 0.0,
+                retryable=code in _RETRYABLE
+                or (code is grpc.StatusCode.RESOURCE_EXHAUSTED and wait is not None),
             )
         return partial_success(response)
 
@@ -66,13 +80,14 @@ def _content(path: str) -> bytes | None:
     return Path(path).read_bytes() if path else None
 
 
-def _retry_after(error: Any) -> float:
-    """Seconds from a ``google.rpc.RetryInfo`` in the details of a status, as OTLP has it."""
+def _retry_after(error: Any) -> float | None:
+    """Seconds from a ``google.rpc.RetryInfo`` in the details of a status, as OTLP has it; ``None``
+    without one."""
     try:
         from google.rpc.error_details_pb2 import RetryInfo
         from google.rpc.status_pb2 import Status
     except ImportError:  # Some environments have grpcio without googleapis-common-protos.
-        return 0.0
+        return None
     for key, value in error.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
             try:
@@ -82,4 +97,4 @@ def _retry_after(error: Any) -> float:
                         return max(0.0, float(info.retry_delay.ToTimedelta().total_seconds()))
             except DecodeError:
                 continue
-    return 0.0
+    return None

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The instruments as OTLP metrics, sent at an interval: the values of ``/metrics``.
 
-Totals and histograms are sent as the records have them (cumulative), not recorded anew. Names are
+Totals and histograms are sent as the records have them, not recorded anew. Names are
 OpenTelemetry's: the unit stands beside them and not in them, and no counter ends in ``_total``. A
 backend that translates names for Prometheus makes those of ``/metrics`` of them.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -34,8 +35,10 @@ from opentelemetry.sdk.resources import Resource
 from sglang_weight_exporter.export.instruments import INSTRUMENTS
 from sglang_weight_exporter.export.instruments.base import DataPoint, Instrument
 from sglang_weight_exporter.export.otlp.client import OtlpClient
+from sglang_weight_exporter.export.otlp.settings import Temporality
 from sglang_weight_exporter.export.otlp.spans import SCHEMA_URL, SCOPE
 from sglang_weight_exporter.export.otlp.spans import resource as make_resource
+from sglang_weight_exporter.export.otlp.temporality import Interval, Totals
 from sglang_weight_exporter.export.views import HostView, role_views
 from sglang_weight_exporter.records.updates import DURATION_BUCKETS, Histogram
 from sglang_weight_exporter.weight_table_events import AttributeValue
@@ -54,27 +57,35 @@ def otlp_name(instrument: Instrument) -> str:
     return instrument.name.removesuffix(suffix).replace("_", ".", 1)
 
 
-def messages(view: HostView, resource: Resource) -> Iterator[MetricsData]:
-    """All instruments that have a value, in messages of at most :data:`MESSAGE_POINTS` points."""
+def messages(view: HostView, resource: Resource, totals: Totals) -> Iterator[MetricsData]:
+    """All instruments that have a value, in messages of at most :data:`MESSAGE_POINTS` points.
+
+    ``totals`` is to be told what became of each message before the next one is asked for.
+    """
     metrics: list[Metric] = []
     count = 0
     for instrument, measurements in _measurements(view):
-        names = instrument.label_names
         for start in range(0, len(measurements), MESSAGE_POINTS):
             part = measurements[start : start + MESSAGE_POINTS]
             if count + len(part) > MESSAGE_POINTS:
                 yield _message(metrics, resource)
                 metrics, count = [], 0
-            points = [_point(names, each, view.now) for each in part]
+            points = [
+                _point(instrument.label_names, each.labels, interval, view.now)
+                for each in part
+                if (interval := totals.interval(instrument, each, view.now)) is not None
+            ]
+            if not points:
+                continue
             metrics.append(
                 Metric(
                     name=otlp_name(instrument),
                     description=instrument.description,
                     unit=instrument.unit,
-                    data=_data(instrument, points),
+                    data=_data(instrument, points, deltas=totals.are_deltas(instrument)),
                 )
             )
-            count += len(part)
+            count += len(points)
     if metrics:
         yield _message(metrics, resource)
 
@@ -119,22 +130,22 @@ def host_resource(view: HostView, instance: str) -> Resource:
 
 
 def _point(
-    names: tuple[str, ...], measurement: DataPoint, now: float
+    names: tuple[str, ...], labels: tuple[str, ...], interval: Interval, now: float
 ) -> NumberDataPoint | HistogramDataPoint:
-    sample = measurement.sample
     # What SGLang does not have is no attribute; to Prometheus an empty label is the same.
-    attributes = {key: value for key, value in zip(names, measurement.labels, strict=True) if value}
-    start = round(measurement.started_at * 1e9)
+    attributes = {key: value for key, value in zip(names, labels, strict=True) if value}
+    start = round(interval.started_at * 1e9)
     # A clock that was set back makes no interval that ends before it begins.
     end = max(start, round(now * 1e9))
-    if isinstance(sample.value, Histogram):
+    value = interval.value
+    if isinstance(value, Histogram):
         return HistogramDataPoint(
             attributes=attributes,
             start_time_unix_nano=start,
             time_unix_nano=end,
-            count=sum(sample.value.counts),
-            sum=sample.value.sum,
-            bucket_counts=sample.value.counts,
+            count=sum(value.counts),
+            sum=value.sum,
+            bucket_counts=value.counts,
             explicit_bounds=DURATION_BUCKETS,
             # Optional in OTLP, and not known.
             min=None,  # type: ignore[arg-type]
@@ -145,20 +156,26 @@ def _point(
         start_time_unix_nano=start,
         time_unix_nano=end,
         # OTLP's integers have 64 bits, and sums of such numbers may have more.
-        value=sample.value if abs(sample.value) < 2**53 else float(sample.value),
+        value=value if abs(value) < 2**53 else float(value),
     )
 
 
-def _data(instrument: Instrument, points: list[Any]) -> Gauge | Sum | HistogramData:
+def _data(
+    instrument: Instrument, points: list[Any], *, deltas: bool
+) -> Gauge | Sum | HistogramData:
     if instrument.kind == "gauge":
         return Gauge(points)
+    temporality = AggregationTemporality.DELTA if deltas else AggregationTemporality.CUMULATIVE
     if instrument.kind == "counter":
-        return Sum(points, AggregationTemporality.CUMULATIVE, is_monotonic=True)
-    return HistogramData(points, AggregationTemporality.CUMULATIVE)
+        return Sum(points, temporality, is_monotonic=True)
+    return HistogramData(points, temporality)
 
 
 class PeriodicMetrics:
-    """Sends the metrics at an interval, from a thread of its own."""
+    """Sends the metrics at an interval, from a thread of its own.
+
+    ``timeout``: seconds that all messages of one time may take.
+    """
 
     def __init__(
         self,
@@ -167,11 +184,15 @@ class PeriodicMetrics:
         *,
         instance: str,
         seconds: float,
+        timeout: float,
+        temporality: Temporality,
     ) -> None:
         self._read = read
         self._collector = collector
         self._instance = instance
         self._seconds = seconds
+        self._timeout = timeout
+        self._totals = Totals(temporality, since=time.time())
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="sglang-weight-exporter-metrics", daemon=True
@@ -197,8 +218,21 @@ class PeriodicMetrics:
 
     def _send(self) -> None:
         if self._collector.wait_seconds:
-            return
+            return None
+        ends_at = time.monotonic() + self._timeout
         view = self._read()
-        for message in messages(view, host_resource(view, self._instance)):
-            if not self._collector.take(encode_metrics(message)).taken:
-                return  # Totals are cumulative: what was not taken is in the next messages too.
+        for message in messages(view, host_resource(view, self._instance), self._totals):
+            left = ends_at - time.monotonic()
+            # What was not taken is in the next messages too.
+            if left <= 0:
+                logger.warning(
+                    "Metrics took longer than OTEL_METRIC_EXPORT_TIMEOUT, %g s, so some were not "
+                    "sent this time.",
+                    self._timeout,
+                )
+                return self._totals.settle(settled=False)
+            result = self._collector.take(encode_metrics(message).SerializeToString(), left)
+            self._totals.settle(settled=result.settled)
+            if not result.settled:
+                return None
+        return self._totals.forget_others()

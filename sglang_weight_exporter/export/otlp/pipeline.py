@@ -11,21 +11,24 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.otlp.client import OtlpClient, Transport
 from sglang_weight_exporter.export.otlp.settings import (
     Signal,
     SignalConfig,
     choose,
-    connection_settings,
     metric_interval,
+    metric_temporality,
+    metric_timeout,
     table_selection,
 )
 from sglang_weight_exporter.export.views import HostView, SpanCounts
+from sglang_weight_exporter.process_log import Secrets
 from sglang_weight_exporter.settings import Settings
-from sglang_weight_exporter.store.reader import RankDirectory
-from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
+from sglang_weight_exporter.weight_table_events import Limits
 
 if TYPE_CHECKING:
     from sglang_weight_exporter.export.otlp.metrics import PeriodicMetrics
@@ -41,45 +44,49 @@ class ProtocolError(Exception):
     """A protocol that is not spoken here."""
 
 
-def _connect(choice: SignalConfig, signal: Signal, environ: Mapping[str, str]) -> Transport:
-    """The connection of a signal. Raises :class:`ProtocolError` and ``OSError``."""
-    if choice.exporter == "console":
-        from sglang_weight_exporter.export.otlp.console import ConsoleConnection
+def _connect(config: SignalConfig, signal: Signal) -> Transport:
+    """The connection of a signal. Raises :class:`ProtocolError`, ``OSError``, ``ValueError``."""
+    from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as metrics
+    from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as traces
 
-        return ConsoleConnection()
-    if choice.protocol not in {"grpc", "http/protobuf"}:
+    request: type[Any]
+    response: type[Any]
+    if signal == "traces":
+        service = "opentelemetry.proto.collector.trace.v1.TraceService"
+        request, response = traces.ExportTraceServiceRequest, traces.ExportTraceServiceResponse
+    else:
+        service = "opentelemetry.proto.collector.metrics.v1.MetricsService"
+        request, response = (
+            metrics.ExportMetricsServiceRequest,
+            metrics.ExportMetricsServiceResponse,
+        )
+    collector = _collector(config, service, response) if "otlp" in config.exporters else None
+    if "console" not in config.exporters:
+        assert collector is not None
+        return collector
+    from sglang_weight_exporter.export.otlp.console import ConsoleTransport
+
+    return ConsoleTransport(request, collector)
+
+
+def _collector(config: SignalConfig, service: str, response: type[Any]) -> Transport:
+    if config.protocol == "http/protobuf":
+        from sglang_weight_exporter.export.otlp.http_transport import HttpTransport
+
+        return HttpTransport(config.connection, response)
+    if config.protocol != "grpc":
         raise ProtocolError(
-            f"the protocol {choice.protocol!r} is not one of grpc and http/protobuf; set "
+            f"the protocol {config.protocol!r} is not one of grpc and http/protobuf; set "
             "OTEL_EXPORTER_OTLP_PROTOCOL to one of them"
         )
-    settings = connection_settings(environ, signal, choice.protocol)
-    if choice.protocol == "grpc":
-        if not importlib.util.find_spec("grpc"):
-            raise ProtocolError(
-                "gRPC takes grpcio, which is not installed here: pip install "
-                "'sglang-weight-exporter[grpc]', or set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"
-            )
-        from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2_grpc import (
-            MetricsServiceStub,
+    if not importlib.util.find_spec("grpc"):
+        raise ProtocolError(
+            "gRPC takes grpcio, which is not installed here: pip install "
+            "'sglang-weight-exporter[grpc]', or set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf"
         )
-        from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceServiceStub
+    from sglang_weight_exporter.export.otlp.grpc_transport import GrpcTransport
 
-        from sglang_weight_exporter.export.otlp.grpc_transport import GrpcTransport
-
-        return GrpcTransport(
-            settings, TraceServiceStub if signal == "traces" else MetricsServiceStub
-        )
-    from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
-        ExportMetricsServiceResponse,
-    )
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
-
-    from sglang_weight_exporter.export.otlp.http_transport import HttpTransport
-
-    return HttpTransport(
-        settings,
-        ExportTraceServiceResponse if signal == "traces" else ExportMetricsServiceResponse,
-    )
+    return GrpcTransport(config.connection, service, response)
 
 
 class OtlpPipeline:
@@ -87,19 +94,21 @@ class OtlpPipeline:
 
     def __init__(
         self,
-        runtime_dir: RuntimeDir,
+        snapshots: SnapshotReader,
         settings: Settings,
         environ: Mapping[str, str],
         *,
         read: Callable[[], HostView],
         counts: SpanCounts,
+        guard: Guard,
     ) -> None:
         self._environ = environ
-        self._collectors: list[OtlpClient] = []
-        self._delivery: SpanSender | None = None
+        self._secrets = Secrets(environ)
+        self.clients: list[OtlpClient] = []
+        self._spans: SpanSender | None = None
         self._metrics: PeriodicMetrics | None = None
         try:
-            self._choose(runtime_dir, settings, read=read, counts=counts)
+            self._choose(snapshots, settings, read=read, counts=counts, guard=guard)
         except ImportError as error:
             logger.warning(
                 "Nothing is sent by OTLP, because %s is not installed here: pip install "
@@ -109,81 +118,80 @@ class OtlpPipeline:
 
     def _choose(
         self,
-        runtime_dir: RuntimeDir,
+        snapshots: SnapshotReader,
         settings: Settings,
         *,
         read: Callable[[], HostView],
         counts: SpanCounts,
+        guard: Guard,
     ) -> None:
         """Raises ``ImportError`` where OpenTelemetry is not installed."""
         environ = self._environ
-        if (choice := choose(environ, "traces")) is not None:
+        if (config := choose(environ, "traces")) is not None:
             from sglang_weight_exporter.export.otlp.span_sender import SpanSender
 
             table, names = table_selection(settings)
-            self._delivery = SpanSender(
-                runtime_dir,
-                self._collector(choice, "traces"),
+            self._spans = SpanSender(
+                snapshots,
+                self._client(config, "traces"),
                 counts,
+                guard,
                 table=table,
                 names=names,
+                limits=Limits(settings.span_event_bytes, settings.span_bytes),
             )
-        if (choice := choose(environ, "metrics")) is not None:
+        if (config := choose(environ, "metrics")) is not None:
             from sglang_weight_exporter.export.otlp.metrics import PeriodicMetrics
 
-            if environ.get("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "").lower() not in (
-                "",
-                "cumulative",
-            ):
-                logger.warning(
-                    "Metrics are sent with cumulative temporality only, so "
-                    "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE is not followed."
-                )
             self._metrics = PeriodicMetrics(
                 read,
-                self._collector(choice, "metrics"),
-                instance=str(runtime_dir.path),
+                self._client(config, "metrics"),
+                instance=str(snapshots.runtime_dir.path),
                 seconds=metric_interval(environ),
+                timeout=metric_timeout(environ),
+                temporality=metric_temporality(environ),
             )
 
-    def _collector(self, choice: SignalConfig, signal: Signal) -> OtlpClient:
-        collector = OtlpClient(
-            lambda: _connect(choice, signal, self._environ),
+    def _client(self, config: SignalConfig, signal: Signal) -> OtlpClient:
+        client = OtlpClient(
+            lambda: _connect(config, signal),
             signal="spans" if signal == "traces" else "metrics",
-            destination=choice.destination,
+            destination=config.destination,
+            seconds=config.connection.timeout,
+            hide=self._secrets.hide,
         )
-        self._collectors.append(collector)
-        logger.info("%s are sent to %s", collector.signal, choice.destination)
-        return collector
+        self.clients.append(client)
+        logger.info("%s are sent to %s", client.signal, config.destination)
+        return client
 
     @property
     def exports_spans(self) -> bool:
-        return self._delivery is not None
+        return self._spans is not None
 
     def start(self) -> None:
-        if self._delivery is not None:
-            self._delivery.start()
+        if self._spans is not None:
+            self._spans.start()
         if self._metrics is not None:
             self._metrics.start()
 
     def stop(self) -> None:
         """Send what can be sent soon. The rest waits in the store for the next exporter."""
-        for collector in self._collectors:
-            if collector.failing:
-                collector.close()
-        for sender in (self._delivery, self._metrics):
+        for client in self.clients:
+            if client.failing:
+                client.close()
+        for sender in (self._spans, self._metrics):
             if sender is not None:
                 sender.stop(STOP_SECONDS)
-        for collector in self._collectors:
-            collector.close()
+        for client in self.clients:
+            client.close()
 
     def is_done_with(self, directory: RankDirectory) -> bool:
         """Whether what a dead rank left may be removed."""
-        return self._delivery is None or not directory.events.waiting()
+        return self._spans is None or not directory.events.waiting()
 
     def discard(self, directory: RankDirectory) -> None:
         """Without a collector nothing waits for one: let the rank's queue not fill up and count
         events as dropped that nobody asked for."""
-        if self._delivery is None:
+        if self._spans is None:
             for path in directory.events.waiting():
                 directory.events.acknowledge(path)

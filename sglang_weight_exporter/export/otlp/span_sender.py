@@ -3,22 +3,28 @@
 """Waiting events → the collector. An event's file goes once the collector has acknowledged it.
 
 The store is the queue, so what waits outlives this process and the engine. A rank bounds its own
-queue (``store.rank``); what dead ranks left is bounded here. Whatever is given up is counted.
+queue (``store.spool``); what dead ranks left is bounded here. Whatever is dropped is counted. What
+goes wrong with one rank is that rank's: each step of a pass is guarded, and the others go on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import random
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 
+from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.otlp.client import ExportResult, OtlpClient
 from sglang_weight_exporter.export.otlp.spans import (
     EventSpans,
@@ -30,29 +36,37 @@ from sglang_weight_exporter.export.views import SpanCounts
 from sglang_weight_exporter.records.base import Record
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.store.decoding import UnreadableError
-from sglang_weight_exporter.store.reader import RankDirectory, rank_directories
-from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.store.files import NEVER_READABLE
+from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader, rank_directories
 from sglang_weight_exporter.store.spool import EVENT_BYTES
 from sglang_weight_exporter.weight_table import WeightTable
+from sglang_weight_exporter.weight_table_events import DEFAULT_LIMITS, Limits
 
 logger = logging.getLogger("sglang_weight_exporter")
 
-#: Between two looks at the store.
-LOOK_SECONDS = 1.0
+#: Between two passes over the store.
+PASS_SECONDS = 1.0
 
 #: Between two tries at a collector that does not answer: from, to, each twice the one before.
-#: The exporter's own retries (``OTEL_EXPORTER_OTLP_TIMEOUT``) come on top.
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 30.0
 
 #: How often the oldest event may fail before others are tried first, how many may fail at a time,
-#: and how often one may fail while others are taken before it is given up.
+#: and how often one may fail while others are taken before it is dropped.
 PATIENCE = 3
 FAILURES = 3
 REFUSALS = 5
+#: How often another one is tried before it is the next one's turn: each has to be encoded.
+TURN = 20
 
-#: What dead ranks may leave, all together, before the oldest of them is given up.
+#: What dead ranks may leave, all together, before the oldest of them is dropped.
 DEAD_BYTES = 4 * EVENT_BYTES
+
+#: Messages that were not taken are kept encoded, of so many events and in so many bytes.
+PREPARED_EVENTS = 2
+PREPARED_BYTES = 64 * 2**20
+
+Result = TypeVar("Result")
 
 
 class _Exported(Record, frozen=True, kw_only=True):
@@ -66,32 +80,58 @@ class _Exported(Record, frozen=True, kw_only=True):
     tables: dict[str, SentTable] = msgspec.field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """An event as messages, and which table the collector has with them."""
+
+    role: str
+    messages: tuple[bytes, ...]
+    sent: SentTable | None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self.messages))
+
+
+def _left_by_dead(directory: RankDirectory) -> tuple[float, int]:
+    """When a rank that has ended queued something last, and the bytes that wait of it."""
+    return (0.0, 0) if directory.is_alive() else directory.events.size()
+
+
 class SpanSender:
-    """Sends the events of all ranks, dead ones included, from a thread of its own."""
+    """Sends the events of all ranks, dead ones included, from a thread of its own.
+
+    ``table``: whether spans carry it, and of which ``names``. ``limits``: of a message.
+    """
 
     def __init__(
         self,
-        runtime_dir: RuntimeDir,
+        snapshots: SnapshotReader,
         collector: OtlpClient,
         counts: SpanCounts,
+        guard: Guard,
         *,
         table: bool = True,
         names: re.Pattern[str] | None = None,
+        limits: Limits = DEFAULT_LIMITS,
         dead_bytes: int = DEAD_BYTES,
     ) -> None:
-        self._runtime_dir = runtime_dir
+        self._snapshots = snapshots
         self._collector = collector
         self._counts = counts
+        self._guard = guard
         self._table = table
         self._names = names
+        self._limits = limits
         self._dead_bytes = dead_bytes
         self._destination = f"{collector.destination}|{names.pattern if names else ''}"
         self._failures: Counter[Path] = Counter()
         self._refusals: Counter[Path] = Counter()
-        #: Taken or given up, and not yet removed: a directory may have become read-only.
+        self._prepared: dict[Path, _Prepared] = {}
+        #: Taken or dropped, and not yet removed: a directory may have become read-only.
         self._done: set[Path] = set()
         #: Rank → the version of its snapshot whose dropped events are counted.
-        self._counted: dict[str, tuple[int, int]] = {}
+        self._counted: dict[str, object] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="sglang-weight-exporter-spans", daemon=True
@@ -108,13 +148,13 @@ class SpanSender:
     def _run(self) -> None:
         pause = 0.0
         while True:
-            stopping = self._stop.wait(pause or LOOK_SECONDS)
+            stopping = self._stop.wait(pause or PASS_SECONDS)
             if stopping and pause:
                 return  # The collector does not answer; what waits is kept.
             try:
                 delivered = self.deliver()
             except OSError as error:
-                logger.warning("Waiting spans cannot be looked at now (%s).", error)
+                logger.warning("Waiting spans cannot be listed now (%s).", error)
                 delivered = False
             except Exception:
                 logger.exception("Spans could not be sent because of an error in the exporter.")
@@ -134,96 +174,144 @@ class SpanSender:
         When the first one keeps failing, another is tried before it: if the collector takes that,
         it refuses the first for what it is, which must not keep the others waiting.
         """
-        self._bound_dead()
-        waiting = list(self._waiting())
-        self._counts.waiting = len(waiting)
-        paths = {path for _, path in waiting}
-        self._done &= paths
-        for counts in (self._failures, self._refusals):
-            for path in counts.keys() - paths:
-                del counts[path]
+        waiting = self._waiting()
         if len(waiting) > 1 and self._failures[waiting[0][1]] >= PATIENCE:
-            other = min(waiting[1:], key=lambda entry: self._failures[entry[1]])
+            other = min(waiting[1:], key=lambda entry: self._failures[entry[1]] // TURN)
             waiting.remove(other)
             waiting.insert(0, other)
-        accepted = failed = unreadable = 0
+        settled = failed = 0
         for directory, path in waiting:
             try:
-                refused = self._send(directory, path)
-            except OSError as error:
+                result = self._send(directory, path)
+            except Exception as error:
                 # Such as too many open files: perhaps it can be read next time.
                 if not self._failures[path]:
                     logger.warning(
-                        "%s cannot be read or removed now (%s). It is tried again.", path, error
+                        "%s cannot be read or removed now (%r). It is tried again.", path, error
                     )
                 self._failures[path] += 1
-                unreadable += 1
                 continue
-            if refused is None:
-                accepted += 1
+            if result.settled:
+                settled += 1
                 self._counts.waiting -= 1
                 continue
             failed += 1
             self._failures[path] += 1
             if self._collector.wait_seconds:
                 break  # It has too much to do, whatever it is sent.
-            if accepted:
-                self._refuse(path, refused)
-            if not accepted or failed == FAILURES:
+            if settled:
+                self._count_refusal(path, result)
+            if not settled or failed == FAILURES:
                 break
-        return accepted > 0 or not (failed or unreadable)
+        return settled > 0 or not failed
 
-    def _refuse(self, path: Path, refused: ExportResult) -> None:
+    def _count_refusal(self, path: Path, result: ExportResult) -> None:
         self._refusals[path] += 1
         if self._refusals[path] >= REFUSALS:
-            self._give_up(
-                path,
-                "refused",
-                f"The collector at {self._collector.destination} refused {path.name} {REFUSALS} "
-                f"times and took others ({refused.reason}), so it is given up.",
+            logger.warning(
+                "The collector at %s refused %s %d times and took others (%s), so it is dropped.",
+                self._collector.destination,
+                path.name,
+                REFUSALS,
+                result.reason,
             )
+            self._drop(path, "refused")
 
-    def _waiting(self) -> Iterator[tuple[RankDirectory, Path]]:
-        for directory in rank_directories(self._runtime_dir):
-            self._count_dropped(directory)
-            for path in directory.events.waiting():
-                yield directory, path
+    # What waits.
 
-    def _send(self, directory: RankDirectory, path: Path) -> ExportResult | None:
-        """``None`` when nothing of this event has to wait any more, else why the collector did
-        not take it. Raises ``OSError`` when it cannot be read or removed now."""
-        try:
-            if path in self._done:
-                path.unlink(missing_ok=True)
-                return None
-            event = directory.events.event(path)
-        except FileNotFoundError:
-            return None  # The rank has dropped it in this moment, and counts it.
-        except UnreadableError as error:
-            self._give_up(path, "unreadable", str(error))
-            return None
-        try:
-            built = self._spans(directory, event)
-            requests = [encode_spans([span]) for span in built.spans]
-        except OSError:
-            raise
-        except Exception as error:
-            # It is for its rank alone, and once: the events of all others wait behind it.
-            self._give_up(
-                path,
-                "unreadable",
-                f"No span can be made of {path} ({type(error).__name__}: {error}), so it is given "
-                "up. Its load or update is missing among the spans.",
-            )
-            return None
+    def _waiting(self) -> list[tuple[RankDirectory, Path]]:
+        """Events of all ranks, each rank's oldest first, after a look at what is too much."""
+        directories = list(rank_directories(self._snapshots.runtime_dir))
+        self._bound_dead(directories)
+        waiting = []
+        for directory in directories:
+            self._of_rank(directory, self._count_dropped, None)
+            found = self._of_rank(directory, lambda each: each.events.waiting(), list[Path]())
+            waiting += [(directory, path) for path in found]
+        self._counts.waiting = len(waiting)
+        paths = {path for _, path in waiting}
+        self._done &= paths
+        for known in (self._failures, self._refusals, self._prepared):
+            for path in known.keys() - paths:
+                known.pop(path)
+        return waiting
+
+    def _of_rank(
+        self, directory: RankDirectory, read: Callable[[RankDirectory], Result], other: Result
+    ) -> Result:
+        """What is read of one rank; the ``other`` where that goes wrong, which is this rank's."""
+        with (
+            self._guard.step(f"Sending spans of {directory.path}"),
+            contextlib.suppress(FileNotFoundError),  # Removed in this moment.
+        ):
+            return read(directory)
+        return other
+
+    def _count_dropped(self, directory: RankDirectory) -> None:
+        """Take over what a rank says it dropped because too much waited, once: what another
+        exporter process has counted is noted beside the snapshot."""
+        version, snapshot = self._snapshots.of(directory)
+        if self._counted.get(directory.rank_id) == version:
+            return
+        dropped = 0 if snapshot is None else snapshot.events_dropped
+        noted = self._noted(directory)
+        if dropped > noted.dropped:
+            self._counts.dropped["queue_full"] += dropped - noted.dropped
+            self._note(directory, msgspec.structs.replace(noted, dropped=dropped))
+        self._counted[directory.rank_id] = version
+
+    def _bound_dead(self, directories: list[RankDirectory]) -> None:
+        """Drop what the oldest dead ranks left when all of it is too much."""
+        dead: list[tuple[float, int, RankDirectory]] = []
+        for directory in directories:
+            newest, nbytes = self._of_rank(directory, _left_by_dead, (0.0, 0))
+            if nbytes:
+                dead.append((newest, nbytes, directory))
+        dead.sort(key=lambda entry: entry[0], reverse=True)
+        total = 0
+        for _, size, directory in dead:
+            total += size
+            if total > self._dead_bytes:
+                self._of_rank(directory, self._drop_dead, None)
+
+    def _drop_dead(self, directory: RankDirectory) -> None:
+        events = directory.events.waiting()
+        logger.warning(
+            "%d loads and updates of the rank %s, which has ended, are dropped: the collector at "
+            "%s did not take them, and more than %d bytes wait.",
+            len(events),
+            directory.rank_id,
+            self._collector.destination,
+            self._dead_bytes,
+        )
+        directory.remove()
+        self._counts.dropped["queue_full"] += len(events)
+
+    # One event.
+
+    def _send(self, directory: RankDirectory, path: Path) -> ExportResult:
+        """Settled when nothing of this event has to wait any more. Raises ``OSError`` when it
+        cannot be read or removed now."""
+        settled = ExportResult(True)
+        if path in self._done:
+            path.unlink(missing_ok=True)
+            return settled
+        prepared = self._prepared.pop(path, None) or self._prepare(directory, path)
+        if prepared is None:
+            return settled
         rejected = 0
-        for request in requests:
-            answer = self._collector.take(request)
-            if not answer.taken:
+        for message in prepared.messages:
+            result = self._collector.take(message)
+            if not result.taken:
                 self._counts.failures += 1
-                return answer
-            rejected += min(answer.rejected, 1)
-        self._counts.exported += len(requests) - rejected
+                if result.retryable:
+                    self._keep(path, prepared)
+                else:
+                    # Its table is not noted as sent: the next span carries it again.
+                    self._drop(path, "refused")
+                return result
+            rejected += min(result.rejected, 1)
+        self._counts.exported += len(prepared.messages) - rejected
         if rejected:
             # OTLP forbids to send it again.
             self._counts.dropped["refused"] += 1
@@ -231,9 +319,46 @@ class SpanSender:
         # In this order: killed between the two, the table is sent once more and never taken for
         # sent when it is not.
         path.unlink(missing_ok=True)
-        if built.sent is not None and not rejected:
-            self._remember(directory, event.role, built.sent)
-        return None
+        if prepared.sent is not None and not rejected:
+            self._remember(directory, prepared.role, prepared.sent)
+        return settled
+
+    def _prepare(self, directory: RankDirectory, path: Path) -> _Prepared | None:
+        """The messages of an event; ``None``: it is gone, or dropped because it is none."""
+        try:
+            event = directory.events.event(path)
+        except FileNotFoundError:
+            return None  # The rank has dropped it in this moment, and counts it.
+        except (OSError, UnreadableError) as error:
+            if isinstance(error, OSError) and error.errno not in NEVER_READABLE:
+                raise
+            logger.warning("%s Its load or update is missing among the spans.", error)
+            self._drop(path, "unreadable")
+            return None
+        try:
+            built = self._spans(directory, event)
+            messages = tuple(encode_spans([span]).SerializeToString() for span in built.spans)
+            return _Prepared(event.role, messages, built.sent)
+        except OSError:
+            raise
+        except Exception as error:
+            # It is for its rank alone, and once: the events of all others wait behind it.
+            logger.warning(
+                "No span can be made of %s (%s: %s), so it is dropped. Its load or update is "
+                "missing among the spans.",
+                path,
+                type(error).__name__,
+                error,
+            )
+            self._drop(path, "unreadable")
+            return None
+
+    def _keep(self, path: Path, prepared: _Prepared) -> None:
+        """For the next try. A table of 100,000 rows takes seconds to encode."""
+        if prepared.nbytes <= PREPARED_BYTES:
+            self._prepared[path] = prepared
+            while len(self._prepared) > PREPARED_EVENTS:
+                del self._prepared[next(iter(self._prepared))]
 
     def _spans(self, directory: RankDirectory, event: Event) -> EventSpans:
         if not self._table:
@@ -248,16 +373,24 @@ class SpanSender:
             return event_spans(event, None, state="missing")
         if self._names is not None:
             table = selected(table, self._names)
-        return event_spans(event, table, state="included")
+        return event_spans(event, table, state="included", limits=self._limits)
 
     def _read_table(self, directory: RankDirectory, event: Event) -> WeightTable | None:
         try:
             return directory.events.table(event)
-        except FileNotFoundError:
+        except (OSError, UnreadableError) as error:
+            if isinstance(error, OSError) and error.errno not in NEVER_READABLE | {errno.ENOENT}:
+                raise
+            if not isinstance(error, FileNotFoundError):
+                logger.warning("%s", error)
             return None
-        except UnreadableError as error:
-            logger.warning("%s", error)
-            return None
+
+    def _drop(self, path: Path, reason: str) -> None:
+        self._counts.dropped[reason] += 1
+        self._done.add(path)
+        path.unlink(missing_ok=True)
+
+    # What is noted beside a rank.
 
     def _noted(self, directory: RankDirectory) -> _Exported:
         try:
@@ -282,55 +415,3 @@ class SpanSender:
             directory,
             _Exported(destination=self._destination, dropped=noted.dropped, tables=tables),
         )
-
-    def _give_up(self, path: Path, reason: str, sentence: str) -> None:
-        logger.warning("%s", sentence)
-        self._counts.dropped[reason] += 1
-        self._done.add(path)
-        path.unlink(missing_ok=True)
-
-    def _count_dropped(self, directory: RankDirectory) -> None:
-        """Take over what a rank says it dropped because too much waited, once: what another
-        exporter process has counted is noted beside the snapshot."""
-        try:
-            status = (directory.path / "snapshot").lstat()
-            version = (status.st_ino, status.st_mtime_ns)
-            if self._counted.get(directory.rank_id) == version:
-                return
-            dropped = directory.snapshot().events_dropped
-        except (OSError, UnreadableError):
-            return
-        noted = self._noted(directory)
-        if dropped > noted.dropped:
-            self._counts.dropped["queue_full"] += dropped - noted.dropped
-            self._note(directory, msgspec.structs.replace(noted, dropped=dropped))
-        self._counted[directory.rank_id] = version
-
-    def _bound_dead(self) -> None:
-        """Drop what the oldest dead ranks left when all of it is too much."""
-        dead: list[tuple[float, int, RankDirectory]] = []
-        for directory in rank_directories(self._runtime_dir):
-            if directory.is_alive():
-                continue
-            try:
-                newest, nbytes = directory.events.size()
-            except FileNotFoundError:
-                continue  # Removed in this moment.
-            if nbytes:
-                dead.append((newest, nbytes, directory))
-        dead.sort(key=lambda entry: entry[0], reverse=True)
-        total = 0
-        for _, size, directory in dead:
-            total += size
-            if total > self._dead_bytes:
-                events = directory.events.waiting()
-                logger.warning(
-                    "%d loads and updates of the rank %s, which has ended, are given up: the "
-                    "collector at %s did not take them, and more than %d bytes wait.",
-                    len(events),
-                    directory.rank_id,
-                    self._collector.destination,
-                    self._dead_bytes,
-                )
-                directory.remove()
-                self._counts.dropped["queue_full"] += len(events)

@@ -15,9 +15,11 @@ import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import msgspec
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import Event as SpanEvent
 from opentelemetry.sdk.trace import ReadableSpan
@@ -30,9 +32,11 @@ from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.weight_table import WeightTable, with_names, without_fingerprints
 from sglang_weight_exporter.weight_table_events import (
+    DEFAULT_LIMITS,
     TABLE_EVENT,
     Attributes,
     AttributeValue,
+    Limits,
     encode_table,
 )
 
@@ -44,6 +48,9 @@ SCOPE = InstrumentationScope("sglang_weight_exporter", __version__, SCHEMA_URL)
 #: A message that is an exception, as hooks write it; what SGLang says in its own words has no type
 #: (``_OTHER`` in the semantic conventions).
 _EXCEPTION = re.compile(r"([A-Za-z_][\w.]*(?:Error|Exception|Interrupt))[:(]")
+
+#: What the attributes take that say which table a span has.
+_TABLE_ATTRIBUTES_BYTES = 500
 
 #: What a span says of its table: its rows are in the events here; they are the same as in an
 #: earlier span; they are switched off; they could not be read.
@@ -60,6 +67,10 @@ class SentTable(Record, frozen=True, kw_only=True):
     rows: int
     trace_id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
     span_id: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
+
+    @property
+    def link(self) -> Link:
+        return Link(SpanContext(int(self.trace_id, 16), int(self.span_id, 16), is_remote=True))
 
 
 @dataclass(frozen=True)
@@ -82,43 +93,19 @@ def event_spans(
     *,
     state: TableState,
     unchanged_since: SentTable | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> EventSpans:
     """The spans of an event, the same for the same arguments.
 
     ``table``: to be sent with it, for state "included". ``unchanged_since``: the span that has the
-    rows already, for state "unchanged".
+    rows already, for state "unchanged". ``limits``: of the message that a span is.
     """
-    context = _context(event, 0)
     held = "" if event.table is None else event.table.fingerprint
     if table is not None and table.fingerprint != held:
         # Events that wait share one file of a table whose rows are the same.
         table = without_fingerprints(table)
     # The table's file is not written anew when nothing in it has changed.
     captured_at = 0.0 if event.table is None else event.table.captured_at
-    packed = [] if table is None else encode_table(table, captured_at=captured_at)
-    attributes = _summary(event, names=state != "disabled")
-    attributes["sglang.weights.table.state"] = state
-    if not event.update.succeeded:
-        exception = _EXCEPTION.match(event.update.message)
-        attributes["error.type"] = exception[1] if exception else "_OTHER"
-    links: list[Link] = []
-    if table is not None:
-        attributes |= {
-            "sglang.weights.table.sha256": table.sha256,
-            "sglang.weights.table.rows": table.rows,
-            "sglang.weights.table.chunks": sum(map(len, packed)),
-            "sglang.weights.table.spans": max(1, len(packed)),
-        }
-    elif unchanged_since is not None:
-        attributes |= {
-            "sglang.weights.table.sha256": unchanged_since.sent_sha256,
-            "sglang.weights.table.rows": unchanged_since.rows,
-            "sglang.weights.table.trace_id": unchanged_since.trace_id,
-            "sglang.weights.table.span_id": unchanged_since.span_id,
-        }
-        links.append(_link(unchanged_since.trace_id, unchanged_since.span_id))
-    further = [_context(event, part) for part in range(1, len(packed))]
-    links += [Link(each) for each in further]
     update = event.update
     common: dict[str, Any] = {
         "resource": _resource(event),
@@ -128,43 +115,79 @@ def event_spans(
         "instrumentation_scope": SCOPE,
     }
     failed = Status(StatusCode.ERROR, update.message or "The update failed.")
-    spans = [
+    context = _context(event, 0)
+    attributes = _attributes(event, state, unchanged_since)
+    main = partial(
+        ReadableSpan,
+        f"sglang.weights.{update.action}",
+        context=context,
+        status=Status(StatusCode.UNSET) if update.succeeded else failed,
+        **common,
+    )
+    if table is None:
+        links = [] if unchanged_since is None else [unchanged_since.link]
+        return EventSpans((main(attributes=attributes, links=links),), None)
+    reserved = _TABLE_ATTRIBUTES_BYTES + encode_spans([main(attributes=attributes)]).ByteSize()
+    packed = encode_table(table, captured_at=captured_at, limits=limits, reserved=reserved)
+    attributes |= {
+        "sglang.weights.table.sha256": table.sha256,
+        "sglang.weights.table.rows": table.rows,
+        "sglang.weights.table.chunks": sum(map(len, packed)),
+        "sglang.weights.table.spans": max(1, len(packed)),
+    }
+    own: dict[str, AttributeValue] = {
+        "sglang.weights.schema_version": SCHEMA_VERSION,
+        "sglang.weights.role": event.role,
+        "sglang.weights.table.sha256": table.sha256,
+    }
+    further = [
         ReadableSpan(
-            f"sglang.weights.{update.action}",
-            context=context,
-            attributes=attributes,
-            events=_span_events(packed[0] if packed else [], captured_at),
-            links=links,
-            status=Status(StatusCode.UNSET) if update.succeeded else failed,
+            TABLE_EVENT,
+            context=_context(event, part),
+            attributes={**own, "sglang.weights.table.part": part},
+            events=_span_events(events, captured_at),
+            links=[Link(context)],
             **common,
         )
+        for part, events in enumerate(packed[1:], start=1)
     ]
-    for part, (own, events) in enumerate(zip(further, packed[1:], strict=True), start=1):
-        spans.append(
-            ReadableSpan(
-                TABLE_EVENT,
-                context=own,
-                attributes={
-                    "sglang.weights.schema_version": SCHEMA_VERSION,
-                    "sglang.weights.role": event.role,
-                    "sglang.weights.table.part": part,
-                    "sglang.weights.table.sha256": "" if table is None else table.sha256,
-                },
-                events=_span_events(events, captured_at),
-                links=[Link(context)],
-                **common,
-            )
-        )
-    sent = None
-    if table is not None and event.table is not None:
-        sent = SentTable(
-            sha256=event.table.sha256,
-            sent_sha256=table.sha256,
-            rows=table.rows,
-            trace_id=f"{context.trace_id:032x}",
-            span_id=f"{context.span_id:016x}",
-        )
-    return EventSpans(tuple(spans), sent)
+    first = main(
+        attributes=attributes,
+        events=_span_events(packed[0] if packed else [], captured_at),
+        links=[Link(span.context) for span in further],
+    )
+    return EventSpans((first, *further), _sent(event, table, context))
+
+
+def _sent(event: Event, table: WeightTable, context: SpanContext) -> SentTable | None:
+    if event.table is None:
+        return None
+    return SentTable(
+        sha256=event.table.sha256,
+        sent_sha256=table.sha256,
+        rows=table.rows,
+        trace_id=f"{context.trace_id:032x}",
+        span_id=f"{context.span_id:016x}",
+    )
+
+
+def _attributes(
+    event: Event, state: TableState, unchanged_since: SentTable | None
+) -> dict[str, AttributeValue]:
+    """What a span says but for the table that is in it."""
+    attributes = _summary(event, names=state != "disabled")
+    attributes["sglang.weights.table.state"] = state
+    if not event.update.succeeded:
+        exception = _EXCEPTION.match(event.update.message)
+        attributes["error.type"] = exception[1] if exception else "_OTHER"
+    if unchanged_since is not None:
+        attributes |= {
+            "sglang.weights.table.sha256": unchanged_since.sent_sha256,
+            "sglang.weights.table.rows": unchanged_since.rows,
+            "sglang.weights.table.trace_id": unchanged_since.trace_id,
+            "sglang.weights.table.span_id": unchanged_since.span_id,
+        }
+    return attributes
 
 
 def _context(event: Event, part: int) -> SpanContext:
@@ -181,10 +204,6 @@ def _context(event: Event, part: int) -> SpanContext:
         is_remote=False,
         trace_flags=TraceFlags(TraceFlags.SAMPLED),
     )
-
-
-def _link(trace_id: str, span_id: str) -> Link:
-    return Link(SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=True))
 
 
 def _nanoseconds(seconds: float) -> int:
