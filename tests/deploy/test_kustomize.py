@@ -27,7 +27,7 @@ BASES = Path(__file__).parent / "bases"
 COMPONENT = Path(__file__).parents[2] / "deploy" / "kustomize"
 MOUNT = "/run/sglang-weight-exporter"
 SIDECAR, HOOKS = "weight-exporter", "weight-hooks"
-KINDS = ["deployment", "statefulset", "leaderworkerset"]
+KINDS = ["deployment", "statefulset", "job", "leaderworkerset"]
 
 Manifest = dict[str, Any]
 Build = Callable[..., list[Manifest]]
@@ -63,7 +63,7 @@ def objects(base: str) -> list[Manifest]:
 def templates(manifests: list[Manifest]) -> Iterator[Manifest]:
     """The pod templates of all workloads, in the order of the file."""
     for manifest in manifests:
-        if manifest["kind"] in {"Deployment", "StatefulSet"}:
+        if manifest["kind"] in {"Deployment", "StatefulSet", "Job"}:
             yield manifest["spec"]["template"]
         elif manifest["kind"] == "LeaderWorkerSet":
             group = manifest["spec"]["leaderWorkerTemplate"]
