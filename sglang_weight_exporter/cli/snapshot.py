@@ -14,14 +14,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from sglang_weight_exporter.cli.choice import add_rank, is_chosen
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.cli.torch_snapshot import (
     SnapshotError,
     bounded_memory,
-    checked_segments,
+    decoded_segments,
     read_snapshot,
 )
 from sglang_weight_exporter.records.memory import MemoryOwner
@@ -104,7 +102,7 @@ def _take(found: list[tuple[RankDirectory, Snapshot]], output: Path) -> int:
                 why = "it was not asked (--ask), or has no GPU"
             print(f"{_stem(snapshot)} has left nothing: {why}.", file=sys.stderr)
             continue
-        segments = checked_segments(msgspec.json.decode(dump.segments))
+        segments = decoded_segments(dump.segments)
         pools = set(dump.graph_pools)
         _write({"segments": segments}, dump.owners, pools, output / _stem(snapshot))
     return 1 if missing else 0

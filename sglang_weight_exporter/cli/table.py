@@ -123,7 +123,7 @@ def _run(arguments: argparse.Namespace) -> int:
         before, after = (
             table_diff.only(table_diff.load(Path(name)), name) for name in arguments.diff
         )
-        return table_diff.print_differences(before[1], after[1])
+        return table_diff.print_differences(before, after)
     tables = _read(arguments)
     if arguments.at is not None:
         return table_at.print_owners(

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -20,40 +19,68 @@ from sglang_weight_exporter.weight_table import Row, compare_rows
 _CHANGES = ("moved", *CHANGES)
 
 
-def load(path: Path) -> list[tuple[dict[str, Any], list[Row]]]:
-    """Tables of a file that ``--format json`` wrote, each with whose it is."""
+class _Tensor(msgspec.Struct):
+    """A row as ``--format json`` has it; members that it has besides are passed over."""
+
+    name: str
+    data_ptr: str
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    device: str
+    kind: str
+    storage_ptr: str
+    storage_nbytes: int
+
+    def row(self) -> Row:
+        values = msgspec.structs.asdict(self)
+        for pointer in ("data_ptr", "storage_ptr"):
+            values[pointer] = int(values[pointer], 16)
+        return Row(**values)
+
+
+class SavedTable(msgspec.Struct):
+    """A table of a file, and whose it is."""
+
+    tensors: list[_Tensor]
+    role: str = ""
+    tp_rank: int | None = None
+    pp_rank: int | None = None
+    dp_rank: int | None = None
+
+
+class _File(msgspec.Struct):
+    tables: list[SavedTable]
+
+
+def load(path: Path) -> list[tuple[SavedTable, list[Row]]]:
+    """Tables of a file that ``--format json`` wrote."""
     try:
-        tables = msgspec.json.decode(path.read_bytes())["tables"]
-        return [(table, [_row(tensor) for tensor in table["tensors"]]) for table in tables]
-    except (msgspec.DecodeError, KeyError, TypeError, ValueError) as error:
+        tables = msgspec.json.decode(path.read_bytes(), type=_File).tables
+        return [(table, [tensor.row() for tensor in table.tensors]) for table in tables]
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise CommandError(
             f"{path} is not what `table --format json` writes ({error}), so it cannot be compared."
         ) from error
 
 
-def _row(tensor: dict[str, Any]) -> Row:
-    values = {name: tensor[name] for name in Row._fields}
-    for pointer in ("data_ptr", "storage_ptr"):
-        values[pointer] = int(values[pointer], 16)
-    return Row(**values)
-
-
-def only(
-    tables: list[tuple[dict[str, Any], list[Row]]], name: str
-) -> tuple[dict[str, Any], list[Row]]:
+def only(tables: list[tuple[SavedTable, list[Row]]], name: str) -> list[Row]:
     if len(tables) != 1:
         raise CommandError(
             f"{name} has {len(tables)} tables, and two files are compared table with table. "
             f"Write it with --engine, --rank and --role."
         )
-    return tables[0]
+    return tables[0][1]
 
 
-def matching(tables: list[tuple[dict[str, Any], list[Row]]], table: Table, name: str) -> list[Row]:
+def matching(tables: list[tuple[SavedTable, list[Row]]], table: Table, name: str) -> list[Row]:
     """The rows of the same role and ranks, whatever the engine was called."""
     whose = formats.identity(table)
     keys = ("role", "tp_rank", "pp_rank", "dp_rank")
-    found = [rows for saved, rows in tables if all(saved.get(key) == whose[key] for key in keys)]
+    found = [
+        rows for saved, rows in tables if all(getattr(saved, key) == whose[key] for key in keys)
+    ]
     if len(found) != 1:
         raise CommandError(
             f"{name} has {len(found)} tables of the {table.role.name} model of "

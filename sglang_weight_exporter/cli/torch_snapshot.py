@@ -117,6 +117,16 @@ def read_snapshot(file: Path) -> dict[str, Any]:
     return content
 
 
+def decoded_segments(content: bytes) -> list[dict[str, Any]]:
+    """What a rank has left of ``torch.cuda.memory_snapshot()``, as JSON. Raises
+    :class:`SnapshotError`."""
+    try:
+        segments = msgspec.json.decode(content)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise SnapshotError(f"What a rank has left of its memory is damaged ({error}).") from error
+    return checked_segments(segments)
+
+
 def checked_segments(segments: Any) -> list[dict[str, Any]]:
     """The same, with each block's address. Raises :class:`SnapshotError`."""
     _check(segments, list[_Segment], "segments are")

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from engines import PREFIX, clean_environment
 from published import ROWS, Command, PublishedRank
@@ -34,6 +35,8 @@ COLUMNS = [
     "storage_ptr",
     "storage_nbytes",
 ]
+#: Pointers as JSON has them.
+TEXTS = {"data_ptr": "0x1000", "storage_ptr": "0x1000"}
 MOVED = (
     *ROWS[1:3],
     ROWS[3]._replace(data_ptr=2**40),
@@ -268,7 +271,24 @@ def test_the_changes_of_the_last_update_are_printed_with_what_was_cut(
 
 
 @pytest.mark.usefixtures("rank")
-@pytest.mark.parametrize("content", [b"{", b"[]", b'{"tables": [{"tensors": [{"name": "w"}]}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"[" * 10_000,
+        b"\xff",
+        b'{"tables": 1}',
+        b'{"tables": [{"tensors": [{"name": "w"}]}]}',
+        *(
+            msgspec.json.encode(
+                {"tables": [{"tensors": [{**ROWS[0]._asdict(), **TEXTS, key: value}]}]}
+            )
+            for key, value in (("nbytes", "x"), ("shape", 1), ("data_ptr", "x"), ("name", None))
+        ),
+    ],
+)
 def test_a_file_that_is_no_table_is_said(command: Command, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "other.json").write_bytes(content)
     ran = command("table", "--diff", "other.json")

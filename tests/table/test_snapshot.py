@@ -254,6 +254,17 @@ def test_a_file_that_a_rank_has_left_damaged_is_refused(
     assert b"is damaged" in done.stderr
 
 
+@pytest.mark.parametrize("segments", [b"", b"{", b"7", b'[{"address": 1}]', b"[" * 10_000])
+def test_segments_that_a_rank_has_left_damaged_are_refused(
+    rank: PublishedRank, command: Command, tmp_path: Path, segments: bytes
+) -> None:
+    rank.store.leave_memory(MemoryDump(at=1.0, segments=segments, owners=()))
+    done = command("snapshot", "--output", str(tmp_path / "out"))
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr
+    assert done.stderr.strip().endswith(b".")
+
+
 def segment(**changes: Any) -> dict[str, Any]:
     blocks = [{"size": 512, "state": "active_allocated", "frames": []}]
     return {"device": 0, "address": 4096, "total_size": 512, "blocks": blocks, **changes}
