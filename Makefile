@@ -63,7 +63,10 @@ wheel:
 
 # ---------------------------------------------------------------------------- without SGLang
 
-check: lint light-tests
+# Both at once, each with its output in one piece.
+check:
+	@$(call say,ruff mypy lint-imports and suites without SGLang: a minute)
+	$(MAKE) --no-print-directory -j2 --output-sync=target lint light-tests
 
 lint: wheel
 	@$(call say,ruff mypy lint-imports)
