@@ -16,6 +16,7 @@ import msgspec
 from sglang_weight_exporter.export.references import (
     bytes_by_name,
     compare_with_reference,
+    device_kind,
     is_own_reference,
 )
 from sglang_weight_exporter.store.tables import Table
@@ -100,7 +101,7 @@ def _doubts(table: Table, checkpoint: Checkpoint, expected: Expected) -> dict[st
     """Names whose other bytes are no difference, and why."""
     role, release = table.role, table.engine.sglang_version
     config = checkpoint.config()
-    loader = confirmed(release, role.device, role.architecture, role.quantization)
+    loader = confirmed(release, device_kind(table), role.architecture, role.quantization)
     said = ", ".join(map(str, config.get("architectures") or ()))
     of_another = role.name == "target" and said not in {"", role.architecture}
     if loader is None or of_another or (checkpoint.is_quantized() and not role.quantization):
@@ -235,8 +236,22 @@ def replicas(tables: Iterable[Table]) -> Comparisons:
         one = table_fingerprints(first.columns)
         for other in others:
             beside = f"{title(other)}\n  beside {title(first)}"
+            placed = _places_experts(first) or _places_experts(other)
             result = compare_replicas(
-                one, table_fingerprints(other.columns), bytes_by_name(first) | bytes_by_name(other)
+                one,
+                table_fingerprints(other.columns),
+                bytes_by_name(first) | bytes_by_name(other),
+                doubted=_expert if placed else lambda name: "",
             )
             found.results.append((beside, result))
     return found
+
+
+def _places_experts(table: Table) -> bool:
+    """Whether EPLB moves experts, which it does by each engine's own load."""
+    moved = table.role.updates.get("eplb")
+    return "enable_eplb" in table.engine.load_settings or bool(moved and moved.updates)
+
+
+def _expert(name: str) -> str:
+    return "EPLB places experts by each engine's own load" if ".experts." in name else ""

@@ -23,7 +23,7 @@ from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.tables import Table, TableError, TableReader
 from sglang_weight_exporter.verification.checkpoint import CheckpointError
 from sglang_weight_exporter.verification.comparison import Comparison, compare
-from sglang_weight_exporter.verification.confirmed_loaders import device_kind
+from sglang_weight_exporter.verification.confirmed_loaders import host_device_kind
 from sglang_weight_exporter.verification.manifest import (
     Manifest,
     ManifestError,
@@ -49,6 +49,12 @@ def bytes_by_name(table: Table) -> dict[str, int]:
     return {row.name: row.nbytes for row in table.rows()}
 
 
+def device_kind(table: Table) -> str:
+    """What a loader may ask of the device: its product's name, or what a CPU can do."""
+    product = next((each.product for each in table.devices if each.name == table.role.device), "")
+    return product or host_device_kind(table.role.device)
+
+
 def own_key(
     table: Table, environ: Mapping[str, str], *, all_bytes: bool = False
 ) -> ReferenceKey | None:
@@ -59,14 +65,13 @@ def own_key(
     checkpoint = find_checkpoint(model_path, revision, environ)
     if checkpoint is None:
         return None
-    product = next((each.product for each in table.devices if each.name == table.role.device), "")
     return key_of(
         table.engine,
         table.ranks,
         table.role,
         table.columns,
         checkpoint=checkpoint_identity(checkpoint, all_bytes=all_bytes),
-        device=product or device_kind(table.role.device),
+        device=device_kind(table),
     )
 
 

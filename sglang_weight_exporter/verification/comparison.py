@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 
@@ -66,12 +66,19 @@ def compare(
 
 
 def compare_replicas(
-    one: Mapping[str, str], other: Mapping[str, str], nbytes: Mapping[str, int]
+    one: Mapping[str, str],
+    other: Mapping[str, str],
+    nbytes: Mapping[str, int],
+    *,
+    doubted: Callable[[str], str] = lambda name: "",
 ) -> Comparison:
-    """Compare two ranks that should hold the same: a name that only one has is a difference."""
+    """Compare two ranks that should hold the same: a name that only one has is a difference.
+    ``doubted``: why a name's difference is none; empty where it is one."""
     names = dict.fromkeys([*one, *other])
+    unequal = [name for name in names if one.get(name) != other.get(name)]
     return Comparison(
         equal=tuple(name for name in names if one.get(name) == other.get(name)),
-        differing=tuple(name for name in names if one.get(name) != other.get(name)),
+        differing=tuple(name for name in unequal if not doubted(name)),
+        unverifiable={name: doubted(name) for name in unequal if doubted(name)},
         nbytes=nbytes,
     )

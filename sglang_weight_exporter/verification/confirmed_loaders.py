@@ -4,7 +4,7 @@
 
 The proof is tests/zoo: it has loaded each architecture, and the bytes of these tensors were those
 that ``checkpoint_layout`` makes. By that, other bytes are a difference. It holds for the release,
-the kind of device, the architecture, the quantization and the tensors that were tried, and for
+the device, the architecture, the quantization and the tensors that were tried, and for
 shares of them only where it was tried with tensor parallelism.
 """
 
@@ -43,8 +43,8 @@ def pattern(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def device_kind(device: str, cpu_info: Path = Path("/proc/cpuinfo")) -> str:
-    """What a loader may ask of torch's device. Those of CPUs are asked of this host's."""
+def host_device_kind(device: str, cpu_info: Path = Path("/proc/cpuinfo")) -> str:
+    """The kind of torch's device, and of a CPU whether this host's packs weights."""
     kind = device.partition(":")[0]
     if kind != "cpu":
         return kind
@@ -61,6 +61,7 @@ def loaders() -> Loaders:
 
 
 def confirmed(release: str, device: str, architecture: str, quantization: str) -> Confirmed | None:
-    """What was confirmed of this loader, if anything was."""
-    of_release = loaders().get(release, {}).get(device_kind(device), {})
+    """What was confirmed of this loader, if anything was. ``device``: a GPU's product, or a CPU's
+    kind."""
+    of_release = loaders().get(release, {}).get(device, {})
     return of_release.get(architecture, {}).get(quantization)

@@ -17,6 +17,7 @@ import pytest
 
 np = pytest.importorskip("numpy", reason="needs NumPy, which comes with SGLang")
 
+import msgspec  # noqa: E402
 from array_ranks import Arrays, bits, command, noise, save, serve, values  # noqa: E402
 from published import PublishedRank  # noqa: E402
 
@@ -345,3 +346,34 @@ def test_what_nobody_has_confirmed_is_not_different(place: Place, more: dict[str
         {EMBEDDINGS: table, NORM: noise(32)}, **{"architecture": "LlamaForCausalLM", **more}
     )
     place.assert_healthy(0)
+
+
+# --- replicas -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"enable_eplb": "True"}, {}])
+def test_experts_that_each_engine_places_by_its_own_load(
+    place: Place, settings: dict[str, str]
+) -> None:
+    experts = LAYER + "mlp.experts.w13_weight"
+    for engine in ("30000", "30001"):
+        place.serve({NORM: WHOLE[NORM], experts: noise(1, 4)}, engine=engine)
+        rank = place.ranks[-1]
+        rank.engine = msgspec.structs.replace(rank.engine, load_settings=settings)
+        rank.write_again()
+    status, text = place.verify("--require", "0.5")
+    assert status == (0 if settings else 1), text
+    assert ("EPLB places experts" in text) == bool(settings)
+
+
+def test_engines_that_pack_weights_in_their_own_way_are_no_replicas(place: Place) -> None:
+    """Prefill and decode engines with other back ends for experts."""
+    for backend in ("triton", "cutlass"):
+        place.serve({NORM: noise(16)}, engine=backend)
+        rank = place.ranks[-1]
+        settings = {"moe_runner_backend": backend}
+        rank.engine = msgspec.structs.replace(rank.engine, load_settings=settings)
+        rank.write_again()
+    status, text = place.verify("--require", "0")
+    assert status == 2, text
+    assert "There are no two ranks here that should hold the same" in text

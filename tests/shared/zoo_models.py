@@ -8,6 +8,7 @@ does something to it.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class Model:
 
     configuration: str
     settings: dict[str, Any] = field(default_factory=dict)
+    #: What SGLang reads in ``config.json`` and transformers does not write there.
+    added: dict[str, Any] = field(default_factory=dict)
 
 
 MODELS = {
@@ -66,9 +69,10 @@ MODELS = {
             "qk_rope_head_dim": 16,
             "v_head_dim": 32,
         },
+        {"moe_layer_freq": 1},
     ),
     "ernie4_5": Model("Ernie4_5Config", HEAD),
-    "exaone4": Model("Exaone4Config"),
+    "exaone4": Model("Exaone4Config", {"sliding_window": 64, "sliding_window_pattern": "LLLG"}),
     "falcon_h1": Model("FalconH1Config"),
     "gemma": Model("GemmaConfig", HEAD),
     "gemma2": Model("Gemma2Config", {**SCALED, "hidden_act": "gelu_pytorch_tanh"}),
@@ -77,7 +81,7 @@ MODELS = {
     "glm4": Model("Glm4Config", HEAD),
     "gpt2": Model("GPT2Config", {**ALL_HEADS, "n_embd": 128, "n_layer": 2, "n_head": 4}),
     "gpt_neox": Model("GPTNeoXConfig", ALL_HEADS),
-    "gpt_oss": Model("GptOssConfig", {**HEAD, **LOCAL_EXPERTS}),
+    "gpt_oss": Model("GptOssConfig", {**HEAD, **LOCAL_EXPERTS}, {"swiglu_limit": 7.0}),
     "granite": Model("GraniteConfig"),
     "granitemoe": Model("GraniteMoeConfig", LOCAL_EXPERTS),
     "hunyuan": Model("HunYuanDenseV1Config", {**HEAD, "use_qk_norm": True}),
@@ -105,12 +109,12 @@ MODELS = {
         {
             **HEAD,
             **SHARED,
-            "full_attention_interval": 2,
             "linear_num_value_heads": 4,
             "linear_num_key_heads": 2,
             "linear_key_head_dim": 32,
             "linear_value_head_dim": 32,
         },
+        {"full_attention_interval": 2},
     ),
     "seed_oss": Model("SeedOssConfig", HEAD),
     "smollm3": Model("SmolLM3Config"),
@@ -138,3 +142,5 @@ def write(model: Model, directory: Path, seed: int) -> None:
         if "norm" in name or name.endswith("bias"):
             torch.nn.init.normal_(parameter, float("bias" not in name), 0.1)
     made.save_pretrained(directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **model.added}))

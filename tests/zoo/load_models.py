@@ -3,8 +3,10 @@
 """Models of the zoo in real ranks, one after another: `load_models.py DIRECTORY DEVICE NAME...`.
 
 SGLang is imported once, which is most of the work; each model is loaded in a child of its own, with
-``NAME:2`` in two that are tensor-parallel ranks of one engine. A rank is SGLang's Scheduler without
-a server. What came of it is written to ``DIRECTORY/results/NAME.json``, or ``NAME-RANK.json``.
+``NAME:2`` in two that are tensor-parallel ranks of one engine, with ``NAME+fp8`` quantized as it is
+loaded. A rank is SGLang's Scheduler without a server. What came of it is written to
+``DIRECTORY/results/NAME.json``, or ``NAME-RANK.json``. On a GPU, which a child cannot have from its
+parent, one model at a time, without children.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 import traceback
 from array import array
@@ -21,6 +24,7 @@ from typing import Any
 
 from zoo_models import MODELS, write
 
+LIMIT = 300
 TP_FLAGS = " --disable-custom-all-reduce"
 FLAGS = {
     "cpu": "--device cpu --attention-backend torch_native --mem-fraction-static 0.2",
@@ -34,21 +38,27 @@ COMMON += " --max-total-tokens 4096 --trust-remote-code"
 class ModelInARank:
     """What happens to one model, and what the exporter makes of it."""
 
-    def __init__(self, scheduler: Any, checkpoints: tuple[Path, Path]) -> None:
+    def __init__(self, scheduler: Any, checkpoints: tuple[Path, Path], result: Path) -> None:
         from sglang_weight_exporter.settings import Settings
         from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
         self.scheduler = scheduler
         self.model = scheduler.tp_worker.model_runner.model
         self.first, self.second = checkpoints
+        self.result = result
         settings, _ = Settings.from_environ(os.environ)
         self.runtime_dir = RuntimeDir.open(settings.runtime_dir, os.environ)
-        self.seen: dict[str, Any] = {"class": type(self.model).__name__, "steps": {}}
-        self.equal: dict[str, set[str]] = {}
-        self.failed: set[str] = set()
+        self.seen: dict[str, Any] = {
+            "class": type(self.model).__name__,
+            "problems": {},
+            "steps": {},
+        }
+        #: By whether a tensor is all that the file has of it: found equal, and not, at any step.
+        self.equal: dict[str, set[str]] = {"whole": set(), "shares": set()}
+        self.unequal: dict[str, set[str]] = {"whole": set(), "shares": set()}
         self.addresses: dict[str, int] = {}
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> None:
         from sglang.srt.managers import io_struct
 
         disk = io_struct.UpdateWeightFromDiskReqInput
@@ -59,10 +69,13 @@ class ModelInARank:
 
         self._step("load", None, self.first)
         self._beside(self.second)
-        self._step("the same", read(self.first), self.first)
-        self._step("another", read(self.second), self.second)
-        self._step("tokens", self._generate, self.second)
-        return self._summary()
+        steps: tuple[tuple[str, Callable[[], str], Path], ...] = (
+            ("the same", read(self.first), self.first),
+            ("another", read(self.second), self.second),
+            ("tokens", self._generate, self.second),
+        )
+        # After an update that failed nobody knows what is there.
+        all(self._step(*step) for step in steps)
 
     def _ask(self, request: Any) -> str:
         import torch
@@ -110,12 +123,20 @@ class ModelInARank:
             scheduler._request_dispatcher(check)
         return "" if scheduler.last_batch is None else "requests are running still"
 
-    def _step(self, name: str, act: Callable[[], str] | None, checkpoint: Path) -> None:
+    def _step(self, name: str, act: Callable[[], str] | None, checkpoint: Path) -> bool:
+        """Whether SGLang did it."""
+        from sglang_weight_exporter.export.references import device_kind
+        from sglang_weight_exporter.verification.confirmed_loaders import pattern
+
         try:
             problem = "" if act is None else act()
         except Exception as error:  # Of SGLang's; what it left is looked at all the same.
             traceback.print_exc()
             problem = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        if problem:
+            self.seen["problems"][name] = problem
+            self._write()
+            return False
         (table,) = [
             reader.read(10.0)
             for reader in self._readers()
@@ -128,7 +149,6 @@ class ModelInARank:
         update = table.role.last_update
         published = sum(use.nbytes for use in table.role.weights if use.kind != "derived")
         self.seen["steps"][name] = {
-            "problem": problem,
             "equal": len(comparison.equal),
             "different": sorted(comparison.differing),
             "not_comparable": len(comparison.unverifiable),
@@ -141,15 +161,18 @@ class ModelInARank:
         self.seen |= {
             "architecture": table.role.architecture,
             "release": table.engine.sglang_version,
-            "device": table.role.device.partition(":")[0],
+            "device": device_kind(table),
+            "quantization": table.role.quantization,
             "derived": sum(row.kind == "derived" for row in table.rows()),
         }
-        for each in (*comparison.equal, *comparison.unverifiable, *comparison.differing):
-            kind = "whole" if each in whole else "shares"
-            if each in comparison.equal and each not in self.failed:
-                self.equal.setdefault(kind, set()).add(each)
-            else:
-                self.failed.add(each)
+        for names, found in (
+            (comparison.equal, self.equal),
+            ((*comparison.unverifiable, *comparison.differing), self.unequal),
+        ):
+            for each in names:
+                found["whole" if each in whole else "shares"].add(pattern(each))
+        self._write()
+        return True
 
     def _readers(self) -> Any:
         from sglang_weight_exporter.store.tables import open_tables
@@ -195,18 +218,15 @@ class ModelInARank:
                 storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
 
-    def _summary(self) -> dict[str, Any]:
-        from sglang_weight_exporter.verification.confirmed_loaders import pattern
-
-        failed = {pattern(name) for name in self.failed}
-        confirmed = {
-            kind: sorted({pattern(name) for name in names - self.failed} - failed)
-            for kind, names in self.equal.items()
-        }
-        return {**self.seen, "confirmed": confirmed}
+    def _write(self) -> None:
+        """After each step: one of SGLang's may end the process."""
+        confirmed = {kind: sorted(found - self.unequal[kind]) for kind, found in self.equal.items()}
+        unconfirmed = {kind: sorted(found) for kind, found in self.unequal.items()}
+        content = {**self.seen, "confirmed": confirmed, "unconfirmed": unconfirmed}
+        self.result.write_text(json.dumps(content))
 
 
-def make_schedulers(path: Path, device: str, size: int) -> Callable[[int], Any]:
+def make_schedulers(path: Path, device: str, size: int, quantization: str) -> Callable[[int], Any]:
     """What makes each rank's scheduler, in a process of its own."""
     from sglang.srt import runtime_context
     from sglang.srt.managers.scheduler import Scheduler, configure_scheduler_process
@@ -217,7 +237,8 @@ def make_schedulers(path: Path, device: str, size: int) -> Callable[[int], Any]:
         os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
             str(rank % cores) for rank in range(size)
         )
-    flags = FLAGS[device] + COMMON + (f" --tp-size {size}" + TP_FLAGS if size > 1 else "")
+    flags = FLAGS[device] + COMMON + (f" --quantization {quantization}" if quantization else "")
+    flags += f" --tp-size {size}" + TP_FLAGS if size > 1 else ""
     server_args = prepare_server_args(["--model-path", str(path), *flags.split()])
     port_args = PortArgs.init_new(server_args)
 
@@ -230,8 +251,8 @@ def make_schedulers(path: Path, device: str, size: int) -> Callable[[int], Any]:
     return make
 
 
-def in_child(act: Callable[[], dict[str, Any]], result: Path) -> int:
-    """Its process; what it returns or raises is in the file."""
+def in_child(act: Callable[[], None], result: Path) -> int:
+    """Its process; what it raises is in the file."""
     pid = os.fork()
     if pid:
         return pid
@@ -239,49 +260,52 @@ def in_child(act: Callable[[], dict[str, Any]], result: Path) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     try:
-        found = act()
+        signal.alarm(LIMIT)  # Ends a hang.
+        act()
     except BaseException as error:
         traceback.print_exc()
-        found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
-    if found:
-        result.write_text(json.dumps(found))
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:120]
+        result.write_text(json.dumps({"error": said}))
     os._exit(0)  # SGLang's threads would keep the process.
 
 
-def run_rank(make: Callable[[int], Any], rank: int, checkpoints: tuple[Path, Path]) -> Any:
-    return ModelInARank(make(rank), checkpoints).run()
+def run_rank(
+    make: Callable[[int], Any], rank: int, checkpoints: tuple[Path, Path], result: Path
+) -> None:
+    ModelInARank(make(rank), checkpoints, result).run()
 
 
-def load(name: str, device: str, directory: Path) -> dict[str, Any]:
-    """Both checkpoints, and the ranks that load them; returns nothing of its own."""
-    name, _, size = name.partition(":")
-    checkpoints = directory / "models" / name / "a", directory / "models" / name / "b"
-    results = directory / "results"
+def load(name: str, device: str, directory: Path) -> None:
+    """Both checkpoints, and the ranks that load them."""
+    model, _, size = name.partition(":")
+    model, _, quantization = model.partition("+")
+    checkpoints = directory / "models" / model / "a", directory / "models" / model / "b"
     for seed, checkpoint in enumerate(checkpoints):
         if not (checkpoint / "config.json").exists():
-            write(MODELS[name], checkpoint, seed)
-    make = make_schedulers(checkpoints[0], device, int(size or 1))
-    pids = [
-        in_child(
-            functools.partial(run_rank, make, rank, checkpoints),
-            results / (f"{name}-{rank}.json" if size else f"{name}.json"),
-        )
-        for rank in range(int(size or 1))
-    ]
+            write(MODELS[model], checkpoint, seed)
+    make = make_schedulers(checkpoints[0], device, int(size or 1), quantization)
+    results = directory / "results"
+    if device != "cpu":
+        run_rank(make, 0, checkpoints, results / f"{name}.json")
+        return
+    pids = []
+    for rank in range(int(size or 1)):
+        result = results / (f"{model}-{rank}.json" if size else f"{name}.json")
+        pids.append(in_child(functools.partial(run_rank, make, rank, checkpoints, result), result))
     for pid in pids:
         os.waitpid(pid, 0)
-    return {}
 
 
 def main() -> None:
     directory, device, *names = sys.argv[1:]
-    import sglang.srt.managers.scheduler  # noqa: F401
-    import transformers  # noqa: F401
-
-    (Path(directory) / "results").mkdir(parents=True, exist_ok=True)
+    results = Path(directory) / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    if device == "cpu":
+        import sglang.srt.managers.scheduler  # noqa: F401
+        import transformers  # noqa: F401
     for name in names:
-        result = Path(directory) / "results" / f"{name.replace(':', '-of-')}.json"
         # A child makes the checkpoints and reads the settings, which a process can do once.
+        result = results / f"{name.replace(':', '-0-of-')}.json"
         os.waitpid(in_child(functools.partial(load, name, device, Path(directory)), result), 0)
 
 

@@ -1,0 +1,150 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What the zoo has seen, as a document and as what `verify` takes for proved.
+
+`document.py RESULTS` puts the results of a run of `load_models.py` into ``seen.json`` beside this
+file and writes ``docs/models.md`` and ``confirmed_loaders.json`` anew from all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+SEEN = Path(__file__).with_name("seen.json")
+PAGE = ROOT / "docs" / "models.md"
+CONFIRMED = ROOT / "sglang_weight_exporter" / "verification" / "confirmed_loaders.json"
+STEPS = {
+    "load": "the load",
+    "the same": "a reload of the same",
+    "another": "a reload of another checkpoint",
+    "tokens": "four tokens",
+}
+
+HEAD = """\
+# Models
+
+Tiny random checkpoints in real ranks, made and loaded by `tests/zoo`, which writes this page: each
+is loaded, read again from the same checkpoint, read from another one, and makes four tokens. After
+each step the bytes that the exporter gives are those of the unique storages, no tensor has moved
+that did not, none holds other bytes than the step left in it, and `verify --checkpoint` calls none
+different.
+
+*Equal* is the share of a rank's bytes that `verify --checkpoint` finds in the file; the rest cannot
+be compared, because the loader does more than the rules know ([fingerprints](fingerprint.md)).
+*Proved* is how many names of tensors, layers taken together, may be called different with this
+release on this device. `verify --manifest` with a [reference](fingerprint.md#references) compares
+all of them, for every model. A model with `:2` is two tensor-parallel ranks, with `+fp8`
+quantized as it is loaded.
+"""
+
+
+def summary(results: Mapping[str, Any]) -> dict[str, Any]:
+    """What is the same in every run."""
+    if "error" in results:
+        return {"error": results["error"]}
+    load = results["steps"]["load"]
+    return {
+        "architecture": results["architecture"],
+        "class": results["class"],
+        "equal": load["equal"],
+        "not_comparable": load["not_comparable"],
+        "equal_bytes": load["equal_bytes"],
+        "derived": results["derived"],
+        "quantization": results["quantization"],
+        "problems": results["problems"],
+        "confirmed": results["confirmed"],
+        "unconfirmed": results["unconfirmed"],
+    }
+
+
+def read_results(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Model to results; of several ranks those of the first."""
+    for path in sorted(directory.glob("*.json")):
+        name, _, rank = path.stem.partition("-")
+        if rank in {"", "0", "0-of-2"}:  # The last where no rank of it was started.
+            yield name + (":2" if rank else ""), json.loads(path.read_bytes())
+
+
+def confirmed(seen: Mapping[str, Any]) -> dict[str, Any]:
+    """Patterns of names that were what the rules make, in every model of an architecture."""
+    found: dict[str, Any] = {}
+    for release, devices in seen.items():
+        for device, models in devices.items():
+            loaders: dict[tuple[str, str], Any] = {}
+            for model in models.values():
+                if "error" not in model:
+                    key = model["architecture"], model["quantization"]
+                    loader = loaders.setdefault(key, {})
+                    for kind in ("whole", "shares"):
+                        good, bad = loader.setdefault(kind, (set(), set()))
+                        good.update(model["confirmed"].get(kind, ()))
+                        bad.update(model["unconfirmed"].get(kind, ()))
+            proved: dict[str, Any] = found.setdefault(release, {}).setdefault(device, {})
+            for (architecture, quantization), sets in sorted(loaders.items()):
+                if any(good - bad for good, bad in sets.values()):
+                    proved.setdefault(architecture, {})[quantization] = {
+                        kind: sorted(good - bad) for kind, (good, bad) in sets.items()
+                    }
+    return found
+
+
+def page(seen: Mapping[str, Any]) -> str:
+    lines = [HEAD]
+    proved = confirmed(seen)
+    for release, devices in seen.items():
+        for device, models in devices.items():
+            ran = {name: model for name, model in models.items() if "error" not in model}
+            where = "a CPU" if device == "cpu" else device
+            lines += [f"## SGLang {release} on {where}", ""]
+            lines += ["| model | architecture | equal | proved | not done, and why |"]
+            lines += ["|---|---|---|---|---|"]
+            for name, model in sorted(ran.items()):
+                loader = (
+                    proved[release][device]
+                    .get(model["architecture"], {})
+                    .get(model["quantization"], {})
+                )
+                kind = "shares" if name.endswith(":2") else "whole"
+                problems = "; ".join(
+                    f"{STEPS[step]}: `{why}`" for step, why in model["problems"].items()
+                )
+                through = model["class"]
+                architecture = model["architecture"] + (
+                    f" (as {through})" if through != model["architecture"] else ""
+                )
+                lines.append(
+                    f"| {name} | {architecture} | {model['equal_bytes']:.1%} "
+                    f"| {len(loader.get(kind, ()))} | {problems} |"
+                )
+            lines += ["", "Not loaded there:", ""]
+            lines += [
+                f"- {name}: `{model['error']}`"
+                for name, model in sorted(models.items())
+                if "error" in model
+            ]
+            lines += [""]
+    return "\n".join(lines)
+
+
+def write(seen: Mapping[str, Any]) -> None:
+    SEEN.write_text(json.dumps(seen, indent=1, sort_keys=True) + "\n")
+    CONFIRMED.write_text(json.dumps(confirmed(seen), indent=1, sort_keys=True) + "\n")
+    PAGE.write_text(page(seen))
+
+
+def main() -> None:
+    results = dict(read_results(Path(sys.argv[1])))
+    loaded = next(each for each in results.values() if "error" not in each)
+    seen = json.loads(SEEN.read_bytes()) if SEEN.exists() else {}
+    models = seen.setdefault(loaded["release"], {}).setdefault(loaded["device"], {})
+    models |= {name: summary(each) for name, each in results.items()}
+    write(seen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Models of many architectures in real ranks: nothing that a healthy one does is called wrong.
+
+What came of each is in ``seen.json``, of which ``document.py`` makes ``docs/models.md`` and what
+``verify`` takes for proved. A run that sees something else fails, and ``document.py RESULTS`` takes
+it over where it is right.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import PREFIX, Installation
+from monitoring import Monitoring
+from ranks import ExporterProcess
+from zoo import document
+from zoo_models import MODELS
+
+RELEASE = "0.5.23"
+#: Loaders that add, transpose, tie, fuse, stack and prefix.
+SIX = ("llama", "qwen2_tied", "gemma", "gpt2", "mixtral", "ernie4_5")
+#: A reload of the same checkpoint is told, and nothing else.
+TOLD = {"SGLangWeightUpdateChangedNothing"}
+NO_GPU = {
+    "SGLANG_NCCL_SO_PATH": "none",
+    "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+
+
+def seen() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(document.SEEN.read_bytes())[RELEASE]["cpu"]
+    return found
+
+
+def load(newest: Installation, directory: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Each in ranks of its own, with an exporter and a Prometheus beside them."""
+    exporter = ExporterProcess(directory / "run").start()
+    stack = Monitoring(directory, {"sglang-weights": f"127.0.0.1:{exporter.port}"}).start()
+    environment = newest.environment(
+        **NO_GPU,
+        **{PREFIX + "RUNTIME_DIR": str(directory / "run")},
+        **{PREFIX + "FINGERPRINT": "on", PREFIX + "SERVE": "off"},
+        PYTHONPATH=os.pathsep.join(str(document.ROOT / "tests" / each) for each in ("shared",)),
+    )
+    try:
+        program = Path(__file__).with_name("load_models.py")
+        with (directory / "log").open("wb") as log:
+            subprocess.run(
+                [newest.python, program, directory, "cpu", *names],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                check=True,
+            )
+        firing = stack.query(
+            'count by (alertname) (last_over_time(ALERTS{alertstate="firing"}[1h]))'
+        )
+        assert {each["metric"]["alertname"] for each in firing} <= TOLD, firing
+    finally:
+        results = dict(document.read_results(directory / "results"))
+        stack.stop()
+        exporter.end(signal.SIGTERM)
+    return results
+
+
+def check(name: str, result: dict[str, Any]) -> list[str]:
+    """What is wrong with it, in words."""
+    wrong = []
+    if document.summary(result) != seen()[name]:
+        wrong.append(f"{name} is not as it was: {document.summary(result)}")
+    for step, found in result.get("steps", {}).items():
+        published, held = found["bytes"]
+        if published != held:
+            wrong.append(f"{name}, {step}: {published} bytes are published and {held} are there")
+        if step != "tokens" and found["moved"][0] != found["moved"][1]:
+            wrong.append(f"{name}, {step}: {found['moved']} tensors moved")
+        if found["different"] or found["modified"]:
+            wrong.append(f"{name}, {step}: {found['different']} {found['modified_names']}")
+    if result.get("confirmed", {}).get("whole") and not result["told"]:
+        wrong.append(f"{name}: another checkpoint is not told from its own")
+    return wrong
+
+
+def test_six_models(newest: Installation, tmp_path: Path) -> None:
+    results = load(newest, tmp_path, SIX)
+    assert results.keys() == set(SIX)
+    assert [each for name, result in results.items() for each in check(name, result)] == []
+
+
+@pytest.mark.release("zoo")
+@pytest.mark.parametrize("size", ["", ":2"], ids=["one rank", "two ranks"])
+def test_the_zoo(newest: Installation, tmp_path: Path, size: str) -> None:
+    """With two ranks those that one could load."""
+    recorded = seen()
+    names = [name for name in MODELS if not size or "error" not in recorded[name]]
+    results = load(newest, tmp_path, [name + size for name in names])
+    assert results.keys() == {name + size for name in names}
+    assert [each for name, result in results.items() for each in check(name, result)] == []
+
+
+def test_the_page_and_what_is_proved_are_of_what_was_seen() -> None:
+    everything = json.loads(document.SEEN.read_bytes())
+    assert document.PAGE.read_text() == document.page(everything)
+    assert json.loads(document.CONFIRMED.read_bytes()) == document.confirmed(everything)
