@@ -54,7 +54,8 @@ def test_each_rank_holds_its_share_of_the_checkpoint(
     assert status == 0, text
     assert text.count(" 0 different") == len(served.gpus), text
     status, text = verify(served.engine, "--checkpoint", str(gpu_engines.checkpoints["b"]))
-    assert status == 1, text
+    # Different where the zoo has confirmed this release's loader on this GPU.
+    assert status == 1 or (status == 2 and "is confirmed by nothing" in text), text
     for sample in served.engine.scrape().series("sglang_weight_fingerprint_seconds"):
         record_property(f"fingerprint seconds, rank {sample.labels['tp_rank']}", sample.value)
 
