@@ -17,7 +17,7 @@ from sglang_weight_exporter.export.references import (
     bytes_by_name,
     compare_with_reference,
     device_kind,
-    is_own_reference,
+    own_key,
 )
 from sglang_weight_exporter.store.tables import Table
 from sglang_weight_exporter.verification.checkpoint import Checkpoint
@@ -32,6 +32,7 @@ from sglang_weight_exporter.verification.confirmed_loaders import confirmed
 from sglang_weight_exporter.verification.manifest import (
     Manifest,
     ManifestError,
+    ReferenceKey,
     Shard,
     read_manifest,
 )
@@ -168,7 +169,15 @@ def _chosen(table: Table, manifests: Sequence[Manifest]) -> list[Manifest]:
     shard = Shard.of(table.engine, table.ranks, table.role.name)
     chosen = [each for each in manifests if not each.reference and each.shard in {None, shard}]
     references = [each for each in manifests if each.reference and _same_place(each, shard)]
-    own = [each for each in references if is_own_reference(table, each, os.environ)]
+    keys: dict[bool, ReferenceKey | None] = {}
+    own = []
+    for each in references:
+        assert each.reference is not None
+        all_bytes = each.reference.key.is_of_all_bytes
+        if all_bytes not in keys:  # It reads files.
+            keys[all_bytes] = own_key(table, os.environ, all_bytes=all_bytes)
+        if each.reference.key == keys[all_bytes]:
+            own.append(each)
     return chosen + (own or (references if len(manifests) == 1 else []))
 
 

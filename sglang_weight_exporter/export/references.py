@@ -94,14 +94,6 @@ def reference_of(table: Table, environ: Mapping[str, str], *, all_bytes: bool = 
     )
 
 
-def is_own_reference(table: Table, manifest: Manifest, environ: Mapping[str, str]) -> bool:
-    """Raises CheckpointError."""
-    if manifest.reference is None:
-        return False
-    key = manifest.reference.key
-    return own_key(table, environ, all_bytes=key.checkpoint.startswith("bytes:")) == key
-
-
 def compare_with_reference(
     table: Table, manifest: Manifest, environ: Mapping[str, str]
 ) -> Comparison:

@@ -87,6 +87,11 @@ class ReferenceKey(msgspec.Struct, frozen=True, kw_only=True):
     layout: str
 
     @property
+    def is_of_all_bytes(self) -> bool:
+        """Whether the checkpoint is told apart by them."""
+        return self.checkpoint.startswith("bytes:")
+
+    @property
     def digest(self) -> str:
         """Its name: 16 hexadecimal digits."""
         content = msgspec.json.encode(self, order="deterministic")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +62,46 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_results(directory: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Model to results; of several ranks those of the first."""
+def read_results(directory: Path) -> dict[str, dict[str, Any]]:
+    """By model; of several ranks what holds of all."""
+    found: dict[str, dict[str, Any]] = {}
     for path in sorted(directory.glob("*.json")):
         name, _, rank = path.stem.partition("-")
-        if rank in {"", "0", "0-of-2"}:  # The last where no rank of it was started.
-            yield name + (":2" if rank else ""), json.loads(path.read_bytes())
+        results = json.loads(path.read_bytes())
+        model = name + (":2" if rank else "")
+        found[model] = _together(found[model], results) if model in found else results
+    return found
+
+
+def _together(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    if "error" in one or "error" in other:
+        return one if "error" in one else other
+    together = {**one, "steps": dict(one["steps"])}
+    for name in one["steps"].keys() & other["steps"].keys():
+        steps = one["steps"][name], other["steps"][name]
+        together["steps"][name] = min(steps, key=lambda step: step["equal"])
+    unconfirmed: dict[str, list[str]] = {}
+    confirmed: dict[str, list[str]] = {}
+    together |= {"unconfirmed": unconfirmed, "confirmed": confirmed}
+    for kind in ("whole", "shares"):
+        bad = {*one["unconfirmed"][kind], *other["unconfirmed"][kind]}
+        good = {*one["confirmed"][kind], *other["confirmed"][kind]} - bad
+        unconfirmed[kind], confirmed[kind] = sorted(bad), sorted(good)
+    return together
+
+
+def without_words(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Of errors their types alone: some name a port or a process."""
+    kinds = {step: why.partition(":")[0] for step, why in model.get("problems", {}).items()}
+    error = str(model.get("error", "")).partition(":")[0]
+    return {**model, "problems": kinds, "error": error}
 
 
 def confirmed(seen: Mapping[str, Any]) -> dict[str, Any]:
     """Patterns of names that were what the rules make, in every model of an architecture."""
     found: dict[str, Any] = {}
-    for release, devices in seen.items():
-        for device, models in devices.items():
+    for release, devices in sorted(seen.items()):
+        for device, models in sorted(devices.items()):
             loaders: dict[tuple[str, str], Any] = {}
             for model in models.values():
                 if "error" not in model:
@@ -96,8 +123,8 @@ def confirmed(seen: Mapping[str, Any]) -> dict[str, Any]:
 def page(seen: Mapping[str, Any]) -> str:
     lines = [HEAD]
     proved = confirmed(seen)
-    for release, devices in seen.items():
-        for device, models in devices.items():
+    for release, devices in sorted(seen.items()):
+        for device, models in sorted(devices.items()):
             ran = {name: model for name, model in models.items() if "error" not in model}
             where = "a CPU" if device == "cpu" else device
             lines += [f"## SGLang {release} on {where}", ""]
@@ -138,7 +165,7 @@ def write(seen: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    results = dict(read_results(Path(sys.argv[1])))
+    results = read_results(Path(sys.argv[1]))
     loaded = next(each for each in results.values() if "error" not in each)
     seen = json.loads(SEEN.read_bytes()) if SEEN.exists() else {}
     models = seen.setdefault(loaded["release"], {}).setdefault(loaded["device"], {})

@@ -277,9 +277,9 @@ def run_rank(
 
 def load(name: str, device: str, directory: Path) -> None:
     """Both checkpoints, and the ranks that load them."""
-    model, _, size = name.partition(":")
-    model, _, quantization = model.partition("+")
-    checkpoints = directory / "models" / model / "a", directory / "models" / model / "b"
+    loaded, _, size = name.partition(":")
+    model, _, quantization = loaded.partition("+")
+    checkpoints = directory / "models" / loaded / "a", directory / "models" / loaded / "b"
     for seed, checkpoint in enumerate(checkpoints):
         if not (checkpoint / "config.json").exists():
             write(MODELS[model], checkpoint, seed)
