@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import msgspec
 
-from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
+from sglang_weight_exporter.records.base import SCHEMA_VERSION, Count, Fingerprint, Record, Seconds
 from sglang_weight_exporter.records.weights import NAMED_CHANGES, Kind, TableChanges
 
 
@@ -75,11 +75,11 @@ class WeightTable(Record, frozen=True, kw_only=True):
     one name a line.
     """
 
-    schema: int = SCHEMA_VERSION
+    schema: Count = SCHEMA_VERSION
     role: str
-    captured_at: float
+    captured_at: Seconds
     sha256: str
-    rows: int
+    rows: Count
     names: bytes
     data_ptr: bytes
     nbytes: bytes
@@ -88,9 +88,9 @@ class WeightTable(Record, frozen=True, kw_only=True):
     dtype: bytes
     dtype_values: tuple[str, ...]
     shape: bytes
-    shape_values: tuple[tuple[int, ...], ...]
+    shape_values: tuple[tuple[Count, ...], ...]
     stride: bytes
-    stride_values: tuple[tuple[int, ...], ...]
+    stride_values: tuple[tuple[Count, ...], ...]
     device: bytes
     device_values: tuple[str, ...]
     kind: bytes
@@ -103,8 +103,8 @@ class WeightTable(Record, frozen=True, kw_only=True):
     #: What the tensors hold, 16 bytes a row (zeros: none of this one), of all of them together (32
     #: hexadecimal digits), and how many seconds it took to know; empty where it was not taken.
     fingerprints: bytes = b""
-    fingerprint: str = ""
-    fingerprint_seconds: float | None = None
+    fingerprint: Fingerprint = ""
+    fingerprint_seconds: Seconds | None = None
 
 
 #: Stands for a tensor without bytes that could be read.

@@ -4,11 +4,28 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 #: Raised when a reader of the previous version could misread a file. Files of another version
 #: are reported and left alone.
 SCHEMA_VERSION = 1
+
+
+# What a value that can be sent looks like. One that cannot costs more than its series: a NaN ends a
+# scrape of all ranks. Files are checked against these as they are decoded.
+
+#: A number of things or bytes, in 64 bits with sign, as OTLP has them.
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+#: A time or a duration. Both are sent as nanoseconds; this is until the year 2262.
+Seconds = Annotated[float, msgspec.Meta(ge=0, lt=2**63 / 1e9)]
+#: Hexadecimal digits, and of the first two none where there is none.
+TraceId = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?\Z")]
+Fingerprint = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?\Z")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+#: Of a file in the rank's directory.
+FileName = Annotated[str, msgspec.Meta(pattern=r"^[\w.-]*\Z")]
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, gc=False):

@@ -4,15 +4,15 @@
 
 from __future__ import annotations
 
-from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
+from sglang_weight_exporter.records.base import SCHEMA_VERSION, Count, Record, Seconds
 
 
 class ExporterEndpoint(Record, frozen=True, kw_only=True):
     """What the exporter process says of itself in ``exporter.json``."""
 
-    schema: int = SCHEMA_VERSION
-    pid: int
-    started_at: float
+    schema: Count = SCHEMA_VERSION
+    pid: Count
+    started_at: Seconds
     version: str
     #: ``None`` until the port could be bound.
     url: str | None = None

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sglang_weight_exporter.records.base import Record
+from sglang_weight_exporter.records.base import Count, Record
 
 #: ``installed``: the hook sits on its target. ``pending``: SGLang has not imported the module
 #: yet. ``absent``: this SGLang release has no such target. ``failed``: it is there, and wrapping
@@ -46,9 +46,9 @@ class Engine(Record, frozen=True, kw_only=True):
     sglang_version: str = ""
     torch_version: str = ""
     #: Into how many parts the model is cut, as SGLang's settings say; ``None``: they do not.
-    tp_size: int | None = None
-    pp_size: int | None = None
-    ep_size: int | None = None
+    tp_size: Count | None = None
+    pp_size: Count | None = None
+    ep_size: Count | None = None
     #: Of its settings those that decide how weights are read, converted and packed, as they were
     #: given; without those that were not.
     load_settings: dict[str, str] = {}
@@ -57,22 +57,22 @@ class Engine(Record, frozen=True, kw_only=True):
     #: The same for all ranks of the engine, on however many hosts; empty until they have agreed.
     group: str = ""
     #: Which of the engine's hosts this is, and of how many; ``None``: the settings do not say.
-    node_rank: int | None = None
-    nodes: int | None = None
+    node_rank: Count | None = None
+    nodes: Count | None = None
     #: How many ranks it has on all hosts: data-parallel replicas times tensor-parallel times
     #: pipeline-parallel ranks of SGLang's settings, as SGLang's own ``compute_world_size`` has it
     #: (0.5.23). Attention that is data-parallel is inside the tensor-parallel group and adds none.
     #: ``None``: the settings do not say.
-    expected_ranks: int | None = None
+    expected_ranks: Count | None = None
 
 
 class Ranks(Record, frozen=True, kw_only=True):
     """Parallel ranks as SGLang's own metrics have them; ``None`` where SGLang has no such rank."""
 
-    tp: int = 0
-    pp: int = 0
-    dp: int | None = None
-    moe_ep: int | None = None
+    tp: Count = 0
+    pp: Count = 0
+    dp: Count | None = None
+    moe_ep: Count | None = None
 
     @property
     def labels(self) -> dict[str, int | None]:

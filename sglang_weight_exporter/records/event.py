@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
+from sglang_weight_exporter.records.base import SCHEMA_VERSION, Count, Record
 from sglang_weight_exporter.records.engine import Device, Engine, Ranks
 from sglang_weight_exporter.records.updates import Update
 from sglang_weight_exporter.records.weights import TableRef, WeightUsage
@@ -13,11 +13,11 @@ from sglang_weight_exporter.records.weights import TableRef, WeightUsage
 class Event(Record, frozen=True, kw_only=True):
     """One ended load or update, waiting to be exported as a span."""
 
-    schema: int = SCHEMA_VERSION
+    schema: Count = SCHEMA_VERSION
     #: Numbers the events of one rank, from 1.
-    number: int
+    number: Count
     rank_id: str
-    pid: int
+    pid: Count
     engine: Engine
     ranks: Ranks
     role: str

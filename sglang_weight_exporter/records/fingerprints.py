@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from sglang_weight_exporter.records.base import Record
+from sglang_weight_exporter.records.base import Count, Record
 from sglang_weight_exporter.records.weights import Kind
 
 #: Why a fingerprint was not taken: memory is released or may be; it would have taken too long; a
@@ -23,6 +23,6 @@ DURINGS: tuple[During, ...] = get_args(During)
 class FingerprintCounts(Record, frozen=True, kw_only=True):
     """What became of the fingerprints of a role, and what they have shown."""
 
-    skipped: dict[Skip, int] = {}
+    skipped: dict[Skip, Count] = {}
     #: Tensors found with other bytes than the last load or update had left, at each look.
-    modified: dict[During, dict[Kind, int]] = {}
+    modified: dict[During, dict[Kind, Count]] = {}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
+from sglang_weight_exporter.records.base import SCHEMA_VERSION, Count, Record, Seconds
 
 #: What holds the memory that torch's allocator has of a device. Disjoint, and together all of it;
 #: ``docs/memory.md`` says what each is.
@@ -29,26 +29,26 @@ class DeviceMemory(Record, frozen=True, kw_only=True):
     """What a process has of one device through torch's allocator, at its last look."""
 
     device: str
-    at: float
+    at: Seconds
     #: torch's own counts: live blocks; segments, those included whose memory is given back for
     #: now; and the most of each since the process started, or since somebody reset it.
-    allocated: int
-    reserved: int
-    allocated_peak: int
-    reserved_peak: int
+    allocated: Count
+    reserved: Count
+    allocated_peak: Count
+    reserved_peak: Count
     #: Bytes of ``reserved`` that have no physical memory, because the memory saver released them.
-    released: int = 0
+    released: Count = 0
     #: Bytes of KV pools in virtual memory that is not the allocator's.
-    mapped: int = 0
+    mapped: Count = 0
     #: Bytes by what holds them; they sum to ``reserved - released + mapped``. ``None``: not known.
-    parts: dict[MemoryPart, int] | None = None
+    parts: dict[MemoryPart, Count] | None = None
     #: Why they are not, as a sentence.
     reason: str = ""
     #: ``reserved`` before and after the last update; ``None`` before the first.
-    before_update: int | None = None
-    after_update: int | None = None
+    before_update: Count | None = None
+    after_update: Count | None = None
     #: What was left of ``reserved`` after the last release.
-    after_release: int | None = None
+    after_release: Count | None = None
 
     @property
     def physical(self) -> int:
@@ -59,8 +59,8 @@ class DeviceMemory(Record, frozen=True, kw_only=True):
 class MemoryOwner(Record, frozen=True, kw_only=True):
     """A piece of a GPU's memory, and what it is."""
 
-    address: int
-    nbytes: int
+    address: Count
+    nbytes: Count
     part: MemoryPart
     #: ``model.norm.weight (target)``; of a tied tensor its first name.
     name: str
@@ -69,21 +69,21 @@ class MemoryOwner(Record, frozen=True, kw_only=True):
 class MemoryDump(Record, frozen=True, kw_only=True):
     """What a look has left of torch's memory, because somebody had asked for it."""
 
-    schema: int = SCHEMA_VERSION
-    at: float
+    schema: Count = SCHEMA_VERSION
+    at: Seconds
     #: What ``torch.cuda.memory_snapshot()`` answered, as JSON.
     segments: bytes
     owners: tuple[MemoryOwner, ...]
     #: torch's names of the pools of CUDA graphs, where SGLang says them.
-    graph_pools: tuple[tuple[int, int], ...] = ()
+    graph_pools: tuple[tuple[Count, Count], ...] = ()
 
 
 class MemoryBudget(Record, frozen=True, kw_only=True):
     """What SGLang made the size of the KV pool from; ``None``: this release does not say."""
 
     #: ``--mem-fraction-static``, as given or as SGLang chose it.
-    fraction: float | None = None
+    fraction: Seconds | None = None
     #: Free bytes of the GPU before the weights were loaded; of a group, of the rank with the least.
-    before_load: int | None = None
+    before_load: Count | None = None
     #: ``--max-total-tokens``; ``None`` also where it was not given.
-    token_limit: int | None = None
+    token_limit: Count | None = None

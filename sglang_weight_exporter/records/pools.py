@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from sglang_weight_exporter.records.base import Record
+from sglang_weight_exporter.records.base import Count, Record, Seconds
 
 
 class KvPoolUsage(Record, frozen=True, kw_only=True):
@@ -14,19 +14,19 @@ class KvPoolUsage(Record, frozen=True, kw_only=True):
 
     device: str
     pool: str
-    nbytes: int
+    nbytes: Count
     #: Capacity in tokens; ``None`` for state pools (Mamba), which hold requests, not tokens.
-    tokens: int | None = None
+    tokens: Count | None = None
 
 
 class LoraUsage(Record, frozen=True, kw_only=True):
     """Preallocated adapter slots on one device, and adapters that are loaded."""
 
     device: str
-    nbytes: int
-    adapters: int
+    nbytes: Count
+    adapters: Count
     #: How many can be on the device at a time; ``None``: not known.
-    slots: int | None = None
+    slots: Count | None = None
 
 
 #: How generation is interrupted: the running requests stay as they are and go on with what they
@@ -38,12 +38,12 @@ PAUSES: tuple[Pause, ...] = get_args(Pause)
 class CacheCounts(Record, frozen=True, kw_only=True):
     """The prefix cache of a scheduler: what became of its keys and values as weights changed."""
 
-    flushes: int = 0
+    flushes: Count = 0
     #: Flushes that SGLang refused, because requests were running or queued.
-    failures: int = 0
-    flushed_at: float | None = None
+    failures: Count = 0
+    flushed_at: Seconds | None = None
     #: Whether it holds tokens that weights have computed which are gone; ``None``: not known.
     stale: bool | None = False
-    pauses: dict[Pause, int] = {}
+    pauses: dict[Pause, Count] = {}
     #: Between an order to pause that keeps its requests and the one to continue.
     paused: bool = False

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import msgspec
 
-from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
+from sglang_weight_exporter.records.base import SCHEMA_VERSION, Count, Record, Seconds
 from sglang_weight_exporter.records.engine import Device, Engine, HookState, Ranks
 from sglang_weight_exporter.records.fingerprints import FingerprintCounts
 from sglang_weight_exporter.records.memory import DeviceMemory, MemoryBudget
@@ -37,21 +37,21 @@ class Role(Record, frozen=True, kw_only=True):
     weights: tuple[WeightUsage, ...] | None = None
     #: Physical bytes by device: the sum of ``weights``, or while released what lies outside of the
     #: memory saver's regions.
-    resident: dict[str, int] | None = None
+    resident: dict[str, Count] | None = None
     table: TableRef | None = None
     kv_pools: tuple[KvPoolUsage, ...] | None = None
-    kv_resident: dict[str, int] | None = None
+    kv_resident: dict[str, Count] | None = None
     lora: tuple[LoraUsage, ...] = ()
-    loaded_at: float | None = None
-    load_seconds: float | None = None
+    loaded_at: Seconds | None = None
+    load_seconds: Seconds | None = None
     #: When weights last changed, also by an update that failed half-way.
-    updated_at: float | None = None
+    updated_at: Seconds | None = None
     #: When the last load or update began that ``updates`` counts: ranks that hold the same weights
     #: were called at the same moment, however long each took.
-    update_started_at: float | None = None
+    update_started_at: Seconds | None = None
     updates: dict[Source, UpdateCounts] = {}
-    moved: int = 0
-    changes: dict[Change, int] = {}
+    moved: Count = 0
+    changes: dict[Change, Count] = {}
     #: ``None``: fingerprints are switched off.
     fingerprints: FingerprintCounts | None = None
     #: Whether the load left what the reference of its checkpoint and configuration holds, as the
@@ -98,10 +98,10 @@ class Role(Record, frozen=True, kw_only=True):
 class Snapshot(Record, frozen=True, kw_only=True):
     """All that a rank says of itself; one file, replaced atomically."""
 
-    schema: int = SCHEMA_VERSION
+    schema: Count = SCHEMA_VERSION
     rank_id: str
-    pid: int
-    started_at: float
+    pid: Count
+    started_at: Seconds
     engine: Engine
     ranks: Ranks = Ranks()
     devices: tuple[Device, ...] = ()
@@ -109,23 +109,23 @@ class Snapshot(Record, frozen=True, kw_only=True):
     memory: tuple[DeviceMemory, ...] = ()
     budget: MemoryBudget = MemoryBudget()
     #: Inode of the namespace that ``pid`` is of; 0: not known.
-    pid_namespace: int = 0
+    pid_namespace: Count = 0
     roles: tuple[Role, ...] = ()
     weight_version: str = ""
     hooks: tuple[HookState, ...] = ()
     #: Exceptions of our own that were caught in the engine, by the hook they came from.
-    hook_errors: dict[str, int] = {}
+    hook_errors: dict[str, Count] = {}
     operations: dict[str, OperationCounts] = {}
-    update_groups: int = 0
+    update_groups: Count = 0
     #: ``None`` where no scheduler serves requests.
     cache: CacheCounts | None = None
     #: Seconds the engine spent on the last capture and on writing it.
-    snapshot_seconds: float | None = None
-    events_dropped: int = 0
+    snapshot_seconds: Seconds | None = None
+    events_dropped: Count = 0
     #: Counts the snapshots of the rank; 0 where nobody counts.
-    number: int = 0
+    number: Count = 0
     #: Operations that have begun and not ended, and since when.
-    running: dict[str, float] = {}
+    running: dict[str, Seconds] = {}
     #: Where the exporter process is to keep ``weights_metadata`` files; empty: nowhere.
     metadata_dir: str = ""
 
@@ -158,21 +158,21 @@ class RoleProgress(Record, frozen=True, kw_only=True):
 
     in_progress: UpdateInProgress
     #: Totals, of sources that it has come through.
-    calls: dict[Source, int] = {}
+    calls: dict[Source, Count] = {}
 
 
 class Progress(Record, frozen=True, kw_only=True):
     """What changes of a rank between two snapshots. A small file that is written in place, because
     an update is made of thousands of calls."""
 
-    schema: int = SCHEMA_VERSION
+    schema: Count = SCHEMA_VERSION
     #: Number of the snapshot that it goes with.
-    snapshot: int
+    snapshot: Count
     #: Of roles with an update in progress.
     roles: dict[str, RoleProgress] = {}
     weight_version: str = ""
     cache: CacheCounts | None = None
-    running: dict[str, float] = {}
+    running: dict[str, Seconds] = {}
 
 
 def _with_progress(role: Role, progress: RoleProgress) -> Role:

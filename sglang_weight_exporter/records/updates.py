@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from sglang_weight_exporter.records.base import Record
+import msgspec
+
+from sglang_weight_exporter.records.base import Count, Record, Seconds, TraceId
 from sglang_weight_exporter.records.weights import TableChanges
 
 Source = Literal["disk", "distributed", "tensor", "ipc", "p2p", "eplb", "external"]
@@ -28,11 +30,18 @@ Effect = Literal["changed", "unchanged", "undefined"]
 DURATION_BUCKETS: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 
 
+#: OTLP has 64 bits for their sum.
+_BucketCounts = Annotated[
+    tuple[Annotated[int, msgspec.Meta(ge=0, le=2**53)], ...],
+    msgspec.Meta(min_length=len(DURATION_BUCKETS) + 1, max_length=len(DURATION_BUCKETS) + 1),
+]
+
+
 class Histogram(Record, frozen=True, kw_only=True):
     """Observations of a duration; ``counts`` has one entry a bucket and one for +Inf."""
 
-    counts: tuple[int, ...] = (0,) * (len(DURATION_BUCKETS) + 1)
-    sum: float = 0.0
+    counts: _BucketCounts = (0,) * (len(DURATION_BUCKETS) + 1)
+    sum: Seconds = 0.0
 
     def observe(self, seconds: float) -> Histogram:
         """This histogram with one more observation."""
@@ -47,22 +56,22 @@ class Histogram(Record, frozen=True, kw_only=True):
 class UpdateCounts(Record, frozen=True, kw_only=True):
     """Totals of one source since the process started."""
 
-    updates: int = 0
-    failures: int = 0
-    calls: int = 0
+    updates: Count = 0
+    failures: Count = 0
+    calls: Count = 0
     #: Of ``updates``, those after which every tensor held the bytes that it had held before.
-    without_change: int = 0
+    without_change: Count = 0
     duration: Histogram = Histogram()
     #: Seconds of all updates by what they went to, and bytes of the tensors and files that calls
     #: which succeeded were handed: whole tensors, of which a rank of several keeps its part.
     #: ``None`` once a call was handed something of which nobody can tell how much it is.
-    phases: dict[Phase, float] = {}
-    nbytes: int | None = 0
+    phases: dict[Phase, Seconds] = {}
+    nbytes: Count | None = 0
     #: The last update that counted: the trace of its span (32 hexadecimal digits), when it ended,
     #: and how long it took.
-    trace_id: str = ""
-    updated_at: float | None = None
-    seconds: float | None = None
+    trace_id: TraceId = ""
+    updated_at: Seconds | None = None
+    seconds: Seconds | None = None
 
 
 def add_phases(one: dict[Phase, float], other: dict[Phase, float]) -> dict[Phase, float]:
@@ -89,8 +98,8 @@ def add_bytes(one: int | None, other: int | None) -> int | None:
 class OperationCounts(Record, frozen=True, kw_only=True):
     """Totals of one operation that reads, saves, sends or checks weights."""
 
-    calls: int = 0
-    failures: int = 0
+    calls: Count = 0
+    failures: Count = 0
 
 
 class Update(Record, frozen=True, kw_only=True):
@@ -102,43 +111,43 @@ class Update(Record, frozen=True, kw_only=True):
     #: Counts loads, updates and requests of the process, failed ones included, from 1; all roles
     #: share it. Ranks of one engine go through the same sequence, so the number names the same
     #: update on every rank.
-    sequence: int
-    started_at: float
-    ended_at: float
-    calls: int = 1
+    sequence: Count
+    started_at: Seconds
+    ended_at: Seconds
+    calls: Count = 1
     succeeded: bool
     effect: Effect
     #: SGLang's message, or the exception; empty where there was none.
     message: str = ""
     model_path: str = ""
     weight_version: str = ""
-    trace_id: str = ""
+    trace_id: TraceId = ""
     changes: TableChanges = TableChanges()
     #: Seconds by what they went to, which sum to its duration, and the bytes that it brought;
     #: ``None``: nobody can tell.
-    phases: dict[Phase, float] = {}
-    nbytes: int | None = None
+    phases: dict[Phase, Seconds] = {}
+    nbytes: Count | None = None
 
 
 class UpdateInProgress(Record, frozen=True, kw_only=True):
     """An update or session that has begun and not ended: the table may be a mixture."""
 
     source: Source | None
-    started_at: float
-    last_call_at: float
-    calls: int = 0
+    started_at: Seconds
+    last_call_at: Seconds
+    calls: Count = 0
     #: Whether one of the calls has failed already.
     failed: bool = False
     #: What it is about now, and what it has been about until its last call ended.
     phase: Phase = "wait"
     #: Since when; ``None``: not known.
-    phase_since: float | None = None
-    phases: dict[Phase, float] = {}
-    nbytes: int | None = 0
+    phase_since: Seconds | None = None
+    phases: dict[Phase, Seconds] = {}
+    nbytes: Count | None = 0
     #: SGLang before 0.5.21 has no end of an update made of several calls: such an update counts
     #: as ended once no call came for this many seconds. ``None``: an end will be reported, of the
     #: update or of the call that is running.
-    idle_seconds: float | None = None
+    idle_seconds: Seconds | None = None
 
     def is_over(self, now: float) -> bool:
         """Whether it counts as ended though nobody reported an end.

@@ -6,7 +6,14 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from sglang_weight_exporter.records.base import Record
+from sglang_weight_exporter.records.base import (
+    Count,
+    FileName,
+    Fingerprint,
+    Record,
+    Seconds,
+    Sha256,
+)
 
 Kind = Literal["parameter", "buffer", "derived"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -24,36 +31,36 @@ class WeightUsage(Record, frozen=True, kw_only=True):
     device: str
     kind: Kind
     dtype: str
-    nbytes: int
-    tensors: int
+    nbytes: Count
+    tensors: Count
     #: Bytes of storages that these tensors use and that count elsewhere: at the target whose
     #: embeddings a draft uses, or at the weight-cache daemon that they are mapped from.
-    shared: int = 0
+    shared: Count = 0
 
 
 class TableRef(Record, frozen=True, kw_only=True):
     """Where the pointer table of a role lies, and what is in it."""
 
     #: File name inside the rank's directory.
-    file: str
+    file: FileName
     #: The table's fingerprint (`weight_table.table_sha256`), hexadecimal.
-    sha256: str
-    rows: int
+    sha256: Sha256
+    rows: Count
     #: Device name to number of contiguous regions.
-    regions: dict[str, int]
-    captured_at: float
+    regions: dict[str, Count]
+    captured_at: Seconds
     #: What the tensors hold, as :func:`fingerprint.of_rank` says, in 32 hexadecimal digits, and
     #: how long it took; empty and ``None`` where it was not taken, or the memory is released.
-    fingerprint: str = ""
-    fingerprint_seconds: float | None = None
+    fingerprint: Fingerprint = ""
+    fingerprint_seconds: Seconds | None = None
     #: Parameters and derived weights that hold other bytes than the last load or update left in
     #: them: how many, and the names of :data:`NAMED_CHANGES` of them.
     #: ``None``: not known, because nobody has looked at them when it ended, or looks now.
-    modified: int | None = None
+    modified: Count | None = None
     modified_names: tuple[str, ...] = ()
     #: Tensors that looked like weights and that forward passes write: in no fingerprint, and where
     #: they are plain attributes of modules, in no table and no sum.
-    scratch: int = 0
+    scratch: Count = 0
     scratch_names: tuple[str, ...] = ()
 
 
@@ -63,11 +70,11 @@ class TableChanges(Record, frozen=True, kw_only=True):
     The name lists are cut at :data:`NAMED_CHANGES` entries; the counts are complete.
     """
 
-    moved: int = 0
-    added: int = 0
-    removed: int = 0
-    resized: int = 0
-    device: int = 0
+    moved: Count = 0
+    added: Count = 0
+    removed: Count = 0
+    resized: Count = 0
+    device: Count = 0
     names: dict[str, tuple[str, ...]] = {}
 
     def __bool__(self) -> bool:

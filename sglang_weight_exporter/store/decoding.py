@@ -2,27 +2,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records out of files that another process wrote: valid, of this version, or refused in words.
 
-Valid is more than what the types say, because a value that cannot be sent costs more than its
-series: one NaN or one histogram without its last count ends a scrape of all ranks. Numbers are
-checked here, so that whoever reads a record need not.
+What is valid the records' own types say (``records.base``), so that whoever reads a record need not
+check a number again. Of a snapshot, what is not valid is left out and the rest is kept.
 """
 
 from __future__ import annotations
 
-import re
+import contextlib
 import threading
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
 from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
 from sglang_weight_exporter.records.memory import MemoryDump
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
-from sglang_weight_exporter.records.updates import DURATION_BUCKETS, Histogram, Update, UpdateCounts
-from sglang_weight_exporter.records.weights import TableRef
+from sglang_weight_exporter.records.updates import UpdateInProgress
 from sglang_weight_exporter.store.files import read_file
 from sglang_weight_exporter.weight_table import CODED, NUMBERS, WeightTable
 
@@ -35,20 +34,12 @@ LARGEST_RECORD = 16 * 2**20
 #: What the exporter process keeps for itself is smaller.
 LARGEST_NOTE = 2**20
 
-#: What a file can hold with its sign. Counters of bytes pass 2**53 (9 petabytes) in days of updates
-#: of a terabyte a minute; what is larger than that is sent as a float.
-_LARGEST_INTEGER = 2**63 - 1
-#: Times and durations are sent as nanoseconds; this is the year 2262.
-_LARGEST_SECONDS = 2**63 / 1e9
-
-_COUNTS = len(DURATION_BUCKETS) + 1
-_TRACE_ID = re.compile(r"([0-9a-f]{32})?")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_FINGERPRINT = re.compile(r"([0-9a-f]{32})?")
-_FILE = re.compile(r"[\w.-]*")
-
 #: What msgspec raises besides its own errors: for text that is no UTF-8, and for nesting.
 _INVALID = (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError, OverflowError)
+
+
+#: And what a record raises without a field that it needs.
+_NOT_MENDED = (*_INVALID, TypeError)
 
 
 #: msgspec prepares a type when it first meets it, and two threads that have it do so at once end
@@ -86,9 +77,14 @@ def read(path: Path, kind: type[AnyRecord]) -> AnyRecord:
 def decode(content: bytes, kind: type[AnyRecord], path: Path) -> AnyRecord:
     """A record from a file's content. Raises :class:`UnreadableError`."""
     try:
-        _check_version(content, path)
-        return _valid(content, kind)
+        record: AnyRecord = _decode(content, kind)
+        _check_version(getattr(record, "schema", SCHEMA_VERSION), path)
+        if isinstance(record, WeightTable):
+            _check_table(record)
+        return record
     except _INVALID as error:
+        with contextlib.suppress(*_INVALID):
+            _check_version(_decode(content, _Version).schema, path)
         raise UnreadableError(
             f"{path} is damaged ({error}), so it is left out. "
             f"The next update of its rank writes it anew."
@@ -103,39 +99,77 @@ def read_snapshot(path: Path, on_left_out: Callable[[str], None] | None = None) 
 def decode_snapshot(
     content: bytes, path: Path, on_left_out: Callable[[str], None] | None = None
 ) -> Snapshot:
-    """A snapshot with those of its roles that are valid. Raises :class:`UnreadableError`.
+    """A snapshot with what of it is valid. Raises :class:`UnreadableError`.
 
-    ``on_left_out`` is told of each role that is not.
+    A field that may be ``None`` is, where its value is not valid; another one takes the record
+    along that it is in: at most a role. ``on_left_out`` is told of each.
     """
     try:
         return decode(content, Snapshot, path)
     except UnreadableError as error:
+        left_out: list[str] = []
         try:
-            rest, complaints = _without_damaged_roles(content, path)
-        except (*_INVALID, KeyError):
+            values = _decode(content, Any)
+            with _preparing:
+                snapshot: Snapshot = _mended(values, Snapshot, "", left_out)
+        except _NOT_MENDED:
             raise error from error.__cause__
-        snapshot = decode(rest, Snapshot, path)
-        for complaint in complaints:
+        _check_version(snapshot.schema, path)
+        for what in left_out:
             if on_left_out is not None:
-                on_left_out(complaint)
+                on_left_out(
+                    f"{path} is damaged{what}, which is left out. "
+                    f"The next update of its rank writes it anew."
+                )
         return snapshot
 
 
-def _without_damaged_roles(content: bytes, path: Path) -> tuple[bytes, list[str]]:
-    """The content again with its valid roles alone, and a sentence for each other one."""
-    fields = _decode(content, dict[str, msgspec.Raw])
-    roles, complaints = [], []
-    for index, raw in enumerate(_decode(fields["roles"], list[msgspec.Raw])):
+def _mended(value: Any, kind: Any, where: str, left_out: list[str]) -> Any:
+    """Plain values as what a type annotation says, without what is not valid. Raises what msgspec
+    raises where nothing can be left out."""
+    try:
+        return msgspec.convert(value, kind)
+    except _INVALID as error:
+        origin, inner = get_origin(kind), get_args(kind)
+        if origin in {Union, UnionType} and NoneType in inner:
+            (some,) = (each for each in inner if each is not NoneType)
+            try:
+                return _mended(value, some, where, left_out)
+            except _NOT_MENDED:
+                if some is UpdateInProgress:
+                    raise  # Without it nobody would know that the table may be a mixture.
+                left_out.append(f" in {where} ({error})")
+                return None
+        if origin is tuple and isinstance(value, list):
+            return _mended_tuple(value, inner[0], where, left_out)
+        if origin is dict and isinstance(value, dict):
+            return {
+                msgspec.convert(key, inner[0]): _mended(
+                    each, inner[1], f"{where}[{key!r}]", left_out
+                )
+                for key, each in value.items()
+            }
+        if not (isinstance(kind, type) and issubclass(kind, Record) and isinstance(value, dict)):
+            raise
+        fields = {
+            field.name: _mended(value[field.name], field.type, f"{where}.{field.name}", left_out)
+            for field in msgspec.structs.fields(kind)
+            if field.name in value
+        }
+        return kind(**fields)
+
+
+def _mended_tuple(values: list[Any], kind: Any, where: str, left_out: list[str]) -> tuple[Any, ...]:
+    kept = []
+    for number, value in enumerate(values):
+        place = f"its model {number + 1}" if kind is Role else f"{where}[{number}]"
         try:
-            _valid(raw, Role)
-        except _INVALID as error:
-            complaints.append(
-                f"{path} is damaged in its model {index + 1} ({error}), which is left out. "
-                f"The next update of its rank writes it anew."
-            )
-        else:
-            roles.append(raw)
-    return msgspec.msgpack.encode({**fields, "roles": roles}), complaints
+            kept.append(_mended(value, kind, place, left_out))
+        except _NOT_MENDED as error:
+            if kind is not Role:
+                raise
+            left_out.append(f" in {place} ({error})")
+    return tuple(kept)
 
 
 def read_json(path: Path, kind: type[AnyRecord]) -> AnyRecord:
@@ -144,75 +178,18 @@ def read_json(path: Path, kind: type[AnyRecord]) -> AnyRecord:
     content = read_file(path, LARGEST_NOTE)
     try:
         record: AnyRecord = _decoder(msgspec.json.Decoder, kind).decode(content)
-        if problem := _problem(record):
-            raise ValueError(f"{kind.__name__}{problem}")
         return record
     except _INVALID as error:
         raise UnreadableError(f"{path} is damaged ({error}).") from error
 
 
-def _check_version(content: bytes, path: Path) -> None:
-    version = _decode(content, _Version).schema
+def _check_version(version: int, path: Path) -> None:
     if version != SCHEMA_VERSION:
         raise UnreadableError(
             f"{path} was written by another version of sglang-weight-exporter (schema "
             f"{version}, this one reads {SCHEMA_VERSION}), so its rank is left out. Install "
             f"the same version beside SGLang and where the exporter process runs."
         )
-
-
-def _valid(content: bytes | msgspec.Raw, kind: type[AnyRecord]) -> AnyRecord:
-    record: AnyRecord = _decode(content, kind)
-    problem = _problem(record)
-    if problem:
-        raise ValueError(f"{kind.__name__}{problem}")
-    if isinstance(record, WeightTable):
-        _check_table(record)
-    return record
-
-
-def _problem(value: Any) -> str:
-    """Where in a value something has the right type and cannot be true, and what; else empty."""
-    if isinstance(value, str | bytes | bool):
-        return ""
-    if isinstance(value, int):
-        return "" if 0 <= value <= _LARGEST_INTEGER else f" is {value}"
-    if isinstance(value, float):
-        # NaN is in no range.
-        return "" if 0.0 <= value < _LARGEST_SECONDS else f" is {value}"
-    parts: Iterable[tuple[str, Any]] = ()
-    if isinstance(value, Record):
-        if problem := _problem_of_record(value):
-            return problem
-        parts = ((f".{name}", getattr(value, name)) for name in value.__struct_fields__)
-    elif isinstance(value, Mapping):
-        parts = ((f"[{key!r}]", each) for key, each in value.items())
-    elif isinstance(value, tuple):
-        parts = (("", each) for each in value)
-    for where, part in parts:
-        if problem := _problem(part):
-            return where + problem
-    return ""
-
-
-def _problem_of_record(record: Record) -> str:
-    """What only the fields of one kind of record can have."""
-    if isinstance(record, Histogram):
-        counts = len(record.counts)
-        if counts != _COUNTS:
-            return f".counts has {counts} entries and not {_COUNTS}"
-        # OTLP has 64 bits for their sum.
-        return "" if sum(record.counts) <= 2**53 else ".counts are more than can be"
-    if isinstance(record, Update | UpdateCounts) and not _TRACE_ID.fullmatch(record.trace_id):
-        return f".trace_id is {record.trace_id!r}"
-    if isinstance(record, TableRef):
-        # Both become parts of paths.
-        if not _FILE.fullmatch(record.file):
-            return f".file is {record.file!r}"
-        if not _SHA256.fullmatch(record.sha256):
-            return f".sha256 is {record.sha256!r}"
-    fingerprint = record.fingerprint if isinstance(record, TableRef | WeightTable) else ""
-    return "" if _FINGERPRINT.fullmatch(fingerprint) else f".fingerprint is {fingerprint!r}"
 
 
 def _check_table(table: WeightTable) -> None:

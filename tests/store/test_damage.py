@@ -107,18 +107,33 @@ def fingerprint_that_is_no_number(fields: Fields) -> None:
     fields["roles"][0]["table"] = {**table, "fingerprint": "x" * 32}
 
 
+def negative_bytes_of_a_source(fields: Fields) -> None:
+    fields["roles"][0]["updates"]["disk"]["nbytes"] = -1
+
+
+def update_in_progress_since_nobody_knows_when(fields: Fields) -> None:
+    progress = {"source": "disk", "started_at": float("nan"), "last_call_at": 3.0}
+    fields["roles"][0]["in_progress"] = progress
+
+
+#: What may be unknown, and is.
+DAMAGED_FIELD: dict[Callable[[Any], Any], Callable[[Role], object]] = {
+    nan: lambda role: role.loaded_at,
+    infinity: lambda role: role.load_seconds,
+    time_beyond_nanoseconds: lambda role: role.updated_at,
+    count_beyond_64_bits_with_sign: lambda role: role.resident,
+    table_outside_the_directory: lambda role: role.table,
+    fingerprint_that_is_no_number: lambda role: role.table,
+    negative_bytes_of_a_source: lambda role: role.updates["disk"].nbytes,
+}
+
 DAMAGED_ROLE: list[Callable[[Any], Any]] = [
     histogram_with_three_counts,
-    nan,
-    infinity,
-    time_beyond_nanoseconds,
     negative_sum,
     negative_count,
-    count_beyond_64_bits_with_sign,
     wrong_type,
     exemplar_that_no_scrape_takes,
-    table_outside_the_directory,
-    fingerprint_that_is_no_number,
+    update_in_progress_since_nobody_knows_when,
 ]
 
 
@@ -174,7 +189,7 @@ def write(
     rank: RankStore, fields: Fields, change: Callable[[Any], Any] = lambda content: content
 ) -> None:
     """Write a snapshot, changed like this."""
-    if change in DAMAGED_ROLE:
+    if change in DAMAGED_ROLE or change in DAMAGED_FIELD:
         change(fields)
         content = msgspec.msgpack.encode(fields)
     else:
@@ -205,6 +220,25 @@ def roles_by_rank(runtime_dir: RuntimeDir, said: list[str]) -> dict[str, list[st
     }
 
 
+@pytest.mark.parametrize("change", DAMAGED_FIELD)
+def test_a_damaged_field_costs_itself_alone(
+    runtime_dir: RuntimeDir, broken: RankStore, change: Callable[[Fields], None]
+) -> None:
+    write(broken, valid_snapshot("broken"))
+    ((_, before), _) = SnapshotReader(runtime_dir).read()
+    write(broken, valid_snapshot("broken"), change)
+    said: list[str] = []
+    ((_, after), _) = SnapshotReader(runtime_dir, on_unreadable=said.append).read()
+    assert [role.name for role in after.roles] == ["target", "draft"]
+    field = DAMAGED_FIELD[change]
+    assert field(after.roles[0]) is None
+    assert msgspec.structs.replace(after, roles=()) == msgspec.structs.replace(before, roles=())
+    assert after.roles[1] == before.roles[1]
+    (sentence,) = said
+    assert str(broken.path / "snapshot") in sentence
+    assert "in its model 1." in sentence
+
+
 @pytest.mark.parametrize("change", DAMAGED_ROLE)
 def test_a_damaged_model_costs_itself_alone(
     runtime_dir: RuntimeDir, broken: RankStore, change: Callable[[Fields], None]
@@ -228,7 +262,7 @@ def test_a_damaged_snapshot_costs_its_rank_alone(
     assert str(broken.path / "snapshot") in sentence
 
 
-@pytest.mark.parametrize("change", [*DAMAGED_ROLE, *DAMAGED_RANK])
+@pytest.mark.parametrize("change", [*DAMAGED_FIELD, *DAMAGED_ROLE, *DAMAGED_RANK])
 def test_an_engine_that_starts_can_claim_a_name(
     runtime_dir: RuntimeDir, broken: RankStore, change: Callable[[Any], Any]
 ) -> None:
