@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Write the Grafana dashboards, and the address of the runbooks into the rules.
+"""Write the Grafana dashboards, and the address of the runbooks into them and the rules.
 
 What is asked of Prometheus is in `queries`, how a panel looks in `grafana`, and each row of
 panels is a module in `rows`. `fleet` and `engine` are the two boards that are made of them.
@@ -10,5 +10,6 @@ here is what Grafana's documentation describes; the tests check it against Grafa
 it with Grafana's panels. Every query reads raw series: the recording rules are not needed for it.
 """
 
-#: Where the documents are published. A fork or a mirror changes this line and runs the generator.
-DOCUMENTS = "https://sglang-weight-exporter.example/docs"
+#: Stands for the address of the documents in a link, until the generator is told one: nothing that
+#: is shipped leads to an address that it cannot know.
+DOCUMENTS = "documents:"

@@ -72,7 +72,7 @@ def zero_when_healthy() -> list[Json]:
                 "No weight version that is a number",
                 *red,
             ),
-            runbook("SGLangWeightRanksDisagreeOnVersion"),
+            runbook("SGLangWeightReplicasDiffer"),
         ),
         linked(
             stat(
@@ -119,7 +119,7 @@ def zero_when_healthy() -> list[Json]:
                 NOT_LOADED,
                 *orange,
             ),
-            runbook("SGLangWeightHooksMissing"),
+            runbook("SGLangWeightExporterIncomplete"),
         ),
     ]
 

@@ -51,6 +51,33 @@ def test_a_stale_file_is_named(tmp_path: Path) -> None:
     assert "Tensors shifted" not in stale.read_text()
 
 
+def test_whoever_publishes_the_documents_has_links_to_them(tmp_path: Path) -> None:
+    address = "https://wiki.example/weights"
+    arguments = ("--documents", address + "/", "--output", str(tmp_path))
+    assert generate(ROOT, *arguments).returncode == 0
+    for file in DASHBOARDS.glob("*.json"):
+        assert "wiki.example" not in file.read_text()
+        assert "documents:" not in file.read_text()
+        assert f'"{address}/alerts.md' in (tmp_path / file.name).read_text()
+    run("promtool", "check", "rules", tmp_path / RULES.name)
+    shipped, linked = (
+        {
+            rule["alert"]: rule
+            for group in yaml.safe_load(path.read_text())["groups"]
+            for rule in group["rules"]
+            if "alert" in rule
+        }
+        for path in (RULES, tmp_path / RULES.name)
+    )
+    for name, rule in linked.items():
+        url = rule["annotations"].pop("runbook_url")
+        assert url == f"{address}/alerts.md#{name.lower()}"
+    assert linked == shipped
+    refused = generate(ROOT, "--documents", address)
+    assert refused.returncode == 2
+    assert "--output" in refused.stderr
+
+
 #: Labels of the scrape, that the exporter does not serve.
 SCRAPED = {"cluster", "namespace", "job", "instance"}
 

@@ -31,6 +31,15 @@ def fleet_of(until: float, *engines: Engine) -> Fleet:
     return fleet
 
 
+def since(second: float, before: float, after: float) -> Callable[[float], float]:
+    """Another value from this second on."""
+    return lambda now: before if now < second else after
+
+
+def always(text: str) -> Callable[[float], str]:
+    return lambda now: text
+
+
 def step(updates: list[Span], takes: float = 1) -> Callable[[float], str]:
     """A version that is the number of updates; `takes` of them make one."""
     return lambda second: f"step-{sum(end <= second for _, end in updates) // takes:.0f}"
@@ -43,8 +52,8 @@ def rolling_restart(of: str, to: str, takes: float) -> Iterator[Engine]:
     """Twelve pods, one after another, with new addresses; the version comes with the launch."""
     for number in range(12):
         down = 10 * MINUTE + number * 5 * MINUTE
-        yield Engine(f"p{number}:9400", ended=down, version=lambda s: of)
-        yield Engine(f"q{number}:9400", loaded=down + takes, version=lambda s: to)
+        yield Engine(f"p{number}:9400", ended=down, version=always(of))
+        yield Engine(f"q{number}:9400", loaded=down + takes, version=always(to))
 
 
 def trained(count: int, period: float, apart: float, takes: float) -> Iterator[Engine]:
@@ -54,16 +63,16 @@ def trained(count: int, period: float, apart: float, takes: float) -> Iterator[E
         yield Engine(f"h{number}:9400", updates=updates, version=step(updates))
 
 
+def newest(updates: list[Span]) -> Callable[[float], str]:
+    """The version, one every 20 s, that there was when the last update ended."""
+    return lambda second: str(max((end // 20 for _, end in updates if end <= second), default=0))
+
+
 def at_their_own_pace() -> Iterator[Engine]:
     """Asynchronous training: each takes the newest once a minute, there is one every 20 s."""
     for number in range(6):
         updates = every(60, 60 + number * 10, 2 * HOUR, 4)
-        taken = [(end, str(end // 20)) for _, end in updates]
-        yield Engine(
-            f"h{number}:9400",
-            updates=updates,
-            version=lambda s, t=taken: max((v for end, v in t if end <= s), default="0"),
-        )
+        yield Engine(f"h{number}:9400", updates=updates, version=newest(updates))
 
 
 def blue_and_green() -> Iterator[Engine]:
@@ -72,8 +81,8 @@ def blue_and_green() -> Iterator[Engine]:
         yield Engine(
             f"h{number}:9400",
             loaded=-3 * DAY if colour == "blue" else -2 * HOUR,
-            version=lambda s, c=colour: c,
-            fingerprint=lambda s, c=colour: len(c),
+            version=always(colour),
+            fingerprint=since(0, 0, len(colour)),
         )
 
 
@@ -85,8 +94,8 @@ def canary() -> Iterator[Engine]:
             f"h{number}:9400",
             source="disk",
             updates=[(begin, begin + 90)],
-            version=lambda s, b=begin: "v2" if s >= b + 90 else "v1",
-            fingerprint=lambda s, b=begin: 2 if s >= b + 90 else 1,
+            version=step([(begin, begin + 90)]),
+            fingerprint=since(begin + 90, 1, 2),
         )
 
 
@@ -118,7 +127,7 @@ def moved_experts() -> Iterator[Engine]:
             f"h{number}:9400",
             source="eplb",
             updates=updates,
-            fingerprint=lambda s, n=number: 1 if s < 20 * MINUTE else 10 + n,
+            fingerprint=since(20 * MINUTE, 1, 10 + number),
         )
 
 
@@ -204,18 +213,18 @@ def left_behind() -> Iterator[Engine]:
 
 
 def restarted_replica() -> Iterator[Engine]:
-    """Three got v2 by an update an hour ago; one was restarted with the checkpoint of its launch."""
+    """Three got v2 by an update an hour ago; one came back with the checkpoint of its launch."""
     updates = [(-3600.0, -3590.0)]
     for number in range(3):
-        yield Engine(f"h{number}:9400", updates=updates, version=lambda s: "v2")
-    yield Engine("h3:9400", updates=updates, version=lambda s: "v2", ended=600)
-    yield Engine("h3:9400", loaded=1200, version=lambda s: "v1")
+        yield Engine(f"h{number}:9400", updates=updates, version=always("v2"))
+    yield Engine("h3:9400", updates=updates, version=always("v2"), ended=600)
+    yield Engine("h3:9400", loaded=1200, version=always("v1"))
 
 
 def one_byte() -> Iterator[Engine]:
     """Versions are equal, weights are not."""
     for number in range(3):
-        yield Engine(f"h{number}:9400", fingerprint=lambda s, n=number: 7 + (n == 1))
+        yield Engine(f"h{number}:9400", fingerprint=since(0, 0, 7 + (number == 1)))
 
 
 def smaller_pool(count: int, address: str) -> Iterator[Engine]:

@@ -171,9 +171,7 @@ def rules() -> list[tuple[str, str]]:
 #: Raised a scrape later or ended one earlier than in Prometheus: ``changes()`` also counts from
 #: the last sample before its window, and a subquery begins elsewhere in its first minute.
 A_SCRAPE_APART = {
-    "SGLangWeightReloadStuck",
-    "SGLangWeightRankNotInUpdate",
-    "SGLangWeightRankMissing",
+    "SGLangWeightRanksMissing",
 }
 
 #: ``increase()`` is not extrapolated: where these graphs round, Prometheus may be one off.

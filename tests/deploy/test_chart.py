@@ -109,7 +109,7 @@ VALUES: dict[str, Values] = {
         "prometheusRule": {
             "interval": "1m",
             "disabled": {"SGLangKVCacheStale": True},
-            "alerts": {"SGLangWeightsLeaveLittleForKV": {"threshold": 0.8, "for": "1h"}},
+            "alerts": {"SGLangGPUMemoryTakenByOthers": {"threshold": 0.95, "for": "1h"}},
         },
     },
     "dashboards alone": {
@@ -207,7 +207,7 @@ def test_what_is_rendered_fits_the_operator_s_definitions(render: Render, tmp_pa
         ({"prometheusRule": {"disabled": {"SGLangKVCacheStail": True}}}, "There is no alert"),
         ({"prometheusRule": {"alerts": {"SGLangWeightsGone": {"for": "1m"}}}}, "There is no alert"),
         (
-            {"prometheusRule": {"alerts": {"SGLangWeightHostMissing": {"for": "soon"}}}},
+            {"prometheusRule": {"alerts": {"SGLangWeightRanksMissing": {"for": "soon"}}}},
             "does not match",
         ),
         ({"operator": "google", "podMonitor": {"namespace": "monitoring"}}, "of its own namespace"),
@@ -293,8 +293,8 @@ def test_every_alert_can_be_disabled(render: Render) -> None:
 
 
 def test_an_alert_has_other_figures(render: Render) -> None:
-    name = "SGLangWeightsLeaveLittleForKV"
-    own = {"threshold": 0.85, "for": "1h", "labels": {"severity": "info"}}
+    name = "SGLangGPUMemoryTakenByOthers"
+    own = {"threshold": 0.95, "for": "1h", "labels": {"severity": "info"}}
     values = {"interval": "1m", "alerts": {name: own}}
     (made,) = render({"prometheusRule": values})["PrometheusRule"]
     groups = made["spec"]["groups"]
@@ -303,7 +303,7 @@ def test_an_alert_has_other_figures(render: Render) -> None:
     after = {rule.get("alert"): rule for rule in rules(groups)}
     assert after.pop(name) == {
         **before[name],
-        "expr": before.pop(name)["expr"].replace("> 0.6", "> 0.85"),
+        "expr": before.pop(name)["expr"].replace("> 0.985", "> 0.95"),
         "for": "1h",
         "labels": {"severity": "info"},
     }
@@ -350,6 +350,37 @@ def test_a_scrape_of_too_many_series_is_refused(render: Render) -> None:
     (monitor,) = render(VALUES["other figures"])["PodMonitor"]
     assert monitor["spec"]["sampleLimit"] == 20000
     assert "sampleLimit" not in render({})["PodMonitor"][0]["spec"]
+
+
+def test_labels_of_pods_replace_none_of_the_exporter_s(render: Render) -> None:
+    """`role` of LeaderWorkerSet's examples, `version` of Istio's."""
+    (monitor,) = render({"podMonitor": {"podTargetLabels": ["role", "version"]}})["PodMonitor"]
+    for endpoint in monitor["spec"]["podMetricsEndpoints"]:
+        assert endpoint["honorLabels"] is True
+
+
+def test_alertmanager_s_configuration_is_that_of_the_compose_file(render: Render) -> None:
+    assert "AlertmanagerConfig" not in render({})
+    receiver = {"name": "pager", "webhookConfigs": [{"url": "https://pager.example.org/"}]}
+    values = {"alertmanagerConfig": {"enabled": True, "receiver": receiver}}
+    (made,) = render(values)["AlertmanagerConfig"]
+    shipped = yaml.safe_load((DASHBOARDS / "compose" / "alertmanager.yml").read_text())
+    route = made["spec"]["route"]
+    assert route["receiver"] == "pager"
+    assert route["groupBy"] == shipped["route"]["group_by"]
+    assert made["spec"]["receivers"] == [receiver]
+
+    def matchers(found: list[dict[str, str]]) -> list[str]:
+        return [f'{each["name"]} {each["matchType"]} "{each["value"]}"' for each in found]
+
+    assert [
+        {
+            "source_matchers": matchers(each["sourceMatch"]),
+            "target_matchers": matchers(each["targetMatch"]),
+            "equal": each["equal"],
+        }
+        for each in made["spec"]["inhibitRules"]
+    ] == shipped["inhibit_rules"]
 
 
 def test_grafana_s_sidecar_finds_every_dashboard(render: Render) -> None:

@@ -29,12 +29,6 @@ DOCUMENTS = [
         for path in sorted((PROJECT / room).rglob("*.md"))
     ),
 ]
-#: The address that the generator of dashboards and rules is told.
-PUBLISHED = re.findall(
-    r'^DOCUMENTS = "(https://.+)"$',
-    (PROJECT / "dashboards" / "generate" / "__init__.py").read_text(),
-    re.MULTILINE,
-)[0]
 
 
 def test_reference_pages_say_what_the_code_says() -> None:
@@ -77,32 +71,6 @@ def test_links_lead_somewhere(page: Path) -> None:
         )
         if anchor and linked.suffix == ".md":
             assert anchor in anchors_of(linked), f"{page.name} links to {target}"
-
-
-#: What is shipped leads to the documents by their published address.
-SHIPPED = [path for path in (PROJECT / "dashboards").rglob("*") if path.suffix in {".yml", ".json"}]
-
-
-@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
-def test_published_links_lead_to_a_heading(file: Path) -> None:
-    links = re.findall(
-        rf"{re.escape(PUBLISHED)}/([\w./-]+?\.md)(?:#([\w-]+))?(?=[\"\s])", file.read_text()
-    )
-    assert links or not re.search(
-        "(sglang-(fleet|engine).json|sglang-weights.rules.yml)$", file.name
-    )
-    for page, anchor in links:
-        linked = PROJECT / "docs" / page
-        assert linked.exists(), page
-        assert not anchor or anchor in anchors_of(linked), f"{page}#{anchor}"
-
-
-def test_every_alert_has_a_runbook_at_an_absolute_address() -> None:
-    rules = (PROJECT / "dashboards" / "sglang-weights.rules.yml").read_text()
-    alerts = re.findall(r"^ *- alert: (\w+)$", rules, re.MULTILINE)
-    assert alerts
-    runbooks = re.findall(r"^ *runbook_url: (\S+)$", rules, re.MULTILINE)
-    assert runbooks == [f"{PUBLISHED}/alerts.md#{alert.lower()}" for alert in alerts]
 
 
 def test_the_changelog_is_by_release() -> None:

@@ -276,7 +276,7 @@ def test_an_update_of_both_is_one_trace_and_no_alert_of_two(
     counted = "count(sum without (source) (sglang_weight_updates_total) == 1) == 2"
     eventually(lambda: monitoring.query(counted), what="Prometheus has the update")
     # Between two scrapes one host is ahead of the other, and that is pending for a moment.
-    for name in ("SGLangWeightHostsDisagree", "SGLangWeightHostMissing"):
+    for name in ("SGLangWeightRanksDisagree", "SGLangWeightRanksMissing"):
         resolves(monitoring, name)
 
 
@@ -288,7 +288,7 @@ def test_a_host_that_missed_an_update_is_told_once_until_it_has_it(
     checkpoints: Path,
 ) -> None:
     """SGLang answers 200, because the first host has the checkpoint."""
-    name = "SGLangWeightHostsDisagree"
+    name = "SGLangWeightRanksDisagree"
     last = parts[1].scrape().one("sglang_weight_last_update_start_timestamp_seconds")
     eventually(lambda: time.time() - last > 11, what="ten seconds since the last update began")
     hosts[0].write("c", 2)
@@ -323,15 +323,15 @@ def test_a_host_that_cannot_be_reached_is_missing_until_it_can(
     backend: Backend,
     checkpoints: Path,
 ) -> None:
-    name = "SGLangWeightHostMissing"
+    name = "SGLangWeightRanksMissing"
     run("ip", "link", "set", hosts[1].cable, "down")
     try:
         (alert,) = eventually(fires(monitoring, name), what=name)
     finally:
         run("ip", "link", "set", hosts[1].cable, "up")
     assert alert["labels"]["engine_group"] == group_of(parts[0])
-    assert alert["annotations"]["summary"].startswith("1 hosts of an engine")
-    assert monitoring.active_alerts("SGLangWeightHostsDisagree") == []
+    assert alert["annotations"]["summary"].startswith("1 host(s) of an engine")
+    assert monitoring.active_alerts("SGLangWeightRanksDisagree") == []
     resolves(monitoring, name)
     update(parts, checkpoints / "a")
     updates_come_to(parts, (4, 0), (3, 1))

@@ -161,19 +161,19 @@ def test_a_host_that_is_behind_or_gone_is_one_alert(
         nodes = f'sglang_weight_engine_nodes{{engine_group="{group}"}}'
         seen = f"count(count by (instance) ({nodes})) == 2"
         eventually(lambda: monitoring.query(seen), what="both hosts are scraped")
-        name = "SGLangWeightHostsDisagree"
+        name = "SGLangWeightRanksDisagree"
         hosts[0].traces()
         (alert,) = eventually(lambda: raised(name), what=name)
         assert {"engine_group": group, "role": "target"}.items() <= alert["labels"].items()
         hosts[1].traces()
         eventually(lambda: not monitoring.active_alerts(name), what=f"{name} resolves")
-        assert raised("SGLangWeightHostMissing") == []
+        assert raised("SGLangWeightRanksMissing") == []
         exporters[1].end(signal.SIGKILL)
         (alert,) = eventually(
-            lambda: raised("SGLangWeightHostMissing"), what="SGLangWeightHostMissing"
+            lambda: raised("SGLangWeightRanksMissing"), what="SGLangWeightRanksMissing"
         )
         assert alert["labels"]["engine_group"] == group
-        assert alert["annotations"]["summary"].startswith("1 hosts of an engine")
+        assert alert["annotations"]["summary"].startswith("1 host(s) of an engine")
     finally:
         monitoring.stop()
 

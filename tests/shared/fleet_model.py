@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -29,6 +29,15 @@ def every(period: float, first: float, last: float, takes: float) -> list[Span]:
 
 def inside(spans: Sequence[Span], second: float) -> bool:
     return any(begin <= second < end for begin, end in spans)
+
+
+def ended(spans: Sequence[Span], second: float) -> int:
+    return sum(end <= second for _, end in spans)
+
+
+def counted(spans: Sequence[Span]) -> Value:
+    """A counter of those that have ended."""
+    return lambda second: ended(spans, second)
 
 
 @dataclass
@@ -122,7 +131,7 @@ class Engine:
     clock: float = 0
     """How far the host's is ahead."""
     updates: Sequence[Span] = ()
-    of_rank: dict[tuple[int, str], Sequence[Span]] = field(default_factory=dict)
+    of_rank: Mapping[tuple[int, str], Sequence[Span]] = field(default_factory=dict)
     """Updates of a rank and role that are others."""
     failures: Sequence[Span] = ()
     open: Sequence[Span] = ()
@@ -182,9 +191,6 @@ class Engine:
         def put(name: str, value: Value, **more: str) -> None:
             self._put(fleet, name, {**identity, **more}, value)
 
-        def ended(second: float) -> int:
-            return sum(end <= second for _, end in updates)
-
         loaded, clock = self.loaded, self.clock
         put("sglang_weight_loaded_timestamp_seconds", lambda second: loaded + clock)
         put(
@@ -196,18 +202,11 @@ class Engine:
             lambda second: max([loaded - 30, *(b for b, e in updates if e <= second)]) + clock,
         )
         put("sglang_weight_update_in_progress", lambda second: float(inside(busy, second)))
-        for source in {self.source, "eplb"}:
-            ours = source == self.source
-            put("sglang_weight_updates_total", lambda s, on=ours: on * ended(s), source=source)
-            put(
-                "sglang_weight_update_failures_total",
-                lambda s, on=ours: on * sum(end <= s for _, end in self.failures),
-                source=source,
-            )
+        self._serve_counters(put, updates)
         if updates:
             put(
                 "sglang_weight_update_bytes_total",
-                lambda second: (self.weights * ended(second)) or None,
+                lambda second: (self.weights * ended(updates, second)) or None,
                 source=self.source,
             )
         put("sglang_weight_bytes", lambda s: self.weights, kind="parameter", dtype="bfloat16")
@@ -221,9 +220,17 @@ class Engine:
         if role == self.roles[0]:
             self._serve_rank(put)
 
+    def _serve_counters(self, put: Callable[..., None], updates: Sequence[Span]) -> None:
+        """By source: its own, and experts that are moved, of which there are none."""
+        for source in {self.source, "eplb"}:
+            had = updates if source == self.source else ()
+            failed = self.failures if source == self.source else ()
+            put("sglang_weight_updates_total", counted(had), source=source)
+            put("sglang_weight_update_failures_total", counted(failed), source=source)
+
     def _serve_rank(self, put: Callable[..., None]) -> None:
         """What is a rank's and no role's."""
-        put("sglang_weight_version_id", lambda s: float(sum(self.version(s).encode()) % 9973))
+        put("sglang_weight_version_hash", lambda s: float(sum(self.version(s).encode()) % 9973))
         put("sglang_kv_pool_tokens", lambda second: self.tokens, pool="full")
         put("sglang_kv_cache_stale", lambda second: float(inside(self.stale, second)))
         put("sglang_kv_cache_paused", lambda second: float(inside(self.paused, second)))

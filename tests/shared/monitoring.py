@@ -81,21 +81,31 @@ class Webhook:
 def hastened_rules() -> str:
     """The shipped rules with their minutes as seconds, so that a test sees alerts resolve.
 
-    Only durations change: `time() - 300`, `[10m]`, `[1h]`, `< 600` and `< 3600` (since the load),
-    the minute that a draft may be behind its target, and `for:`.
+    Only durations change. Those of the alert on leaks stay: its hour is written into a store.
     """
-    text = RULES.read_text()
+    rules = re.split(r"(?m)^(?= +- (?:alert|record): )", RULES.read_text())
     for shipped, hastened, at_least in (
         (r"time\(\) - 300\b", "time() - 15", 2),
-        (r"\[10m\]", "[15s]", 3),
-        (r"\[1h\]", "[30s]", 2),
+        (r"time\(\) - 1800\b", "time() - 3", 2),
+        (r"offset 2m\b", "offset 6s", 2),
+        (r"offset (?:5|10)m\b", "offset 15s", 8),
+        (r"offset 30m\b", "offset 20s", 8),
+        (r"offset 1h\b", "offset 30s", 2),
+        (r"\[1[05]m\]", "[15s]", 2),
+        (r"\[(?:1h|30m)\]", "[30s]", 3),
         (r"< (?:3)?600\b", "< 1", 5),
+        (r"> 600\b", "> 1", 1),
+        (r"> 120\b", "> 10", 1),
         (r"\+ 60\b", "+ 1", 1),
         (r"for: (\d+)m", r"for: \1s", 8),
     ):
-        text, count = re.subn(shipped, hastened, text)
-        assert count >= at_least, f"{shipped} is {count} times in {RULES.name}"
-    return text
+        counts = 0
+        for index, rule in enumerate(rules):
+            if "SGLangWeightUpdatesLeakMemory" not in rule:
+                rules[index], count = re.subn(shipped, hastened, rule)
+                counts += count
+        assert counts >= at_least, f"{shipped} is {counts} times in {RULES.name}"
+    return "".join(rules)
 
 
 @dataclass

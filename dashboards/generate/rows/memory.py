@@ -178,7 +178,7 @@ def zero_when_healthy() -> list[Json]:
                 *orange,
                 width=5,
             ),
-            runbook("SGLangWeightHooksMissing"),
+            runbook("SGLangWeightExporterIncomplete"),
         ),
         linked(
             stat(
@@ -190,7 +190,7 @@ def zero_when_healthy() -> list[Json]:
                 *orange,
                 width=5,
             ),
-            runbook("SGLangWeightHookErrors"),
+            runbook("SGLangWeightExporterIncomplete"),
         ),
         stat(
             "Files unread",
