@@ -119,7 +119,7 @@ def test_only_series_that_the_exporter_serves_are_asked_for(dashboard: dict[str,
         for name in re.findall(r"(?<![:\w])sglang_(?:weight|kv|lora|gpu)\w*(?!\w*:)", expression):
             assert name in names, f"{name} in {expression}"
         for name, matchers in re.findall(r"(?<![:\w])(sglang_\w+)\{([^}]*)\}", expression):
-            asked = set(re.findall(r"(\w+)\s*(?:=~|!=|!~|=)", matchers))
+            asked = set(re.findall(r"(?:exported_)?(\w+)\s*(?:=~|!=|!~|=)", matchers))
             assert asked <= names[name] | SCRAPED, f"{name}{{{matchers}}}"
 
 
@@ -178,11 +178,13 @@ def test_nothing_is_bound_to_one_grafana(boards: dict[str, Any]) -> None:
         assert names == ["datasource", *selected[name]]
 
 
-def test_links_lead_to_what_is_there(boards: dict[str, Any]) -> None:
+def test_links_lead_to_what_is_there(boards: dict[str, Any], tmp_path: Path) -> None:
     """To a board of these two with variables that it has, or to a section of the runbooks."""
+    generate(ROOT, "--documents", "https://wiki.example/docs", "--output", str(tmp_path))
+    linked = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
     text = (ROOT / "docs" / "alerts.md").read_text()
     anchors = {name.lower() for name in re.findall(r"^## (\w+)$", text, re.MULTILINE)}
-    found = re.findall(r'"url": "([^"]*)"', json.dumps(boards))
+    found = re.findall(r'"url": "([^"]*)"', json.dumps([boards, linked]))
     assert len(found) > 10
     for url in found:
         if url.startswith("https://"):

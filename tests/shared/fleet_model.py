@@ -164,7 +164,7 @@ class Engine:
             return float(self.scraped(second))
 
         fleet.put("up", target, up)
-        self._seen = lambda second: alive(second) and self.scraped(second)
+        self._seen: Callable[[float], bool] = lambda s: alive(s) and self.scraped(s)
         host = {**target, "version": "0.1.0", "simulated": "false"}
         self._put(fleet, "sglang_weight_exporter_build_info", host, lambda second: 1)
         for rank in self.ranks:
