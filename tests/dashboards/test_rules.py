@@ -115,10 +115,9 @@ LOST = [
     ("sglang_kv_cache_stale > 0", "sglang_kv_cache_stale"),
     ("0.9 * max by", "2 * max by"),
     ("< 1.1 * quantile", "< 9 * quantile"),
-    (") > 3\n", ") > 1\n"),
     ("> 0.985", "> 0.5"),
     ('{part="other_processes"}) > 1e9', '{part="other_processes"}) > -1'),
-    ("resident_bytes\n              >= 0.5 *", "resident_bytes\n              >= 0 *"),
+    ("resident_bytes\n            >= 0.5 *", "resident_bytes\n            >= 0 *"),
     ("and sglang_rank_memory_reserved_bytes offset 15m > sglang", "and -1 < sglang"),
     (
         "and min_over_time(sglang_rank_memory_reserved_bytes[15m]) >= max_over_time("
