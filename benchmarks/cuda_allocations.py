@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a look at weights on a GPU costs, as ratios to a bare loop: cuda_allocations.py [TENSORS]
+"""What a capture of weights on a GPU costs, as ratios to a bare loop: cuda_allocations.py [TENSORS]
 
 Baseline and rounds as in `pointer_table.py`. The allocator's own account of its segments, which
 regions need, is read only when the table has changed. Needs torch and an NVIDIA GPU.

@@ -142,7 +142,7 @@ def main() -> None:
             print(f"engine {kind} fingerprints is ready", file=sys.stderr, flush=True)
         taken: dict[tuple[str, str], list[float]] = {}
         tokens: dict[str, list[Any]] = {kind: [] for kind in engines}
-        looks: list[float] = []
+        fingerprints: list[float] = []
         rounds = ROUNDS if gpu else CPU_ROUNDS
         for number in range(rounds):
             for what in ("update", "generate"):
@@ -150,8 +150,8 @@ def main() -> None:
                     seconds, said = engines[kind].ask(what)
                     taken.setdefault((what, kind), []).append(seconds)
                     tokens[kind] += [said] if said else []
-            rows, nbytes, look = fingerprinted(engines["with"])
-            looks += [look] if look is not None else []
+            rows, nbytes, seconds_of_one = fingerprinted(engines["with"])
+            fingerprints += [seconds_of_one] if seconds_of_one is not None else []
         memory.append(used())
         for engine in engines.values():
             engine.stop()
@@ -167,8 +167,8 @@ def main() -> None:
     for kind in engines:
         print(f"update {kind} fingerprints: {middle(taken['update', kind])}")
     print(f"an update takes longer by: {middle(added)}")
-    if looks:
-        print(f"one fingerprint, by the engine's own clock: {middle(looks)}")
+    if fingerprints:
+        print(f"one fingerprint, by the engine's own clock: {middle(fingerprints)}")
     print(
         f"generation, time with over without: {statistics.median(ratios):.3f} "
         f"(from {min(ratios):.3f} to {max(ratios):.3f})"

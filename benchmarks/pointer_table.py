@@ -96,7 +96,7 @@ def steps_for(model: torch.nn.Module, directory: Path) -> dict[str, Callable[[],
     def capture() -> WeightTable:
         return capture_weights(model, role="target", captured_at=0.0).table
 
-    def look(previous: WeightCapture) -> WeightCapture:
+    def again(previous: WeightCapture) -> WeightCapture:
         """As after an update: derived weights hang where they hung."""
         return capture_weights(model, role="target", captured_at=1.0, previous=previous)
 
@@ -136,10 +136,10 @@ def steps_for(model: torch.nn.Module, directory: Path) -> dict[str, Callable[[],
 
     steps: dict[str, Callable[[], object]] = {
         "bare loop over named_parameters()": lambda: bare_loop(model),
-        "* look, nothing moved": lambda: look(before),
-        "* look, every tensor moved": lambda: look(after),
-        "* first look": capture,
-        "* first look, and write the table": lambda: write_atomically(path, encode(capture())),
+        "* capture, nothing moved": lambda: again(before),
+        "* capture, every tensor moved": lambda: again(after),
+        "* first capture": capture,
+        "* first capture, and write the table": lambda: write_atomically(path, encode(capture())),
         "* compare, every tensor moved": lambda: compare_tables(before.table, after.table),
         "* regions, one allocation each": lambda: merge_spans(
             allocation=Segments.none().allocation_of(columns["start"]), **columns

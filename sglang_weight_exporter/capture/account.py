@@ -19,14 +19,14 @@ from sglang_weight_exporter.records.memory import MEMORY_PARTS, MemoryPart
 
 Mask = npt.NDArray[np.bool_]
 
-#: The memory saver's tags (`sglang.srt.constants`) → the parts that tell which pool a tag's is.
-#: A derived weight tells nothing: scratch looks like one until it is found to change.
+#: The memory saver's tags (`sglang.srt.constants`) → the parts that say which pool a tag's is.
+#: A derived weight says nothing: scratch is taken for one until it is found to change.
 _LIES_IN: dict[str, tuple[MemoryPart, ...]] = {
     "weights": ("weights",),
     "kv_cache": ("kv_pool", "kv_tables"),
 }
 GRAPHS = "cuda_graph"
-_TELLING = tuple(part for part in MEMORY_PARTS if part != "derived_weights")
+_DISTINGUISHING = tuple(part for part in MEMORY_PARTS if part != "derived_weights")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _graph_segments(
     torch numbers the pool of a single graph in the first place of its name; one that was made to
     be shared, and every other pool, in the second.
     """
-    holding = _segments_with(segments, owned, _TELLING)
+    holding = _segments_with(segments, owned, _DISTINGUISHING)
     of_graphs = np.zeros(len(segments.start), dtype=bool)
     for code, pool in enumerate(segments.pools):
         if pool == DEFAULT_POOL:

@@ -49,6 +49,8 @@ class NamedTensors:
     not_persistent: frozenset[str]
     #: Names of modules that were walked.
     modules: int
+    #: Whether a module has several.
+    shared: bool
 
 
 def named_tensors(model: torch.nn.Module, paths: Iterable[AttributePath] = ()) -> NamedTensors:
@@ -88,6 +90,7 @@ def named_tensors(model: torch.nn.Module, paths: Iterable[AttributePath] = ()) -
         buffers=len(found[1][0]),
         not_persistent=frozenset(not_persistent),
         modules=len(modules),
+        shared=len(set(map(id, modules))) < len(modules),
     )
 
 
@@ -242,7 +245,8 @@ class PreviousCapture:
     """Enough of one capture for the next to find what is elsewhere, a fraction of its price."""
 
     derived: DerivedPaths
-    modules: int
+    #: Names of modules that a walk has to meet where no module has several; ``None``: one has.
+    limit: int | None
     #: Names of parameters, buffers and child modules, in the order of the walk.
     keys: list[str]
     #: Which of what is under the names, and then at the paths, is no tensor of its own.
@@ -278,14 +282,15 @@ class PreviousCapture:
         """The columns: of each of the tensors that were found. Equal shapes are one object, as
         twenty thousand would be the collector's work. ``None``: what was found is not what hangs
         under the names (parts of a wrapper)."""
-        keys, absent, present, tensors = _held(model, derived.paths)
+        limit = None if found.shared else found.modules
+        keys, absent, present, tensors = _held(model, derived.paths, limit)
         ids = list(map(id, tensors))
         if ids != list(map(id, found.tensors)):
             return None
         contiguous = list(map(torch.Tensor.is_contiguous, tensors))
         return cls(
             derived=derived,
-            modules=found.modules,
+            limit=limit,
             keys=keys,
             absent=absent,
             present=present,
@@ -303,7 +308,7 @@ class PreviousCapture:
     def capture(self, model: torch.nn.Module) -> PreviousCapture | None:
         """What hangs under the same names now, as long as every tensor is what it was, be it
         elsewhere; itself if nothing is. ``None``: something else has changed."""
-        keys, absent, _, tensors = _held(model, self.derived.paths)
+        keys, absent, _, tensors = _held(model, self.derived.paths, self.limit)
         if keys != self.keys or absent != self.absent:
             return None
         if self._is_current(tensors):
@@ -377,11 +382,12 @@ class PreviousCapture:
 
 
 def _held(
-    model: torch.nn.Module, paths: tuple[AttributePath, ...]
+    model: torch.nn.Module, paths: tuple[AttributePath, ...], limit: int | None
 ) -> tuple[list[str], list[int], list[int], list[torch.Tensor]]:
     """All names, which of them and of the paths hold no tensor of their own, which paths do, and
     the tensors, in the order of :func:`named_tensors`. One pass, no names with dots: modules and
-    their dictionaries are not in the processor's caches."""
+    their dictionaries are not in the processor's caches. Where no module has several names it is
+    enough that the walk ends behind ``limit`` of them."""
     modules: list[torch.nn.Module] = []
     keys: list[str] = []
     held: list[Any] = []
@@ -389,21 +395,23 @@ def _held(
     buffers: list[Any] = []
     seen: set[int] = set()
     stack: list[torch.nn.Module | None] = [model]
-    while stack:
+    while stack and (limit is None or len(modules) <= limit):
         module = stack.pop()
         if module is None:
             continue
         modules.append(module)
-        if parameters := module._parameters:
+        inside = module.__dict__
+        if parameters := inside["_parameters"]:
             keys.extend(parameters)
             held.extend(parameters.values())
-        if module._buffers:
-            names_of_buffers.extend(module._buffers)
-            buffers.extend(module._buffers.values())
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if children := module._modules:
+        if inside["_buffers"]:
+            names_of_buffers.extend(inside["_buffers"])
+            buffers.extend(inside["_buffers"].values())
+        if children := inside["_modules"]:
+            if limit is None:
+                if id(module) in seen:
+                    continue
+                seen.add(id(module))
             keys.extend(children)
             stack.extend(reversed(children.values()))
     held += buffers

@@ -171,7 +171,7 @@ class Chunks:
         after = np.cumsum(count)
         first = after - count
         number = np.arange(1, int(count.sum()) + 1, dtype=np.int64) - np.repeat(first, count)
-        # One more, so that empty tensors have a place to look at when there are no others.
+        # One more, so that empty tensors have a place to read when there are no others.
         return cls(nbytes, first, after, np.append(number, 0))
 
 

@@ -56,7 +56,7 @@ _LOAD_SETTINGS = (
 
 
 def ranks_of(runner: Any, dp_rank: int | None) -> Ranks:
-    """Ranks of the process, from its **target** runner; ``dp_rank`` as the runner was told it
+    """Ranks of the process, from its **target** runner; ``dp_rank`` as it was passed to the runner
     (0.5.1 to 0.5.11 pass it to ``__init__``, where it is not kept).
 
     Drafts must not be asked: SGLang builds them with a pipeline rank of 0 and, from 0.5.21, with
@@ -82,7 +82,7 @@ def _rank(runner: Any, name: str) -> int | None:
         if value is not None:
             return int(value)
     if name == "dp_rank" and os.environ.get("SGLANG_DP_RANK", "").isdigit():
-        return int(os.environ["SGLANG_DP_RANK"])  # Until 0.5.11 the runner is not told.
+        return int(os.environ["SGLANG_DP_RANK"])  # Until 0.5.11 it is not passed to the runner.
     return None
 
 
@@ -185,7 +185,7 @@ def _placement_group() -> str:
 
 
 def _start_time(pid: int) -> str:
-    """In clock ticks since boot (proc_pid_stat(5), field 22): tells reused pids apart."""
+    """In clock ticks since boot (proc_pid_stat(5), field 22): distinguishes reused pids."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

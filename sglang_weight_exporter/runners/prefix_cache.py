@@ -16,7 +16,7 @@ def cached_tokens(scheduler: Any) -> int:
     says 0.
     """
     cache = scheduler.tree_cache
-    # Until 0.4.3 nothing tells what is in use.
+    # Until 0.4.3 nothing says what is in use.
     return _tokens(cache, "evictable_size") + _tokens(cache, "protected_size")
 
 

@@ -41,7 +41,7 @@ class RunnerRole:
         """Whether SGLang's memory saver is on: without it, releasing memory does nothing."""
         adapter = getattr(self.runner, "memory_saver_adapter", None)
         enabled = getattr(adapter, "enabled", None)
-        if enabled is None:  # Until 0.4.3 only the class tells.
+        if enabled is None:  # Until 0.4.3 only the class says.
             enabled = adapter is not None and "Noop" not in type(adapter).__name__
         return bool(enabled)
 
@@ -82,7 +82,7 @@ class RunnerRole:
 class Roles:
     """The roles of one process, in the order of their appearance.
 
-    ``report`` is told of what could not be found out.
+    ``report`` is called with what could not be found out.
     """
 
     def __init__(self, report: Callable[[str, BaseException], None]) -> None:
@@ -131,7 +131,7 @@ class Roles:
         return role
 
     def tell_dp_rank(self, dp_rank: int | None) -> None:
-        """The data-parallel rank, as the scheduler is told it where its runner is not."""
+        """The data-parallel rank, where SGLang passes it to the scheduler and not to the runner."""
         if dp_rank is not None:
             self._dp_rank = int(dp_rank)
 

@@ -45,7 +45,7 @@ class Allocator:
         )
 
 
-def look(memory: Memory, allocator: Allocator, *, thorough: bool = False) -> DeviceMemory:
+def read(memory: Memory, allocator: Allocator, *, thorough: bool = False) -> DeviceMemory:
     memory.read(allocator.segments, list, [], thorough=thorough)
     (found,) = memory.devices()
     return found
@@ -54,23 +54,23 @@ def look(memory: Memory, allocator: Allocator, *, thorough: bool = False) -> Dev
 def test_segments_are_read_again_only_when_something_has_come_or_gone() -> None:
     allocator = Allocator()
     memory = Memory(stats=allocator.stats)
-    first = look(memory, allocator)
+    first = read(memory, allocator)
     assert first.parts is not None
     assert (first.parts["cached"], first.physical) == (1000, 1000)
-    look(memory, allocator)
+    read(memory, allocator)
     assert allocator.reads == 1
     allocator.reserved = 1200
-    grown = look(memory, allocator)
+    grown = read(memory, allocator)
     assert grown.parts is not None
     assert (allocator.reads, grown.parts["cached"]) == (2, 1200)
-    look(memory, allocator, thorough=True)
+    read(memory, allocator, thorough=True)
     assert allocator.reads == 3
 
 
 def test_an_allocator_that_shows_no_segments_has_totals_and_a_reason() -> None:
     allocator = Allocator()
     allocator.shows_segments = False
-    found = look(Memory(stats=allocator.stats), allocator)
+    found = read(Memory(stats=allocator.stats), allocator)
     assert (found.parts, found.reserved, found.reserved_peak) == (None, 1000, 1007)
     assert "does not show its segments (not implemented)" in found.reason
 
@@ -78,14 +78,14 @@ def test_an_allocator_that_shows_no_segments_has_totals_and_a_reason() -> None:
 def test_the_last_update_and_the_last_release_are_remembered() -> None:
     allocator = Allocator()
     memory = Memory(stats=allocator.stats)
-    look(memory, allocator)
+    read(memory, allocator)
     memory.begin_update()
     allocator.reserved = 1300
-    look(memory, allocator)
+    read(memory, allocator)
     memory.end_update()
     allocator.reserved = 1250
-    look(memory, allocator)
+    read(memory, allocator)
     memory.end_release()
     allocator.reserved = 1400
-    found = look(memory, allocator)
+    found = read(memory, allocator)
     assert (found.before_update, found.after_update, found.after_release) == (1000, 1300, 1250)

@@ -361,7 +361,7 @@ def test_no_property_is_run_and_no_other_object_entered() -> None:
 
         @property
         def computed(self) -> Any:
-            raise AssertionError("run by a look")
+            raise AssertionError("run by a capture")
 
     assert derived(capture(Attention())) == {}
 
@@ -377,7 +377,7 @@ def test_a_derived_weight_that_is_bound_anew_has_moved() -> None:
     assert before is not model.attention.w_kc
 
 
-def test_nothing_that_was_replaced_is_kept_alive_by_a_look() -> None:
+def test_nothing_that_was_replaced_is_kept_alive_by_a_capture() -> None:
     model = with_derived()
     first = capture(model)
     gone = [weakref.ref(model.attention.w_kc), weakref.ref(model.weight)]
@@ -388,7 +388,7 @@ def test_nothing_that_was_replaced_is_kept_alive_by_a_look() -> None:
     assert first.table.rows
 
 
-# Looks again.
+# Captures again.
 
 
 def changed_shape(model: Any) -> None:
@@ -483,7 +483,7 @@ def test_a_second_look_finds_what_a_first_one_would(change: Any) -> None:
     del kept
 
 
-def test_looks_never_have_the_garbage_collector_run() -> None:
+def test_captures_never_have_the_garbage_collector_run() -> None:
     model = torch.nn.ModuleList(
         module(**{f"w{index}": torch.nn.Parameter(torch.zeros(2)) for index in range(10)})
         for _ in range(500)

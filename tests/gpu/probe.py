@@ -234,7 +234,7 @@ class Probe:
         return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
     def costs(self) -> dict[str, float]:
-        """Median milliseconds of the package's own functions, and how much they looked at."""
+        """Median milliseconds of the package's own functions, and of how much."""
         from sglang_weight_exporter.capture.account import account
         from sglang_weight_exporter.capture.allocations import Segments
         from sglang_weight_exporter.capture.tensors import named_tensors

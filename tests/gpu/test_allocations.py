@@ -23,7 +23,7 @@ import torch.multiprocessing as multiprocessing
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.weights import capture_weights
 
-def look(tensors):
+def report(tensors):
     model = torch.nn.Module()
     for number, tensor in enumerate(tensors):
         model.register_buffer(f"t{number}", tensor)
@@ -43,7 +43,7 @@ def look(tensors):
 
 def receive(queue, done):
     tensor = queue.get()
-    look([tensor])
+    report([tensor])
     del tensor
     done.set()
 
@@ -60,11 +60,11 @@ if __name__ == "__main__":
     else:
         # Four fill a segment of 2 MiB; the last has one of its own.
         sizes = [1 << 19] * 12 + [1 << 25]
-        look([torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes])
+        report([torch.empty(size, dtype=torch.uint8, device="cuda") for size in sizes])
 """
 
 
-def look(tmp_path: Path, what: str, configuration: str = "") -> dict[str, Any]:
+def run(tmp_path: Path, what: str, configuration: str = "") -> dict[str, Any]:
     if not nvidia_smi():
         pytest.skip("needs 1 NVIDIA GPU, found 0")
     script = tmp_path / "script.py"
@@ -87,7 +87,7 @@ def look(tmp_path: Path, what: str, configuration: str = "") -> dict[str, Any]:
 
 
 def test_neighbours_merge_inside_a_segment_and_never_across_two(tmp_path: Path) -> None:
-    seen = look(tmp_path, "own")
+    seen = run(tmp_path, "own")
     assert not any(expandable for _, _, expandable in seen["segments"])
     runs: list[list[int]] = []
     starts = {start for start, _, _ in seen["segments"]}
@@ -101,7 +101,7 @@ def test_neighbours_merge_inside_a_segment_and_never_across_two(tmp_path: Path) 
 
 
 def test_in_an_expandable_segment_each_tensor_is_its_own_region(tmp_path: Path) -> None:
-    seen = look(tmp_path, "own", "expandable_segments:True")
+    seen = run(tmp_path, "own", "expandable_segments:True")
     assert all(expandable for _, _, expandable in seen["segments"])
     tensors = sorted(seen["tensors"])
     neighbours = [sum(one) == two[0] for one, two in itertools.pairwise(tensors)]
@@ -110,7 +110,7 @@ def test_in_an_expandable_segment_each_tensor_is_its_own_region(tmp_path: Path) 
 
 
 def test_memory_of_another_process_is_a_region_of_its_own(tmp_path: Path) -> None:
-    seen = look(tmp_path, "ipc")
+    seen = run(tmp_path, "ipc")
     ((address, size),) = seen["tensors"]
     assert not any(start <= address < start + total for start, total, _ in seen["segments"])
     assert seen["regions"] == [[address, size]]

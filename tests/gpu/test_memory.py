@@ -76,7 +76,7 @@ def counted_apart(rank: Rank, memory: dict[str, Any]) -> dict[str, int]:
 
 
 def closes(engine: GpuEngine, checkpoint: Path | None, record: Record, moment: str) -> int:
-    """The account after a look, against torch and NVML; what is outside of torch."""
+    """The account after a capture, against torch and NVML; what is outside of torch."""
     if checkpoint is not None:
         status, answer = engine.engine.update_weights_from_disk(checkpoint)
         assert (status, answer["success"]) == (200, True), answer

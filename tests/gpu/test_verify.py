@@ -80,7 +80,7 @@ def test_released_weights_have_no_fingerprint_and_the_engine_lives(
     for _ in range(3):
         assert engine.post("/release_memory_occupation", {})[0] == 200
         assert eventually(lambda: not numbers(engine.scrape()))
-        assert verify(engine)[0] == 2  # It asks the engine to look, and nothing is looked at.
+        assert verify(engine)[0] == 2  # It asks the engine to read its weights, and none are.
         assert engine.post("/resume_memory_occupation", {})[0] == 200
         assert eventually(lambda: len(numbers(engine.scrape())) == len(served.gpus))
         assert reload(served, gpu_engines, "a") == before

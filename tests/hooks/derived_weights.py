@@ -3,7 +3,7 @@
 """SGLang's own models that keep weights as plain attributes, tiny and on the CPU, in whatever
 release this runs beside: derived_weights.py MODEL_FOR_SETTINGS PORT OUTPUT
 
-Writes for each model what its attributes hold, by SGLang's names for them, and what a look finds.
+Writes for each model what its attributes hold, by SGLang's names for them, and what is captured.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def bound(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     return found
 
 
-def look(model: torch.nn.Module, previous: WeightCapture | None = None) -> WeightCapture:
+def captured(model: torch.nn.Module, previous: WeightCapture | None = None) -> WeightCapture:
     return capture_weights(model, role="target", captured_at=0.0, previous=previous)
 
 
@@ -162,7 +162,7 @@ def measure(build: Callable[[], torch.nn.Module], *, reloads: bool) -> dict[str,
         else:
             shapes[name] = tuple(parameter.shape)
     load(model, shapes, 0)
-    first = look(model)
+    first = captured(model)
     found: dict[str, Any] = {
         "bound": bound(model),
         "derived": {
@@ -176,7 +176,7 @@ def measure(build: Callable[[], torch.nn.Module], *, reloads: bool) -> dict[str,
     if reloads:
         kept = [layer.self_attn.w_kc for layer in model.model.layers]
         load(model, shapes, 1)
-        again = look(model, first)
+        again = captured(model, first)
         changes = compare_tables(first.table, again.table)
         found["bound again"] = bound(model)
         found["moved"] = sorted(changes.names.get("moved", ()))

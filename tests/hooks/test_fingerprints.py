@@ -29,7 +29,7 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 
 class Counting(Fingerprinter):
-    """Counts how often memory is read, and can be told to fail."""
+    """Counts how often memory is read, and can be made to fail."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def test_a_load_and_each_update_leave_what_memory_holds(rank: Rank) -> None:
     runner.weight_updater.update_weights_from_disk("same", "auto")
     assert of(rank) == loaded
     add_one(runner)
-    assert of(rank) == loaded  # Nobody has looked.
+    assert of(rank) == loaded  # Nobody has read them.
     runner.weight_updater.update_weights_from_disk("other", "auto")
     assert of(rank) == expected(runner) != loaded
     table = rank.role().table
@@ -169,7 +169,7 @@ def test_a_failure_costs_the_fingerprint_and_not_the_update(
 ) -> None:
     runner = rank.runner()
     assert counts(rank).skipped == {}
-    # The first update looks before and after; before the second nothing is known to compare with.
+    # The first update is read before and after; before the second nothing is known to compare with.
     with caplog.at_level(logging.WARNING):
         counting.error = error
         assert runner.weight_updater.update_weights_from_disk("other", "auto") == (True, "Success")
