@@ -11,6 +11,7 @@ there is no GPU. A step's time is without that of the steps inside it. Needs tor
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 import tempfile
 import time
@@ -129,6 +130,7 @@ def measure(tensors: int, *, fingerprints: bool) -> dict[str, float]:
 
 
 def main() -> None:
+    logging.disable(logging.WARNING)  # Stand-ins are no release of SGLang's.
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{device}, torch {torch.__version__}; milliseconds without fingerprints and with them")
     for tensors in map(int, sys.argv[1:] or TENSORS):
