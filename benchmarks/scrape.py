@@ -87,7 +87,7 @@ def measure(ranks: int) -> Figures:
         )
         try:
             assert exporter.stdout is not None
-            exporter.stdout.readline()  # "metrics are at …"
+            next(line for line in exporter.stdout if "metrics are at" in line)
             scrape(port)
 
             before = processor_seconds(exporter.pid)

@@ -223,7 +223,7 @@ def soak(seconds: float, updates: int) -> bool:
         )
         try:
             assert exporter.stdout is not None
-            exporter.stdout.readline()  # "metrics are at …"
+            next(line for line in exporter.stdout if "metrics are at" in line)
             clients = Clients(port, complete)
             samples, began, changes = list[Sample](), time.monotonic(), 0
             while (now := time.monotonic() - began) < seconds:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from sglang_weight_exporter.export.views import IDENTITY, HostView, RoleView, identity
 from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.records.updates import SOURCES, Histogram, UpdateCounts
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One value of an instrument."""
 
     #: Label values beyond identity, in the instrument's order.
@@ -36,8 +35,7 @@ RoleReader: TypeAlias = Callable[[RoleView], Iterable[Sample]]
 HostReader: TypeAlias = Callable[[HostView], Iterable[Sample]]
 
 
-@dataclass(frozen=True)
-class DataPoint:
+class DataPoint(NamedTuple):
     """One value of an instrument, with all its labels."""
 
     #: Values in the order of :attr:`Instrument.label_names`; what SGLang does not have is the empty
@@ -97,6 +95,10 @@ class Instrument:
         ]
 
 
+#: Of a source that was not used.
+UNUSED = UpdateCounts()
+
+
 def one(value: float | None) -> Iterator[Sample]:
     if value is not None:
         yield Sample((), value)
@@ -112,7 +114,7 @@ def by_source(
 ) -> RoleReader:
     def samples(view: RoleView) -> Iterator[Sample]:
         for source in SOURCES:
-            counts = view.role.updates.get(source, UpdateCounts())
+            counts = view.role.updates.get(source, UNUSED)
             yield Sample(
                 (source,),
                 read(counts),

@@ -7,11 +7,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from sglang_weight_exporter.export.instruments.base import Instrument, Sample, one
+from sglang_weight_exporter.export.instruments.base import UNUSED, Instrument, Sample, one
 from sglang_weight_exporter.export.views import RoleView
 from sglang_weight_exporter.fingerprint import as_number
 from sglang_weight_exporter.records.fingerprints import DURINGS, SKIPS
-from sglang_weight_exporter.records.updates import SOURCES, UpdateCounts
+from sglang_weight_exporter.records.updates import SOURCES
 from sglang_weight_exporter.records.weights import KINDS
 
 
@@ -22,7 +22,7 @@ def _fingerprint(view: RoleView) -> Iterator[Sample]:
 
 def _without_change(view: RoleView) -> Iterator[Sample]:
     for source in SOURCES if view.role.fingerprints is not None else ():
-        yield Sample((source,), view.role.updates.get(source, UpdateCounts()).without_change)
+        yield Sample((source,), view.role.updates.get(source, UNUSED).without_change)
 
 
 def _modified(view: RoleView) -> Iterator[Sample]:

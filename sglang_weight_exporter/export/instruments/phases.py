@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sglang_weight_exporter.export.instruments.base import Instrument, Sample
+from sglang_weight_exporter.export.instruments.base import UNUSED, Instrument, Sample
 from sglang_weight_exporter.export.views import RoleView
-from sglang_weight_exporter.records.updates import PHASES, SOURCES, UpdateCounts
+from sglang_weight_exporter.records.updates import PHASES, SOURCES
 
 
 def _phase_seconds(view: RoleView) -> Iterator[Sample]:
     for source in SOURCES:
-        seconds = view.role.updates.get(source, UpdateCounts()).phases
+        seconds = view.role.updates.get(source, UNUSED).phases
         for phase in PHASES if seconds else ():
             yield Sample((source, phase), seconds.get(phase, 0.0))
 

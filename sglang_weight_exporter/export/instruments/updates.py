@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sglang_weight_exporter.export.instruments.base import (
+    UNUSED,
     Instrument,
     Sample,
     by_source,
@@ -14,7 +15,7 @@ from sglang_weight_exporter.export.instruments.base import (
     target_only,
 )
 from sglang_weight_exporter.export.views import RoleView
-from sglang_weight_exporter.records.updates import SOURCES, Histogram, UpdateCounts
+from sglang_weight_exporter.records.updates import SOURCES, Histogram
 from sglang_weight_exporter.records.weights import CHANGES
 
 
@@ -28,7 +29,7 @@ def _histograms(view: RoleView) -> Iterator[Sample]:
 
 def _update_bytes(view: RoleView) -> Iterator[Sample]:
     for source in SOURCES:
-        counts = view.role.updates.get(source, UpdateCounts())
+        counts = view.role.updates.get(source, UNUSED)
         if counts.phases and counts.nbytes is not None:
             yield Sample((source,), counts.nbytes)
 
