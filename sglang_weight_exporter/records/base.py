@@ -20,6 +20,8 @@ SCHEMA_VERSION = 1
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 #: A time or a duration. Both are sent as nanoseconds; this is until the year 2262.
 Seconds = Annotated[float, msgspec.Meta(ge=0, lt=2**63 / 1e9)]
+#: Of what becomes a series each: more than any model has, and too few to keep scrapes waiting.
+FEW = msgspec.Meta(max_length=1000)
 #: Hexadecimal digits, and of the first two none where there is none.
 TraceId = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?\Z")]
 Fingerprint = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?\Z")]

@@ -4,9 +4,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
-from sglang_weight_exporter.records.base import SCHEMA_VERSION, Count, Record, Seconds
+from sglang_weight_exporter.records.base import FEW, SCHEMA_VERSION, Count, Record, Seconds
 from sglang_weight_exporter.records.engine import Device, Engine, HookState, Ranks
 from sglang_weight_exporter.records.fingerprints import FingerprintCounts
 from sglang_weight_exporter.records.memory import DeviceMemory, MemoryBudget
@@ -34,14 +36,14 @@ class Role(Record, frozen=True, kw_only=True):
     quantization: str = ""
     #: The checkpoint that is served.
     model_path: str = ""
-    weights: tuple[WeightUsage, ...] | None = None
+    weights: Annotated[tuple[WeightUsage, ...], FEW] | None = None
     #: Physical bytes by device: the sum of ``weights``, or while released what lies outside of the
     #: memory saver's regions.
-    resident: dict[str, Count] | None = None
+    resident: Annotated[dict[str, Count], FEW] | None = None
     table: TableRef | None = None
-    kv_pools: tuple[KvPoolUsage, ...] | None = None
-    kv_resident: dict[str, Count] | None = None
-    lora: tuple[LoraUsage, ...] = ()
+    kv_pools: Annotated[tuple[KvPoolUsage, ...], FEW] | None = None
+    kv_resident: Annotated[dict[str, Count], FEW] | None = None
+    lora: Annotated[tuple[LoraUsage, ...], FEW] = ()
     loaded_at: Seconds | None = None
     load_seconds: Seconds | None = None
     #: When weights last changed, also by an update that failed half-way.
@@ -106,16 +108,16 @@ class Snapshot(Record, frozen=True, kw_only=True):
     ranks: Ranks = Ranks()
     devices: tuple[Device, ...] = ()
     #: Each device that torch's allocator has memory of; empty where there is no GPU.
-    memory: tuple[DeviceMemory, ...] = ()
+    memory: Annotated[tuple[DeviceMemory, ...], FEW] = ()
     budget: MemoryBudget = MemoryBudget()
     #: Inode of the namespace that ``pid`` is of; 0: not known.
     pid_namespace: Count = 0
-    roles: tuple[Role, ...] = ()
+    roles: Annotated[tuple[Role, ...], FEW] = ()
     weight_version: str = ""
-    hooks: tuple[HookState, ...] = ()
+    hooks: Annotated[tuple[HookState, ...], FEW] = ()
     #: Exceptions of our own that were caught in the engine, by the hook they came from.
     hook_errors: dict[str, Count] = {}
-    operations: dict[str, OperationCounts] = {}
+    operations: Annotated[dict[str, OperationCounts], FEW] = {}
     update_groups: Count = 0
     #: ``None`` where no scheduler serves requests.
     cache: CacheCounts | None = None

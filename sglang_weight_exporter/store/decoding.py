@@ -14,11 +14,11 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
-from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
+from sglang_weight_exporter.records.base import FEW, SCHEMA_VERSION, Record
 from sglang_weight_exporter.records.memory import MemoryDump
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import UpdateInProgress
@@ -140,6 +140,8 @@ def _mended(value: Any, kind: Any, where: str, left_out: list[str]) -> Any:
                     raise  # Without it nobody would know that the table may be a mixture.
                 left_out.append(f" in {where} ({error})")
                 return None
+        if origin is Annotated and inner[1] is FEW and len(value) <= (FEW.max_length or 0):
+            return _mended(value, inner[0], where, left_out)
         if origin is tuple and isinstance(value, list):
             return _mended_tuple(value, inner[0], where, left_out)
         if origin is dict and isinstance(value, dict):

@@ -156,6 +156,8 @@ class SnapshotReader:
     on_unreadable: Callable[[str], None] = lambda sentence: None
     unreadable: int = 0
     _cache: dict[Path, tuple[Version, Snapshot | None]] = field(default_factory=dict)
+    #: Locks that nobody held. Only who makes a directory takes its lock, and never again.
+    _dead: dict[Path, tuple[int, int]] = field(default_factory=dict)
     #: What was said of a rank that could not be read, until it can be.
     _said: dict[Path, str] = field(default_factory=dict)
     #: It is said once, not at each scrape.
@@ -179,7 +181,7 @@ class SnapshotReader:
         for directory in self._directories():
             seen.add(directory.path)
             try:
-                if not directory.is_alive():
+                if not self._is_alive(directory):
                     continue
                 _, snapshot = self._snapshot(directory)
                 if snapshot is not None:
@@ -194,11 +196,24 @@ class SnapshotReader:
                 found.append((directory, snapshot))
         for path in self._cache.keys() - seen:
             del self._cache[path]
+        self._dead = {path: self._dead[path] for path in seen & self._dead.keys()}
         for path, sentence in obstacles.items():
             if self._said.get(path) != sentence:
                 self._complain(sentence)
         self._said = obstacles
         return found
+
+    def _is_alive(self, directory: RankDirectory) -> bool:
+        """As the directory says. Of thousands that are dead each is asked once, while somebody
+        clears them away or waits for a collector to take their last spans."""
+        status = (directory.path / "lock").lstat()
+        key = (status.st_ino, status.st_ctime_ns)
+        if self._dead.get(directory.path) == key:
+            return False
+        alive = directory.is_alive()
+        if not alive:
+            self._dead[directory.path] = key
+        return alive
 
     def _directories(self) -> list[RankDirectory]:
         try:

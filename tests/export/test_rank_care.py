@@ -21,7 +21,10 @@ from waiting import eventually
 
 from sglang_weight_exporter.export import rank_care
 from sglang_weight_exporter.export.guard import Guard
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import UpdateInProgress
+from sglang_weight_exporter.records.weights import WeightUsage
+from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 
@@ -140,3 +143,56 @@ def test_a_sidecar_that_sees_no_rank_says_so_once(
     said = [each for each in caplog.messages if "No rank has published" in each]
     assert len(said) == lines
     assert all("PYTHONPATH" in each and str(runtime_dir.path) in each for each in said)
+
+
+def test_of_dead_ranks_each_is_asked_once(
+    runtime_dir: RuntimeDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(100):
+        (runtime_dir.ranks / f"dead-{number}").mkdir(parents=True)
+        (runtime_dir.ranks / f"dead-{number}" / "lock").touch()
+    living = Rank(runtime_dir.path, tp=0)
+    asked: list[str] = []
+    is_alive = RankDirectory.is_alive
+
+    def count(directory: RankDirectory) -> bool:
+        asked.append(directory.path.name)
+        return is_alive(directory)
+
+    monkeypatch.setattr(RankDirectory, "is_alive", count)
+    reader = SnapshotReader(runtime_dir)
+    for _ in range(10):
+        assert [snapshot.rank_id for _, snapshot in reader.read()] == [living.rank_id]
+    assert len(asked) == 100 + 10
+    living.store.close()
+    assert reader.read() == []
+
+
+def test_more_series_than_any_model_has_cost_their_rank_alone(
+    runtime_dir: RuntimeDir, serve: Callable[..., Exporter]
+) -> None:
+    good, bad = Rank(runtime_dir.path, tp=0), Rank(runtime_dir.path, tp=1)
+    usages = tuple(
+        WeightUsage(device="cpu", kind="buffer", dtype=f"d{number}", nbytes=1, tensors=1)
+        for number in range(100_000)
+    )
+    bad.store.write_snapshot(
+        Snapshot(
+            rank_id=bad.rank_id,
+            pid=1,
+            started_at=1.0,
+            engine=bad.engine,
+            ranks=bad.ranks,
+            roles=(
+                Role(name="target", device="cpu", weights=usages),
+                Role(name="draft", device=""),
+            ),
+        )
+    )
+    exporter = serve()
+    assert "weights (Expected `array` of length <= 1000" in exporter.line("is damaged")
+    found = eventually(lambda: scrape(exporter).series("sglang_weight_info"), what="the ranks")
+    assert len(found) == 3
+    assert len(scrape(exporter).series("sglang_weight_bytes")) < 10
+    for rank in (good, bad):
+        rank.store.close()
