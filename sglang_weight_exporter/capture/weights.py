@@ -203,7 +203,8 @@ def in_pools_of_weights(
     model: torch.nn.Module, derived: DerivedPaths, segments: Segments
 ) -> DerivedPaths:
     """Without tensors in pools that no parameter or buffer lies in: those are captured graphs'.
-    torch's default pool may hold weights."""
+    torch's default pool may hold weights. So what is read for a fingerprint is there whenever
+    weights are: SGLang's memory saver may release graphs without them."""
     found = named_tensors(model).tensors
     pools = set(segments.pool_of(_storage_ptrs(found)).tolist()) | {-1}
     tensors = [(index, each) for index, each in enumerate(derived.tensors()) if each is not None]

@@ -207,7 +207,7 @@ class Translator:
     def read_files(self, call: Call) -> Around:
         """``_prepare_weights``, which says what files a checkpoint's tensors are read from."""
         outcome = yield
-        if outcome.error is None and self._rank.ledger.updates.writing:
+        if outcome.error is None and self._rank.ledger.updates.reading_all:
             _, files, _ = outcome.result
             nbytes = update_bytes.of_files(files)
             self._rank.step(lambda ledger: ledger.updates.add_bytes(nbytes), then="")

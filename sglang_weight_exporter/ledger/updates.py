@@ -99,6 +99,13 @@ class Updates:
         """Whether a call that writes weights is running on this thread."""
         return bool(self._running.get(self._thread()))
 
+    @property
+    def reading_all(self) -> bool:
+        """Whether the call on this thread reads whole files: of experts that moved and are read
+        again, it takes some tensors out of the checkpoint."""
+        running = self._running.get(self._thread(), [])
+        return bool(running) and running[-1].source != "eplb"
+
     # Calls that write weights.
 
     def begin(

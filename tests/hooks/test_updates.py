@@ -415,6 +415,35 @@ def test_missing_experts_from_disk_belong_to_the_rebalance(rank: Rank) -> None:
     assert rank.totals() == {"eplb": (1, 0, 6)}
 
 
+class DefaultModelLoader:
+    """Says what files a checkpoint is in, before it takes tensors out of them."""
+
+    def __init__(self, files: list[str]) -> None:
+        self.files = files
+
+    def _prepare_weights(self, *arguments: Any) -> tuple[str, list[str], bool]:
+        return "", self.files, True
+
+
+def test_missing_experts_bring_less_than_the_files_that_they_are_in(
+    rank: Rank, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "model.safetensors"
+    checkpoint.write_bytes(bytes(1000))
+    loader = rank.hook(LOADER, DefaultModelLoader)([str(checkpoint)])
+
+    def load() -> tuple[bool, str]:
+        loader._prepare_weights()
+        return True, "Success"
+
+    runner = rank.runner(answers={"disk": load})
+    rank.scheduler(runner).update_weights_from_disk(Request())
+    assert rank.last_update().nbytes == 1000
+    rebalanced(rank, lambda: runner.weight_updater.update_weights_from_disk("tiny", "auto"))
+    assert rank.last_update().source == "eplb"
+    assert not rank.last_update().nbytes
+
+
 def test_missing_experts_that_cannot_be_read(rank: Rank) -> None:
     runner = rank.runner(answers={"disk": answer(False, ROLLBACK)})
     rebalanced(rank, lambda: runner.weight_updater.update_weights_from_disk("tiny", "auto"))
