@@ -133,7 +133,9 @@ class Rank:
     @contextlib.contextmanager
     def receiving(self) -> Iterator[None]:
         """Around a call that receives weights, which its device does on its own time."""
-        arrival = self.inspector.begin_arrival()
+        arrival = None
+        with self._reported("arrival"):
+            arrival = self.inspector.begin_arrival()
         yield
         if arrival is not None:
             with self._lock, self._reported("arrival"):

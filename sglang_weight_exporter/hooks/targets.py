@@ -109,6 +109,9 @@ TARGETS: tuple[Target, ...] = (
     Target("scheduler.update_weights_from_distributed", SCHEDULER_COMPONENT, "SchedulerWeightUpdaterManager.update_weights_from_distributed", "request", "0.5.13.post1", reads=("recv_req",), source="distributed"),
     Target("scheduler.update_weights_from_ipc", SCHEDULER_MIXIN, "SchedulerUpdateWeightsMixin.update_weights_from_ipc", "request", "0.5.4.post3", "0.5.12.post1", reads=("recv_req",), source="ipc"),
     Target("scheduler.update_weights_from_ipc", SCHEDULER_COMPONENT, "SchedulerWeightUpdaterManager.update_weights_from_ipc", "request", "0.5.13.post1", reads=("recv_req",), source="ipc"),
+    # Ranks wait for one another at the end of either.
+    Target("scheduler.begin_weight_update", SCHEDULER_COMPONENT, "SchedulerWeightUpdaterManager.begin_weight_update", "operate", "0.5.21"),
+    Target("scheduler.end_weight_update", SCHEDULER_COMPONENT, "SchedulerWeightUpdaterManager.end_weight_update", "operate", "0.5.21"),
     Target("record_weight_version_change", SCHEDULER, "Scheduler.record_weight_version_change", "change_version", "0.5.19", reads=("new_version",)),
     # The cache that weights leave behind: flushes (also those inside an update and a release), and
     # what is done to running requests before an update.

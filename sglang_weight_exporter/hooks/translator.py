@@ -323,17 +323,22 @@ class Translator:
     # Memory that is given back and taken again.
 
     def release(self, call: Call) -> Around:
-        """Physical memory goes, addresses stay. Where it failed, nobody knows which."""
+        """Physical memory goes, addresses stay. Where it failed, nobody knows which. Ranks wait
+        for one another in it."""
+        self._begin_operation(call)
         self._rank.begin_release()
         outcome = yield
         if outcome.error is None:
             self._rank.release(call.requested("tags"))
+        self._end_operation(call, outcome)
 
     def resume(self, call: Call) -> Around:
         """Physical memory is back."""
+        self._begin_operation(call)
         outcome = yield
         if outcome.error is None:
             self._rank.resume(call.requested("tags"))
+        self._end_operation(call, outcome)
 
     # What surrounds an update. It may wait for others, so it has a beginning as well.
 
@@ -380,12 +385,17 @@ class Translator:
         self._end_operation(call, outcome)
 
     def _begin_operation(self, call: Call) -> None:
-        operation = call.target.name
+        operation = _operation(call)
         self._rank.step(lambda ledger: ledger.counters.begin_operation(operation), then="note")
 
     def _end_operation(self, call: Call, outcome: Outcome, *, failed: bool = False) -> None:
-        operation, failed = call.target.name, failed or not verdict_on(outcome)[0]
+        operation, failed = _operation(call), failed or not verdict_on(outcome)[0]
         self._rank.step(lambda ledger: ledger.counters.end_operation(operation, failed=failed))
+
+
+def _operation(call: Call) -> str:
+    """Its name, wherever a release has it."""
+    return call.target.name.removeprefix("scheduler.")
 
 
 def _verdict(source: Source | None, outcome: Outcome) -> Verdict:

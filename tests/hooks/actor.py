@@ -261,6 +261,9 @@ def main() -> None:
                 return batch_of_group()
 
             script.step("distributed batch", receive)
+        impossible = ask(distributed, **{**batch, "shapes": [[-1, 128]]}, **group)
+        with session("impossible"):
+            script.step("impossible batch", impossible)
         script.step("group closes", ask("DestroyWeightsUpdateGroupReqInput", **group))
         trainer.wait()
 

@@ -74,8 +74,6 @@ NO_HOOK = {
     "SchedulerWeightUpdaterManager.check_weights": "ends in check_weights",
     "SchedulerWeightUpdaterManager.init_weights_update_group": "ends in the runner's",
     "SchedulerWeightUpdaterManager.destroy_weights_update_group": "ends in the runner's",
-    "SchedulerWeightUpdaterManager.begin_weight_update": "ends in the runner's",
-    "SchedulerWeightUpdaterManager.end_weight_update": "ends in the runner's",
     # Part of a request that is hooked as a whole.
     "SchedulerUpdateWeightsMixin.flush_cache_after_weight_update": "inside a request",
     "SchedulerWeightUpdaterManager.flush_cache_after_weight_update": "inside a request",
@@ -119,7 +117,12 @@ WAYS: dict[str, tuple[str, ...]] = {
     "IPC": ("update_weights_from_ipc", "scheduler.update_weights_from_ipc"),
     "bytes of a checkpoint": ("checkpoint_files",),
     "post-processing apart": ("restore_weights", "postprocess_weights"),
-    "session, P2P": ("begin_weight_update", "end_weight_update"),
+    "session, P2P": (
+        "begin_weight_update",
+        "end_weight_update",
+        "scheduler.begin_weight_update",
+        "scheduler.end_weight_update",
+    ),
     "experts move": ("rebalance", "update_expert_location", "expert_backup"),
     "reset_tensors": ("check_weights",),
     "LoRA": ("load_lora_adapter", "load_lora_adapter_from_tensors", "unload_lora_adapter"),

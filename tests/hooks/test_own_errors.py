@@ -135,10 +135,18 @@ def test_an_exception_before_the_original_runs_is_counted_and_the_call_seen(
         with monkeypatch.context() as broken:
             broken.setattr(owner, name, fail)
             session(runner, loads=1)
+    updater = runner.weight_updater
+    updater.begin_weight_update()
+    with monkeypatch.context() as broken:
+        broken.setattr(step.inspector, "begin_arrival", fail)
+        updater.receive_weights_from_distributed(names=[])
+        updater.load_weights_from_distributed([])
+    updater.end_weight_update(run_post_load=False)
     (snapshot,) = published(rank)
     assert sum(snapshot.hook_errors.values()) >= 2
     (role,) = snapshot.roles
     assert (role.updates["tensor"].updates, role.updates["tensor"].calls) == (3, 3)
+    assert (role.updates["distributed"].updates, role.in_progress) == (1, None)
 
 
 def test_a_capture_that_fails_is_counted_and_the_update_too(

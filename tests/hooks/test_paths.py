@@ -387,6 +387,16 @@ def test_a_distributed_batch_and_its_group(actor: Run) -> None:
     assert actor["group closes"].operation("destroy_weights_update_group") == (1, 0)
 
 
+def test_a_size_that_cannot_be_takes_nothing_away(actor: Run) -> None:
+    """SGLang answers, and the rank lives on; what the trainer claimed is no size."""
+    assert actor["impossible batch"].success is False
+    update, grown = failed(actor, "impossible batch", "impossible")
+    assert grown["distributed"][:2] == (0, 1)
+    assert not update.succeeded
+    known = actor["distributed batch"].role.updates["distributed"].nbytes
+    assert actor["impossible batch"].role.updates["distributed"].nbytes in {0, known}
+
+
 def test_ipc_that_cannot_be(actor: Run) -> None:
     # It needs the package checkpoint-engine, and a GPU.
     assert actor["ipc"].success is False

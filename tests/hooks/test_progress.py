@@ -224,6 +224,25 @@ def test_a_group_whose_member_never_comes_is_seen(rank: Rank) -> None:
     assert after.update_groups == 1
 
 
+@pytest.mark.parametrize(
+    "operation",
+    [
+        "begin_weight_update",
+        "end_weight_update",
+        "release_memory_occupation",
+        "resume_memory_occupation",
+    ],
+)
+def test_a_rank_whose_peer_never_comes_to_the_barrier_is_seen(rank: Rank, operation: str) -> None:
+    scheduler = rank.scheduler(rank.runner())
+    seen = []
+    scheduler.barrier = lambda: seen.append(list(rank.snapshot().running))
+    getattr(scheduler, operation)(Request(tags=None))
+    assert seen == [[operation]]
+    snapshot = rank.snapshot()
+    assert (snapshot.running, snapshot.operations[operation].calls) == ({}, 1)
+
+
 class SlowRunner(ModelRunner):
     meanwhile: Any = None
 

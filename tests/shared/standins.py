@@ -294,6 +294,8 @@ class SchedulerWeightUpdaterManager:
         self.runners = runners
         self.flushes = flushes
         self.refuses = refuses
+        #: Where ranks wait for one another.
+        self.barrier: Callable[[], None] = lambda: None
 
     def _fan_out(self, recv_req: Any, call: Callable[[Any], Any]) -> Any:
         success, message = not self.refuses, self.refuses
@@ -317,11 +319,23 @@ class SchedulerWeightUpdaterManager:
     def update_weights_from_ipc(self, recv_req: Any) -> Any:
         return self._fan_out(recv_req, lambda updater: updater.update_weights_from_ipc(recv_req))
 
+    def begin_weight_update(self, recv_req: Any) -> Any:
+        for runner in self.runners:
+            runner.weight_updater.begin_weight_update()
+        self.barrier()
+        return SimpleNamespace(success=True, message="Success")
+
+    def end_weight_update(self, recv_req: Any) -> Any:
+        for runner in self.runners:
+            runner.weight_updater.end_weight_update(run_post_load=False)
+        self.barrier()
+        return SimpleNamespace(success=True, message="Success")
+
     def release_memory_occupation(self, recv_req: Any) -> None:
-        pass
+        self.barrier()
 
     def resume_memory_occupation(self, recv_req: Any) -> None:
-        pass
+        self.barrier()
 
 
 class EPLBManager:
