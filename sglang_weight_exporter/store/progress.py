@@ -53,24 +53,41 @@ class ProgressWriter:
         self.close()
 
 
-def with_progress(snapshot: Snapshot, directory: Path) -> Snapshot:
-    """The snapshot of a rank's directory, with what has changed since. Raises nothing: a progress
-    that cannot be read is none."""
-    path = directory / FILE
-    for _ in range(_TRIES):
+class ProgressReader:
+    """Reads the progress of one rank again and again; the same is the same object."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / FILE
+        self._last: tuple[Snapshot, bytes, Snapshot] | None = None
+
+    def apply(self, snapshot: Snapshot) -> Snapshot:
+        """The rank's snapshot with what has changed since. Raises nothing: a progress that cannot
+        be read is none."""
+        record = self._record()
+        last = self._last
+        if last is None or last[0] is not snapshot or last[1] != record:
+            self._last = last = snapshot, record, self._applied(snapshot, record)
+        return last[2]
+
+    def _applied(self, snapshot: Snapshot, record: bytes) -> Snapshot:
+        if not record:
+            return snapshot
         try:
-            content = read_file(path, _SPACE)
-        except OSError:
+            return snapshot.with_progress(decode(record, Progress, self._path))
+        except UnreadableError:
             return snapshot
-        if len(content) < _HEADER.size:
-            return snapshot
-        length, checksum = _HEADER.unpack_from(content)
-        record = content[_HEADER.size : _HEADER.size + length]
-        if length and zlib.crc32(record) == checksum:
+
+    def _record(self) -> bytes:
+        """Empty where there is none."""
+        for _ in range(_TRIES):
             try:
-                return snapshot.with_progress(decode(record, Progress, path))
-            except UnreadableError:
-                return snapshot
-        if not any(content):
-            return snapshot
-    return snapshot
+                content = read_file(self._path, _SPACE)
+            except OSError:
+                return b""
+            if len(content) < _HEADER.size:
+                return b""
+            length, checksum = _HEADER.unpack_from(content)
+            record = content[_HEADER.size : _HEADER.size + length]
+            if zlib.crc32(record) == checksum:
+                return record
+        return b""

@@ -27,7 +27,7 @@ from sglang_weight_exporter.store.decoding import (
 )
 from sglang_weight_exporter.store.files import Directory, write_atomically
 from sglang_weight_exporter.store.locks import FileLock, is_held
-from sglang_weight_exporter.store.progress import with_progress
+from sglang_weight_exporter.store.progress import ProgressReader
 from sglang_weight_exporter.store.rank import MEMORY, MEMORY_WANTED
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.store.spool import SpoolReader
@@ -50,7 +50,8 @@ class RankDirectory:
     def snapshot(self, on_left_out: Callable[[str], None] | None = None) -> Snapshot:
         """Raises ``OSError`` and ``UnreadableError``; models that are damaged are left out, and
         ``on_left_out`` is told."""
-        return with_progress(read_snapshot(self.path / "snapshot", on_left_out), self.path)
+        snapshot = read_snapshot(self.path / "snapshot", on_left_out)
+        return ProgressReader(self.path).apply(snapshot)
 
     def table(self, file: str) -> WeightTable:
         return read(self.path / file, WeightTable)
@@ -158,6 +159,7 @@ class SnapshotReader:
     _cache: dict[Path, tuple[Version, Snapshot | None]] = field(default_factory=dict)
     #: Locks that nobody held. Only who makes a directory takes its lock, and never again.
     _dead: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    _progress: dict[Path, ProgressReader] = field(default_factory=dict)
     #: What was said of a rank that could not be read, until it can be.
     _said: dict[Path, str] = field(default_factory=dict)
     #: It is said once, not at each scrape.
@@ -185,7 +187,9 @@ class SnapshotReader:
                     continue
                 _, snapshot = self._snapshot(directory)
                 if snapshot is not None:
-                    snapshot = with_progress(snapshot, directory.path)
+                    snapshot = self._progress.setdefault(
+                        directory.path, ProgressReader(directory.path)
+                    ).apply(snapshot)
             except FileNotFoundError:
                 continue  # Not written yet, or the rank has just gone.
             except OSError as error:
@@ -196,6 +200,7 @@ class SnapshotReader:
                 found.append((directory, snapshot))
         for path in self._cache.keys() - seen:
             del self._cache[path]
+            self._progress.pop(path, None)
         self._dead = {path: self._dead[path] for path in seen & self._dead.keys()}
         for path, sentence in obstacles.items():
             if self._said.get(path) != sentence:

@@ -30,7 +30,7 @@ from sglang_weight_exporter.store.decoding import (
     decode_snapshot,
 )
 from sglang_weight_exporter.store.files import read_file
-from sglang_weight_exporter.store.progress import with_progress
+from sglang_weight_exporter.store.progress import ProgressReader
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import VARIABLE, NoRuntimeDirError, RuntimeDir
 from sglang_weight_exporter.weight_table import Region, Row, WeightTable, table_regions, table_rows
@@ -96,6 +96,7 @@ class TableReader:
         self.role = role
         self.engine = engine
         self.ranks = ranks
+        self._progress = ProgressReader(directory.path)
         #: As last read, each with what tells whether it is still that. Replaced as a whole, so
         #: threads may share a reader.
         self._last_snapshot: tuple[bytes, Snapshot] | None = None
@@ -164,7 +165,7 @@ class TableReader:
         last = self._last_snapshot
         if last is None or last[0] != content:
             self._last_snapshot = last = (content, decode_snapshot(content, path))
-        return with_progress(last[1], self.directory.path)
+        return self._progress.apply(last[1])
 
     def _attempt(self) -> tuple[Table | None, TableError]:
         """A table if it is the same before and after reading, or else why there is none."""

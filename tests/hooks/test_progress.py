@@ -178,6 +178,26 @@ def test_a_damaged_file_of_progress_is_none(rank: Rank, content: bytes) -> None:
     assert rank.role().in_progress is None
 
 
+def test_what_is_as_it_was_is_the_same_object(rank: Rank) -> None:
+    """By which the exporter process tells whose text it has to make anew."""
+    runner = rank.runner()
+    reader = SnapshotReader(RuntimeDir.open(rank.directory, os.environ))
+    found = []
+    for step in (
+        lambda: None,
+        runner.weight_updater.begin_weight_update,
+        lambda: None,
+        lambda: runner.weight_updater.update_weights_from_tensor([]),
+        lambda: None,
+    ):
+        step()
+        ((_, snapshot),) = reader.read()
+        found.append(snapshot)
+    assert found[1] is found[2]
+    assert found[3] is found[4]
+    assert len({id(each) for each in found}) == 3
+
+
 def test_progress_of_an_update_that_has_ended_is_none(rank: Rank) -> None:
     runner = rank.runner()
     path = directory_of(rank) / "progress"
