@@ -96,17 +96,21 @@ class RankDirectory:
 
 
 def rank_directories(runtime_dir: RuntimeDir) -> Iterator[RankDirectory]:
-    """Every rank's directory, alive or dead, in a stable order.
+    """Every rank's directory, alive or dead, in a stable order. A link is none: what it leads to
+    is somebody else's, or another rank's.
 
     Raises ``OSError`` where that cannot be told now, as without a free descriptor.
     """
     try:
-        paths = sorted(runtime_dir.ranks.iterdir())
+        with os.scandir(runtime_dir.ranks) as entries:
+            paths = sorted(
+                Path(entry)
+                for entry in entries
+                if not (entry.name.startswith(".") or entry.is_symlink())
+            )
     except FileNotFoundError:
         return  # Removed, or never made: nobody is there.
-    for path in paths:
-        if not path.name.startswith("."):
-            yield RankDirectory(path)
+    yield from map(RankDirectory, paths)
 
 
 def keep_from_cleaners(runtime_dir: RuntimeDir) -> None:
@@ -243,7 +247,14 @@ class SnapshotReader:
             return cached
         snapshot: Snapshot | None = None
         try:
-            snapshot = read_snapshot(directory.path / "snapshot", self._complain)
+            snapshot = directory.snapshot(self._complain)
+            if snapshot.rank_id != directory.rank_id:
+                # Two would publish the same series, perhaps with other values.
+                self._complain(
+                    f"{directory.path} is a copy of what rank {snapshot.rank_id} has, so it is "
+                    "left out. Remove it."
+                )
+                snapshot = None
         except UnreadableError as error:
             self._complain(str(error))
         self._cache[directory.path] = found = (version, snapshot)

@@ -262,6 +262,21 @@ def test_a_damaged_snapshot_costs_its_rank_alone(
     assert str(broken.path / "snapshot") in sentence
 
 
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_copy_of_a_rank_is_not_served_beside_it(
+    runtime_dir: RuntimeDir, sound: RankStore, linked: bool
+) -> None:
+    """With hard links, as some backups are made, it has the rank's lock too."""
+    copy = runtime_dir.ranks / "copy"
+    if linked:
+        copy.symlink_to(sound.path)
+    else:
+        shutil.copytree(sound.path, copy, copy_function=os.link)
+    said: list[str] = []
+    assert roles_by_rank(runtime_dir, said) == {"sound": ["target", "draft"]}
+    assert ["is a copy of what rank sound has" in each for each in said] == [True] * (not linked)
+
+
 @pytest.mark.parametrize("change", [*DAMAGED_FIELD, *DAMAGED_ROLE, *DAMAGED_RANK])
 def test_an_engine_that_starts_can_claim_a_name(
     runtime_dir: RuntimeDir, broken: RankStore, change: Callable[[Any], Any]
@@ -305,7 +320,7 @@ def test_scrapes_and_commands_show_what_is_sound(
     ranks = []
     for tp, change in enumerate((*DAMAGED_ROLE, *DAMAGED_RANK)):
         ranks.append(RankStore(runtime_dir, change.__name__))
-        write(ranks[-1], valid_snapshot("broken", tp=tp), change)
+        write(ranks[-1], valid_snapshot(change.__name__, tp=tp), change)
     scrape = exporter.scrape()
     loaded = {
         (sample.labels["tp_rank"], sample.labels["role"])
