@@ -62,22 +62,31 @@ assert rank.snapshot().hook_errors == {}
 """
 
 SAME = """
-rank, runner = made(200, gaps=True)
+def write():
+    if model is not None:
+        with torch.no_grad():
+            model[7].weight += 1
+            model[1].w_kc += 1
+            model[9].weight.data = model[9].weight.data.clone()
+    return True, "Success"
+
+model = None
+rank, runner = made(200, gaps=True, tensor=write)
 model = runner.model
-named = dict(model.named_parameters()) | {"1.w_kc": model[1].w_kc}
 def flat(name, tensor):
     # As it lies in memory: the transposed one was loaded so.
     tensor = tensor.t() if name == "0.weight" else tensor
     data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
     return fingerprint.of_bytes(data.numpy().tobytes())
-for _ in range(2):
+seen = set()
+for _ in range(3):
+    named = dict(model.named_parameters()) | {"1.w_kc": model[1].w_kc}
     expected = {name: flat(name, tensor) for name, tensor in named.items()}
     assert rank.role().table.fingerprint == fingerprint.of_rank(expected)
-    with torch.no_grad():
-        model[7].weight += 1
-        model[1].w_kc += 1
-        model[9].weight.data = model[9].weight.data.clone()
+    seen.add(rank.role().table.fingerprint)
     session(runner, loads=1)
+assert len(seen) == 3
+assert rank.role().fingerprints.modified == {"serving": {}}
 """
 
 LATE = """
