@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zoo_models import MODELS, write
+from zoo_models import MODELS, Model, write
 
 LIMIT = 300
 TP_FLAGS = " --disable-custom-all-reduce"
@@ -275,16 +275,25 @@ def run_rank(
     ModelInARank(make(rank), checkpoints, result).run()
 
 
+def write_both(model: Model, checkpoints: tuple[Path, Path]) -> None:
+    for seed, checkpoint in enumerate(checkpoints):
+        if not (checkpoint / "config.json").exists():
+            write(model, checkpoint, seed)
+
+
 def load(name: str, device: str, directory: Path) -> None:
     """Both checkpoints, and the ranks that load them."""
     loaded, _, size = name.partition(":")
     model, _, quantization = loaded.partition("+")
     checkpoints = directory / "models" / loaded / "a", directory / "models" / loaded / "b"
-    for seed, checkpoint in enumerate(checkpoints):
-        if not (checkpoint / "config.json").exists():
-            write(MODELS[model], checkpoint, seed)
-    make = make_schedulers(checkpoints[0], device, int(size or 1), quantization)
     results = directory / "results"
+    if device == "cpu":
+        # Threads of OpenMP, which the next child would wait for in vain, are left in this one.
+        making = functools.partial(write_both, MODELS[model], checkpoints)
+        os.waitpid(in_child(making, results / f"{loaded}.json"), 0)
+    else:
+        write_both(MODELS[model], checkpoints)
+    make = make_schedulers(checkpoints[0], device, int(size or 1), quantization)
     if device != "cpu":
         run_rank(make, 0, checkpoints, results / f"{name}.json")
         return
