@@ -27,8 +27,8 @@ from zoo_models import MODELS
 RELEASE = "0.5.23"
 #: Loaders that add, transpose, tie, fuse, stack and prefix.
 SIX = ("llama", "qwen2_tied", "gemma", "gpt2", "mixtral", "ernie4_5")
-#: A reload of the same checkpoint is told, and nothing else.
-TOLD = {"SGLangWeightUpdateChangedNothing"}
+#: That there was a reload is told, and that one was of the same checkpoint; nothing else.
+TOLD = {"SGLangWeightsReloaded", "SGLangWeightUpdateChangedNothing"}
 NO_GPU = {
     "SGLANG_NCCL_SO_PATH": "none",
     "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
