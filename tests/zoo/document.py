@@ -90,13 +90,6 @@ def _together(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return together
 
 
-def without_words(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Of errors their types alone: some name a port or a process."""
-    kinds = {step: why.partition(":")[0] for step, why in model.get("problems", {}).items()}
-    error = str(model.get("error", "")).partition(":")[0]
-    return {**model, "problems": kinds, "error": error}
-
-
 def confirmed(seen: Mapping[str, Any]) -> dict[str, Any]:
     """Patterns of names that were what the rules make, in every model of an architecture."""
     found: dict[str, Any] = {}

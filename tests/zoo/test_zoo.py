@@ -3,8 +3,8 @@
 """Models of many architectures in real ranks: nothing that a healthy one does is called wrong.
 
 What came of each is in ``seen.json``, of which ``document.py`` makes ``docs/models.md`` and what
-``verify`` takes for proved. A run that sees something else fails, and ``document.py RESULTS`` takes
-it over where it is right.
+``verify`` takes for proved. A run in which less is proved fails, and ``document.py RESULTS`` takes
+over what it saw where that is right.
 """
 
 from __future__ import annotations
@@ -75,9 +75,13 @@ def load(newest: Installation, directory: Path, names: Sequence[str]) -> dict[st
 def check(name: str, result: dict[str, Any]) -> list[str]:
     """What is wrong with it, in words."""
     wrong = []
-    summary, was = document.summary(result), seen()[name]
-    if document.without_words(summary) != document.without_words(was):
-        wrong.append(f"{name} is not as it was: {summary}, {was}")
+    was = seen()[name]
+    if ("error" in result) != ("error" in was):
+        return [f"{name}: {result.get('error', 'is loaded')}, was {was.get('error', 'loaded')}"]
+    for kind, patterns in was.get("confirmed", {}).items():
+        lost = set(patterns) - set(result["confirmed"].get(kind, ()))
+        if lost:
+            wrong.append(f"{name}: what was proved of {kind} is no more: {sorted(lost)}")
     for step, found in result.get("steps", {}).items():
         published, held = found["bytes"]
         if published != held:
