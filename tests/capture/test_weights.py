@@ -18,10 +18,12 @@ import random  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
-from sglang_weight_exporter.capture.tensors import named_tensors  # noqa: E402
+from sglang_weight_exporter.capture.allocations import Segments  # noqa: E402
+from sglang_weight_exporter.capture.tensors import DerivedPaths, named_tensors  # noqa: E402
 from sglang_weight_exporter.capture.weights import (  # noqa: E402
     WeightCapture,
     capture_weights,
+    in_pools_of_weights,
 )
 from sglang_weight_exporter.weight_table import Row, compare_tables, table_regions, table_rows  # noqa: E402
 
@@ -345,6 +347,25 @@ def test_tensors_in_attributes_are_derived_weights_under_the_name_that_leads_to_
     }
     assert found["attention.half"].storage_ptr == model.weight.untyped_storage().data_ptr()
     assert nbytes(model) == model.weight.nbytes + 4 * (16 + 2 + 3)  # A view adds no bytes.
+
+
+def test_what_lies_in_a_pool_without_parameters_is_a_captured_graphs() -> None:
+    model = module(weight=torch.nn.Parameter(torch.zeros(8, 4)))
+    model.w_kc, model.scale, model.indices = torch.ones(4), torch.ones(2), torch.arange(6)
+    pools = {"weight": (0, 1), "w_kc": (0, 1), "scale": (0, 0), "indices": (0, 2)}
+    segments = Segments.of_snapshot(
+        {
+            "address": getattr(model, name).data_ptr(),
+            "total_size": getattr(model, name).nbytes,
+            "segment_pool_id": pool,
+            "blocks": [],
+        }
+        for name, pool in pools.items()
+    )
+    found = in_pools_of_weights(model, DerivedPaths.of(model), segments)
+    assert found.names() == ["w_kc", "scale"]
+    assert in_pools_of_weights(model, found, Segments.none()) is found
+    assert set(derived(capture(model, derived=found))) == {"w_kc", "scale"}
 
 
 def test_no_property_is_run_and_no_other_object_entered() -> None:
