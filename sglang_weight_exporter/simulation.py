@@ -385,7 +385,8 @@ class _Rank:
         self._tables: dict[str, WeightTable] = {}
         self._reported: dict[str, str] = {}
         self._memory = _NOTHING
-        self.publish()
+        self._problem = ""
+        self._write()
 
     def gpu(self) -> GpuMemory:
         return GpuMemory(
@@ -426,7 +427,17 @@ class _Rank:
         )
 
     def publish(self) -> None:
-        """Write what the ledger knows, and an event for each load and update that has ended."""
+        """Write what the ledger knows; what could not be written is written the next time."""
+        try:
+            self._write()
+            self._problem = ""
+        except OSError as error:
+            if str(error) != self._problem:
+                logger.warning("simulated: a rank could not be written (%s)", error)
+            self._problem = str(error)
+
+    def _write(self) -> None:
+        """A snapshot, and an event for each load and update that has ended. Raises ``OSError``."""
         for ended in self.ledger.take_finished():
             role = ended.role
             before, table = self._tables.get(role), _table(role, self.place)

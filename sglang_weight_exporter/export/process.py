@@ -25,6 +25,7 @@ from sglang_weight_exporter.export.prometheus import Exposition
 from sglang_weight_exporter.export.rank_care import RankCare
 from sglang_weight_exporter.export.references import ReferenceFollower
 from sglang_weight_exporter.export.views import HostView, SpanCounts
+from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.reader import SnapshotReader, remove_endpoint
@@ -59,12 +60,21 @@ class HostReader:
         self._simulated = simulated
         self._started_at = time.time()
         self._reading = threading.Lock()
+        self._served: dict[str, Snapshot] = {}
+
+    def _annotated(self, snapshot: Snapshot) -> Snapshot:
+        """With what this process knows of it: the same object as long as that is the same, so that
+        its text is kept."""
+        annotated = self._references.annotated(snapshot)
+        kept = self._served.get(snapshot.rank_id)
+        if kept != annotated:
+            kept = self._served[snapshot.rank_id] = annotated
+        return kept
 
     def read(self) -> HostView:
         with self._reading:  # A scrape, the thread that sends metrics, the care of ranks.
-            snapshots = tuple(
-                self._references.annotated(snapshot) for _, snapshot in self._snapshots.read()
-            )
+            snapshots = tuple(self._annotated(snapshot) for _, snapshot in self._snapshots.read())
+            self._served = {each.rank_id: each for each in snapshots}
             gpus: tuple[GpuAccount, ...] = ()
             with self._guard.step("The account of the GPUs"):
                 gpus = self._accounts.read(snapshots, self._gpus(), time.monotonic())
