@@ -13,7 +13,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from sglang_weight_exporter.export.instruments import INSTRUMENTS
+from sglang_weight_exporter.export.instruments import GROUPS, INSTRUMENTS
 from sglang_weight_exporter.export.instruments.base import Instrument
 from sglang_weight_exporter.export.views import IDENTITY
 from sglang_weight_exporter.records.updates import DURATION_BUCKETS, SOURCES
@@ -47,8 +47,17 @@ Series of a rank carry these labels, the rank labels as SGLang's own metrics hav
 | `device` | torch's name in the rank's process: `cuda:0`, `cpu` |
 | `gpu_uuid` | NVML's UUID with its prefix (`GPU-…`, `MIG-…`), which joins with dcgm-exporter's `UUID`; empty on a CPU |
 
-`source` is one of {sources}. `change` is one of {changes}. Counters and histograms exist at 0
-before the first event. What could not be read is absent and never 0. A rank that has died is gone
+`SGLANG_WEIGHT_EXPORTER_METRICS` chooses what is served and sent. `default` is all that the
+dashboards and rules ask for; `full` is everything; names of groups, separated by commas, are those
+groups in full, also beside it: `default,memory`. Without being asked for (*in full*) there is none
+of what nothing asks for, `sglang_weight_update_duration_seconds` has the buckets 1, 10 and 100,
+`sglang_gpu_memory_bytes` what is not in `sglang_rank_memory_bytes`, and of
+`sglang_weight_exporter_hooks` only those that failed have a name. `/metrics?name[]=NAME`, as often
+as there are names, serves only those.
+
+`source` is one of {sources}. `change` is one of {changes}. Counters exist at 0
+before the first event where a rule needs that; those of operations, table changes, pauses and
+phases come with it. What could not be read is absent and never 0. A rank that has died is gone
 at the next scrape. In OpenMetrics, `sglang_weight_updates_total` and
 `sglang_weight_update_duration_seconds` carry the `trace_id` of the last update's span as an
 exemplar while spans are exported.
@@ -111,6 +120,7 @@ respected: set without `sglang_weight_exporter`, nothing is hooked.
 
 DEFAULTS = {
     "disabled": "off",
+    "metrics": "`default`",
     "fingerprint": "off",
     "address": "all interfaces",
     "serve": "`auto`",
@@ -134,6 +144,11 @@ def _section(instrument: Instrument) -> str:
     return fitting[max(fitting)]
 
 
+def _group(instrument: Instrument) -> str:
+    (group,) = (name for name, instruments in GROUPS.items() if instrument in instruments)
+    return f"{group}, in full" if instrument.detail else group
+
+
 def metrics() -> str:
     """The page about metrics."""
     page = METRICS.format(
@@ -141,7 +156,7 @@ def metrics() -> str:
         changes=", ".join(f"`{change}`" for change in CHANGES),
     )
     for section in SECTIONS:
-        page += f"\n## {section}\n\n| metric | type | labels | meaning |\n|---|---|---|---|\n"
+        page += f"\n## {section}\n\n| metric | group | type | labels | meaning |\n|---|---|---|---|---|\n"
         for instrument in INSTRUMENTS:
             if _section(instrument) != section:
                 continue
@@ -151,7 +166,8 @@ def metrics() -> str:
             elif instrument.read_role is not None:
                 labels.insert(0, "identity")
             page += (
-                f"| `{_family(instrument)}` | {instrument.kind} | {', '.join(labels)}"
+                f"| `{_family(instrument)}` | {_group(instrument)} | {instrument.kind}"
+                f" | {', '.join(labels)}"
                 f" | {instrument.description} |\n"
             )
     page += (

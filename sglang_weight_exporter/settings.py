@@ -8,6 +8,7 @@ The engine process reads them once when SGLang is hooked, the exporter process o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -17,6 +18,30 @@ PREFIX = "SGLANG_WEIGHT_EXPORTER_"
 
 #: dcgm-exporter's default too: where both run in one network namespace, one has to move.
 DEFAULT_PORT = 9400
+
+
+#: What can be chosen of the metrics.
+METRIC_GROUPS = (
+    "core",
+    "memory",
+    "phases",
+    "operations",
+    "fingerprints",
+    "lora",
+    "hooks",
+    "process",
+)
+
+
+def _metrics(text: str) -> tuple[str, ...]:
+    names = tuple(name for name in re.split(r"[,\s]+", text.lower()) if name)
+    unknown = [name for name in names if name not in {"default", "full", *METRIC_GROUPS}]
+    if unknown or not names:
+        raise ValueError(
+            f"names {', '.join(unknown) or 'nothing'}; there are default, full and "
+            f"{', '.join(METRIC_GROUPS)}"
+        )
+    return names
 
 
 def _switch(text: str) -> bool:
@@ -76,6 +101,12 @@ class Settings:
     address: str = _setting("::", str, "address of the metrics endpoint; :: is all of them")
     web_config_file: Path | None = _setting(
         None, _path, "TLS, users, headers and a rate limit, in the format of Prometheus' exporters"
+    )
+    metrics: tuple[str, ...] = _setting(
+        ("default",),
+        _metrics,
+        "metrics that are served and sent: default (all that the dashboards and rules ask for), "
+        "full, or groups of them, separated by commas",
     )
     serve: bool = _setting(
         True, _switch, "auto: ranks start the exporter process; off: somebody else runs it"

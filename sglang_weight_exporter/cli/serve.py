@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "port",
         "runtime_dir",
         "web_config_file",
+        "metrics",
         "span_table",
         "span_table_names",
         "span_bytes",

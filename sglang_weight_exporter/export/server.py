@@ -13,6 +13,7 @@ import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, cast
+from urllib.parse import parse_qs
 
 import uvicorn
 
@@ -91,10 +92,11 @@ class MetricsApp:
         self._scrapes += 1
         try:
             openmetrics = _prefers_openmetrics(_header(scope, b"accept"))
-            encodings = _accepted(_header(scope, b"accept-encoding"))
-            gzip = encodings.get("gzip", _Accepted()).quality > 0
+            gzip = _accepts_gzip(_header(scope, b"accept-encoding"))
             async with self._encoding:  # What one scrape encodes, those that wait have for nothing.
-                content = await self._exposition.scrape(openmetrics=openmetrics, gzip=gzip)
+                content = await self._exposition.scrape(
+                    openmetrics=openmetrics, gzip=gzip, names=_names(scope)
+                )
             await _answer(
                 send,
                 200,
@@ -128,9 +130,10 @@ class _Accepted:
     version: str = ""
 
 
-def _accepted(header: str) -> dict[str, _Accepted]:
-    """What a client names, in lower case. An entry that cannot be understood is not named."""
-    found: dict[str, _Accepted] = {}
+def _entries(header: str) -> list[tuple[str, _Accepted]]:
+    """What a client names, in lower case, one name as often as it comes. An entry that cannot be
+    understood is left out."""
+    found: list[tuple[str, _Accepted]] = []
     for entry in header.lower().split(","):
         name, *rest = (part.strip() for part in entry.split(";"))
         parameters = {
@@ -138,22 +141,31 @@ def _accepted(header: str) -> dict[str, _Accepted]:
             for key, _, value in (part.partition("=") for part in rest)
         }
         with contextlib.suppress(ValueError):
-            found.setdefault(
-                name,
-                _Accepted(float(parameters.get("q", "1")), parameters.get("version", "")),
-            )
+            version, quality = parameters.get("version", ""), float(parameters.get("q", "1"))
+            found.append((name, _Accepted(quality, version)))
     return found
 
 
+def _accepts_gzip(header: str) -> bool:
+    return any(name == "gzip" and each.quality > 0 for name, each in _entries(header))
+
+
 def _prefers_openmetrics(header: str) -> bool:
-    accepted = _accepted(header)
-    openmetrics = accepted.get("application/openmetrics-text", _Accepted())
-    text = accepted.get("text/plain", _Accepted())
-    return (
-        openmetrics.version in {"", "1.0.0"}
-        and openmetrics.quality > 0
-        and openmetrics.quality >= text.quality
+    """Of OpenMetrics there is version 1.0.0, in whatever place it is offered."""
+    offers = _entries(header)
+    text = max((each.quality for name, each in offers if name == "text/plain"), default=0.0)
+    return any(
+        name == "application/openmetrics-text"
+        and each.version in {"", "1.0.0"}
+        and each.quality > 0
+        and each.quality >= text
+        for name, each in offers
     )
+
+
+def _names(scope: Message) -> list[str]:
+    """The families that ``?name[]=`` asks for, as often as it comes."""
+    return parse_qs(scope["query_string"].decode("latin-1")).get("name[]", [])
 
 
 def _header(scope: Message, name: bytes) -> str:

@@ -125,6 +125,8 @@ def _histogram(
     names = (*instrument.labels, "le")
     for bound, bound_name, count in zip(_BOUNDS, _BOUND_NAMES, value.counts, strict=True):
         total += count
+        if bound not in instrument.bounds and bound != _BOUNDS[-1]:
+            continue
         text = labels.text(of_role, names, (*sample.labels, bound_name))
         fell = seconds is not None and lower < seconds <= bound
         exemplar = _exemplar(sample, seconds) if fell else ""

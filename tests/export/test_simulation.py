@@ -197,6 +197,7 @@ def test_the_command_says_that_nothing_of_it_is_real(tmp_path: Path) -> None:
     environment = {
         "PATH": "/usr/bin:/bin",
         "TMPDIR": str(tmp_path),
+        "SGLANG_WEIGHT_EXPORTER_METRICS": "full",
         "SGLANG_WEIGHT_EXPORTER_METADATA_DIR": str(tmp_path / "of-real-ranks"),
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{backend.grpc_port}",
         "OTEL_METRICS_EXPORTER": "otlp",

@@ -140,14 +140,16 @@ def sglang_version(python: Path) -> str | None:
 
 
 def clean_environment(**variables: str) -> dict[str, str]:
-    """This process's environment without what would steer SGLang, OpenTelemetry or the exporter.
+    """This process's environment without what would steer SGLang, OpenTelemetry or the exporter,
+    which serves all of its metrics.
 
     Python may write bytecode: an engine imports SGLang in four processes and starts twice as fast
     with it.
     """
     dropped = ("SGLANG_", "OTEL_", "PROMETHEUS_", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return {**kept, "HF_HUB_OFFLINE": "1", **variables}
+    full = {PREFIX + "METRICS": "full"}
+    return {**kept, "HF_HUB_OFFLINE": "1", **full, **variables}
 
 
 @dataclass(frozen=True)

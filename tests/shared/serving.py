@@ -100,6 +100,7 @@ def serve(runtime_dir: RuntimeDir) -> Iterator[Callable[..., Exporter]]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env={"SGLANG_WEIGHT_EXPORTER_METRICS": "full", **os.environ},
         )
         exporter = Exporter(process, port, Queue())
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from sglang_weight_exporter.export.instruments import (
     exporter,
     fingerprints,
@@ -31,3 +33,14 @@ GROUPS: dict[str, tuple[Instrument, ...]] = {
 }
 
 INSTRUMENTS = tuple(instrument for group in GROUPS.values() for instrument in group)
+
+
+def chosen(metrics: Collection[str]) -> tuple[Instrument, ...]:
+    """The instruments of a setting: ``default``, ``full``, names of groups."""
+    found: list[Instrument] = []
+    for group, instruments in GROUPS.items():
+        if group in metrics or "full" in metrics:
+            found += instruments
+        elif "default" in metrics:
+            found += [each.lean() for each in instruments if not each.detail]
+    return tuple(found)

@@ -8,12 +8,17 @@ Prometheus and OTLP both take their values from here, and so does the reference 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 from sglang_weight_exporter.export.views import IDENTITY, HostView, RoleView, identity
 from sglang_weight_exporter.records.snapshot import Snapshot
-from sglang_weight_exporter.records.updates import SOURCES, Histogram, UpdateCounts
+from sglang_weight_exporter.records.updates import (
+    DURATION_BUCKETS,
+    SOURCES,
+    Histogram,
+    UpdateCounts,
+)
 
 
 class Sample(NamedTuple):
@@ -32,6 +37,7 @@ class Sample(NamedTuple):
 
 
 RoleReader: TypeAlias = Callable[[RoleView], Iterable[Sample]]
+View = TypeVar("View", RoleView, HostView)
 HostReader: TypeAlias = Callable[[HostView], Iterable[Sample]]
 
 
@@ -67,6 +73,23 @@ class Instrument:
     of_rank: bool = False
     #: What takes its place; it goes with the next release.
     replaced_by: str = ""
+    #: No dashboard and no rule of ours asks for it: served where its group is chosen, or all is.
+    detail: bool = False
+    #: Read less, which is enough for them.
+    lean_role: RoleReader | None = None
+    lean_host: HostReader | None = None
+    #: Upper bounds of the buckets that are served, of those that are counted.
+    bounds: tuple[float, ...] = DURATION_BUCKETS
+    lean_bounds: tuple[float, ...] = (1.0, 10.0, 100.0)
+
+    def lean(self) -> Instrument:
+        """The instrument in the series that dashboards and rules ask for."""
+        return replace(
+            self,
+            read_role=self.lean_role or self.read_role,
+            read_host=self.lean_host or self.read_host,
+            bounds=self.lean_bounds,
+        )
 
     @property
     def label_names(self) -> tuple[str, ...]:
@@ -140,3 +163,8 @@ def once_a_rank(read: Callable[[Snapshot], float | None]) -> RoleReader:
             yield from one(read(view.snapshot))
 
     return samples
+
+
+def not_zero(read: Callable[[View], Iterable[Sample]]) -> Callable[[View], Iterable[Sample]]:
+    """What is read, without zeros."""
+    return lambda view: (sample for sample in read(view) if sample.value)

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from sglang_weight_exporter.export.gpu_account import GpuAccount
-from sglang_weight_exporter.export.instruments.base import HostReader, Instrument, Sample
+from sglang_weight_exporter.export.gpu_account import GPU_PARTS, OTHER_PARTS, GpuAccount
+from sglang_weight_exporter.export.instruments.base import HostReader, Instrument, Sample, not_zero
 from sglang_weight_exporter.export.views import HostView
 
 
@@ -19,10 +19,16 @@ def _gpu(read: Callable[[GpuAccount], int]) -> HostReader:
     return samples
 
 
-def _gpu_parts(view: HostView) -> Iterator[Sample]:
-    for account in view.gpus:
-        for part, nbytes in (account.parts or {}).items():
-            yield Sample((account.gpu.uuid, str(account.gpu.index), part), nbytes)
+def _gpu_parts(parts: tuple[str, ...]) -> HostReader:
+    """Of these parts; what torch has in each rank is the rank's own account as well."""
+
+    def samples(view: HostView) -> Iterator[Sample]:
+        for account in view.gpus:
+            for part, nbytes in (account.parts or {}).items():
+                if part in parts:
+                    yield Sample((account.gpu.uuid, str(account.gpu.index), part), nbytes)
+
+    return samples
 
 
 INSTRUMENTS = (
@@ -57,6 +63,7 @@ INSTRUMENTS = (
         "The GPU's account: bytes by what holds them, which sum to its total. Absent while they "
         "do not, as in the middle of a release.",
         ("gpu_uuid", "gpu", "part"),
-        read_host=_gpu_parts,
+        read_host=_gpu_parts(GPU_PARTS),
+        lean_host=not_zero(_gpu_parts(OTHER_PARTS)),
     ),
 )

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from sglang_weight_exporter.export.instruments.base import Instrument, Sample, once_a_rank
@@ -11,13 +12,20 @@ from sglang_weight_exporter.export.views import HostView
 
 
 def _hooks(view: HostView) -> Iterator[Sample]:
-    counts: dict[tuple[str, str], int] = {}
-    for snapshot in view.snapshots:
-        for hook in snapshot.hooks:
-            key: tuple[str, str] = (hook.target, hook.status)
-            counts[key] = counts.get(key, 0) + 1
-    for key, count in counts.items():
-        yield Sample(key, count)
+    counts = Counter((hook.target, hook.status) for each in view.snapshots for hook in each.hooks)
+    for (target, status), count in counts.items():
+        yield Sample((target, status), count)
+
+
+def _hooks_by_state(view: HostView) -> Iterator[Sample]:
+    """Those that failed by their names, and how many of the others."""
+    counts = Counter(
+        (hook.target if hook.status == "failed" else "", hook.status)
+        for each in view.snapshots
+        for hook in each.hooks
+    )
+    for (target, status), count in counts.items():
+        yield Sample((target, status), count)
 
 
 INSTRUMENTS = (
@@ -26,9 +34,11 @@ INSTRUMENTS = (
         "gauge",
         "{rank}",
         "Ranks by state of each hook: installed, pending, absent (this SGLang has no such "
-        "function) or failed (it should have it).",
+        "function) or failed (it should have it). By default only those that failed have a target; "
+        "the others are one number a state.",
         ("target", "state"),
         read_host=_hooks,
+        lean_host=_hooks_by_state,
     ),
     Instrument(
         "sglang_weight_exporter_hook_errors",

@@ -10,25 +10,15 @@ from typing import Literal
 from sglang_weight_exporter.export.instruments.base import Instrument, RoleReader, Sample
 from sglang_weight_exporter.export.views import RoleView
 
-#: Known before their first call, so that the counter exists at 0.
-OPERATIONS = (
-    "get_weights_by_name",
-    "save_remote_model",
-    "save_sharded_model",
-    "send_weights_to_remote_instance",
-    "check_weights",
-    "init_weights_update_group",
-    "destroy_weights_update_group",
-    "load_lora_adapter",
-    "load_lora_adapter_from_tensors",
-    "unload_lora_adapter",
-)
+#: Known before their first call where there are adapters: rules compare them with what they were.
+OPERATIONS_OF_ADAPTERS = ("load_lora_adapter", "load_lora_adapter_from_tensors")
 
 
 def _operations(attribute: Literal["calls", "failures"]) -> RoleReader:
     def samples(view: RoleView) -> Iterator[Sample]:
         if view.is_target:
-            for operation in dict.fromkeys((*OPERATIONS, *view.snapshot.operations)):
+            known = OPERATIONS_OF_ADAPTERS if view.role.lora else ()
+            for operation in dict.fromkeys((*known, *view.snapshot.operations)):
                 counts = view.snapshot.operations.get(operation)
                 yield Sample((operation,), 0 if counts is None else getattr(counts, attribute))
 

@@ -14,8 +14,9 @@ from sglang_weight_exporter.records.updates import PHASES, SOURCES
 def _phase_seconds(view: RoleView) -> Iterator[Sample]:
     for source in SOURCES:
         seconds = view.role.updates.get(source, UNUSED).phases
-        for phase in PHASES if seconds else ():
-            yield Sample((source, phase), seconds.get(phase, 0.0))
+        for phase in PHASES:
+            if seconds.get(phase):
+                yield Sample((source, phase), seconds[phase])
 
 
 def _phase_in_progress(view: RoleView) -> Iterator[Sample]:

@@ -28,7 +28,8 @@ def _cache(read: Callable[[CacheCounts], float | None]) -> RoleReader:
 def _pauses(view: RoleView) -> Iterator[Sample]:
     if view.is_target and view.snapshot.cache is not None:
         for how in PAUSES:
-            yield Sample((how,), view.snapshot.cache.pauses.get(how, 0))
+            if count := view.snapshot.cache.pauses.get(how, 0):
+                yield Sample((how,), count)
 
 
 def _kv_bytes(view: RoleView) -> Iterator[Sample]:
@@ -72,6 +73,7 @@ INSTRUMENTS = (
         "{flush}",
         "Flushes of the prefix cache.",
         read_role=_cache(lambda cache: cache.flushes),
+        detail=True,
     ),
     Instrument(
         "sglang_kv_cache_flush_failures",
@@ -79,6 +81,7 @@ INSTRUMENTS = (
         "{flush}",
         "Flushes that SGLang refused, because requests were running or queued.",
         read_role=_cache(lambda cache: cache.failures),
+        detail=True,
     ),
     Instrument(
         "sglang_kv_cache_flushed_timestamp_seconds",
@@ -86,6 +89,7 @@ INSTRUMENTS = (
         "s",
         "When the prefix cache was last flushed, in Unix time. Absent before the first flush.",
         read_role=_cache(lambda cache: cache.flushed_at),
+        detail=True,
     ),
     Instrument(
         "sglang_kv_cache_stale",

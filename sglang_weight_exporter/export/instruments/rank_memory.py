@@ -35,6 +35,13 @@ def _memory_parts(view: RoleView) -> Iterator[Sample]:
             yield Sample((part,), nbytes, memory.device)
 
 
+def _memory_parts_in_use(view: RoleView) -> Iterator[Sample]:
+    """Without those that most models never have."""
+    for sample in _memory_parts(view):
+        if sample.value or sample.labels[0] not in {"derived_weights", "lora"}:
+            yield sample
+
+
 def _growth(memory: DeviceMemory) -> int | None:
     if memory.before_update is None or memory.after_update is None:
         return None
@@ -63,6 +70,7 @@ INSTRUMENTS = (
         "with physical memory by what holds them, which sum to what is reserved and not released.",
         ("part",),
         _memory_parts,
+        lean_role=_memory_parts_in_use,
     ),
     Instrument(
         "sglang_rank_memory_allocated_bytes",
@@ -70,6 +78,7 @@ INSTRUMENTS = (
         "By",
         "Live blocks of torch's allocator at the last look.",
         read_role=_memory(lambda memory: memory.allocated),
+        detail=True,
     ),
     Instrument(
         "sglang_rank_memory_allocated_peak_bytes",
@@ -77,6 +86,7 @@ INSTRUMENTS = (
         "By",
         "The most of them since the process started, or since somebody reset torch's peak.",
         read_role=_memory(lambda memory: memory.allocated_peak),
+        detail=True,
     ),
     Instrument(
         "sglang_rank_memory_reserved_bytes",
@@ -98,6 +108,7 @@ INSTRUMENTS = (
         "By",
         "Segments whose physical memory the memory saver has given back for now.",
         read_role=_memory(lambda memory: None if memory.parts is None else memory.released),
+        detail=True,
     ),
     Instrument(
         "sglang_rank_memory_after_release_bytes",
@@ -122,6 +133,7 @@ INSTRUMENTS = (
         "told which of NVML's processes it is.",
         IDENTITY,
         read_host=_process(lambda rank: rank.used),
+        detail=True,
     ),
     Instrument(
         "sglang_rank_memory_process_max_bytes",
@@ -130,6 +142,7 @@ INSTRUMENTS = (
         "The most of it within the last minute, looked at once a second.",
         IDENTITY,
         read_host=_process(lambda rank: rank.most_used),
+        detail=True,
     ),
     Instrument(
         "sglang_rank_memory_outside_torch_bytes",

@@ -36,7 +36,8 @@ def _update_bytes(view: RoleView) -> Iterator[Sample]:
 
 def _changes(view: RoleView) -> Iterator[Sample]:
     for change in CHANGES:
-        yield Sample((change,), view.role.changes.get(change, 0))
+        if count := view.role.changes.get(change, 0):
+            yield Sample((change,), count)
 
 
 INSTRUMENTS = (
@@ -85,6 +86,7 @@ INSTRUMENTS = (
         "Calls that wrote weights: one a bucket, several an update.",
         ("source",),
         by_source(lambda counts: counts.calls),
+        detail=True,
     ),
     Instrument(
         "sglang_weight_update_duration_seconds",
@@ -126,5 +128,6 @@ INSTRUMENTS = (
         "{group}",
         "Process groups open for distributed updates.",
         read_role=target_only(lambda snapshot: snapshot.update_groups),
+        lean_role=target_only(lambda snapshot: snapshot.update_groups or None),
     ),
 )

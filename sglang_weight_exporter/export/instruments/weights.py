@@ -96,6 +96,12 @@ def _nodes(view: RoleView) -> Iterator[Sample]:
         yield Sample((engine.group, _size(engine.node_rank)), engine.nodes or 1)
 
 
+def _expected_ranks(view: RoleView) -> Iterator[Sample]:
+    engine = view.snapshot.engine
+    if view.is_first and engine.expected_ranks is not None:
+        yield Sample((engine.group,), engine.expected_ranks)
+
+
 INSTRUMENTS = (
     Instrument(
         "sglang_weight_bytes",
@@ -195,6 +201,14 @@ INSTRUMENTS = (
             "nodes",
         ),
         _info,
+    ),
+    Instrument(
+        "sglang_weight_expected_ranks",
+        "gauge",
+        "{rank}",
+        "How many ranks the engine has on all of its hosts, by its settings. Once a rank.",
+        ("engine_group",),
+        _expected_ranks,
     ),
     Instrument(
         "sglang_weight_engine_nodes",

@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
@@ -57,14 +57,19 @@ def otlp_name(instrument: Instrument) -> str:
     return instrument.name.removesuffix(suffix).replace("_", ".", 1)
 
 
-def messages(view: HostView, resource: Resource, totals: Totals) -> Iterator[MetricsData]:
+def messages(
+    view: HostView,
+    resource: Resource,
+    totals: Totals,
+    instruments: Sequence[Instrument] = INSTRUMENTS,
+) -> Iterator[MetricsData]:
     """All instruments that have a value, in messages of at most :data:`MESSAGE_POINTS` points.
 
     ``totals`` is to be told what became of each message before the next one is asked for.
     """
     metrics: list[Metric] = []
     count = 0
-    for instrument, measurements in _measurements(view):
+    for instrument, measurements in _measurements(view, instruments):
         for start in range(0, len(measurements), MESSAGE_POINTS):
             part = measurements[start : start + MESSAGE_POINTS]
             if count + len(part) > MESSAGE_POINTS:
@@ -90,10 +95,12 @@ def messages(view: HostView, resource: Resource, totals: Totals) -> Iterator[Met
         yield _message(metrics, resource)
 
 
-def _measurements(view: HostView) -> Iterator[tuple[Instrument, list[DataPoint]]]:
+def _measurements(
+    view: HostView, instruments: Sequence[Instrument]
+) -> Iterator[tuple[Instrument, list[DataPoint]]]:
     """Every instrument with the host's values, and with those of a few roles at a time."""
     roles = list(role_views(view.snapshots, view.now))
-    for instrument in INSTRUMENTS:
+    for instrument in instruments:
         yield instrument, instrument.of_host(view)
         for start in range(0, len(roles), PART):
             yield instrument, instrument.of_roles(roles[start : start + PART])
@@ -186,8 +193,10 @@ class PeriodicMetrics:
         seconds: float,
         timeout: float,
         temporality: Temporality,
+        instruments: Sequence[Instrument],
     ) -> None:
         self._read = read
+        self._instruments = instruments
         self._collector = collector
         self._instance = instance
         self._seconds = seconds
@@ -221,7 +230,9 @@ class PeriodicMetrics:
             return None
         ends_at = time.monotonic() + self._timeout
         view = self._read()
-        for message in messages(view, host_resource(view, self._instance), self._totals):
+        for message in messages(
+            view, host_resource(view, self._instance), self._totals, self._instruments
+        ):
             left = ends_at - time.monotonic()
             # What was not taken is in the next messages too.
             if left <= 0:

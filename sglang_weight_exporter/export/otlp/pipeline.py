@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sglang_weight_exporter.export.guard import Guard
+from sglang_weight_exporter.export.instruments import chosen
 from sglang_weight_exporter.export.otlp.client import OtlpClient, Transport
 from sglang_weight_exporter.export.otlp.settings import (
     Signal,
@@ -150,6 +151,7 @@ class OtlpPipeline:
                 seconds=metric_interval(environ),
                 timeout=metric_timeout(environ),
                 temporality=metric_temporality(environ),
+                instruments=chosen(settings.metrics),
             )
 
     def _client(self, config: SignalConfig, signal: Signal) -> OtlpClient:

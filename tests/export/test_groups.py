@@ -1,0 +1,148 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which metrics are served: all that dashboards and rules ask for, and what was chosen besides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from engines import Scrape
+from serving import Exporter
+
+from sglang_weight_exporter.export.instruments import GROUPS, INSTRUMENTS, chosen
+from sglang_weight_exporter.settings import METRIC_GROUPS, Settings
+from sglang_weight_exporter.store.rank import RankStore
+
+DASHBOARDS = Path(__file__).parents[2] / "dashboards"
+SUFFIXES = re.compile(r"_(total|bucket|sum|count)$")
+
+#: What a GPU may have, of a host with eight; dcgm-exporter has 25 and nvidia_gpu_exporter 133.
+MOST_SERIES_A_GPU = 70
+
+
+def test_groups_are_those_of_the_setting() -> None:
+    assert tuple(GROUPS) == METRIC_GROUPS
+    assert chosen(("full",)) == INSTRUMENTS
+    assert chosen(("lora", "phases")) == (*GROUPS["phases"], *GROUPS["lora"])
+    default = {each.name for each in chosen(("default",))}
+    assert default < {each.name for each in INSTRUMENTS}
+    both = {each.name for each in chosen(("default", "memory"))}
+    assert both == default | {each.name for each in GROUPS["memory"]}
+
+
+@pytest.mark.parametrize(
+    "file", ["sglang-engine.json", "sglang-fleet.json", "sglang-weights.rules.yml"]
+)
+def test_the_default_has_all_that_dashboards_and_rules_ask_for(file: str) -> None:
+    text = (DASHBOARDS / file).read_text(encoding="utf-8")
+    known = {each.name for each in INSTRUMENTS}
+    asked = {SUFFIXES.sub("", name) for name in re.findall(r"\bsglang_[a-z_]+\b", text)} & known
+    assert len(asked) > 10
+    assert asked <= {each.name for each in chosen(("default",))}
+
+
+@pytest.mark.parametrize("text", ["core,everything", "everything", ","])
+def test_what_is_no_group_is_named(text: str) -> None:
+    settings, complaints = Settings.from_environ({"SGLANG_WEIGHT_EXPORTER_METRICS": text})
+    assert settings.metrics == ("default",)
+    (complaint,) = complaints
+    assert "core, memory, phases" in complaint
+
+
+def scrape(exporter: Exporter, query: str = "") -> Scrape:
+    return Scrape.of(f"http://127.0.0.1:{exporter.port}/metrics{query}")
+
+
+def test_a_group_alone_is_served(serve: Callable[..., Exporter], rank: RankStore) -> None:
+    exporter = serve("--metrics", "process")
+    exporter.line("metrics are at")
+    names = scrape(exporter).names()
+    assert "process_open_fds" in names
+    assert "sglang_weight_exporter_ranks" in names
+    assert "sglang_weight_bytes" not in names
+
+
+def test_names_in_the_query_are_served_alone(
+    serve: Callable[..., Exporter], rank: RankStore
+) -> None:
+    exporter = serve()
+    exporter.line("metrics are at")
+    query = "?name[]=sglang_weight_bytes&name%5B%5D=process_open_fds"
+    assert scrape(exporter, query).names() == {"sglang_weight_bytes", "process_open_fds"}
+    assert "sglang_weight_exporter_ranks" in scrape(exporter, "?name=x").names()
+
+
+@pytest.mark.parametrize(
+    ("accept", "openmetrics"),
+    [
+        # As Prometheus 3 and one that offers OpenMetrics 2 ask.
+        (
+            "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,"
+            "application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=1.0.0;q=0.3,"
+            "text/plain;version=0.0.4;q=0.2,*/*;q=0.1",
+            True,
+        ),
+        (
+            "application/openmetrics-text;version=2.0.0;q=0.6,"
+            "application/openmetrics-text;version=1.0.0;q=0.5,text/plain;version=0.0.4;q=0.2",
+            True,
+        ),
+        ("application/openmetrics-text;version=2.0.0,text/plain;q=0.5", False),
+        ("text/plain;version=0.0.4;q=0.5,application/openmetrics-text;version=1.0.0;q=0.2", False),
+        ("application/openmetrics-text;q=0", False),
+        ("*/*", False),
+    ],
+)
+def test_every_version_that_is_offered_counts(
+    accept: str, openmetrics: bool, serve: Callable[..., Exporter]
+) -> None:
+    exporter = serve()
+    exporter.line("metrics are at")
+    _, headers, body = exporter.request("/metrics", accept=accept)
+    assert headers["content-type"].startswith("application/openmetrics-text") == openmetrics
+    assert body.endswith(b"# EOF\n") == openmetrics
+
+
+def test_the_default_is_lean(tmp_path: Path) -> None:
+    """Eight ranks of one engine on eight GPUs, after updates from one source."""
+    import asyncio
+
+    from prometheus_client import ProcessCollector
+
+    from sglang_weight_exporter.export.gpu_account import GpuAccounts
+    from sglang_weight_exporter.export.guard import Guard
+    from sglang_weight_exporter.export.prometheus import Exposition
+    from sglang_weight_exporter.export.views import HostView
+    from sglang_weight_exporter.simulation import FIRST_SECONDS, ROUND_SECONDS, Simulation
+    from sglang_weight_exporter.store.reader import SnapshotReader
+    from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+
+    runtime_dir = RuntimeDir.open(tmp_path / "runtime", {})
+    simulation = Simulation(runtime_dir, 1, 8, start=1e9)
+    simulation.advance(1e9 + FIRST_SECONDS + ROUND_SECONDS - 1.0)  # Between two updates.
+    snapshots = tuple(each for _, each in SnapshotReader(runtime_dir).read())
+    gpus = GpuAccounts().read(snapshots, simulation.gpus(), 1.0)
+    simulation.close()
+    view = HostView(snapshots=snapshots, gpus=gpus, now=1e9 + 60.0)
+    counts = {}
+    for metrics in ("default", "full"):
+        exposition = Exposition(
+            lambda: view,
+            ProcessCollector(registry=None),
+            exemplars=lambda: False,
+            guard=Guard(),
+            instruments=chosen((metrics,)),
+        )
+        text = asyncio.run(exposition.scrape(openmetrics=False, gzip=False)).decode()
+        lines = [line for line in text.splitlines() if not line.startswith("#")]
+        # Fingerprints are switched off by default, and on in simulated ranks.
+        ours = {each.name for each in GROUPS["fingerprints"]}
+        counted = [
+            line for line in lines if SUFFIXES.sub("", re.split(r"[ {]", line)[0]) not in ours
+        ]
+        counts[metrics] = len(counted) / 8
+    assert counts["default"] <= MOST_SERIES_A_GPU, counts
+    assert counts["full"] > 1.3 * counts["default"]
