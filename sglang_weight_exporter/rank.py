@@ -122,6 +122,8 @@ class Rank:
             if finished or then == "publish" or (then == "note" and not self._note()):
                 self._publish(events)
             elif then == "note":
+                if not self.ledger.updates.in_progress:
+                    self._publisher.leave_memory(self.inspector.dump_memory)
                 self._unlock_tables()
             return result
 

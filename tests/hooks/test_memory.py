@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 from standins import ModelRunner, Rank, Request
 
 from sglang_weight_exporter.capture.allocations import Segments
-from sglang_weight_exporter.hooks.targets import RUNNER
+from sglang_weight_exporter.hooks.targets import RUNNER, SCHEDULER
 from sglang_weight_exporter.records.engine import Device
 from sglang_weight_exporter.records.memory import DeviceMemory, MemoryDump, MemoryOwner
 from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
@@ -163,6 +164,26 @@ def test_memory_is_left_once_for_each_time_that_it_was_asked_for(
         directory(rank).memory()
     directory(rank).ask_for_memory()
     scheduler.update_weights_from_disk(Request())
+    assert directory(rank).memory() == left
+    assert not directory(rank).memory_is_wanted
+
+
+def test_a_flush_leaves_the_memory_that_was_asked_for(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = MemoryDump(at=1.0, segments=b"[]", owners=())
+    monkeypatch.setattr(ModelRunnerInspector, "dump_memory", lambda inspector: left)
+
+    class Scheduler:
+        def __init__(self, make: Callable[[], object]) -> None:
+            make()
+
+        def flush_cache(self, empty_cache: bool = True) -> bool:
+            return True
+
+    scheduler = rank.hook(SCHEDULER, Scheduler)(rank.runner)
+    directory(rank).ask_for_memory()
+    scheduler.flush_cache()
     assert directory(rank).memory() == left
     assert not directory(rank).memory_is_wanted
 
