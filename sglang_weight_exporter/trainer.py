@@ -39,13 +39,13 @@ def fingerprint_tensors(
     """
     named = dict(named_tensors)
     take = Fingerprinter()
-    told = {
+    declared = {
         name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         for name, tensor in named.items()
     }
-    layout = {name: FusedTensor((name,), *each) for name, each in told.items()}
+    layout = {name: FusedTensor((name,), *each) for name, each in declared.items()}
     if fused:
-        layout = fuse(told)
+        layout = fuse(declared)
     whole = [name for name, tensor in layout.items() if len(tensor.parts) == 1]
     taken = dict(zip(whole, fingerprint.texts(take([named[name] for name in whole])), strict=True))
     for name, tensor in layout.items():

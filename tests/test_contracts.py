@@ -44,10 +44,7 @@ PLANTED = [
 LONGEST_FILE, LONGEST_FUNCTION = 450, 60
 LONG = {
     "simulation.py": "to share its ranks with those of tests",
-    "capture/weights.py:capture_weights": "one pass over all tensors, whose locals are its columns",
-    "cli/trace_reader.py:_table": "one reader of three forms of a table",
     "export/otlp/spans.py:event_spans": "the attributes of one span, in their order",
-    "export/web_configuration.py:_context": "to lose ciphers and curves",
     "weight_table_events.py:decode_table": "one pass over a table's chunks",
 }
 

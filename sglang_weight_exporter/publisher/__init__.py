@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Who is told what this process knows: the store's files, and through them the exporter process.
+"""Writes what this process knows into the store's files, from which the exporter process reads it.
 
 Nothing here raises, and nothing that fails here changes what is believed to have happened.
 """

@@ -47,7 +47,7 @@ class _Waiting:
 class Publisher:
     """One rank's way to its readers. Safe from any thread.
 
-    ``report`` is told of every failure by the name of what failed.
+    ``report`` takes every failure, by the name of what failed.
     """
 
     def __init__(
