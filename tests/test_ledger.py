@@ -546,6 +546,29 @@ def test_tensors_that_arrive_for_another_role_are_no_part_of_what_went_on() -> N
     machine.counts_are_the_models()
 
 
+def test_what_a_request_wrote_is_not_told_by_the_time() -> None:
+    """Found by the machine: two requests in one tick of the clock, of which the second fails before
+    it writes anything."""
+    machine = LedgerMachine()
+    machine.start()
+    machine.begin_weight_update(selector="draft")
+    for source, arrives in (("tensor", True), ("distributed", False)):
+        machine.update_from_tensor_or_distributed(
+            source=source,
+            selector="draft",
+            arrives=arrives,
+            outcomes=[CHANGED],
+            flush_cache=False,
+            flushes=False,
+            version="",
+        )
+    machine.update_from_disk_or_ipc(
+        source="disk", outcomes=[CHANGED, CHANGED], flush_cache=True, flushes=False, version=""
+    )
+    machine.counts_are_the_models()
+    assert machine.failures["target", "disk"] == 1
+
+
 class Clock:
     """Time that passes when a test says so, in seconds that sum exactly."""
 

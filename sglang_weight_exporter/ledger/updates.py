@@ -15,7 +15,7 @@ between ranks, which goes on between and inside forward passes whatever else hap
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sglang_weight_exporter.ledger.open_update import (
     IDLE_SECONDS,
@@ -39,12 +39,12 @@ class _Request:
     flush_cache: bool
     weight_version: str
     began_at: float
-    #: Calls that write weights, of any role, that it has come to.
-    calls: int = 0
+    #: Updates that it has come to a call of, of any role.
+    updates: list[OpenUpdate] = field(default_factory=list)
 
     def wrote(self, update: OpenUpdate) -> bool:
-        """Whether a call of the update is of this request."""
-        return update.calls > 0 and update.last_call_at >= self.began_at
+        """Whether a call of the update is of this request, and has ended."""
+        return update.calls > 0 and update in self.updates
 
 
 class Updates:
@@ -155,7 +155,7 @@ class Updates:
             open_ = self._roles[name].update
             if open_ is not None:
                 self._session_calls += 1
-                self._note_call()
+                self._note_call(open_)
                 open_.source = source
                 open_.record(Verdict(False, "unchanged", message), self._clock())
 
@@ -165,15 +165,14 @@ class Updates:
             for open_ in self._running.get(self._thread(), [])[-1:]:
                 open_.incoming_bytes = (open_.incoming_bytes or 0) + nbytes
 
-    def _note_call(self) -> None:
+    def _note_call(self, open_: OpenUpdate) -> None:
         request = self._requests.get(self._thread())
         if request is not None:
-            request.calls += 1
+            request.updates.append(open_)
 
     def _begin(
         self, name: str, source: Source, ends_with: EndsWith, since: float | None = None
     ) -> CallToken:
-        self._note_call()
         role = self._roles[name]
         moves = source == "eplb"
         self._finish_other(name, role.rebalance if moves else role.update, source)
@@ -183,6 +182,7 @@ class Updates:
         if open_ is None:
             bounded = moves and self._rebalancing
             open_ = self._open(role, source, now, bounded=bounded, since=since)
+        self._note_call(open_)
         open_.running += 1
         open_.set_phase("load", now)
         self._running.setdefault(self._thread(), []).append(open_)
@@ -357,7 +357,7 @@ class Updates:
                     self._roles.weight_version = request.weight_version
                 if not succeeded or request.flush_cache or open_.source in {"disk", "ipc"}:
                     self._roles.finish(name, open_, at=now if wrote else None)
-            if not (succeeded or request.calls) and request.source is not None:
+            if not (succeeded or request.updates) and request.source is not None:
                 self._refuse(request, request.source, message, now)
 
     def _refuse(self, request: _Request, source: Source, message: str, now: float) -> None:

@@ -30,6 +30,8 @@ _TRIES = 10
 class ProgressWriter:
     """The rank's side. Raises ``OSError``."""
 
+    _descriptor = -1
+
     def __init__(self, directory: Directory) -> None:
         directory.write(FILE, bytes(_SPACE))
         self._descriptor = directory.open_file(FILE, os.O_WRONLY)
