@@ -47,11 +47,10 @@ def _dtype(dtype: Any) -> torch.dtype:
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
-def _of_tensors(tensors: list[Any]) -> int | None:
-    # Of one that is still a pickled handle for each rank nobody knows how large it is.
-    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
-        return None
-    return sum(int(tensor.nbytes) for tensor in tensors)
+def _of_tensors(tensors: list[Any]) -> int:
+    # One that is still a pickled handle for each rank has no size that anybody knows, and raises. A
+    # list, because a bucket has hundreds and may take microseconds.
+    return sum([tensor.nbytes for tensor in tensors])
 
 
 def of_files(paths: Iterable[str]) -> int:

@@ -553,6 +553,10 @@ def test_a_tensor_of_the_wrong_shape_leaves_weights_undefined(actor: Run) -> Non
     assert (failure.source, failure.succeeded, failure.effect) == ("tensor", False, "undefined")
 
 
+def test_the_engine_is_one_rank_by_its_settings(actor: Run) -> None:
+    assert actor["start"].snapshot.engine.expected_ranks == 1
+
+
 def test_nothing_of_ours_went_wrong(actor: Run) -> None:
     assert list(actor.steps.values())[-1].snapshot.hook_errors == {}
     assert "sglang_weight_exporter:" not in actor.output
