@@ -3,11 +3,11 @@
 """Ranks that do not exist, for ``serve --simulate ENGINESxRANKS``.
 
 To try dashboards, rules and a collector in seconds, without SGLang and without a GPU. What SGLang
-would do and what its memory would look like is made up here. The account of it is kept by the
-ledger and written through the store, as a rank's is, so whoever reads cannot tell the difference:
+would do and what its memory would be is made up here. The account of it is kept by the
+ledger and written through the store, as a rank's is, so that a reader finds no difference:
 the model's name begins with ``simulated/``, and the exporter says so in its build info.
 
-:class:`Simulation` looks at no clock: it plays all that happens up to a moment, and the same seed
+:class:`Simulation` reads no clock: it plays all that happens up to a moment, and the same seed
 plays the same.
 """
 
@@ -57,7 +57,7 @@ logger = logging.getLogger("sglang_weight_exporter")
 
 MODEL = "simulated/llama-70b"
 
-#: Lived through before the start, so that whoever looks finds engines that are loaded.
+#: Lived through before the start, so that a reader finds engines that are loaded.
 WARM_UP_SECONDS = 60.0
 
 #: From one version of the weights to the next, and from the start to the first. All engines of the
@@ -71,7 +71,7 @@ FAILS_EVERY, MOVES_EVERY = 5, 7
 #: How each engine of the fleet is updated, in turn.
 _SOURCES: tuple[Source, ...] = ("disk", "distributed", "tensor", "ipc")
 
-#: Calls that bring one version: a bucket each, the disk's all at once.
+#: Calls that load one version: a bucket each, the disk's all at once.
 _CALLS: dict[Source, int] = {"disk": 1, "distributed": 4, "tensor": 4, "ipc": 2}
 
 _DEVICE, _GPU = "cuda:0", "NVIDIA H100 80GB HBM3"
@@ -113,7 +113,7 @@ _HOOKS = (
     ),
     HookState(target="scheduler.abort_request", status="absent"),
 )
-#: What a look at the weights, and a fingerprint of all of them, would take.
+#: What a capture of the weights, and a fingerprint of all of them, would take.
 _LOOK_SECONDS, _FINGERPRINT_SECONDS = 0.003, 0.005
 
 #: One of eight tensor parallel ranks of a Llama of 70 billion parameters: the share of every
@@ -279,7 +279,7 @@ def _life(
     It loads, and then follows every version of the fleet a little after the engine before it.
     Every other engine gives its memory back while it waits, as in reinforcement learning.
     """
-    _tell(ranks, lambda ledger: ledger.begin_start())
+    _apply(ranks, lambda ledger: ledger.begin_start())
     loading = [rank.ledger.loads.begin() for rank in ranks]
     yield clock() + chance.uniform(30.0, 45.0)
     for rank, began_at in zip(ranks, loading, strict=True):
@@ -292,14 +292,14 @@ def _life(
         yield start + (version - 1) * ROUND_SECONDS + FIRST_SECONDS + number
         releases = number % 2 == 1
         if releases:
-            _tell(ranks, lambda ledger: ledger.counters.release({"weights", "kv_cache"}))
+            _apply(ranks, lambda ledger: ledger.counters.release({"weights", "kv_cache"}))
             yield clock() + chance.uniform(4.0, 6.0)
-            _tell(ranks, lambda ledger: ledger.counters.resume({"weights"}))
+            _apply(ranks, lambda ledger: ledger.counters.resume({"weights"}))
         fails, moves = (not (version + number) % every for every in (FAILS_EVERY, MOVES_EVERY))
         for seconds in _reload(ranks, source, version, chance, fails=fails, moves=moves):
             yield clock() + seconds
         if releases:
-            _tell(ranks, lambda ledger: ledger.counters.resume({"kv_cache"}))
+            _apply(ranks, lambda ledger: ledger.counters.resume({"kv_cache"}))
 
 
 def _reload(
@@ -315,14 +315,14 @@ def _reload(
     message = "simulated: the peer went away" if fails else ""
     pauses = source == "tensor"
     if pauses:
-        _tell(ranks, lambda ledger: ledger.prefix_cache.pause("retract"))
+        _apply(ranks, lambda ledger: ledger.prefix_cache.pause("retract"))
         yield chance.uniform(1.0, 2.0)
-    _tell(
+    _apply(
         ranks,
         lambda ledger: ledger.updates.begin_request(flush_cache=True, weight_version=str(version)),
     )
     for call, role in itertools.product(range(_CALLS[source]), ranks[0].roles):
-        tickets = [rank.ledger.updates.begin(role, source, ends_with="request") for rank in ranks]
+        tokens = [rank.ledger.updates.begin(role, source, ends_with="request") for rank in ranks]
         for rank in ranks:
             if source != "ipc":
                 brought = sum(usage.nbytes for usage in _weights(role) if usage.kind == "parameter")
@@ -331,22 +331,22 @@ def _reload(
         yield chance.uniform(0.4, 1.6)
         failed = fails and call == _CALLS[source] - 1
         verdict = Verdict(False, "undefined", message) if failed else Verdict(True, "changed")
-        for rank, token in zip(ranks, tickets, strict=True):
+        for rank, token in zip(ranks, tokens, strict=True):
             rank.ledger.updates.finish(token, verdict)
     for rank in ranks:
         rank.place += moves
         rank.content = rank.content if fails else str(version)
-    _tell(
+    _apply(
         ranks,
         lambda ledger: ledger.updates.end_request(
             succeeded=not fails, message=message, raised=False
         ),
     )
     if pauses:
-        _tell(ranks, lambda ledger: ledger.prefix_cache.continue_generation())
+        _apply(ranks, lambda ledger: ledger.prefix_cache.continue_generation())
 
 
-def _tell(ranks: list[_Rank], what: Callable[[Ledger], None]) -> None:
+def _apply(ranks: list[_Rank], what: Callable[[Ledger], None]) -> None:
     for rank in ranks:
         what(rank.ledger)
         rank.publish()

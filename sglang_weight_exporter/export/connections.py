@@ -65,13 +65,13 @@ class HttpProtocol(H11Protocol):
         transport.get_extra_info("socket").setsockopt(
             socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER
         )
-        self._next_look = self.loop.call_later(EXCHANGE_SECONDS, self._look, None)
+        self._next_check = self.loop.call_later(EXCHANGE_SECONDS, self._check, None)
         if len(self.connections) > _most_connections():
             oldest = min(
                 (each for each in self.connections if isinstance(each, HttpProtocol)),
                 key=lambda each: (each._is_answered, each._made_at),
             )
-            self.connections.discard(oldest)  # It is told that it is lost only later.
+            self.connections.discard(oldest)  # connection_lost() comes only later.
             oldest.transport.abort()
         context = self._access.tls
         if context is None:
@@ -81,7 +81,7 @@ class HttpProtocol(H11Protocol):
 
     async def _greet(self, transport: Any, context: ssl.SSLContext) -> None:
         try:
-            # No time-out of its own: `_look` is one for all that a client may not do.
+            # No time-out of its own: `_check` is one for all that a client may not do.
             secured: Any = await self.loop.start_tls(transport, self, context, server_side=True)
             names = _alternative_names(secured.get_extra_info("peercert") or {})
         except Exception:  # Of TLS, or of a certificate that is strange.
@@ -121,12 +121,12 @@ class HttpProtocol(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _forget(self) -> None:
-        self._next_look.cancel()
+        self._next_check.cancel()
         if self._taking is not None:
             self._taking.cancel()
         self.connections.discard(self)
 
-    def _look(self, before: object) -> None:
+    def _check(self, before: object) -> None:
         cycle = self.cycle
         # Closing means waiting for the client to take what it was sent, which it may never do.
         # A finished exchange that no other has followed: uvicorn closes what idles, so bytes come,
@@ -134,7 +134,7 @@ class HttpProtocol(H11Protocol):
         if cycle is before or self.transport.is_closing():
             self.transport.abort()
         else:
-            self._next_look = self.loop.call_later(EXCHANGE_SECONDS, self._look, cycle)
+            self._next_check = self.loop.call_later(EXCHANGE_SECONDS, self._check, cycle)
 
 
 def _most_connections() -> int:

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The account of each GPU: what ranks say of torch's memory, and the rest by what NVML says.
 
-NVML is read here and not in the engine, so between two looks of a rank nothing of it runs there.
+NVML is read here and not in the engine, so between two captures of a rank nothing of it runs there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ UNSAID_BYTES = 256 * 2**20
 #: So long the process of a rank that is gone may have memory.
 ENDING_SECONDS = 10.0
 
-#: How far back the most in use is looked for: any usual scrape interval, and with two scrapers the
+#: How far back the most in use is searched: any usual scrape interval, and with two scrapers the
 #: same for both.
 WINDOW_SECONDS = 60.0
 
@@ -44,7 +44,7 @@ class RankOnGpu:
 
     snapshot: Snapshot
     memory: DeviceMemory
-    #: Bytes of its process; ``None`` where it cannot be told which process of NVML's it is.
+    #: Bytes of its process; ``None`` where it is not known which process of NVML's it is.
     used: int | None = None
     most_used: int | None = None
     #: What it has beside torch's memory: context, modules, graphs, communicators.
@@ -90,8 +90,8 @@ class GpuAccounts:
         #: Of this process's id.
         self._namespace = pid_namespace() if namespace is None else namespace
         self._most = _Most()
-        #: Ranks with the times of their looks → the least that they had beside torch's memory
-        #: since. What torch takes between two looks would count as outside of it otherwise.
+        #: Ranks with the times of their captures → the least that they had beside torch's memory
+        #: since. What torch takes between two captures would count as outside of it otherwise.
         self._outside: dict[Hashable, int] = {}
         #: GPU → its bytes in use and the times of its ranks' readings, at the last reading.
         self._before: dict[str, tuple[int, frozenset[Hashable]]] = {}
@@ -195,7 +195,7 @@ class GpuAccounts:
         used: int,
         kept: dict[Hashable, int],
     ) -> int | None:
-        """What processes have beside torch's memory; ``None`` where the looks are out of date."""
+        """What processes have beside torch's memory; ``None`` where captures are out of date."""
         ranks = list(ranks)
         beside = used - sum(memory.physical for _, memory in ranks)
         if beside < 0:
@@ -237,7 +237,7 @@ class GpuAccounts:
         self, gpu: GpuMemory, known: list[RankOnGpu], ranks: int, snapshots: list[Snapshot]
     ) -> tuple[int | None, int]:
         """Bytes of the processes of the ranks whose parts are known, and of those that are no
-        rank's; ``None``: they cannot be told apart."""
+        rank's; ``None``: they cannot be distinguished."""
         if gpu.processes is None:
             return None, 0
         total = sum(gpu.processes.values())
@@ -248,7 +248,7 @@ class GpuAccounts:
             mine = {each.pid for each in snapshots if each.pid_namespace == HOST_PIDS}
             others = sum(size for pid, size in gpu.processes.items() if pid not in mine)
             return sum(each for each in used if each is not None), others
-        # Which is which cannot be told, but as many processes as ranks can be nobody else's.
+        # Which is which is not known, but as many processes as ranks can be nobody else's.
         return (total, 0) if len(known) == ranks == len(gpu.processes) else (None, 0)
 
 

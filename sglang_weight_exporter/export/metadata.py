@@ -35,7 +35,7 @@ class MetadataFollower:
         self._said: set[str] = set()
 
     def follow(self) -> None:
-        """Bring the files up to date with what ranks say now. What goes wrong with one rank keeps
+        """Write what ranks say now. What goes wrong with one rank keeps
         no other's from it."""
         living = set()
         for rank, snapshot in self._snapshots.read():
@@ -77,7 +77,7 @@ class MetadataFollower:
                 files.update(reader.read())
             self._made[key] = content
         except TableError:
-            return  # In the middle of an update: the next look is soon.
+            return  # In the middle of an update: the next pass is soon.
         except OSError as error:
             if str(error) not in self._said:
                 self._said.add(str(error))

@@ -33,7 +33,7 @@ class GpuMemory:
     #: What the driver reserves for itself; ``None`` where it is part of ``used_bytes``.
     reserved_bytes: int | None = None
     #: Process id, as the host counts, → bytes, of every process that has memory here. ``None``
-    #: where the driver does not tell.
+    #: where the driver does not say.
     processes: dict[int, int] | None = None
     #: Whether it had other bytes in use when its processes had been read than before.
     changing: bool = False

@@ -274,7 +274,7 @@ class Server:
         state = self._server.server_state
         for connection in list(state.connections):
             connection.transport.abort()
-        await asyncio.sleep(0)  # In which they are told that they are lost.
+        await asyncio.sleep(0)  # In which connection_lost() is called.
         for task in state.tasks:
             task.cancel()
         await asyncio.gather(*state.tasks, return_exceptions=True)

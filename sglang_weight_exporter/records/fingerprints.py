@@ -24,5 +24,5 @@ class FingerprintCounts(Record, frozen=True, kw_only=True):
     """What became of the fingerprints of a role, and what they have shown."""
 
     skipped: dict[Skip, Count] = {}
-    #: Tensors found with other bytes than the last load or update had left, at each look.
+    #: Tensors found with other bytes than the last load or update had left, at each capture.
     modified: dict[During, dict[Kind, Count]] = {}

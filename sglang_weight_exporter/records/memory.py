@@ -26,7 +26,7 @@ MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
 
 
 class DeviceMemory(Record, frozen=True, kw_only=True):
-    """What a process has of one device through torch's allocator, at its last look."""
+    """What a process has of one device through torch's allocator, at its last capture."""
 
     device: str
     at: Seconds
@@ -67,7 +67,7 @@ class MemoryOwner(Record, frozen=True, kw_only=True):
 
 
 class MemoryDump(Record, frozen=True, kw_only=True):
-    """What a look has left of torch's memory, because somebody had asked for it."""
+    """What a capture has left of torch's memory, because somebody had asked for it."""
 
     schema: Count = SCHEMA_VERSION
     at: Seconds

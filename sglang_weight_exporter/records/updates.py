@@ -17,7 +17,7 @@ SOURCES: tuple[Source, ...] = get_args(Source)
 #: What an update spends its time on: nothing of its own, because the next call, a peer or a reader
 #: is awaited; tensors that arrive; weights that are written, and read where they come from disk;
 #: weights that are unpacked before and packed after that, quantized ones first of all; the prefix
-#: cache; this package's own look.
+#: cache; this package's own capture.
 Phase = Literal["wait", "receive", "load", "post_process", "flush", "capture"]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 
@@ -64,7 +64,7 @@ class UpdateCounts(Record, frozen=True, kw_only=True):
     duration: Histogram = Histogram()
     #: Seconds of all updates by what they went to, and bytes of the tensors and files that calls
     #: which succeeded were handed: whole tensors, of which a rank of several keeps its part.
-    #: ``None`` once a call was handed something of which nobody can tell how much it is.
+    #: ``None`` once a call was handed something whose size is not known.
     phases: dict[Phase, Seconds] = {}
     nbytes: Count | None = 0
     #: The last update that counted: the trace of its span (32 hexadecimal digits), when it ended,

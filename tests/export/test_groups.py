@@ -7,12 +7,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from engines import Scrape
 from serving import Exporter
 
 from sglang_weight_exporter.export.instruments import GROUPS, INSTRUMENTS, chosen
+from sglang_weight_exporter.export.instruments.base import Sample
+from sglang_weight_exporter.export.views import HostView, role_views
+from sglang_weight_exporter.records.engine import Engine, HookState
+from sglang_weight_exporter.records.pools import LoraUsage
+from sglang_weight_exporter.records.snapshot import Role, Snapshot
+from sglang_weight_exporter.records.updates import OperationCounts
 from sglang_weight_exporter.settings import METRIC_GROUPS, Settings
 from sglang_weight_exporter.store.rank import RankStore
 
@@ -115,7 +122,6 @@ def test_the_default_is_lean(tmp_path: Path) -> None:
     from sglang_weight_exporter.export.gpu_account import GpuAccounts
     from sglang_weight_exporter.export.guard import Guard
     from sglang_weight_exporter.export.prometheus import Exposition
-    from sglang_weight_exporter.export.views import HostView
     from sglang_weight_exporter.simulation import FIRST_SECONDS, ROUND_SECONDS, Simulation
     from sglang_weight_exporter.store.reader import SnapshotReader
     from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -146,3 +152,45 @@ def test_the_default_is_lean(tmp_path: Path) -> None:
         counts[metrics] = len(counted) / 8
     assert counts["default"] <= MOST_SERIES_A_GPU, counts
     assert counts["full"] > 1.3 * counts["default"]
+
+
+def read(name: str, snapshot: Snapshot, metrics: str) -> list[Sample]:
+    """Samples of one instrument of one rank."""
+    (instrument,) = (each for each in chosen((metrics,)) if each.name == name)
+    roles = list(role_views((snapshot,), 0.0))
+    if instrument.read_host is not None:
+        return list(instrument.read_host(HostView(snapshots=(snapshot,))))
+    return [point.sample for point in instrument.of_roles(roles)]
+
+
+def a_rank(**more: Any) -> Snapshot:
+    engine = Engine(name="1", instance="one", group="g", expected_ranks=16)
+    role = Role(name="target", device="cuda:0", lora=more.pop("lora", ()))
+    return Snapshot(rank_id="a", pid=1, started_at=0.0, engine=engine, roles=(role,), **more)
+
+
+def test_an_engine_says_how_many_ranks_it_has() -> None:
+    (sample,) = read("sglang_weight_expected_ranks", a_rank(), "default")
+    assert (sample.labels, sample.value) == (("g",), 16)
+
+
+def test_hooks_that_failed_are_named_and_the_others_counted() -> None:
+    states = {"a": "installed", "b": "installed", "c": "failed", "d": "absent"}
+    hooks = tuple(HookState(target=name, status=cast(Any, state)) for name, state in states.items())
+    name = "sglang_weight_exporter_hooks"
+    lean = {each.labels: each.value for each in read(name, a_rank(hooks=hooks), "default")}
+    assert lean == {("", "installed"): 2, ("c", "failed"): 1, ("", "absent"): 1}
+    full = {each.labels for each in read(name, a_rank(hooks=hooks), "full")}
+    assert full == set(states.items())
+
+
+def test_operations_come_with_their_first_call_and_those_of_adapters_before() -> None:
+    name = "sglang_weight_operation_failures"
+    assert read(name, a_rank(), "full") == []
+    done = a_rank(operations={"check_weights": OperationCounts(calls=2, failures=1)})
+    assert [(each.labels, each.value) for each in read(name, done, "default")] == [
+        (("check_weights",), 1)
+    ]
+    slots = (LoraUsage(device="cuda:0", nbytes=1, adapters=0),)
+    known = {each.labels[0]: each.value for each in read(name, a_rank(lora=slots), "default")}
+    assert known == {"load_lora_adapter": 0, "load_lora_adapter_from_tensors": 0}

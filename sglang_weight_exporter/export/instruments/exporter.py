@@ -73,7 +73,7 @@ INSTRUMENTS = (
         "sglang_weight_exporter_spans_dropped",
         "counter",
         "{span}",
-        "Loads and updates whose span was given up: too many waited (queue_full), the collector "
+        "Loads and updates whose span was dropped: too many waited (queue_full), the collector "
         "took others and not this one (refused), or its file is damaged (unreadable).",
         ("reason",),
         read_host=_dropped,

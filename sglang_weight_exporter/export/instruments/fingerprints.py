@@ -92,8 +92,8 @@ INSTRUMENTS = (
         "sglang_weight_tensors_altered",
         "counter",
         "{tensor}",
-        "Tensors found, at each look, with other bytes than the last load or update left: changed "
-        "while serving, or not brought back after a release.",
+        "Tensors found, at each capture, with other bytes than the last load or update left: "
+        "changed while serving, or not brought back after a release.",
         ("during", "kind"),
         _modified,
     ),

@@ -52,7 +52,7 @@ INSTRUMENTS = (
         "sglang_gpu_memory_used_max_bytes",
         "gauge",
         "By",
-        "The most of it that was in use within the last minute, looked at once a second.",
+        "The most of it that was in use within the last minute, read once a second.",
         ("gpu_uuid", "gpu"),
         read_host=_gpu(lambda account: account.most_used),
     ),

@@ -38,7 +38,7 @@ INSTRUMENTS = (
         "Where the time of updates went, which sums to their duration: nothing of the rank's own, "
         "because a call, a peer or a reader is awaited (wait); tensors that arrive (receive); "
         "weights that are read and written (load), unpacked or packed, quantized ones first of all "
-        "(post_process); the cache (flush); this exporter's own look (capture). Of sources that "
+        "(post_process); the cache (flush); this exporter's own reading (capture). Of sources that "
         "were used.",
         ("source", "phase"),
         _phase_seconds,

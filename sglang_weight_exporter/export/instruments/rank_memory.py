@@ -66,8 +66,9 @@ INSTRUMENTS = (
         "sglang_rank_memory_bytes",
         "gauge",
         "By",
-        "The rank's account of what torch's allocator has of the GPU, as of its last look: bytes "
-        "with physical memory by what holds them, which sum to what is reserved and not released.",
+        "The rank's account of what torch's allocator has of the GPU, as of its last capture: "
+        "bytes with physical memory by what holds them, which sum to what is reserved and not "
+        "released.",
         ("part",),
         _memory_parts,
         lean_role=_memory_parts_in_use,
@@ -76,7 +77,7 @@ INSTRUMENTS = (
         "sglang_rank_memory_allocated_bytes",
         "gauge",
         "By",
-        "Live blocks of torch's allocator at the last look.",
+        "Live blocks of torch's allocator at the last capture.",
         read_role=_memory(lambda memory: memory.allocated),
         detail=True,
     ),
@@ -92,7 +93,7 @@ INSTRUMENTS = (
         "sglang_rank_memory_reserved_bytes",
         "gauge",
         "By",
-        "Segments of torch's allocator at the last look, released ones included.",
+        "Segments of torch's allocator at the last capture, released ones included.",
         read_role=_memory(lambda memory: memory.reserved),
     ),
     Instrument(
@@ -139,7 +140,7 @@ INSTRUMENTS = (
         "sglang_rank_memory_process_max_bytes",
         "gauge",
         "By",
-        "The most of it within the last minute, looked at once a second.",
+        "The most of it within the last minute, read once a second.",
         IDENTITY,
         read_host=_process(lambda rank: rank.most_used),
         detail=True,

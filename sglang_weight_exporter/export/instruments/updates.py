@@ -93,7 +93,7 @@ INSTRUMENTS = (
         "histogram",
         "s",
         "Time of one logical update, from its first call to its last, with what follows that: the "
-        "flush of the cache and the look at what has changed. Of sources that were used.",
+        "flush of the cache and the capture of what has changed. Of sources that were used.",
         ("source",),
         _histograms,
     ),
