@@ -87,14 +87,16 @@ def blue_and_green() -> Iterator[Engine]:
 
 
 def canary() -> Iterator[Engine]:
-    """One of ten for an hour, then the rest, three minutes after each other."""
+    """One of ten for an hour, then the rest, three minutes after each other. What they had before
+    was an update too."""
     for number in range(10):
         begin = 10 * MINUTE if number == 0 else 70 * MINUTE + number * 180
+        updates = [(-3600.0, -3590.0), (begin, begin + 90)]
         yield Engine(
             f"h{number}:9400",
             source="disk",
-            updates=[(begin, begin + 90)],
-            version=step([(begin, begin + 90)]),
+            updates=updates,
+            version=step(updates),
             fingerprint=since(begin + 90, 1, 2),
         )
 
@@ -213,10 +215,17 @@ def left_behind() -> Iterator[Engine]:
 
 
 def restarted_replica() -> Iterator[Engine]:
-    """Three got v2 by an update an hour ago; one came back with the checkpoint of its launch."""
+    """Three got v2 by an update an hour ago, their drafts after them; one came back with the
+    checkpoint of its launch."""
     updates = [(-3600.0, -3590.0)]
     for number in range(3):
-        yield Engine(f"h{number}:9400", updates=updates, version=always("v2"))
+        yield Engine(
+            f"h{number}:9400",
+            roles=("target", "draft"),
+            updates=updates,
+            of_rank={(0, "draft"): [(-3590.0, -3589.0)]},
+            version=always("v2"),
+        )
     yield Engine("h3:9400", updates=updates, version=always("v2"), ended=600)
     yield Engine("h3:9400", loaded=1200, version=always("v1"))
 
