@@ -150,3 +150,19 @@ def test_dead_ranks_keep_no_events_for_a_collector_that_cannot_be_reached(
     RankStore(runtime_dir, "0" * 16).close()
     served(OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1")
     eventually(lambda: not list(runtime_dir.ranks.iterdir()), what="the end of the dead rank")
+
+
+#: What an engine process has of this package's, without the rooms that read torch's tensors.
+IN_THE_ENGINE = ("hooks.targets", "ledger.ledger", "publisher.publisher", "store.rank")
+
+
+def test_an_engine_process_imports_msgspec_and_nothing_else(bare: Path) -> None:
+    program = (
+        "import sys, importlib\n"
+        "before = set(sys.modules)\n"
+        f"for name in {IN_THE_ENGINE}: importlib.import_module('sglang_weight_exporter.' + name)\n"
+        "print(sorted({name.partition('.')[0] for name in set(sys.modules) - before}"
+        " - set(sys.stdlib_module_names)))"
+    )
+    told = subprocess.run([bare, "-c", program], capture_output=True, text=True, check=False)
+    assert told.stdout.strip() == "['msgspec', 'sglang_weight_exporter']", told.stderr
