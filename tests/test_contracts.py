@@ -43,7 +43,6 @@ PLANTED = [
 #: Lines that a file and a function may have, and what may have more.
 LONGEST_FILE, LONGEST_FUNCTION = 450, 60
 LONG = {
-    "simulation.py": "to share its ranks with those of tests",
     "export/otlp/spans.py:event_spans": "the attributes of one span, in their order",
     "weight_table_events.py:decode_table": "one pass over a table's chunks",
 }
