@@ -125,6 +125,7 @@ DEFAULTS = {
     "address": "all interfaces",
     "serve": "`auto`",
     "runtime_dir": "see below",
+    "table": "`span_events`",
     "span_table": "on",
 }
 

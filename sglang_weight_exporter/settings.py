@@ -14,6 +14,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+#: In which form OTLP carries the pointer table.
+TABLE_FORMS = ("span_events", "logs", "both")
+
 PREFIX = "SGLANG_WEIGHT_EXPORTER_"
 
 #: dcgm-exporter's default too: where both run in one network namespace, one has to move.
@@ -73,6 +76,12 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _table(text: str) -> str:
+    if text.lower() not in TABLE_FORMS:
+        raise ValueError(f"is not one of {', '.join(TABLE_FORMS)}")
+    return text.lower()
+
+
 def _message_bytes(text: str) -> int:
     nbytes = int(text)
     if nbytes < 20_000:
@@ -128,6 +137,9 @@ class Settings:
         _path,
         "directory, which hosts may share, of what the first load of each checkpoint and "
         "configuration left; later loads are compared with it, where fingerprints are on",
+    )
+    table: str = _setting(
+        "span_events", _table, "how OTLP carries the pointer table: span_events, logs or both"
     )
     span_table: bool = _setting(True, _switch, "whether spans carry the pointer table")
     span_table_names: str = _setting(

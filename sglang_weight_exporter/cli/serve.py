@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runtime_dir",
         "web_config_file",
         "metrics",
+        "table",
         "span_table",
         "span_table_names",
         "span_bytes",

@@ -92,8 +92,8 @@ def _tables(path: Path, spans: list[_Span], trace_id: str) -> list[Table]:
         raise TraceError(
             f"{path} holds no span of a load or an update of weights"
             + (f" in the trace {trace_id}" if trace_id else "")
-            + f"; it holds {len(spans)} spans in all. Spans are understood in OTLP as JSON and as "
-            "the APIs of Tempo, Jaeger and Phoenix give them."
+            + f"; it holds {sum(bool(span.name) for span in spans)} spans in all. Spans are "
+            "understood in OTLP as JSON and as the APIs of Tempo, Jaeger and Phoenix give them."
         )
     return [_table(path, span, chunks) for span in newest.values()]
 
@@ -239,6 +239,10 @@ def _spans(node: Any, resource: dict[str, Any], processes: Mapping[str, Any]) ->
                 in (attributes := _attributes(_first(event, "attributes", "fields")))
             ],
         )
+        return
+    if "row.offset" in (chunk := _attributes(node.get("attributes"))):
+        # A log record with a part of a table, which belongs to the span that the record names.
+        yield _Span("", "", _hex(span_id or ""), {}, resource, [chunk])
         return
     for each in node.values():
         yield from _spans(each, resource, processes)

@@ -13,10 +13,17 @@ from typing import Any
 import pytest
 from collectors import Backend, Rotel, attributes_of
 from engines import http_get
+from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
+from opentelemetry.sdk.resources import Resource
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from ranks import ExporterProcess, Rank, rows
 from waiting import eventually
 
+from sglang_weight_exporter.export.gpu_account import GpuAccounts
+from sglang_weight_exporter.export.nvml import GpuMemory
+from sglang_weight_exporter.export.otlp.metrics import messages
+from sglang_weight_exporter.export.otlp.temporality import Totals
+from sglang_weight_exporter.export.views import HostView
 from sglang_weight_exporter.records.engine import Device
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import Histogram, UpdateCounts
@@ -186,6 +193,27 @@ def test_deltas_where_a_backend_takes_nothing_else(
     metrics = backend.metrics()
     assert metrics["sglang.weight_updates"].sum.aggregation_temporality == 1
     assert metrics["sglang.weight_update_duration"].histogram.aggregation_temporality == 1
+
+
+def test_memory_of_a_gpu_has_the_names_of_the_conventions_too() -> None:
+    gpu = GpuMemory(uuid="GPU-1", index=0, product="", pci_bus_id="", total_bytes=80, used_bytes=30)
+    view = HostView(snapshots=(), gpus=GpuAccounts().read((), [gpu], 0.0))
+    (message,) = messages(view, Resource({}), Totals("cumulative", since=0.0))
+    request = encode_metrics(message)
+    found = {
+        metric.name: metric
+        for scope in request.resource_metrics[0].scope_metrics
+        for metric in scope.metrics
+    }
+    for name, ours, value in (
+        ("hw.gpu.memory.limit", "sglang.gpu_memory_total", 80),
+        ("hw.gpu.memory.usage", "sglang.gpu_memory_used", 30),
+    ):
+        (point,) = found[name].sum.data_points
+        assert not found[name].sum.is_monotonic
+        assert found[name].unit == "By"
+        assert attributes_of(point) == {"hw.id": "GPU-1"}
+        assert point.as_int == value == found[ours].gauge.data_points[0].as_int
 
 
 def test_metrics_are_sent_only_when_asked_for(

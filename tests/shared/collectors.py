@@ -25,6 +25,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.json_format import MessageToJson
+from opentelemetry.proto.collector.logs.v1 import logs_service_pb2, logs_service_pb2_grpc
 from opentelemetry.proto.collector.metrics.v1 import (
     metrics_service_pb2,
     metrics_service_pb2_grpc,
@@ -90,6 +91,9 @@ class Backend:
         metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(
             _Service(self, "metrics", metrics_service_pb2.ExportMetricsServiceResponse), self._grpc
         )
+        logs_service_pb2_grpc.add_LogsServiceServicer_to_server(
+            _Service(self, "logs", logs_service_pb2.ExportLogsServiceResponse), self._grpc
+        )
         address = f"{self.address}:{self.grpc_port}"
         if self._tls is None:
             self._grpc.add_insecure_port(address)
@@ -147,7 +151,7 @@ class Backend:
         """What arrived, as a collector's file exporter writes it: one request a line."""
         with path.open("w") as file:
             for message in self.messages:
-                if message.signal == "traces":
+                if message.signal in {"traces", "logs"}:
                     file.write(MessageToJson(message.request, indent=None) + "\n")
         return path
 
@@ -178,6 +182,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         kinds: dict[str, Any] = {
             "traces": trace_service_pb2.ExportTraceServiceRequest,
             "metrics": metrics_service_pb2.ExportMetricsServiceRequest,
+            "logs": logs_service_pb2.ExportLogsServiceRequest,
         }
         headers = {key.lower(): value for key, value in self.headers.items()}
         message = Message(signal, "http", len(body), kinds[signal].FromString(body), headers)

@@ -46,7 +46,8 @@ class ExportResult:
 def partial_success(response: Any) -> ExportResult:
     """The answer of a collector that took a message, perhaps without some of what is in it."""
     partial = response.partial_success
-    rejected = getattr(partial, "rejected_spans", 0) or getattr(partial, "rejected_data_points", 0)
+    names = ("rejected_spans", "rejected_data_points", "rejected_log_records")
+    rejected = max(getattr(partial, name, 0) for name in names)
     return ExportResult(True, partial.error_message, rejected=max(0, rejected))
 
 
@@ -122,7 +123,7 @@ class OtlpClient:
         """One line when it stops taking what it is sent, one when it takes it again, and one for
         each new remark."""
         reason = result.reason.rstrip(".") or "without a reason"
-        what = self.signal if self.signal == "spans" else "data points"
+        what = "data points" if self.signal == "metrics" else self.signal
         if result.settled and self.failing:
             logger.info("The collector at %s takes %s again.", self.destination, self.signal)
         elif not result.settled and not self.failing:
@@ -132,7 +133,7 @@ class OtlpClient:
                 self.destination,
                 self.signal,
                 reason,
-                ", and what waits is kept" if self.signal == "spans" else "",
+                "" if self.signal == "metrics" else ", and what waits is kept",
             )
         if not result.retryable:
             logger.warning(

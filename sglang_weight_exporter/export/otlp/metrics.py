@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
@@ -49,6 +50,13 @@ logger = logging.getLogger("sglang_weight_exporter")
 MESSAGE_POINTS = 1_000
 #: Roles of ranks whose data points are made at a time.
 PART = 8
+
+
+#: What is the GPU's own has names in OpenTelemetry's conventions too.
+HARDWARE = {
+    "sglang_gpu_memory_total_bytes": "hw.gpu.memory.limit",
+    "sglang_gpu_memory_used_bytes": "hw.gpu.memory.usage",
+}
 
 
 def otlp_name(instrument: Instrument) -> str:
@@ -91,6 +99,9 @@ def messages(
                 )
             )
             count += len(points)
+            if (of_convention := HARDWARE.get(instrument.name)) is not None:
+                metrics.append(_of_hardware(of_convention, instrument, points))
+                count += len(points)
     if metrics:
         yield _message(metrics, resource)
 
@@ -164,6 +175,20 @@ def _point(
         time_unix_nano=end,
         # OTLP's integers have 64 bits, and sums of such numbers may have more.
         value=value if abs(value) < 2**53 else float(value),
+    )
+
+
+def _of_hardware(name: str, instrument: Instrument, points: list[Any]) -> Metric:
+    """The same values as the conventions for hardware have them."""
+    own = [
+        replace(point, attributes={"hw.id": point.attributes.get("gpu_uuid", "")})
+        for point in points
+    ]
+    return Metric(
+        name=name,
+        description=instrument.description,
+        unit=instrument.unit,
+        data=Sum(own, AggregationTemporality.CUMULATIVE, is_monotonic=False),
     )
 
 

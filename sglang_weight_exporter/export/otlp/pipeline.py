@@ -47,6 +47,7 @@ class ProtocolError(Exception):
 
 def _connect(config: SignalConfig, signal: Signal) -> Transport:
     """The connection of a signal. Raises :class:`ProtocolError`, ``OSError``, ``ValueError``."""
+    from opentelemetry.proto.collector.logs.v1 import logs_service_pb2 as logs
     from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as metrics
     from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as traces
 
@@ -55,6 +56,9 @@ def _connect(config: SignalConfig, signal: Signal) -> Transport:
     if signal == "traces":
         service = "opentelemetry.proto.collector.trace.v1.TraceService"
         request, response = traces.ExportTraceServiceRequest, traces.ExportTraceServiceResponse
+    elif signal == "logs":
+        service = "opentelemetry.proto.collector.logs.v1.LogsService"
+        request, response = logs.ExportLogsServiceRequest, logs.ExportLogsServiceResponse
     else:
         service = "opentelemetry.proto.collector.metrics.v1.MetricsService"
         request, response = (
@@ -132,6 +136,18 @@ class OtlpPipeline:
             from sglang_weight_exporter.export.otlp.span_sender import SpanSender
 
             table, names = table_selection(settings)
+            logs = None
+            if table and settings.table != "span_events":
+                if (of_logs := choose(environ, "logs")) is not None:
+                    logs = self._client(of_logs, "logs")
+                else:
+                    table = settings.table == "both"
+                    logger.warning(
+                        "SGLANG_WEIGHT_EXPORTER_TABLE=%s asks for log records, and "
+                        "OTEL_LOGS_EXPORTER for none, so %s.",
+                        settings.table,
+                        "spans alone carry the table" if table else "the table is not sent",
+                    )
             self._spans = SpanSender(
                 snapshots,
                 self._client(config, "traces"),
@@ -139,6 +155,8 @@ class OtlpPipeline:
                 guard,
                 table=table,
                 names=names,
+                logs=logs,
+                in_spans=settings.table != "logs",
                 limits=Limits(settings.span_event_bytes, settings.span_bytes),
             )
         if (config := choose(environ, "metrics")) is not None:
@@ -157,7 +175,7 @@ class OtlpPipeline:
     def _client(self, config: SignalConfig, signal: Signal) -> OtlpClient:
         client = OtlpClient(
             lambda: _connect(config, signal),
-            signal="spans" if signal == "traces" else "metrics",
+            signal="spans" if signal == "traces" else signal,
             destination=config.destination,
             seconds=config.connection.timeout,
             hide=self._secrets.hide,

@@ -17,7 +17,7 @@ from sglang_weight_exporter.settings import Settings
 
 logger = logging.getLogger("sglang_weight_exporter")
 
-Signal = Literal["traces", "metrics"]
+Signal = Literal["traces", "metrics", "logs"]
 Exporter = Literal["otlp", "console"]
 Temporality = Literal["cumulative", "delta", "lowmemory"]
 
@@ -75,7 +75,8 @@ def choose(environ: Mapping[str, str], signal: Signal) -> SignalConfig | None:
 
     ``OTEL_TRACES_EXPORTER`` and ``OTEL_METRICS_EXPORTER`` decide. Without the first, spans are
     sent if an endpoint is set, the general one or that of traces. Without the second, metrics are
-    sent only if an endpoint of metrics is set: whoever scrapes has them already.
+    sent only if an endpoint of metrics is set: whoever scrapes has them already. Logs are as spans,
+    and asked for only where they carry the table.
     """
     if environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None
@@ -89,7 +90,7 @@ def choose(environ: Mapping[str, str], signal: Signal) -> SignalConfig | None:
         or environ.get("OTEL_EXPORTER_OTLP_PROTOCOL", "").strip()
         or ("grpc" if importlib.util.find_spec("grpc") else "http/protobuf")
     )
-    if not names and (own or (general and signal == "traces")):
+    if not names and (own or (general and signal != "metrics")):
         names = {"otlp"}
     known: tuple[Exporter, ...] = ("otlp", "console")
     exporters = tuple(name for name in known if name in names)

@@ -16,7 +16,7 @@ import random
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -85,12 +85,13 @@ class _Prepared:
     """An event as messages, and which table the collector has with them."""
 
     role: str
-    messages: tuple[bytes, ...]
+    #: And whom each is for.
+    messages: tuple[tuple[OtlpClient, bytes], ...]
     sent: SentTable | None
 
     @property
     def nbytes(self) -> int:
-        return sum(map(len, self.messages))
+        return sum(len(content) for _, content in self.messages)
 
 
 def _left_by_dead(directory: RankDirectory) -> tuple[float, int]:
@@ -101,7 +102,8 @@ def _left_by_dead(directory: RankDirectory) -> tuple[float, int]:
 class SpanSender:
     """Sends the events of all ranks, dead ones included, from a thread of its own.
 
-    ``table``: whether spans carry it, and of which ``names``. ``limits``: of a message.
+    ``table``: whether it is sent, and of which ``names``; ``logs``: who takes it as log records;
+    ``in_spans``: whether it is events of spans. ``limits``: of a message.
     """
 
     def __init__(
@@ -113,6 +115,8 @@ class SpanSender:
         *,
         table: bool = True,
         names: re.Pattern[str] | None = None,
+        logs: OtlpClient | None = None,
+        in_spans: bool = True,
         limits: Limits = DEFAULT_LIMITS,
         dead_bytes: int = DEAD_BYTES,
     ) -> None:
@@ -122,9 +126,13 @@ class SpanSender:
         self._guard = guard
         self._table = table
         self._names = names
+        self._logs = logs
+        self._in_spans = in_spans
         self._limits = limits
         self._dead_bytes = dead_bytes
         self._destination = f"{collector.destination}|{names.pattern if names else ''}"
+        if logs is not None:
+            self._destination += f"|{logs.destination}|{in_spans}"
         self._failures: Counter[Path] = Counter()
         self._refusals: Counter[Path] = Counter()
         self._prepared: dict[Path, _Prepared] = {}
@@ -166,7 +174,7 @@ class SpanSender:
             else:
                 pause = min(max(2 * pause, FIRST_PAUSE_SECONDS), LONGEST_PAUSE_SECONDS)
                 pause *= random.uniform(0.8, 1.0)  # noqa: S311
-            pause = max(pause, self._collector.wait_seconds)
+            pause = max(pause, self._wait_seconds)
 
     def deliver(self) -> bool:
         """Send all that waits, oldest first. False if the collector took nothing of it.
@@ -197,7 +205,7 @@ class SpanSender:
                 continue
             failed += 1
             self._failures[path] += 1
-            if self._collector.wait_seconds:
+            if self._wait_seconds:
                 break  # It has too much to do, whatever it is sent.
             if settled:
                 self._count_refusal(path, result)
@@ -300,8 +308,9 @@ class SpanSender:
         if prepared is None:
             return settled
         rejected = 0
-        for message in prepared.messages:
-            result = self._collector.take(message)
+        exported = 0
+        for client, message in prepared.messages:
+            result = client.take(message)
             if not result.taken:
                 self._counts.failures += 1
                 if result.retryable:
@@ -311,7 +320,8 @@ class SpanSender:
                     self._drop(path, "refused")
                 return result
             rejected += min(result.rejected, 1)
-        self._counts.exported += len(prepared.messages) - rejected
+            exported += client is self._collector and not result.rejected
+        self._counts.exported += exported
         if rejected:
             # OTLP forbids to send it again.
             self._counts.dropped["refused"] += 1
@@ -337,8 +347,7 @@ class SpanSender:
             return None
         try:
             built = self._spans(directory, event)
-            messages = tuple(encode_spans([span]).SerializeToString() for span in built.spans)
-            return _Prepared(event.role, messages, built.sent)
+            return _Prepared(event.role, tuple(self._messages(built)), built.sent)
         except OSError:
             raise
         except Exception as error:
@@ -352,6 +361,25 @@ class SpanSender:
             )
             self._drop(path, "unreadable")
             return None
+
+    def _messages(self, built: EventSpans) -> Iterator[tuple[OtlpClient, bytes]]:
+        """The table before the span that says that it was sent."""
+        requests = [encode_spans([span]) for span in built.spans]
+        if built.sent is not None and self._logs is not None:
+            from sglang_weight_exporter.export.otlp.table_logs import table_logs, without_table
+
+            (context,) = requests[0].resource_spans[0].scope_spans[0].spans
+            for request in requests:
+                yield self._logs, table_logs(request, context).SerializeToString()
+            if not self._in_spans:
+                requests = [without_table(requests[0])]
+        for request in requests:
+            yield self._collector, request.SerializeToString()
+
+    @property
+    def _wait_seconds(self) -> float:
+        """For how long a collector wants to be left alone."""
+        return max(each.wait_seconds for each in (self._collector, self._logs) if each is not None)
 
     def _keep(self, path: Path, prepared: _Prepared) -> None:
         """For the next try. A table of 100,000 rows takes seconds to encode."""

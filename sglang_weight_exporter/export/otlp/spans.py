@@ -41,7 +41,7 @@ from sglang_weight_exporter.weight_table_events import (
 )
 
 #: The semantic conventions that names of attributes follow.
-SCHEMA_URL = "https://opentelemetry.io/schemas/1.37.0"
+SCHEMA_URL = "https://opentelemetry.io/schemas/1.44.0"
 
 SCOPE = InstrumentationScope("sglang_weight_exporter", __version__, SCHEMA_URL)
 
