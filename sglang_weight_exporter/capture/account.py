@@ -109,7 +109,21 @@ def _owners(segments: Segments, known: Iterable[OwnedStorages]) -> _Owned:
     """Which part owns how much of each block. What several claim counts for one of them; for a
     derived weight only where nobody else does: a module may refer to what is a pool's."""
     known = [each for each in known if len(each.start)]
-    known.sort(key=lambda each: each.part == "derived_weights")
+    others = [each for each in known if each.part != "derived_weights"]
+    owned = _claimed(segments, others)
+    if len(others) < len(known):
+        of_all, of_others = (_of_all(each) for each in (_claimed(segments, known), owned))
+        owned["derived_weights"] = of_all - of_others
+    return owned
+
+
+def _of_all(owned: _Owned) -> npt.NDArray[np.int64]:
+    total: npt.NDArray[np.int64] = np.sum(list(owned.values()), axis=0, dtype=np.int64)
+    return total
+
+
+def _claimed(segments: Segments, known: list[OwnedStorages]) -> _Owned:
+    """How much of each block these own; what several of them claim is the first one's."""
     owned: _Owned = {part: np.zeros(len(segments.block_start), np.int64) for part in MEMORY_PARTS}
     if not known or not len(segments.block_start):
         return owned
@@ -168,9 +182,7 @@ def _parts(
     block_there, block_of_graphs = there[segments.block_segment], of_graphs[segments.block_segment]
     size = segments.block_nbytes.astype(np.int64)
     requested = np.minimum(segments.block_requested.astype(np.int64), size)
-    covered = np.zeros(len(size), dtype=np.int64)
-    for of_part in owned.values():
-        covered += of_part
+    covered = _of_all(owned)
     parts = {part: int(of_part[block_there].sum()) for part, of_part in owned.items()}
     parts["cuda_graphs"] += int((size - covered)[block_there & block_of_graphs].sum())
     plain = block_there & ~block_of_graphs

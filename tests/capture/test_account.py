@@ -13,7 +13,7 @@ import pytest
 np = pytest.importorskip("numpy", reason="needs numpy, which comes with SGLang")
 pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 
-from hypothesis import given  # noqa: E402
+from hypothesis import example, given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from sglang_weight_exporter.capture.account import Account, OwnedStorages, account  # noqa: E402
@@ -79,6 +79,12 @@ def memories(draw: st.DrawFn) -> tuple[list[dict[str, Any]], list[Owner]]:
 
 
 @given(memories())
+@example(
+    (
+        [segment(1000, (0, 1), (2, 0, True), (1, 0, False))],
+        [("weights", 1001, 1), ("derived_weights", 1000, 2)],
+    )
+)
 def test_every_byte_counts_once(drawn: tuple[list[dict[str, Any]], list[Owner]]) -> None:
     segments, owners = drawn
     found = taken(segments, owners)
