@@ -22,7 +22,7 @@ from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 #: `Requires-Dist` of SGLang 0.5.9 and 0.5.23, of what this package imports.
-BROUGHT_BY_SGLANG = ("msgspec", "nvidia-ml-py", "prometheus-client", "requests", "uvicorn")
+BROUGHT_BY_SGLANG = ("msgspec", "nvidia-ml-py", "prometheus-client", "uvicorn")
 
 
 def closure(names: tuple[str, ...]) -> dict[str, Distribution]:
