@@ -68,7 +68,7 @@ class Message(NamedTuple):
 
 class Secrets:
     """What must not be in a log: headers and passwords that the environment holds, whoever says
-    them, and the same of others where they are told by their form."""
+    them, and the same of others where their form shows them."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         found: set[str] = set()
@@ -102,7 +102,7 @@ class Secrets:
 
 
 def _forms(secret: str) -> set[str]:
-    """What a secret may look like by the time that somebody says it."""
+    """What a secret may look like in what somebody says."""
     plain = unquote(secret)
     words = {word for word in plain.split() if word.lower() not in {"bearer", "basic", "token"}}
     forms = {secret, plain, *words}

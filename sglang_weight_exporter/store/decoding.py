@@ -102,7 +102,7 @@ def decode_snapshot(
     """A snapshot with what of it is valid. Raises :class:`UnreadableError`.
 
     A field that may be ``None`` is, where its value is not valid; another one takes the record
-    along that it is in: at most a role. ``on_left_out`` is told of each.
+    along that it is in: at most a role. ``on_left_out`` gets a sentence for each.
     """
     try:
         return decode(content, Snapshot, path)

@@ -21,7 +21,7 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
 from sglang_weight_exporter.store.spool import EVENT_BYTES, EVENT_COUNT, SpoolWriter
 from sglang_weight_exporter.weight_table import WeightTable
 
-#: What a look leaves of torch's memory, and who asks for it.
+#: A capture of torch's memory, and the request for one.
 MEMORY, MEMORY_WANTED = "memory", "memory.wanted"
 
 #: Longer than a tick of the kernel's clock, which times of files are of.
@@ -165,7 +165,7 @@ class RankStore:
 
     @property
     def memory_is_wanted(self) -> bool:
-        """Whether somebody has asked for the memory as the next look finds it."""
+        """Whether somebody has asked for the memory as the next capture finds it."""
         return self._directory.has(MEMORY_WANTED)
 
     def leave_memory(self, dump: MemoryDump | None) -> None:
@@ -187,7 +187,7 @@ class RankStore:
 
     def withdraw(self) -> None:
         """Say nothing rather than something old. Where the file system does not even let us
-        remove, the rank is given up for dead until it can be written again."""
+        remove, the rank counts as dead until it can be written again."""
         try:
             self._directory.remove("snapshot")
         except OSError:
@@ -217,7 +217,7 @@ class RankStore:
         self._table_lock.unlock()
 
     def close(self) -> None:
-        """Leave: the next look at the runtime directory finds this rank dead."""
+        """Leave: from now on readers find this rank dead."""
         self._lock.release()
 
     def _write(self, name: str, content: bytes) -> None:
@@ -252,7 +252,7 @@ class RankStore:
                 self._table_lock.close()
             if not self._lock.is_current():
                 self._lock.close()
-                with contextlib.suppress(OSError):  # Given up before, and perhaps removed just now.
+                with contextlib.suppress(OSError):  # Perhaps removed just now.
                     self._lock.acquire()
             if self._lock.held and self._directory.is_at(self.path):
                 if not self._events.is_at(self.path / "events"):

@@ -49,7 +49,7 @@ class RankDirectory:
 
     def snapshot(self, on_left_out: Callable[[str], None] | None = None) -> Snapshot:
         """Raises ``OSError`` and ``UnreadableError``; models that are damaged are left out, and
-        ``on_left_out`` is told."""
+        ``on_left_out`` gets a sentence for each."""
         snapshot = read_snapshot(self.path / "snapshot", on_left_out)
         return ProgressReader(self.path).apply(snapshot)
 

@@ -53,7 +53,7 @@ class _Queued:
 
 
 class SpoolWriter:
-    """The rank's side. What waits is known here and not looked up: appending costs the same
+    """The rank's side. What waits is known here and not listed: appending costs the same
     whatever waits, and nothing races with the exporter, which only removes."""
 
     def __init__(

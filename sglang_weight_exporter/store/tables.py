@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Pointer tables of this host, for programs that read them: consistent, and told when they change.
+"""Pointer tables of this host, for programs that read them: consistent, and notified of changes.
 
 A table is consistent when no update was in progress from before it was read until after it. What
 decides is the snapshot: an update writes it before it touches a tensor. The table lock does more,
@@ -35,8 +35,8 @@ from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import VARIABLE, NoRuntimeDirError, RuntimeDir
 from sglang_weight_exporter.weight_table import Region, Row, WeightTable, table_regions, table_rows
 
-#: A reader that waits looks again after a tenth of the time it has waited, in these bounds
-#: (seconds): it is told late by that much. A look after a sleep takes 0.4 ms, with cold caches,
+#: A reader that waits asks again after a tenth of the time it has waited, in these bounds
+#: (seconds): it notices by that much too late. To ask after a sleep takes 0.4 ms, with cold caches,
 #: and not 0.03 ms as in a loop.
 _LOOK_AGAIN = (0.01, 0.05)
 
@@ -221,9 +221,9 @@ class TableReader:
     def _unseen(self) -> TableError:
         return UpdateInProgressError(
             f"The weights of the {self.role} model of rank {self.directory.rank_id} were updated "
-            f"by calls whose end this SGLang does not report, and nobody has looked at them since: "
-            f"tensors may have moved. The next update looks first. Have the client ask for the "
-            f"cache to be flushed with its last call (flush_cache), which ends the update."
+            f"by calls whose end this SGLang does not report, and they were not captured since: "
+            f"tensors may have moved. The next update captures them first. Have the client ask for "
+            f"the cache to be flushed with its last call (flush_cache), which ends the update."
         )
 
     @contextlib.contextmanager
@@ -249,7 +249,7 @@ class TableReader:
 
 
 class _Waiting:
-    """For something that another process does, by looking again and again."""
+    """For something that another process does, by asking again and again."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
@@ -261,7 +261,7 @@ class _Waiting:
         return max(0.0, self._started + self._timeout - time.monotonic())
 
     def pause(self) -> bool:
-        """Sleep until it is time to look again; ``False`` at once when the time is over."""
+        """Sleep until it is time to ask again; ``False`` at once when the time is over."""
         left = self.left
         if left:
             shortest, longest = _LOOK_AGAIN

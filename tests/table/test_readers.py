@@ -194,7 +194,7 @@ def test_a_table_that_nobody_looked_at_since_the_last_call_is_not_consistent(
 ) -> None:
     rank.begin_update(last_call_at=time.time(), calls=3, idle_seconds=0.0)
     rank.store.unlock_table()
-    with pytest.raises(UpdateInProgressError, match="nobody has looked at them since"):
+    with pytest.raises(UpdateInProgressError, match="they were not captured since"):
         reader.read()
 
 

@@ -73,7 +73,7 @@ def messages(
 ) -> Iterator[MetricsData]:
     """All instruments that have a value, in messages of at most :data:`MESSAGE_POINTS` points.
 
-    ``totals`` is to be told what became of each message before the next one is asked for.
+    ``totals`` has to know what became of each message before the next one is asked for.
     """
     metrics: list[Metric] = []
     count = 0

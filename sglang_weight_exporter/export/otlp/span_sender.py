@@ -228,7 +228,7 @@ class SpanSender:
     # What waits.
 
     def _waiting(self) -> list[tuple[RankDirectory, Path]]:
-        """Events of all ranks, each rank's oldest first, after a look at what is too much."""
+        """Events of all ranks, each rank's oldest first, without what is too much."""
         directories = list(rank_directories(self._snapshots.runtime_dir))
         self._bound_dead(directories)
         waiting = []

@@ -135,20 +135,8 @@ def event_spans(
         "sglang.weights.table.chunks": sum(map(len, packed)),
         "sglang.weights.table.spans": max(1, len(packed)),
     }
-    own: dict[str, AttributeValue] = {
-        "sglang.weights.schema_version": SCHEMA_VERSION,
-        "sglang.weights.role": event.role,
-        "sglang.weights.table.sha256": table.sha256,
-    }
     further = [
-        ReadableSpan(
-            TABLE_EVENT,
-            context=_context(event, part),
-            attributes={**own, "sglang.weights.table.part": part},
-            events=_span_events(events, captured_at),
-            links=[Link(context)],
-            **common,
-        )
+        _table_span(event, table, part, _span_events(events, captured_at), Link(context), common)
         for part, events in enumerate(packed[1:], start=1)
     ]
     first = main(
@@ -157,6 +145,30 @@ def event_spans(
         links=[Link(span.context) for span in further],
     )
     return EventSpans((first, *further), _sent(event, table, context))
+
+
+def _table_span(
+    event: Event,
+    table: WeightTable,
+    part: int,
+    events: list[SpanEvent],
+    link: Link,
+    common: dict[str, Any],
+) -> ReadableSpan:
+    """A further span of a table that is too large for one."""
+    return ReadableSpan(
+        TABLE_EVENT,
+        context=_context(event, part),
+        attributes={
+            "sglang.weights.schema_version": SCHEMA_VERSION,
+            "sglang.weights.role": event.role,
+            "sglang.weights.table.sha256": table.sha256,
+            "sglang.weights.table.part": part,
+        },
+        events=events,
+        links=[link],
+        **common,
+    )
 
 
 def _sent(event: Event, table: WeightTable, context: SpanContext) -> SentTable | None:
