@@ -103,10 +103,6 @@ LOST = [
     ("engine_group, node_rank) (", "engine_group, node_rank, tp_rank, instance) ("),
     ("unless ignoring (device, gpu_uuid) sglang_weight_l", "and ignoring (device) sglang_weight_l"),
     (">= 0.5 * count by", ">= 0 * count by"),
-    (
-        "> sglang_weight_loaded_timestamp_seconds\n                      and sglang",
-        "> 0\n                      and sglang",
-    ),
     (") > time() - 1800", ") > time() - 60"),
     ("quantization, sglang_version, gpu_name\n", "quantization\n"),
     ("_rank,\n                    tp_size", "_rank, instance,\n                    tp_size"),
