@@ -118,6 +118,7 @@ def hosts(skew: float = 0, missed: int = 0, failed: bool = False) -> Iterator[En
             nodes=2,
             group="g",
             node_rank=number,
+            expected=2,
         )
 
 
@@ -247,13 +248,16 @@ LATE = 2 * HOUR // MINUTE
 #: The engines, and in which minutes which alerts fire.
 FAULTS: dict[str, tuple[list[Engine], dict[int, set[str]]]] = {
     "a rank dies, and stays away": (
-        [Engine("h:9400", ranks=(0, 1, 2)), Engine("h:9400", ranks=(3,), ended=1200)],
-        {24: set(), 26: {"SGLangWeightRanksMissing"}},
+        [
+            Engine("h:9400", ranks=(0, 1, 2), expected=4),
+            Engine("h:9400", ranks=(3,), expected=4, ended=1200),
+        ],
+        {24: set(), 26: {"SGLangWeightRanksMissing"}, LATE: {"SGLangWeightRanksMissing"}},
     ),
     "one rank of an encoder server": (
         [
-            Engine("h:9400", ranks=(0,), roles=("encoder",)),
-            Engine("h:9400", ranks=(1,), roles=("encoder",), ended=1200),
+            Engine("h:9400", ranks=(0,), roles=("encoder",), expected=2),
+            Engine("h:9400", ranks=(1,), roles=("encoder",), expected=2, ended=1200),
         ],
         {24: set(), 26: {"SGLangWeightRanksMissing"}},
     ),

@@ -168,10 +168,6 @@ def rules() -> list[tuple[str, str]]:
     ]
 
 
-#: Raised a scrape later or ended one earlier than in Prometheus: a subquery begins elsewhere in its
-#: first minute.
-A_SCRAPE_APART = {"SGLangWeightRanksMissing"}
-
 #: ``increase()`` is not extrapolated: where these graphs round, Prometheus may be one off.
 WHOLE = "increase("
 
@@ -181,12 +177,7 @@ NAMED_OTHERWISE = {"KV bytes in use"}
 
 @pytest.mark.parametrize(("name", "expression"), rules(), ids=[name for name, _ in rules()])
 def test_a_rule_has_the_same_answer(stores: Stores, name: str, expression: str) -> None:
-    found = differences(stores, expression)
-    if name in A_SCRAPE_APART:
-        assert 0 < len(found) < 9
-        assert all(each.endswith("and None") for each in found)
-    else:
-        assert found == []
+    assert differences(stores, expression) == []
 
 
 def test_the_samples_raise_every_alert(stores: Stores) -> None:

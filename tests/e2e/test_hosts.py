@@ -330,7 +330,7 @@ def test_a_host_that_cannot_be_reached_is_missing_until_it_can(
     finally:
         run("ip", "link", "set", hosts[1].cable, "up")
     assert alert["labels"]["engine_group"] == group_of(parts[0])
-    assert alert["annotations"]["summary"].startswith("1 host(s) of an engine")
+    assert alert["annotations"]["summary"].startswith("1 rank(s) of an engine")
     assert monitoring.active_alerts("SGLangWeightRanksDisagree") == []
     resolves(monitoring, name)
     update(parts, checkpoints / "a")

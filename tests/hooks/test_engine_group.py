@@ -173,7 +173,7 @@ def test_a_host_that_is_behind_or_gone_is_one_alert(
             lambda: raised("SGLangWeightRanksMissing"), what="SGLangWeightRanksMissing"
         )
         assert alert["labels"]["engine_group"] == group
-        assert alert["annotations"]["summary"].startswith("1 host(s) of an engine")
+        assert alert["annotations"]["summary"].startswith("1 rank(s) of an engine")
     finally:
         monitoring.stop()
 

@@ -149,6 +149,7 @@ class Engine:
     node_rank: int = 0
     nodes: int = 1
     expected: int | None = None
+    """Ranks of the whole engine, where those of this host are not all."""
 
     def serve(self, fleet: Fleet) -> None:
         """Put all of it into the fleet."""
@@ -235,6 +236,9 @@ class Engine:
         put("sglang_kv_cache_stale", lambda second: float(inside(self.stale, second)))
         put("sglang_kv_cache_paused", lambda second: float(inside(self.paused, second)))
         put("sglang_kv_cache_pauses_total", lambda second: float(self.in_place), mode="in_place")
+        ranks = len(self.ranks) if self.expected is None else self.expected
+        group = {"engine_group": self.group}
+        put("sglang_weight_expected_ranks", lambda second: ranks, **group)
         if self.nodes > 1:
-            labels = {"engine_group": self.group, "node_rank": str(self.node_rank)}
+            labels = {**group, "node_rank": str(self.node_rank)}
             put("sglang_weight_engine_nodes", lambda second: self.nodes, **labels)
