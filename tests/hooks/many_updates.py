@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from actor import NORM, make_scheduler
 from sglang.srt.managers import io_struct
-from sglang.srt.utils import MultiprocessingSerializer
 
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -38,7 +37,8 @@ def main() -> None:
         assert answer.success, answer.message
 
     norm = [(NORM, torch.ones(128, dtype=torch.bfloat16))]
-    tensors = [MultiprocessingSerializer.serialize(norm)]
+    # Not by a request: SGLang sends and receives each handle once, and again only with a GPU.
+    updater = scheduler.tp_worker.model_runner.weight_updater
     seen: list[tuple[int, int]] = []
     with torch.inference_mode():
         for index in range(int(number)):
@@ -47,7 +47,7 @@ def main() -> None:
                 ask("UpdateWeightFromDiskReqInput", model_path=path, load_format="auto")
             else:
                 ask("BeginWeightUpdateReqInput")
-                ask("UpdateWeightsFromTensorReqInput", serialized_named_tensors=tensors)
+                assert updater.update_weights_from_tensor(named_tensors=norm)[0]
                 ask("EndWeightUpdateReqInput")
             if index in {99, int(number) - 1}:
                 seen.append((descriptors(), resident()))
