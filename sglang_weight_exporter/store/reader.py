@@ -151,6 +151,18 @@ def remove_endpoint(runtime_dir: RuntimeDir) -> None:
 Version: TypeAlias = tuple[int, int, int]
 
 
+def _version(path: Path) -> Version:
+    status = path.lstat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _version_if_there(path: Path) -> Version | None:
+    try:
+        return _version(path)
+    except FileNotFoundError:
+        return None
+
+
 @dataclass
 class SnapshotReader:
     """Snapshots of the ranks that are alive, read again only when a file was replaced. Safe from
@@ -161,8 +173,9 @@ class SnapshotReader:
     on_unreadable: Callable[[str], None] = lambda sentence: None
     unreadable: int = 0
     _cache: dict[Path, tuple[Version, Snapshot | None]] = field(default_factory=dict)
-    #: Locks that nobody held. Only who makes a directory takes its lock, and never again.
-    _dead: dict[Path, tuple[int, int]] = field(default_factory=dict)
+    #: Ranks whose lock nobody held, by the files that they had then: one that takes it again,
+    #: because it could not write for a while, writes a snapshot after that.
+    _dead: dict[Path, tuple[Version, Version | None]] = field(default_factory=dict)
     _progress: dict[Path, ProgressReader] = field(default_factory=dict)
     #: What was said of a rank that could not be read, until it can be.
     _said: dict[Path, str] = field(default_factory=dict)
@@ -215,8 +228,7 @@ class SnapshotReader:
     def _is_alive(self, directory: RankDirectory) -> bool:
         """As the directory says. Of thousands that are dead each is asked once, while somebody
         clears them away or waits for a collector to take their last spans."""
-        status = (directory.path / "lock").lstat()
-        key = (status.st_ino, status.st_ctime_ns)
+        key = (_version(directory.path / "lock"), _version_if_there(directory.path / "snapshot"))
         if self._dead.get(directory.path) == key:
             return False
         alive = directory.is_alive()
@@ -240,8 +252,7 @@ class SnapshotReader:
         return directories
 
     def _snapshot(self, directory: RankDirectory) -> tuple[Version, Snapshot | None]:
-        status = (directory.path / "snapshot").lstat()
-        version = (status.st_ino, status.st_mtime_ns, status.st_size)
+        version = _version(directory.path / "snapshot")
         cached = self._cache.get(directory.path)
         if cached is not None and cached[0] == version:
             return cached

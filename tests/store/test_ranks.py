@@ -506,6 +506,33 @@ def test_a_lock_tells_the_living_from_the_dead(tmp_path: Path) -> None:
     assert not FileLock(path).acquire()
 
 
+def test_a_rank_that_could_not_even_remove_is_back_once_it_can_write(
+    runtime_dir: RuntimeDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a directory that was read-only for a while: it has the same lock again."""
+    rank = RankStore(runtime_dir, "a")
+    rank.write_snapshot(snapshot("a", 1))
+    reader = SnapshotReader(runtime_dir)
+    assert len(reader.read()) == 1
+    with monkeypatch.context() as patched:
+        for name in ("write", "remove"):
+            patched.setattr(Directory, name, raises(PermissionError(1, "not permitted")))
+        with pytest.raises(PermissionError):
+            rank.write_snapshot(snapshot("a", 2))
+        rank.withdraw()
+        assert reader.read() == []
+    rank.write_snapshot(snapshot("a", 3))
+    ((_, found),) = reader.read()
+    assert found.weight_version == "3"
+
+
+def raises(error: Exception) -> Callable[..., None]:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    return fail
+
+
 def test_a_directory_that_cannot_be_made_costs_no_descriptor(
     runtime_dir: RuntimeDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
