@@ -128,7 +128,7 @@ def test_an_engine_on_one_host_is_a_group_at_once(tmp_path: Path) -> None:
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> list[Host]:
-    return [Host(tmp_path / str(number), number, seed=7) for number in range(2)]
+    return [Host(tmp_path / str(number), number, seed=7, pp_size=2) for number in range(2)]
 
 
 @pytest.fixture
