@@ -241,7 +241,7 @@ def test_a_replica_that_was_restarted_serves_the_checkpoint_of_its_launch(
     pair: Pair, monitoring: Monitoring
 ) -> None:
     name = "SGLangWeightReplicasDiffer"
-    assert monitoring.active_alerts(name) == []
+    resolves(monitoring, name)  # The test before had other weights in one of them for a moment.
     pair[1].terminate(15)
     pair[1].main.wait()
     pair[1].start()
