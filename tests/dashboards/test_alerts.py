@@ -69,7 +69,7 @@ def test_a_failing_reload_raises_its_own_alert_and_resolves(
     )
     assert len({alert["fingerprint"] for alert in fired}) == 1
     assert fired[-1]["labels"]["source"] == "disk"
-    assert fired[-1]["annotations"]["description"].startswith("1 updates from disk failed")
+    assert fired[-1]["annotations"]["description"].startswith("1 of the updates from disk failed")
     eventually(
         lambda: delivered(monitoring, engine, name, "resolved") > resolved_before,
         what=f"{name} resolves",
