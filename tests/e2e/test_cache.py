@@ -109,7 +109,8 @@ def test_a_reload_of_an_engine_that_has_cached_nothing_leaves_nothing(
 
 def test_pauses_are_counted_as_what_they_are(engine: Engine) -> None:
     modes = ("in_place", "retract", "abort")
-    before = {mode: values(engine, "pauses_total", mode=mode) for mode in modes}
+    never = [0.0] * len(ranks(engine.scrape()))
+    before = {mode: values(engine, "pauses_total", mode=mode) or never for mode in modes}
     for mode in modes:
         status, answer = engine.post("/pause_generation", {"mode": mode})
         assert status == 200, answer
