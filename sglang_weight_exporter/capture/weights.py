@@ -304,7 +304,8 @@ def _columns(
         names = [names[row] for row in readable]
         kinds = kinds[readable]
         columns, values = _read([tensors[row] for row in readable])
-    there = np.unique(kinds)
+    # Not numpy.unique, whose plain form imports numpy.ma: that would be inside SGLang's load.
+    there = np.flatnonzero(np.bincount(kinds))
     columns["kind"] = np.searchsorted(there, kinds).astype("<u4")
     all_kinds: tuple[Kind, ...] = ("parameter", "buffer", "derived")
     values["kind"] = [all_kinds[kind] for kind in there.tolist()]
