@@ -101,7 +101,7 @@ LOST = [
     ("> 120\n", "> 1e9\n"),
     ("engine_group, role) (", "role) ("),
     ("loaded_timestamp_seconds > 900", "loaded_timestamp_seconds > -1"),
-    ('sglang_weight_info{nodes!~"1?"}', 'sglang_weight_info{nodes="none"}'),
+    ('sglang_weight_engine_info{nodes!~"1?"}', 'sglang_weight_engine_info{nodes="none"}'),
     (">= 0.5 * count by", ">= 0 * count by"),
     (") > time() - 1800", ") > time() - 60"),
     ("quantization, sglang_version, gpu_name\n", "quantization\n"),
@@ -203,11 +203,19 @@ def test_the_rules_tests_notice_a_lost_condition(
     assert noticed[lost].result()
 
 
-def test_the_rule_of_replicas_knows_every_label_of_the_facts() -> None:
+@pytest.mark.parametrize(
+    ("alert", "name"),
+    [
+        ("SGLangWeightReplicasDiffer", "sglang_weight_info"),
+        ("SGLangWeightRanksMissing", "sglang_weight_engine_info"),
+    ],
+)
+def test_a_rule_that_joins_an_info_knows_every_label_of_it(alert: str, name: str) -> None:
     """One that it does not ignore would leave nothing to compare, and no alert would say so."""
-    (info,) = (each for each in INSTRUMENTS if each.name == "sglang_weight_info")
-    (rule,) = (rule for rule in alerts() if rule["alert"] == "SGLangWeightReplicasDiffer")
-    (ignored,) = re.findall(r"ignoring \(([^)]*)\) group_left", rule["expr"])
+    (info,) = (each for each in INSTRUMENTS if each.name == name)
+    (rule,) = (rule for rule in alerts() if rule["alert"] == alert)
+    joined = rf"ignoring \(([^)]*)\)\s+(?:group_left \([^)]*\)\s+)?{name}\b"
+    (ignored,) = re.findall(joined, rule["expr"])
     assert {label.strip() for label in ignored.split(",")} == set(info.labels)
 
 

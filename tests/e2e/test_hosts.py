@@ -197,7 +197,7 @@ def update(parts: list[Engine], checkpoint: Path) -> None:
 
 
 def group_of(part: Engine) -> str:
-    (info,) = part.scrape().series("sglang_weight_info")
+    (info,) = part.scrape().series("sglang_weight_engine_info")
     group: str = info.labels["engine_group"]
     return group
 
@@ -242,8 +242,10 @@ def resolves(monitoring: Monitoring, name: str) -> None:
 def test_two_hosts_are_one_engine(
     parts: list[Engine], monitoring: Monitoring, backend: Backend
 ) -> None:
-    infos = [part.scrape().series("sglang_weight_info")[0].labels for part in parts]
-    assert [info["node_rank"] for info in infos] == ["0", "1"]
+    scrapes = [part.scrape() for part in parts]
+    infos = [scrape.series("sglang_weight_engine_info")[0].labels for scrape in scrapes]
+    nodes = [scrape.series("sglang_weight_engine_nodes")[0].labels for scrape in scrapes]
+    assert [labels["node_rank"] for labels in nodes] == ["0", "1"]
     assert [info["nodes"] for info in infos] == ["2", "2"]
     assert [info["pp_rank"] for info in infos] == ["0", "1"]
     assert len({info["engine"] for info in infos}) == 1

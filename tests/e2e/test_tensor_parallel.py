@@ -55,7 +55,8 @@ def test_each_rank_publishes_its_half(
     for rank in RANKS:
         assert scrape.sum("sglang_weight_bytes", kind="parameter", tp_rank=rank) == half
     infos = [sample.labels for sample in scrape.series("sglang_weight_info")]
-    assert len({info["engine_group"] for info in infos}) == 1
+    engines = scrape.series("sglang_weight_engine_info")
+    assert len({sample.labels["engine_group"] for sample in engines}) == 1
     assert [info["tp_size"] for info in infos] == ["2", "2"]
 
 

@@ -28,6 +28,7 @@ SUFFIXES = re.compile(r"_(total|bucket|sum|count)$")
 
 #: What a GPU may have, of a host with eight; dcgm-exporter has 25 and nvidia_gpu_exporter 133.
 MOST_SERIES_A_GPU = 70
+MOST_LABELS = 15
 
 
 def test_groups_are_those_of_the_setting() -> None:
@@ -152,6 +153,20 @@ def test_the_default_is_lean(tmp_path: Path) -> None:
         counts[metrics] = len(counted) / 8
     assert counts["default"] <= MOST_SERIES_A_GPU, counts
     assert counts["full"] > 1.3 * counts["default"]
+
+
+def test_no_series_has_more_labels_than_a_store_takes() -> None:
+    """Mimir takes 30, of which a scrape in Kubernetes adds a dozen and an operator some more."""
+    labels = {each.name: len(each.label_names) for each in INSTRUMENTS}
+    assert {name: count for name, count in labels.items() if count > MOST_LABELS} == {}
+
+
+def test_both_infos_say_different_things() -> None:
+    infos = [
+        each for each in INSTRUMENTS if re.fullmatch("sglang_weight_(engine_)?info", each.name)
+    ]
+    first, second = (set(each.labels) for each in infos)
+    assert first.isdisjoint(second)
 
 
 def read(name: str, snapshot: Snapshot, metrics: str) -> list[Sample]:

@@ -112,7 +112,8 @@ def test_the_gpu_is_nvmls(gpu_engine: GpuEngine) -> None:
         assert sample.labels["device"] == "cuda:0"
     (info,) = scrape.series("sglang_weight_info")
     assert info.labels["gpu_name"] == gpu.name
-    assert info.labels["pci_bus_id"] == gpu.pci_bus_id
+    (engine_info,) = scrape.series("sglang_weight_engine_info")
+    assert engine_info.labels["pci_bus_id"] == gpu.pci_bus_id
     assert info.labels["sglang_version"]
 
 

@@ -216,6 +216,7 @@ class Engine:
             lambda second: 1000 if inside(self.released, second) else self.weights,
         )
         put("sglang_weight_info", lambda second: 1, tp_size=str(len(self.ranks)), gpu_name="H200")
+        put("sglang_weight_engine_info", lambda second: 1, nodes=str(self.nodes))
         if self.fingerprint is not None:
             put("sglang_weight_fingerprint", self.fingerprint)
         if role == self.roles[0]:

@@ -17,6 +17,9 @@ GPU = f"{PLACE}, gpu_uuid"
 ENGINE = f"{PLACE}, model_name, engine"
 RANK = f"{ENGINE}, role, tp_rank, pp_rank, dp_rank, moe_ep_rank, device, gpu_uuid"
 TARGET = 'role="target"'
+#: Labels of sglang_weight_info, and of sglang_weight_engine_info, beside those of a rank.
+FACTS = "tp_size, pp_size, ep_size, quantization, sglang_version, gpu_name"
+ENGINE_FACTS = "model_path, architecture, torch_version, pci_bus_id, engine_group, nodes"
 
 
 @dataclass(frozen=True)

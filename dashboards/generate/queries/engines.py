@@ -4,7 +4,17 @@
 
 from __future__ import annotations
 
-from . import ENGINE, RANK, TARGET, Selection, engine_named, happened, rank_named
+from . import (
+    ENGINE,
+    ENGINE_FACTS,
+    FACTS,
+    RANK,
+    TARGET,
+    Selection,
+    engine_named,
+    happened,
+    rank_named,
+)
 
 #: Bars of ranks whose names can still be read one below the other.
 MOST = 20
@@ -68,6 +78,15 @@ def state(selection: Selection) -> str:
     )
 
 
+def facts(selection: Selection) -> str:
+    """What both infos say that a reader of the table asks for."""
+    asked = "model_path, architecture, torch_version"
+    return (
+        f"{selection.series('sglang_weight_info')} * ignoring ({FACTS}, {ENGINE_FACTS}) "
+        f"group_left ({asked}) {selection.series('sglang_weight_engine_info')}"
+    )
+
+
 def columns(selection: Selection) -> dict[str, str]:
     """The table of ranks: the first is the one with the words, the others a number each."""
 
@@ -75,7 +94,7 @@ def columns(selection: Selection) -> dict[str, str]:
         return f"{how} by ({RANK}) ({selection.series(metric)})"
 
     return {
-        "Facts": rank_named(selection.series("sglang_weight_info")),
+        "Facts": rank_named(facts(selection)),
         "Weights": one("sglang_weight_bytes"),
         "Resident": one("sglang_weight_resident_bytes"),
         "Tensors": one("sglang_weight_tensors"),

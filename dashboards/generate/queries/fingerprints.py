@@ -4,27 +4,18 @@
 
 from __future__ import annotations
 
-from . import ENGINE, Selection, engine_named, happened, named, rank_named
+from . import ENGINE, FACTS, Selection, engine_named, happened, named, rank_named
 from .updates import by_source
 
 #: Replicas of one shard, as the rule SGLangWeightReplicasDiffer has them.
-SHARD = (
-    "cluster, namespace, job, model_name, role, tp_rank, pp_rank, moe_ep_rank, "
-    "tp_size, pp_size, ep_size, quantization, sglang_version, gpu_name"
-)
-#: Labels of sglang_weight_info that no other series has.
-FACTS = (
-    "model_path, quantization, architecture, sglang_version, torch_version, gpu_name, pci_bus_id, "
-    "tp_size, pp_size, ep_size, engine_group, node_rank, nodes"
-)
+SHARD = f"cluster, namespace, job, model_name, role, tp_rank, pp_rank, moe_ep_rank, {FACTS}"
 
 
 def different(selection: Selection) -> str:
     """How many different sets of weights the replicas of each shard hold; 1 where they agree."""
-    facts = "tp_size, pp_size, ep_size, quantization, sglang_version, gpu_name"
     located = (
         f"{selection.series('sglang_weight_fingerprint')} * ignoring ({FACTS}) "
-        f"group_left ({facts}) {selection.series('sglang_weight_info')}"
+        f"group_left ({FACTS}) {selection.series('sglang_weight_info')}"
     )
     sets = f'count without (weights) (count_values by ({SHARD}) ("weights", {located}))'
     return named(rank_named(sets), "cluster", "model_name", "role", "rank")

@@ -37,7 +37,7 @@ WORDS = {
 }
 WIDTHS = {"Last change": 170, "KV tokens": 100, "Fingerprint": 170, "First load": 95}
 HIDDEN = ["Time", "__name__", "cluster", "namespace", "job", "pod", "host", "model_name"]
-HIDDEN += ["tp_rank", "pp_rank", "dp_rank", "moe_ep_rank", "tp", "pp", "dp", "pci_bus_id"]
+HIDDEN += ["tp_rank", "pp_rank", "dp_rank", "moe_ep_rank", "tp", "pp", "dp"]
 HIDDEN += ["tp_size", "pp_size", "ep_size"]
 
 

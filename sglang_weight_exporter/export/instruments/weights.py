@@ -72,18 +72,27 @@ def _info(view: RoleView) -> Iterator[Sample]:
     device = next((each for each in view.snapshot.devices if each.name == role.device), None)
     yield Sample(
         (
-            engine.model_path,
             role.quantization,
-            role.architecture,
             engine.sglang_version,
-            engine.torch_version,
             "" if device is None else device.product,
-            "" if device is None else device.pci_bus_id,
             _size(engine.tp_size),
             _size(engine.pp_size),
             _size(engine.ep_size),
+        ),
+        1,
+    )
+
+
+def _engine_info(view: RoleView) -> Iterator[Sample]:
+    engine, role = view.snapshot.engine, view.role
+    device = next((each for each in view.snapshot.devices if each.name == role.device), None)
+    yield Sample(
+        (
+            engine.model_path,
+            role.architecture,
+            engine.torch_version,
+            "" if device is None else device.pci_bus_id,
             engine.group,
-            _size(engine.node_rank),
             _size(engine.nodes),
         ),
         1,
@@ -184,23 +193,19 @@ INSTRUMENTS = (
         "sglang_weight_info",
         "gauge",
         "",
-        "Facts that hold while the process lives, for joining; always 1.",
-        (
-            "model_path",
-            "quantization",
-            "architecture",
-            "sglang_version",
-            "torch_version",
-            "gpu_name",
-            "pci_bus_id",
-            "tp_size",
-            "pp_size",
-            "ep_size",
-            "engine_group",
-            "node_rank",
-            "nodes",
-        ),
+        "What decides how weights lie in memory, which holds while the process lives: join with it "
+        "to compare like with like. Always 1.",
+        ("quantization", "sglang_version", "gpu_name", "tp_size", "pp_size", "ep_size"),
         _info,
+    ),
+    Instrument(
+        "sglang_weight_engine_info",
+        "gauge",
+        "",
+        "More that holds while the process lives: what is loaded, by which torch, and which engine "
+        "on how many hosts the rank is of. Always 1.",
+        ("model_path", "architecture", "torch_version", "pci_bus_id", "engine_group", "nodes"),
+        _engine_info,
     ),
     Instrument(
         "sglang_weight_expected_ranks",
