@@ -28,6 +28,7 @@ from sglang_weight_exporter.cli.worst_moment import (
     since_the_start,
 )
 from sglang_weight_exporter.export.gpu_account import GpuAccount, GpuAccounts, RankOnGpu
+from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.nvml import Nvml
 from sglang_weight_exporter.records.memory import DeviceMemory
 from sglang_weight_exporter.records.snapshot import Snapshot
@@ -83,8 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
     settings = settings_from(arguments, os.environ)
     runtime_dir = RuntimeDir.find(settings.runtime_dir, os.environ)
     snapshots = [each for _, each in SnapshotReader(runtime_dir).read()]
-    nvml = Nvml()
-    accounts = GpuAccounts().read(snapshots, nvml.read(), time.monotonic())
+    nvml = Nvml(Guard())
+    gpus = [each for each in nvml.read() if each.used_bytes is not None]
+    accounts = GpuAccounts().read(snapshots, gpus, time.monotonic())
     worst: Callable[[GpuAccount], Worst] = since_the_start
     if arguments.prometheus:
 
@@ -165,7 +167,10 @@ class Advice:
 
 
 def advice(rank: RankOnGpu, account: GpuAccount, worst: Worst) -> Advice:
+    """``account``: of a GPU whose memory the driver says."""
     gpu = account.gpu
+    assert gpu.total_bytes is not None
+    assert gpu.used_bytes is not None
     used = max(gpu.used_bytes, worst.used)
     token_bytes, tokens = _tokens(rank.snapshot, rank.memory.device)
     room = gpu.total_bytes - (gpu.reserved_bytes or 0) - used

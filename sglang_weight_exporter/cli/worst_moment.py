@@ -31,6 +31,7 @@ class Worst:
 
 def since_the_start(account: GpuAccount) -> Worst:
     """What is in use now and what torch once had more of."""
+    assert account.gpu.used_bytes is not None
     return Worst(
         account.gpu.used_bytes
         + sum(

@@ -59,7 +59,8 @@ class GpuAccount:
     gpu: GpuMemory
     ranks: tuple[RankOnGpu, ...]
     parts: dict[str, int] | None
-    most_used: int
+    #: ``None`` where the driver does not say what is in use.
+    most_used: int | None
 
 
 @dataclass
@@ -83,8 +84,12 @@ class _Most:
 
 
 class GpuAccounts:
-    """Accounts of all GPUs of the host, from one reading to the next. Not safe from several
-    threads."""
+    """Accounts of the GPUs that ranks use, from one reading to the next. Not safe from several
+    threads.
+
+    In a pod that sees all GPUs of its host others are other pods': each is published by the
+    exporter whose ranks use it, and one that nobody's rank uses by none.
+    """
 
     def __init__(self, namespace: int | None = None) -> None:
         #: Of this process's id.
@@ -107,7 +112,10 @@ class GpuAccounts:
         self._were_ranks = {
             pid: seen for pid, seen in self._were_ranks.items() if now - seen < ENDING_SECONDS
         } | {each.pid: now for each in snapshots if each.pid_namespace == HOST_PIDS}
-        accounts = tuple(self._account(gpu, snapshots, kept, now) for gpu in gpus)
+        in_use = {device.uuid for each in snapshots for device in each.devices}
+        accounts = tuple(
+            self._account(gpu, snapshots, kept, now) for gpu in gpus if gpu.uuid in in_use
+        )
         self._most.forget(now)
         return accounts
 
@@ -130,7 +138,9 @@ class GpuAccounts:
             gpu=gpu,
             ranks=found,
             parts=None if changing else self._parts(gpu, found, snapshots, kept),
-            most_used=self._most.note(gpu.uuid, gpu.used_bytes, now),
+            most_used=None
+            if gpu.used_bytes is None
+            else self._most.note(gpu.uuid, gpu.used_bytes, now),
         )
 
     def _is_changing(
@@ -140,6 +150,8 @@ class GpuAccounts:
         snapshots: list[Snapshot],
     ) -> bool:
         """Whether something is under way that ranks have not said yet."""
+        if gpu.used_bytes is None:
+            return False  # Nor is there an account that it could spoil.
         said = frozenset[Hashable]((snapshot.rank_id, memory.at) for snapshot, memory in ranks)
         used, said_before = self._before.get(gpu.uuid, (gpu.used_bytes, said))
         self._before[gpu.uuid] = gpu.used_bytes, said
@@ -212,6 +224,8 @@ class GpuAccounts:
         snapshots: list[Snapshot],
         kept: dict[Hashable, int],
     ) -> dict[str, int] | None:
+        if gpu.total_bytes is None or gpu.used_bytes is None:
+            return None
         known = [rank for rank in ranks if rank.memory.parts is not None]
         parts = dict.fromkeys(GPU_PARTS, 0)
         for rank in known:

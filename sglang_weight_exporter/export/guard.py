@@ -23,8 +23,11 @@ class Guard:
         self._logged: set[str] = set()
 
     @contextlib.contextmanager
-    def step(self, what: str) -> Iterator[None]:
-        """Around a step without which everything else goes on. ``what``: begins a sentence."""
+    def step(self, what: str, *, traceback: bool = True) -> Iterator[None]:
+        """Around a step without which everything else goes on. ``what``: begins a sentence.
+
+        ``traceback``: whether an error that is not the system's may be this program's.
+        """
         try:
             yield
         except Exception as error:
@@ -37,5 +40,5 @@ class Guard:
                     what,
                     type(error).__name__,
                     error,
-                    exc_info=not isinstance(error, OSError),
+                    exc_info=traceback and not isinstance(error, OSError),
                 )

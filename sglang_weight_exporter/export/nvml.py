@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_weight_exporter.export.guard import Guard
+
 logger = logging.getLogger("sglang_weight_exporter")
 
 #: Between two readings, and how old one may be until it is no longer true.
@@ -20,20 +22,18 @@ READ_SECONDS, DEADLINE_SECONDS = 1.0, 5.0
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """One GPU, or one MIG instance of one."""
+    """One GPU, or one MIG instance of one. ``None``: the driver does not say it."""
 
     uuid: str
     #: NVML's index of the GPU, as nvidia-smi and dcgm-exporter have it.
     index: int
-    product: str
-    pci_bus_id: str
-    total_bytes: int
+    #: ``None`` where the GPU's memory is the host's (GB10).
+    total_bytes: int | None
     #: Without what the driver reserves for itself, as nvidia-smi shows it.
-    used_bytes: int
+    used_bytes: int | None
     #: What the driver reserves for itself; ``None`` where it is part of ``used_bytes``.
     reserved_bytes: int | None = None
-    #: Process id, as the host counts, → bytes, of every process that has memory here. ``None``
-    #: where the driver does not say.
+    #: Process id, as the host counts, → bytes, of every process that has memory here.
     processes: dict[int, int] | None = None
     #: Whether it had other bytes in use when its processes had been read than before.
     changing: bool = False
@@ -42,97 +42,133 @@ class GpuMemory:
 #: So much may come and go while a GPU is read.
 _UNCHANGED_BYTES = 16 * 2**20
 
+#: Answers of a sound driver that does not say this of this GPU, to this user or in its version:
+#: NVML_ERROR_NOT_SUPPORTED, _NO_PERMISSION and _FUNCTION_NOT_FOUND.
+_NOT_SAID = {3, 4, 13}
+
+#: NVML_ERROR_NOT_FOUND: of a MIG instance's number that no instance has.
+_NOT_FOUND = 6
+
 
 class Nvml:
     """Reads all GPUs, and takes hold of the driver anew after a failure. May block for as long as
-    the driver does."""
+    the driver does.
 
-    def __init__(self) -> None:
+    ``guard``: counts what goes wrong with one GPU, and logs it once.
+    """
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
         self._nvml: Any = None
+        self._said: set[str] = set()
         #: Why the last reading has no GPU; empty where it could be had.
         self.problem = ""
 
     def read(self) -> list[GpuMemory]:
-        """Every GPU that answers. One that fell off the bus is left out. Never raises."""
+        """Every GPU that answers; of a GPU with MIG instances, these. One that fell off the bus is
+        left out. Never raises."""
         try:
             if self._nvml is None:
                 import pynvml
 
                 pynvml.nvmlInit()
                 self._nvml = pynvml
-            found = self._gpus()
-        except Exception as error:  # No driver, no GPU, or one in trouble.
+            count = self._nvml.nvmlDeviceGetCount()
+        except Exception as error:  # No driver, no GPU, or one in trouble: who reads us says it.
             self.problem = f"{type(error).__name__}: {_text(error)}"
-            if self._nvml is not None:
-                with contextlib.suppress(Exception):
-                    self._nvml.nvmlShutdown()
-            self._nvml = None
+            self._let_go()
             return []
         self.problem = ""
-        return found
-
-    def _gpus(self) -> list[GpuMemory]:
-        nvml = self._nvml
         found: list[GpuMemory] = []
-        for index in range(nvml.nvmlDeviceGetCount()):
-            # pynvml raises more than its own errors: UnicodeDecodeError, TypeError, AttributeError.
-            with contextlib.suppress(Exception):
-                gpu = nvml.nvmlDeviceGetHandleByIndex(index)
-                bus = _text(nvml.nvmlDeviceGetPciInfo(gpu).busId)
-                for handle in (gpu, *self._mig_instances(gpu)):
-                    memory = self._memory(handle)
-                    processes = self._processes(handle)
-                    grown = int(self._memory(handle).used) - int(memory.used)
-                    found.append(
-                        GpuMemory(
-                            uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
-                            index=index,
-                            product=self._product(handle),
-                            pci_bus_id=bus,
-                            total_bytes=int(memory.total),
-                            used_bytes=int(memory.used),
-                            reserved_bytes=getattr(memory, "reserved", None),
-                            processes=processes,
-                            changing=abs(grown) > _UNCHANGED_BYTES,
-                        )
-                    )
+        for index in range(count):
+            with self._step(f"Reading GPU {index} by NVML"):
+                for handle in self._handles(index):
+                    with self._step(f"Reading a MIG instance of GPU {index} by NVML"):
+                        found.append(self._gpu(handle, index))
+        if not found:
+            self._let_go()
         return found
 
-    def _product(self, handle: Any) -> str:
-        try:
-            return _text(self._nvml.nvmlDeviceGetName(handle))
-        except Exception:  # No UTF-8, which pynvml insists on.
-            return ""
+    def _let_go(self) -> None:
+        """The next reading begins anew."""
+        if self._nvml is not None:
+            # It fails where the driver has failed, of which was said what there is to say.
+            with contextlib.suppress(Exception):
+                self._nvml.nvmlShutdown()
+        self._nvml = None
+
+    @contextlib.contextmanager
+    def _step(self, what: str) -> Iterator[None]:
+        """Around what goes wrong alone. What a sound driver does not say is no error, and is said
+        once. pynvml raises more than its own errors: UnicodeDecodeError, TypeError."""
+        with self._guard.step(what, traceback=False):
+            try:
+                yield
+            except self._nvml.NVMLError as error:
+                if error.value not in _NOT_SAID:
+                    raise
+                if what not in self._said:
+                    self._said.add(what)
+                    logger.info("%s: the driver does not say it (%s).", what, _text(error))
+
+    def _gpu(self, handle: Any, index: int) -> GpuMemory:
+        uuid = _text(self._nvml.nvmlDeviceGetUUID(handle))
+        memory = processes = None
+        with self._step(f"The memory of {uuid}"):
+            memory = self._memory(handle)
+        with self._step(f"Processes that have memory of {uuid}"):
+            processes = self._processes(handle)
+        if memory is None:
+            return GpuMemory(uuid, index, None, None, processes=processes)
+        grown = int(self._memory(handle).used) - int(memory.used)
+        return GpuMemory(
+            uuid=uuid,
+            index=index,
+            total_bytes=int(memory.total),
+            used_bytes=int(memory.used),
+            reserved_bytes=getattr(memory, "reserved", None),
+            processes=processes,
+            changing=abs(grown) > _UNCHANGED_BYTES,
+        )
 
     def _memory(self, handle: Any) -> Any:
         nvml = self._nvml
-        try:
+        # An older driver and an older pynvml have no second version, each with an error of its own.
+        # If something else is wrong, the call of the first version fails too.
+        with contextlib.suppress(Exception):
             return nvml.nvmlDeviceGetMemoryInfo(handle, version=nvml.nvmlMemory_v2)
-        except Exception:
-            return nvml.nvmlDeviceGetMemoryInfo(handle)
+        return nvml.nvmlDeviceGetMemoryInfo(handle)
 
     def _processes(self, handle: Any) -> dict[int, int] | None:
-        nvml = self._nvml
         found: dict[int, int] = {}
-        try:
-            for each in nvml.nvmlDeviceGetComputeRunningProcesses(handle):
-                if each.usedGpuMemory is None:
-                    return None  # As under Windows' driver model, or without permission.
-                found[int(each.pid)] = int(each.usedGpuMemory)
-        except Exception:
-            return None
+        for each in self._nvml.nvmlDeviceGetComputeRunningProcesses(handle):
+            if each.usedGpuMemory is None:
+                return None  # As under Windows' driver model, or without permission.
+            found[int(each.pid)] = int(each.usedGpuMemory)
         return found
 
-    def _mig_instances(self, gpu: Any) -> Iterator[Any]:
+    def _handles(self, index: int) -> list[Any]:
+        """The GPU, or its MIG instances where it has any: then nobody can use it but by them."""
+        nvml = self._nvml
+        gpu = nvml.nvmlDeviceGetHandleByIndex(index)
+        instances = []
+        for number in range(self._most_instances(gpu)):
+            try:
+                instances.append(nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, number))
+            except nvml.NVMLError as error:
+                if error.value != _NOT_FOUND:
+                    raise
+        return instances or [gpu]
+
+    def _most_instances(self, gpu: Any) -> int:
         nvml = self._nvml
         try:
             mode, _ = nvml.nvmlDeviceGetMigMode(gpu)
-            count = nvml.nvmlDeviceGetMaxMigDeviceCount(gpu) if mode else 0
-        except Exception:
-            return
-        for index in range(count):
-            with contextlib.suppress(Exception):
-                yield nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, index)
+            return int(nvml.nvmlDeviceGetMaxMigDeviceCount(gpu)) if mode else 0
+        except nvml.NVMLError as error:
+            if error.value not in _NOT_SAID:
+                raise
+            return 0  # Most kinds of GPUs have no such mode.
 
 
 def _text(value: Any) -> str:

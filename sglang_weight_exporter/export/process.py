@@ -117,7 +117,7 @@ class Exporter:
         spans, guard = SpanCounts(), Guard()
         gpus = simulated_gpus
         if gpus is None:
-            watch = GpuWatch(Nvml())
+            watch = GpuWatch(Nvml(guard))
             watch.start(FIRST_READING_SECONDS)
             gpus = watch.read
         snapshots = SnapshotReader(runtime_dir, on_unreadable=logger.warning)

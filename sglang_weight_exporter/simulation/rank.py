@@ -188,8 +188,6 @@ class SimulatedRank:
         return GpuMemory(
             uuid=self._device.uuid,
             index=self._index,
-            product=_GPU,
-            pci_bus_id=self._device.pci_bus_id,
             total_bytes=_GPU_BYTES,
             used_bytes=self._memory.physical + _OUTSIDE_BYTES,
             reserved_bytes=_DRIVER_BYTES,

@@ -53,8 +53,6 @@ def gpu(used: int, processes: dict[int, int] | None, **more: Any) -> GpuMemory:
     return GpuMemory(
         uuid=UUID,
         index=0,
-        product="",
-        pci_bus_id="",
         total_bytes=10_000,
         used_bytes=used,
         reserved_bytes=more.get("reserved", 400),
@@ -127,12 +125,22 @@ def test_an_account_is_absent_while_something_is_under_way_that_no_rank_has_said
 
 
 def test_a_rank_that_ends_is_not_taken_for_somebody_else() -> None:
-    accounts = GpuAccounts(HOST_PIDS)
-    assert read(accounts, [rank(7, weights=1000)], gpu(1300, {7: 1300}), 0.0).parts is not None
-    assert read(accounts, [], gpu(1300, {7: 1300}), 1.0).parts is None
-    assert named(read(accounts, [], gpu(0, {}), 2.0)) == {"driver": 400, "free": 9600}
-    found = read(accounts, [], gpu(1300, {7: 1300}), ENDING_SECONDS + 1.0)
+    accounts, stays = GpuAccounts(HOST_PIDS), rank(8, weights=500)
+    both = gpu(1900, {7: 1300, 8: 600})
+    assert read(accounts, [rank(7, weights=1000), stays], both, 0.0).parts is not None
+    assert read(accounts, [stays], both, 1.0).parts is None
+    left = {"weights": 500, "outside_torch": 100, "driver": 400, "free": 9000}
+    assert named(read(accounts, [stays], gpu(600, {8: 600}), 2.0)) == left
+    found = read(accounts, [stays], both, ENDING_SECONDS + 1.0)
     assert named(found)["other_processes"] == 1300  # The number is another process's by now.
+
+
+def test_a_gpu_without_a_rank_has_no_account_here() -> None:
+    accounts = GpuAccounts(HOST_PIDS)
+    unused = dataclasses.replace(gpu(1300, {7: 1300}), uuid="GPU-2")
+    found = accounts.read([rank(7, weights=1000)], [unused, gpu(1300, {7: 1300})], 0.0)
+    assert [each.gpu.uuid for each in found] == [UUID]
+    assert accounts.read([], [unused], 1.0) == ()
 
 
 def test_an_account_is_absent_where_nvmls_figures_are_of_two_times() -> None:

@@ -119,7 +119,8 @@ def test_the_gpu_is_nvmls(gpu_engine: GpuEngine) -> None:
 
 def test_gpu_memory_is_nvidia_smis(gpu_engine: GpuEngine, record_property: Record) -> None:
     def same() -> bool:
-        gpus, scrape = nvidia_smi(), gpu_engine.engine.scrape()
+        scrape = gpu_engine.engine.scrape()
+        gpus = [gpu for gpu in nvidia_smi() if gpu.index in gpu_engine.gpus]
         for gpu in gpus:
             used = scrape.one("sglang_gpu_memory_used_bytes", gpu_uuid=gpu.uuid)
             total = scrape.one("sglang_gpu_memory_total_bytes", gpu_uuid=gpu.uuid)

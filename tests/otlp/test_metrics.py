@@ -19,7 +19,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from ranks import ExporterProcess, Rank, rows
 from waiting import eventually
 
-from sglang_weight_exporter.export.gpu_account import GpuAccounts
+from sglang_weight_exporter.export.gpu_account import GpuAccount
 from sglang_weight_exporter.export.nvml import GpuMemory
 from sglang_weight_exporter.export.otlp.metrics import messages
 from sglang_weight_exporter.export.otlp.temporality import Totals
@@ -196,8 +196,9 @@ def test_deltas_where_a_backend_takes_nothing_else(
 
 
 def test_memory_of_a_gpu_has_the_names_of_the_conventions_too() -> None:
-    gpu = GpuMemory(uuid="GPU-1", index=0, product="", pci_bus_id="", total_bytes=80, used_bytes=30)
-    view = HostView(snapshots=(), gpus=GpuAccounts().read((), [gpu], 0.0))
+    gpu = GpuMemory(uuid="GPU-1", index=0, total_bytes=80, used_bytes=30)
+    account = GpuAccount(gpu=gpu, ranks=(), parts=None, most_used=30)
+    view = HostView(snapshots=(), gpus=(account,))
     (message,) = messages(view, Resource({}), Totals("cumulative", since=0.0))
     request = encode_metrics(message)
     found = {

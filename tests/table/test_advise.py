@@ -77,8 +77,6 @@ def account(*snapshots: Snapshot, **changes: Any) -> GpuAccount:
     gpu = GpuMemory(
         uuid="GPU-1",
         index=0,
-        product="",
-        pci_bus_id="",
         total_bytes=81 * GIB,
         used_bytes=46 * GIB,
         reserved_bytes=1 * GIB,
@@ -255,15 +253,13 @@ def test_a_gpu_that_shares_the_host_s_memory(
 ) -> None:
     """GB10: NVML knows the GPU, and not its memory."""
     (tmp_path / "pynvml.py").write_text(
-        "class NVMLError(Exception): pass\n"
+        "class NVMLError(Exception): value = 3\n"
         "def _no(*_, **__): raise NVMLError('Not Supported')\n"
         "nvmlMemory_v2 = 0\n"
         "nvmlInit = lambda: None\n"
         "nvmlDeviceGetCount = lambda: 1\n"
         "nvmlDeviceGetHandleByIndex = lambda index: index\n"
-        "nvmlDeviceGetPciInfo = lambda gpu: type('', (), {'busId': '0'})\n"
         "nvmlDeviceGetUUID = lambda gpu: 'GPU-1'\n"
-        "nvmlDeviceGetName = lambda gpu: 'NVIDIA GB10'\n"
         "nvmlDeviceGetMemoryInfo = nvmlDeviceGetMigMode = _no\n"
         "nvmlDeviceGetComputeRunningProcesses = _no\n"
     )

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Memory of the host's GPUs, by what holds it."""
+"""Memory of the GPUs that ranks use, by what holds it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from sglang_weight_exporter.export.instruments.base import HostReader, Instrumen
 from sglang_weight_exporter.export.views import HostView
 
 
-def _gpu(read: Callable[[GpuAccount], int]) -> HostReader:
+def _gpu(read: Callable[[GpuAccount], int | None]) -> HostReader:
     def samples(view: HostView) -> Iterator[Sample]:
         for account in view.gpus:
-            yield Sample((account.gpu.uuid, str(account.gpu.index)), read(account))
+            value = read(account)
+            if value is not None:
+                yield Sample((account.gpu.uuid, str(account.gpu.index)), value)
 
     return samples
 
@@ -36,7 +38,7 @@ INSTRUMENTS = (
         "sglang_gpu_memory_total_bytes",
         "gauge",
         "By",
-        "Memory of the GPU, from NVML.",
+        "Memory of a GPU that a rank of this exporter uses, from NVML.",
         ("gpu_uuid", "gpu"),
         read_host=_gpu(lambda account: account.gpu.total_bytes),
     ),
