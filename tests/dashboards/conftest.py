@@ -48,7 +48,8 @@ def monitoring(engine: Engine) -> Iterator[Monitoring]:
         "sglang-weights": f"127.0.0.1:{engine.exporter_port}",
         "sglang": f"127.0.0.1:{engine.port}",
     }
-    stack = Monitoring(directory, targets).start()
+    raised = {"SGLangWeightsReloaded", "SGLangWeightReloadFailed"}
+    stack = Monitoring(directory, targets, hastened=raised).start()
     try:
         for series in ("sglang_weight_info", "sglang[:_]token_usage"):
             selected = f'{{__name__=~"{series}",instance=~"127.*"}}'

@@ -33,7 +33,9 @@ ROLES = ("target", "draft")
 @pytest.fixture(scope="module")
 def monitoring(speculative: Engine) -> Iterator[Monitoring]:
     target = {"sglang-weights": f"127.0.0.1:{speculative.exporter_port}"}
-    stack = Monitoring(Path(tempfile.mkdtemp(prefix="monitoring-")), target).start()
+    stack = Monitoring(
+        Path(tempfile.mkdtemp(prefix="monitoring-")), target, hastened={BEHIND}
+    ).start()
     try:
         seen = "count(sglang_weight_updates_total) by (role)"
         eventually(lambda: len(stack.query(seen)) == 2, what="both roles are scraped")

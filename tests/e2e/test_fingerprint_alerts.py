@@ -19,6 +19,13 @@ from waiting import eventually
 
 pytestmark = pytest.mark.release("alerts")
 
+WAITED_FOR = {
+    "SGLangWeightUpdateChangedNothing",
+    "SGLangWeightsChangedWithoutUpdate",
+    "SGLangWeightReplicasDiffer",
+    "SGLangKVCacheStale",
+}
+
 NORM = "model.norm.weight"
 Pair = tuple[Engine, Engine]
 
@@ -49,7 +56,9 @@ def pair(newest: Installation, checkpoints: tuple[Path, Path]) -> Iterator[Pair]
 @pytest.fixture(scope="module")
 def monitoring(pair: Pair) -> Iterator[Monitoring]:
     target = {"sglang-weights": f"127.0.0.1:{pair[0].exporter_port}"}
-    stack = Monitoring(Path(tempfile.mkdtemp(prefix="monitoring-")), target).start()
+    stack = Monitoring(
+        Path(tempfile.mkdtemp(prefix="monitoring-")), target, hastened=WAITED_FOR
+    ).start()
     try:
         fingerprints = "sglang_weight_fingerprint"
         eventually(lambda: len(stack.query(fingerprints)) == 2, what="both are scraped")

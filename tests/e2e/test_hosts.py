@@ -181,7 +181,16 @@ def monitoring(parts: list[Engine]) -> Iterator[Monitoring]:
     ]
     job = "sglang-weights"
     directory = Path(tempfile.mkdtemp(prefix="monitoring-"))
-    stack = Monitoring(directory, {job: ""}, {job: {"static_configs": targets}}).start()
+    stack = Monitoring(
+        directory,
+        {job: ""},
+        {job: {"static_configs": targets}},
+        hastened={
+            "SGLangWeightRanksDisagree",
+            "SGLangWeightRanksMissing",
+            "SGLangWeightReloadFailed",
+        },
+    ).start()
     try:
         seen = "count(sglang_weight_engine_nodes) == 2"
         eventually(lambda: stack.query(seen), what="both hosts are scraped")

@@ -152,7 +152,11 @@ def test_a_host_that_is_behind_or_gone_is_one_alert(
     group = hosts[0].engine.group
     targets = " ".join(f"127.0.0.1:{exporter.port}" for exporter in exporters)
     (tmp_path / "monitoring").mkdir()
-    monitoring = Monitoring(tmp_path / "monitoring", {"sglang-weights": targets}).start()
+    monitoring = Monitoring(
+        tmp_path / "monitoring",
+        {"sglang-weights": targets},
+        hastened={"SGLangWeightRanksDisagree", "SGLangWeightRanksMissing"},
+    ).start()
 
     def raised(name: str) -> list[dict[str, Any]]:
         return [each for each in monitoring.active_alerts(name) if each["state"] == "firing"]

@@ -29,6 +29,15 @@ RELEASE = "0.5.23"
 SIX = ("llama", "qwen2_tied", "gemma", "gpt2", "mixtral", "ernie4_5")
 #: That there was a reload is told, and that one was of the same checkpoint; nothing else.
 TOLD = {"SGLangWeightsReloaded", "SGLangWeightUpdateChangedNothing"}
+#: Alerts that wait for minutes, and not on the machine's speed: in seconds here.
+LASTING = {
+    "SGLangWeightDraftBehind",
+    "SGLangKVCacheStale",
+    "SGLangWeightReplicasDiffer",
+    "SGLangWeightsChangedWithoutUpdate",
+    "SGLangWeightsReleased",
+    "SGLangWeightExporterIncomplete",
+}
 NO_GPU = {
     "SGLANG_NCCL_SO_PATH": "none",
     "SGLANG_USE_MESSAGE_QUEUE_BROADCASTER": "0",
@@ -44,7 +53,8 @@ def seen() -> dict[str, Any]:
 def load(newest: Installation, directory: Path, names: Sequence[str]) -> dict[str, Any]:
     """Each in ranks of its own, with an exporter and a Prometheus beside them."""
     exporter = ExporterProcess(directory / "run").start()
-    stack = Monitoring(directory, {"sglang-weights": f"127.0.0.1:{exporter.port}"}).start()
+    target = {"sglang-weights": f"127.0.0.1:{exporter.port}"}
+    stack = Monitoring(directory, target, hastened=LASTING).start()
     environment = newest.environment(
         **NO_GPU,
         **{PREFIX + "RUNTIME_DIR": str(directory / "run")},
