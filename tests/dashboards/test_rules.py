@@ -119,6 +119,8 @@ LOST = [
     ("cluster, namespace, job, model_name", "job, model_name"),
     ('unless on (model_name) sglang_weights:opt_out{alert=~"|SGLangWeightReplicasDiffer"}', ""),
     ('unless sglang_weight_tensors_altered_total{during="serving",kind="buffer"}', ""),
+    ("sglang_weight_reference_match == 0", "sglang_weight_reference_match"),
+    ("for: 2m", "for: 0m"),
     ("and on (cluster, namespace, job, model_name)\n", "or\n"),
     ("sglang_kv_cache_stale > 0", "sglang_kv_cache_stale"),
     ("0.9 * max by", "2 * max by"),
