@@ -183,8 +183,8 @@ class Checkpoint:
             content = json.loads(path.read_bytes())
         except FileNotFoundError:
             return {}
-        except ValueError as error:
-            raise CheckpointError(f"{path} is no JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is no JSON: {error}.") from error
         return content if isinstance(content, dict) else {}
 
     def bytes_of(self, name: str) -> StoredBytes:
@@ -265,7 +265,7 @@ def _index(path: Path) -> dict[str, str]:
         places = msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
     except FileNotFoundError:
         return {}
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no index of safetensors files: {error}.") from error
     for name in set(places.values()):
         if Path(name).is_absolute() or ".." in Path(name).parts:

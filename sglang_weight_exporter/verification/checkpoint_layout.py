@@ -14,7 +14,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import msgspec
 
 from sglang_weight_exporter import fingerprint
 from sglang_weight_exporter.verification.checkpoint import Checkpoint, StoredTensor
@@ -202,6 +204,21 @@ def _same_columns(served: ServedTensor, shapes: Sequence[tuple[int, ...]]) -> No
         )
 
 
+_Heads: TypeAlias = Annotated[int, msgspec.Meta(ge=1)] | None
+
+
+class _TextSettings(msgspec.Struct):
+    """What is asked of ``config.json``, as transformers' ``PretrainedConfig`` has it."""
+
+    num_attention_heads: _Heads = None
+    num_key_value_heads: _Heads = None
+
+
+class _Settings(_TextSettings):
+    #: Of a model that sees or hears, those of its language model.
+    text_config: _TextSettings | None = None
+
+
 def _qkv_rows(
     served: ServedTensor,
     shapes: Sequence[tuple[int, ...]],
@@ -212,8 +229,12 @@ def _qkv_rows(
     """``QKVParallelLinear`` of ``layers/linear.py``: query heads are divided; key and value heads
     too, or each is held by several ranks when there are fewer heads than ranks."""
     _same_columns(served, shapes)
-    text = config.get("text_config", config)
-    heads, kv_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    try:
+        settings = msgspec.convert(config, _Settings)
+    except (msgspec.ValidationError, UnicodeError) as error:  # A name that is half a character.
+        raise UnverifiableError(f"`config.json` says nothing of its heads ({error})") from error
+    of_text = settings if settings.text_config is None else settings.text_config
+    heads, kv_heads = of_text.num_attention_heads, of_text.num_key_value_heads
     for size in range(1, tp_size + 1):
         if tp_size % size or shapes[0][0] % size:
             continue

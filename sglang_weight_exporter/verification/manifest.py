@@ -200,7 +200,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         if len(content) > _LARGEST:
             raise ManifestError(f"{os.fspath(path)} is longer than any manifest.")
         manifest = msgspec.json.decode(content, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise ManifestError(f"{os.fspath(path)} is no manifest: {error}") from error
     written = manifest.schema_version, manifest.definition
     if written != (SCHEMA_VERSION, _fingerprint.DEFINITION):
