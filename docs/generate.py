@@ -13,6 +13,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from asked_by import Askers, asked_by
+
 from sglang_weight_exporter.export.instruments import GROUPS, INSTRUMENTS
 from sglang_weight_exporter.export.instruments.base import Instrument
 from sglang_weight_exporter.export.views import IDENTITY
@@ -175,8 +177,32 @@ def metrics() -> str:
         "\nBeside them are prometheus_client's `process_*`: memory, processor time, descriptors and"
         "\nstart of the exporter process, not of an engine.\n"
     )
+    page += ASKERS
+    askers = asked_by({instrument.name for instrument in INSTRUMENTS})
+    for instrument in INSTRUMENTS:
+        page += _asked_by(instrument, askers[instrument.name])
     page += "\n*identity*: " + ", ".join(f"`{label}`" for label in IDENTITY) + ".\n"
     return page + COUNTING.format(buckets=", ".join(f"{bound:g}" for bound in DURATION_BUCKETS))
+
+
+ASKERS = """
+## Who asks for what
+
+Panels of the boards *SGLang engine* and *SGLang fleet*, alerts, and recorded series that need a metric,
+also where they come to it through a recorded series. What nobody asks for is served where it is chosen
+(*in full*), but for what is there only while it has something to say, and for the exporter's own errors.
+
+| metric | group | engine board | fleet board | alerts | recorded |
+|---|---|---|---|---|---|
+"""
+
+
+def _asked_by(instrument: Instrument, askers: Askers) -> str:
+    alerts = (f"[{name}](alerts.md#{name.lower()})" for name in askers.alerts)
+    recorded = (f"`{name}`" for name in askers.recorded)
+    columns = (askers.engine, askers.fleet, alerts, recorded)
+    cells = "".join(f" | {', '.join(column)}" for column in columns)
+    return f"| `{_family(instrument)}` | {_group(instrument)}{cells} |\n"
 
 
 def configuration() -> str:
