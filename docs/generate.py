@@ -49,13 +49,19 @@ Series of a rank carry these labels, the rank labels as SGLang's own metrics hav
 | `device` | torch's name in the rank's process: `cuda:0`, `cpu` |
 | `gpu_uuid` | NVML's UUID with its prefix (`GPU-…`, `MIG-…`), which joins with dcgm-exporter's `UUID`; empty on a CPU |
 
-`SGLANG_WEIGHT_EXPORTER_METRICS` chooses what is served and sent. `default` is all that the
-dashboards and rules ask for; `full` is everything; names of groups, separated by commas, are those
-groups in full, also beside it: `default,memory`. Without being asked for (*in full*) there is none
-of what nothing asks for, `sglang_weight_update_duration_seconds` has the buckets 1, 10 and 100,
+`SGLANG_WEIGHT_EXPORTER_METRICS` chooses what is served and sent: a preset, or names of groups,
+separated by commas; both together are both (`lean,memory`).
+
+| preset | |
+|---|---|
+| `lean` | what the shipped panels and rules ask for: [all of them work](#who-asks-for-what) |
+| `default` | besides, what nothing asks for and is seldom there or one a host (*in default*), and the exporter's own `process_*` |
+| `full` | everything (*in full*), and all series of it. A group that is named is in full |
+
+Short of that `sglang_weight_update_duration_seconds` has the buckets 1, 10 and 100,
 `sglang_gpu_memory_bytes` what is not in `sglang_rank_memory_bytes`, and of
-`sglang_weight_exporter_hooks` only those that failed have a name. `/metrics?name[]=NAME`, as often
-as there are names, serves only those.
+`sglang_weight_exporter_hooks` only those that failed have a name. A scrape may choose another preset,
+`/metrics?metrics=full`, and single metrics, `/metrics?name[]=NAME`, as often as there are names.
 
 `source` is one of {sources}. `change` is one of {changes}. Counters exist at 0
 before the first event where a rule needs that; those of operations, table changes, pauses and
@@ -149,7 +155,7 @@ def _section(instrument: Instrument) -> str:
 
 def _group(instrument: Instrument) -> str:
     (group,) = (name for name, instruments in GROUPS.items() if instrument in instruments)
-    return f"{group}, in full" if instrument.detail else group
+    return group if instrument.preset == "lean" else f"{group}, in {instrument.preset}"
 
 
 def metrics() -> str:
@@ -189,8 +195,7 @@ ASKERS = """
 ## Who asks for what
 
 Panels of the boards *SGLang engine* and *SGLang fleet*, alerts, and recorded series that need a metric,
-also where they come to it through a recorded series. What nobody asks for is served where it is chosen
-(*in full*), but for what is there only while it has something to say, and for the exporter's own errors.
+also where they come to it through a recorded series.
 
 | metric | group | engine board | fleet board | alerts | recorded |
 |---|---|---|---|---|---|

@@ -23,7 +23,9 @@ PREFIX = "SGLANG_WEIGHT_EXPORTER_"
 DEFAULT_PORT = 9400
 
 
-#: What can be chosen of the metrics.
+#: What can be chosen of the metrics: each of these has all that is in the one before,
+METRIC_PRESETS = ("lean", "default", "full")
+#: and what is in a group.
 METRIC_GROUPS = (
     "core",
     "memory",
@@ -38,10 +40,10 @@ METRIC_GROUPS = (
 
 def _metrics(text: str) -> tuple[str, ...]:
     names = tuple(name for name in re.split(r"[,\s]+", text.lower()) if name)
-    unknown = [name for name in names if name not in {"default", "full", *METRIC_GROUPS}]
+    unknown = [name for name in names if name not in {*METRIC_PRESETS, *METRIC_GROUPS}]
     if unknown or not names:
         raise ValueError(
-            f"names {', '.join(unknown) or 'nothing'}; there are default, full and "
+            f"names {', '.join(unknown) or 'nothing'}; there are {', '.join(METRIC_PRESETS)} and "
             f"{', '.join(METRIC_GROUPS)}"
         )
     return names
@@ -114,8 +116,8 @@ class Settings:
     metrics: tuple[str, ...] = _setting(
         ("default",),
         _metrics,
-        "metrics that are served and sent: default (all that the dashboards and rules ask for), "
-        "full, or groups of them, separated by commas",
+        "metrics that are served and sent: lean (what the dashboards and rules ask for), default "
+        "(and what is seldom there), full, or groups of them, separated by commas",
     )
     serve: bool = _setting(
         True, _switch, "auto: ranks start the exporter process; off: somebody else runs it"

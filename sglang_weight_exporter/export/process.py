@@ -13,13 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import Metric, ProcessCollector
-from prometheus_client.registry import Collector
+from prometheus_client import ProcessCollector
 
 from sglang_weight_exporter.export.endpoint import Endpoint
 from sglang_weight_exporter.export.gpu_account import GpuAccount, GpuAccounts
 from sglang_weight_exporter.export.guard import Guard
-from sglang_weight_exporter.export.instruments import chosen
 from sglang_weight_exporter.export.metadata import MetadataFollower
 from sglang_weight_exporter.export.nvml import GpuMemory, GpuWatch, Nvml
 from sglang_weight_exporter.export.otlp.pipeline import OtlpPipeline
@@ -38,15 +36,6 @@ logger = logging.getLogger("sglang_weight_exporter")
 
 #: How long the start waits for NVML, so that the first scrape has what later ones have.
 FIRST_READING_SECONDS = 2.0
-
-
-#: With these prometheus_client's own metrics of a process are served.
-_WITH_PROCESS = {"default", "full", "process"}
-
-
-class _Nothing(Collector):
-    def collect(self) -> Iterable[Metric]:
-        return ()
 
 
 class HostReader:
@@ -135,12 +124,10 @@ class Exporter:
         )
         exposition = Exposition(
             host.read,
-            ProcessCollector(registry=None)
-            if _WITH_PROCESS & set(settings.metrics)
-            else _Nothing(),
+            ProcessCollector(registry=None),
             exemplars=lambda: pipeline.exports_spans,
             guard=guard,
-            instruments=chosen(settings.metrics),
+            metrics=settings.metrics,
         )
         self._endpoint = Endpoint(runtime_dir, settings, environ, exposition)
         self._care = RankCare(

@@ -16,7 +16,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from sglang_weight_exporter.export.guard import Guard
-from sglang_weight_exporter.export.instruments import INSTRUMENTS
+from sglang_weight_exporter.export.instruments import chosen
 from sglang_weight_exporter.export.instruments.base import Instrument
 from sglang_weight_exporter.export.text import Labels, host_lines, role_lines
 from sglang_weight_exporter.export.views import HostView, RoleView, role_views, roles_of
@@ -31,8 +31,17 @@ _EOF = b"# EOF\n"
 #: What choose_encoder is asked for. Escaping is not negotiated: all names are plain.
 _ACCEPT = {True: "application/openmetrics-text; version=1.0.0", False: ""}
 
+#: With these prometheus_client's own metrics of a process are served.
+_WITH_PROCESS = {"default", "full", "process"}
+
 #: Names of samples of a family, behind the family's own.
 _SUFFIXES = ("_total", "_bucket", "_count", "_sum")
+
+
+def content_type(*, openmetrics: bool) -> str:
+    """Of what :meth:`Exposition.scrape` gives."""
+    content_type: str = choose_encoder(_ACCEPT[openmetrics])[1]
+    return content_type
 
 
 class Exposition:
@@ -41,7 +50,8 @@ class Exposition:
     Encoding is nearly all that a scrape costs, and ranks say something new only when weights
     change. A rank that is gone is forgotten at the next scrape. Not safe from several threads.
 
-    ``instruments``: those that are served. No one is read from both roles and the host.
+    ``others`` are the process's own, in ``default``, ``full`` and ``process``. ``metrics`` is what
+    is served where a scrape does not choose: presets and groups.
     """
 
     def __init__(
@@ -51,35 +61,49 @@ class Exposition:
         *,
         exemplars: Callable[[], bool],
         guard: Guard,
-        instruments: Sequence[Instrument] = INSTRUMENTS,
+        metrics: Collection[str] = ("full",),
     ) -> None:
         self._read = read
         self._others = others
         self._exemplars = exemplars
-        self._formats = {
-            openmetrics: _Format(openmetrics, guard, instruments) for openmetrics in (True, False)
-        }
+        self._guard = guard
+        self._metrics = tuple(metrics)
+        self._formats: dict[tuple[tuple[str, ...], bool], _Format] = {}
         self._scrape_seconds: float | None = None
 
-    def content_type(self, *, openmetrics: bool) -> str:
-        return self._formats[openmetrics].content_type
-
-    async def scrape(self, *, openmetrics: bool, gzip: bool, names: Collection[str] = ()) -> bytes:
+    async def scrape(
+        self,
+        *,
+        openmetrics: bool,
+        gzip: bool,
+        names: Collection[str] = (),
+        preset: str = "",
+    ) -> bytes:
         """Text of now. Between ranks that have to be encoded, others get their turn.
 
         ``names``: only these families are wanted, by their own name or that of a sample.
+        ``preset``: what is served in place of what the setting says.
         """
         began = time.perf_counter()
         view = replace(self._read(), scrape_seconds=self._scrape_seconds)
-        kept = self._formats[openmetrics]
+        kept = self._format((preset,) if preset else self._metrics, openmetrics)
         await kept.take(view, exemplars=openmetrics and self._exemplars())
         if names:
-            content = kept.chosen(frozenset(names), view, self._others)
+            content = kept.chosen(frozenset(names), view)
             return gzip_format.compress(content, 1) if gzip else content
-        tail = kept.host(view, self._others)
+        tail = kept.host(view)
         content = kept.compressed(tail) if gzip else b"".join((*kept.ranks(), tail))
         self._scrape_seconds = time.perf_counter() - began
         return content
+
+    def _format(self, metrics: tuple[str, ...], openmetrics: bool) -> _Format:
+        """Made when it is first asked for."""
+        kept = self._formats.get((metrics, openmetrics))
+        if kept is None:
+            others = self._others if _WITH_PROCESS & set(metrics) else _Families(())
+            kept = _Format(openmetrics, self._guard, chosen(metrics), others)
+            self._formats[metrics, openmetrics] = kept
+        return kept
 
 
 #: What a rank's text depends on: its snapshot, and which of its roles have an idle update that
@@ -90,9 +114,12 @@ _Key = tuple[Snapshot, tuple[bool, ...], bool]
 class _Format:
     """What is kept of one text format."""
 
-    def __init__(self, openmetrics: bool, guard: Guard, instruments: Sequence[Instrument]) -> None:
+    def __init__(
+        self, openmetrics: bool, guard: Guard, instruments: Sequence[Instrument], others: Collector
+    ) -> None:
         self._guard = guard
-        self._encode, self.content_type = choose_encoder(_ACCEPT[openmetrics])
+        self._others = others
+        self._encode, _ = choose_encoder(_ACCEPT[openmetrics])
         self._eof = _EOF if openmetrics else b""
         self._of_roles = [each for each in instruments if each.read_role is not None]
         self._of_host = [each for each in instruments if each.read_role is None]
@@ -137,12 +164,12 @@ class _Format:
         for _, samples in self._texts.values():
             yield samples[number]
 
-    def host(self, view: HostView, others: Collector) -> bytes:
+    def host(self, view: HostView) -> bytes:
         """What is made anew at each scrape, and the end."""
         parts = [self._of_the_host(each, view) for each in self._of_host]
-        return b"".join((*parts, self._text(others.collect()), self._eof))
+        return b"".join((*parts, self._text(self._others.collect()), self._eof))
 
-    def chosen(self, names: frozenset[str], view: HostView, others: Collector) -> bytes:
+    def chosen(self, names: frozenset[str], view: HostView) -> bytes:
         """The families that are named, and the end."""
         parts: list[bytes] = []
         for number, instrument in enumerate(self._of_roles):
@@ -151,7 +178,7 @@ class _Format:
         parts += [
             self._of_the_host(each, view) for each in self._of_host if _is_named(each.name, names)
         ]
-        others_named = [each for each in others.collect() if _is_named(each.name, names)]
+        others_named = [each for each in self._others.collect() if _is_named(each.name, names)]
         return b"".join((*parts, self._text(others_named), self._eof))
 
     def compressed(self, tail: bytes) -> bytes:

@@ -20,8 +20,8 @@ import uvicorn
 from sglang_weight_exporter import __version__
 from sglang_weight_exporter.export.authenticator import Authenticator, BusyError
 from sglang_weight_exporter.export.connections import ACCEPTED_AT_ONCE, HttpProtocol
-from sglang_weight_exporter.export.prometheus import Exposition
-from sglang_weight_exporter.settings import DEFAULT_PORT, PREFIX, Settings
+from sglang_weight_exporter.export.prometheus import Exposition, content_type
+from sglang_weight_exporter.settings import DEFAULT_PORT, METRIC_PRESETS, PREFIX, Settings
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -89,19 +89,26 @@ class MetricsApp:
                 send, 503, f"More than {SCRAPES_AT_ONCE} scrapes at once are not served.\n"
             )
             return
+        preset = _asked_for(scope, "metrics")[-1:]
+        if not set(preset) <= set(METRIC_PRESETS):
+            await _answer(send, 400, f"metrics is one of {', '.join(METRIC_PRESETS)}.\n")
+            return
         self._scrapes += 1
         try:
             openmetrics = _prefers_openmetrics(_header(scope, b"accept"))
             gzip = _accepts_gzip(_header(scope, b"accept-encoding"))
             async with self._encoding:  # What one scrape encodes, those that wait have for nothing.
                 content = await self._exposition.scrape(
-                    openmetrics=openmetrics, gzip=gzip, names=_names(scope)
+                    openmetrics=openmetrics,
+                    gzip=gzip,
+                    names=_asked_for(scope, "name[]"),
+                    preset="".join(preset),
                 )
             await _answer(
                 send,
                 200,
                 content,
-                content_type=self._exposition.content_type(openmetrics=openmetrics),
+                content_type=content_type(openmetrics=openmetrics),
                 **({"content_encoding": "gzip"} if gzip else {}),
             )
         finally:
@@ -163,9 +170,9 @@ def _prefers_openmetrics(header: str) -> bool:
     )
 
 
-def _names(scope: Message) -> list[str]:
-    """The families that ``?name[]=`` asks for, as often as it comes."""
-    return parse_qs(scope["query_string"].decode("latin-1")).get("name[]", [])
+def _asked_for(scope: Message, parameter: str) -> list[str]:
+    """What the query has of it, as often as it comes."""
+    return parse_qs(scope["query_string"].decode("latin-1")).get(parameter, [])
 
 
 def _header(scope: Message, name: bytes) -> str:

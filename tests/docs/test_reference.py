@@ -37,29 +37,14 @@ def test_reference_pages_say_what_the_code_says() -> None:
     assert result.returncode == 0, result.stderr
 
 
-#: By default, though no panel and no rule asks for it: there only while it has something to say, or
-#: one a host, or on its way out.
-UNASKED = {
-    "sglang_weight_shared_bytes",
-    "sglang_weight_version_id",
-    "sglang_weight_update_phase_start_timestamp_seconds",
-    "sglang_weight_operation_start_timestamp_seconds",
-    "sglang_weight_reference_match",
-    "sglang_weight_exporter_errors_total",
-    "sglang_weight_exporter_span_failures_total",
-}
-
-
-def test_each_metric_of_the_default_is_asked_for() -> None:
+def test_lean_is_what_panels_and_rules_ask_for() -> None:
     text = (PROJECT / "docs" / "metrics.md").read_text(encoding="utf-8")
     table = text.split("## Who asks for what")[1].split("*identity*")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     metrics = {row[0].strip("`"): row[1:] for row in rows if row[:1] and row[0].startswith("`")}
     assert len(metrics) == len(INSTRUMENTS)
     asked = {name for name, row in metrics.items() if any(row[1:])}
-    in_full = {name for name, row in metrics.items() if "in full" in row[0]}
-    assert not asked & in_full
-    assert metrics.keys() - asked - in_full <= UNASKED
+    assert asked == {name for name, row in metrics.items() if ", in " not in row[0]}
 
 
 def outside_of_code(page: Path) -> str:

@@ -20,7 +20,7 @@ from sglang_weight_exporter.records.engine import Engine, HookState
 from sglang_weight_exporter.records.pools import LoraUsage
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import OperationCounts
-from sglang_weight_exporter.settings import METRIC_GROUPS, Settings
+from sglang_weight_exporter.settings import METRIC_GROUPS, METRIC_PRESETS, Settings
 from sglang_weight_exporter.store.rank import RankStore
 
 DASHBOARDS = Path(__file__).parents[2] / "dashboards"
@@ -41,15 +41,21 @@ def test_groups_are_those_of_the_setting() -> None:
     assert both == default | {each.name for each in GROUPS["memory"]}
 
 
+def test_each_preset_has_all_of_the_one_before() -> None:
+    lean, default, full = ({each.name for each in chosen((name,))} for name in METRIC_PRESETS)
+    assert lean < default < full == {each.name for each in INSTRUMENTS}
+    assert chosen(("lean", "default")) == chosen(("default",))
+
+
 @pytest.mark.parametrize(
     "file", ["sglang-engine.json", "sglang-fleet.json", "sglang-weights.rules.yml"]
 )
-def test_the_default_has_all_that_dashboards_and_rules_ask_for(file: str) -> None:
+def test_lean_has_all_that_dashboards_and_rules_ask_for(file: str) -> None:
     text = (DASHBOARDS / file).read_text(encoding="utf-8")
     known = {each.name for each in INSTRUMENTS}
     asked = {SUFFIXES.sub("", name) for name in re.findall(r"\bsglang_[a-z_]+\b", text)} & known
     assert len(asked) > 10
-    assert asked <= {each.name for each in chosen(("default",))}
+    assert asked <= {each.name for each in chosen(("lean",))}
 
 
 @pytest.mark.parametrize("text", ["core,everything", "everything", ","])
@@ -81,6 +87,23 @@ def test_names_in_the_query_are_served_alone(
     query = "?name[]=sglang_weight_bytes&name%5B%5D=process_open_fds"
     assert scrape(exporter, query).names() == {"sglang_weight_bytes", "process_open_fds"}
     assert "sglang_weight_exporter_ranks" in scrape(exporter, "?name=x").names()
+
+
+def test_a_scrape_chooses_a_preset(serve: Callable[..., Exporter], rank: RankStore) -> None:
+    """One Prometheus takes all, and another what its rules need, of one exporter."""
+    exporter = serve("--metrics", "lean")
+    exporter.line("metrics are at")
+    lean = scrape(exporter).names()
+    assert "process_open_fds" not in lean
+    assert scrape(exporter, "?metrics=lean").names() >= lean
+    default = scrape(exporter, "?metrics=default").names()
+    assert default - lean >= {"process_open_fds", "sglang_weight_exporter_errors_total"}
+    full = scrape(exporter, "?metrics=full").names()
+    assert full - default >= {"sglang_weight_update_calls_total"}
+    one = scrape(exporter, "?metrics=full&name[]=sglang_weight_update_calls_total").names()
+    assert one == {"sglang_weight_update_calls_total"}
+    status, _, body = exporter.request("/metrics?metrics=all")
+    assert (status, body) == (400, b"metrics is one of lean, default, full.\n")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +164,7 @@ def test_the_default_is_lean(tmp_path: Path) -> None:
             ProcessCollector(registry=None),
             exemplars=lambda: False,
             guard=Guard(),
-            instruments=chosen((metrics,)),
+            metrics=(metrics,),
         )
         text = asyncio.run(exposition.scrape(openmetrics=False, gzip=False)).decode()
         lines = [line for line in text.splitlines() if not line.startswith("#")]

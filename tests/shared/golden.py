@@ -33,7 +33,7 @@ from prometheus_client.registry import Collector
 
 from sglang_weight_exporter.export.gpu_account import GpuAccounts
 from sglang_weight_exporter.export.guard import Guard
-from sglang_weight_exporter.export.instruments import chosen, exporter
+from sglang_weight_exporter.export.instruments import exporter
 from sglang_weight_exporter.export.nvml import GpuMemory, Nvml
 from sglang_weight_exporter.export.prometheus import Exposition
 from sglang_weight_exporter.export.views import HostView
@@ -91,7 +91,7 @@ def texts(recording: Path) -> dict[str, str]:
                 _Nothing(),
                 exemplars=lambda: True,
                 guard=Guard(),
-                instruments=chosen((metrics,)),
+                metrics=(metrics,),
             )
             scrape = exposition.scrape(openmetrics=openmetrics, gzip=False)
             found[name] = asyncio.run(scrape).decode()
@@ -109,7 +109,7 @@ def record(name: str, source: Path, about: str) -> None:
                 shutil.copyfile(rank.path / file, directory / rank.rank_id / file)
     if not directory.exists():
         sys.exit(f"No rank is alive in {source}, so there is nothing to record.")
-    gpus = [asdict(each) for each in Nvml().read()]
+    gpus = [asdict(each) for each in Nvml(Guard()).read()]
     capture = {"about": about, "at": time.time(), "gpus": gpus}
     (directory / "capture.json").write_text(json.dumps(capture, indent=2) + "\n")
 

@@ -20,6 +20,7 @@ from sglang_weight_exporter.export.instruments import (
     weights,
 )
 from sglang_weight_exporter.export.instruments.base import Instrument
+from sglang_weight_exporter.settings import METRIC_PRESETS
 
 GROUPS: dict[str, tuple[Instrument, ...]] = {
     "core": (*weights.INSTRUMENTS, *updates.INSTRUMENTS, *pools.INSTRUMENTS),
@@ -36,11 +37,15 @@ INSTRUMENTS = tuple(instrument for group in GROUPS.values() for instrument in gr
 
 
 def chosen(metrics: Collection[str]) -> tuple[Instrument, ...]:
-    """The instruments of a setting: ``default``, ``full``, names of groups."""
+    """The instruments of a setting: names of presets and of groups."""
     found: list[Instrument] = []
+    most = max(
+        (number for number, preset in enumerate(METRIC_PRESETS, 1) if preset in metrics), default=0
+    )
+    presets = METRIC_PRESETS[:most]
     for group, instruments in GROUPS.items():
-        if group in metrics or "full" in metrics:
+        if group in metrics or "full" in presets:
             found += instruments
-        elif "default" in metrics:
-            found += [each.lean() for each in instruments if not each.detail]
+        else:
+            found += [each.lean() for each in instruments if each.preset in presets]
     return tuple(found)

@@ -37,6 +37,7 @@ class Sample(NamedTuple):
 
 
 RoleReader: TypeAlias = Callable[[RoleView], Iterable[Sample]]
+Preset: TypeAlias = Literal["lean", "default", "full"]
 View = TypeVar("View", RoleView, HostView)
 HostReader: TypeAlias = Callable[[HostView], Iterable[Sample]]
 
@@ -73,8 +74,9 @@ class Instrument:
     of_rank: bool = False
     #: What takes its place; it goes with the next release.
     replaced_by: str = ""
-    #: No dashboard and no rule of ours asks for it: served where its group is chosen, or all is.
-    detail: bool = False
+    #: The smallest preset that has it. ``lean``: a panel or a rule of ours asks for it.
+    #: ``default``: none does, but it is seldom there, or one a host.
+    preset: Preset = "lean"
     #: Read less, which is enough for them.
     lean_role: RoleReader | None = None
     lean_host: HostReader | None = None

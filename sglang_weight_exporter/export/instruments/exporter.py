@@ -46,6 +46,7 @@ INSTRUMENTS = (
         "Errors of its own that the exporter process went on after, each of one rank or one pass; "
         "its log says what they were.",
         read_host=lambda view: one(view.errors),
+        preset="default",
     ),
     Instrument(
         "sglang_weight_exporter_scrape_duration_seconds",
@@ -84,5 +85,6 @@ INSTRUMENTS = (
         "{try}",
         "Tries at sending a span that the collector did not acknowledge.",
         read_host=lambda view: one(view.spans.failures),
+        preset="default",
     ),
 )

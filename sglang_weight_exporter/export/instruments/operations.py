@@ -56,5 +56,6 @@ INSTRUMENTS = (
         "group which never comes; absent while none is.",
         ("operation",),
         _running,
+        preset="default",
     ),
 )

@@ -58,5 +58,6 @@ INSTRUMENTS = (
         "Since when an update has been about what it is about now; absent while there is none.",
         ("phase",),
         _phase_started,
+        preset="default",
     ),
 )

@@ -73,7 +73,7 @@ INSTRUMENTS = (
         "{flush}",
         "Flushes of the prefix cache.",
         read_role=_cache(lambda cache: cache.flushes),
-        detail=True,
+        preset="full",
     ),
     Instrument(
         "sglang_kv_cache_flush_failures",
@@ -81,7 +81,7 @@ INSTRUMENTS = (
         "{flush}",
         "Flushes that SGLang refused, because requests were running or queued.",
         read_role=_cache(lambda cache: cache.failures),
-        detail=True,
+        preset="full",
     ),
     Instrument(
         "sglang_kv_cache_flushed_timestamp_seconds",
@@ -89,7 +89,7 @@ INSTRUMENTS = (
         "s",
         "When the prefix cache was last flushed, in Unix time. Absent before the first flush.",
         read_role=_cache(lambda cache: cache.flushed_at),
-        detail=True,
+        preset="full",
     ),
     Instrument(
         "sglang_kv_cache_stale",

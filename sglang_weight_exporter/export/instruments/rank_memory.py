@@ -79,7 +79,7 @@ INSTRUMENTS = (
         "By",
         "Live blocks of torch's allocator at the last capture.",
         read_role=_memory(lambda memory: memory.allocated),
-        detail=True,
+        preset="full",
     ),
     Instrument(
         "sglang_rank_memory_allocated_peak_bytes",
@@ -87,7 +87,7 @@ INSTRUMENTS = (
         "By",
         "The most of them since the process started, or since somebody reset torch's peak.",
         read_role=_memory(lambda memory: memory.allocated_peak),
-        detail=True,
+        preset="full",
     ),
     Instrument(
         "sglang_rank_memory_reserved_bytes",
@@ -109,7 +109,7 @@ INSTRUMENTS = (
         "By",
         "Segments whose physical memory the memory saver has given back for now.",
         read_role=_memory(lambda memory: None if memory.parts is None else memory.released),
-        detail=True,
+        preset="full",
     ),
     Instrument(
         "sglang_rank_memory_after_release_bytes",
@@ -134,7 +134,7 @@ INSTRUMENTS = (
         "told which of NVML's processes it is.",
         IDENTITY,
         read_host=_process(lambda rank: rank.used),
-        detail=True,
+        preset="full",
     ),
     Instrument(
         "sglang_rank_memory_process_max_bytes",
@@ -143,7 +143,7 @@ INSTRUMENTS = (
         "The most of it within the last minute, read once a second.",
         IDENTITY,
         read_host=_process(lambda rank: rank.most_used),
-        detail=True,
+        preset="full",
     ),
     Instrument(
         "sglang_rank_memory_outside_torch_bytes",

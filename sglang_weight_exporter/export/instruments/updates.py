@@ -86,7 +86,7 @@ INSTRUMENTS = (
         "Calls that wrote weights: one a bucket, several an update.",
         ("source",),
         by_source(lambda counts: counts.calls),
-        detail=True,
+        preset="full",
     ),
     Instrument(
         "sglang_weight_update_duration_seconds",

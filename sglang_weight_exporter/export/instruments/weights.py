@@ -144,6 +144,7 @@ INSTRUMENTS = (
         "Bytes of weights that this model uses and that count elsewhere: a draft's at its target, "
         "mapped ones at the weight-cache daemon. Absent where there are none.",
         read_role=_shared,
+        preset="default",
     ),
     Instrument(
         "sglang_weight_regions",
@@ -188,6 +189,7 @@ INSTRUMENTS = (
         "Deprecated: the former name of sglang_weight_version_hash, with its value.",
         read_role=once_a_rank(_version_hash),
         replaced_by="sglang_weight_version_hash",
+        preset="default",
     ),
     Instrument(
         "sglang_weight_info",
