@@ -26,6 +26,7 @@ _ENDPOINT = _object(
     ("interval", "port"),
     port={"type": ["string", "integer"]},
     path=_TEXT,
+    params={"type": "object", "additionalProperties": {"type": "array", "items": _TEXT}},
     scheme={"enum": ["http", "https"]},
     interval=_TEXT,
     timeout=_TEXT,

@@ -20,7 +20,7 @@ from monitoring import DASHBOARDS, RULES
 from panel_page import installed
 
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.settings import DEFAULT_PORT
+from sglang_weight_exporter.settings import DEFAULT_PORT, METRIC_PRESETS
 
 ROOT = DASHBOARDS.parent
 CHART = ROOT / "deploy" / "helm" / "sglang-weight-exporter"
@@ -90,6 +90,7 @@ VALUES: dict[str, Values] = {
             "podTargetLabels": ["app.kubernetes.io/name"],
             "scrapeTimeout": "5s",
             "sampleLimit": 20000,
+            "metrics": "full",
             "sglang": {"port": 30000},
             "scheme": "https",
             "tlsConfig": {"ca": {"secret": {"name": "weights", "key": "ca.crt"}}},
@@ -105,7 +106,7 @@ VALUES: dict[str, Values] = {
     },
     "Azure's": {"operator": "azure", "podMonitor": {"namespaceSelector": {"any": True}}},
     "other figures": {
-        "podMonitor": {"sampleLimit": 20000},
+        "podMonitor": {"sampleLimit": 20000, "metrics": "lean"},
         "prometheusRule": {
             "interval": "1m",
             "disabled": {"SGLangKVCacheStale": True},
@@ -204,6 +205,7 @@ def test_what_is_rendered_fits_the_operator_s_definitions(render: Render, tmp_pa
         ({"podMonitor": None}, "missing property 'podMonitor'"),
         ({"operator": "datadog"}, "operator"),
         ({"podMonitor": {"sampleLimit": -1}}, "sampleLimit"),
+        ({"podMonitor": {"metrics": "all"}}, "metrics"),
         ({"prometheusRule": {"disabled": {"SGLangKVCacheStail": True}}}, "There is no alert"),
         ({"prometheusRule": {"alerts": {"SGLangWeightsGone": {"for": "1m"}}}}, "There is no alert"),
         (
@@ -350,6 +352,34 @@ def test_a_scrape_of_too_many_series_is_refused(render: Render) -> None:
     (monitor,) = render(VALUES["other figures"])["PodMonitor"]
     assert monitor["spec"]["sampleLimit"] == 20000
     assert "sampleLimit" not in render({})["PodMonitor"][0]["spec"]
+
+
+@pytest.mark.parametrize("preset", METRIC_PRESETS)
+@pytest.mark.parametrize(
+    ("operator", "kind", "endpoints"),
+    [
+        ("prometheus", "PodMonitor", "podMetricsEndpoints"),
+        ("azure", "PodMonitor", "podMetricsEndpoints"),
+        ("google", "PodMonitoring", "endpoints"),
+    ],
+)
+def test_a_preset_is_asked_for_by_the_scrape(
+    render: Render, operator: str, kind: str, endpoints: str, preset: str
+) -> None:
+    """Of the exporter, and not of SGLang, in the word that the endpoint knows."""
+    (monitor,) = render({"operator": operator, "podMonitor": {"metrics": preset}})[kind]
+    ours, sglang_s = monitor["spec"][endpoints]
+    assert ours["params"] == {"metrics": [preset]}
+    assert "params" not in sglang_s
+    (monitor,) = render({"operator": operator})[kind]
+    assert "params" not in monitor["spec"][endpoints][0]
+
+
+def test_a_selector_that_is_taken_away_is_refused(helm: Program) -> None:
+    for taken_away in ("selector=null", "selector.matchLabels=null"):
+        done = helm("template", "release", CHART, "--set", taken_away)
+        assert done.returncode != 0
+        assert "selector" in done.stderr
 
 
 def test_labels_of_pods_replace_none_of_the_exporter_s(render: Render) -> None:

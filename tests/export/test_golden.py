@@ -23,7 +23,8 @@ def test_what_is_served_is_what_was_served(recording: Path) -> None:
 
 
 def test_there_is_a_rank_of_each_kind() -> None:
-    assert golden.ENGINES.keys() <= {path.name for path in RECORDINGS}
+    """None was released on a CPU: SGLang has nothing there that gives memory back."""
+    assert {*golden.ENGINES, "released"} <= {path.name for path in RECORDINGS}
 
 
 @pytest.mark.parametrize("recording", RECORDINGS, ids=lambda path: path.name)

@@ -123,12 +123,6 @@ def _update(engine: Engine) -> None:
         assert engine.update_weights_from_disk(path)[1]["success"] == success
 
 
-def _release(engine: Engine) -> None:
-    """On a CPU nothing is given back: SGLang's memory saver is for GPUs."""
-    for path in ("/pause_generation", "/release_memory_occupation"):
-        assert engine.post(path, {"mode": "abort"} if "pause" in path else {})[0] == 200
-
-
 def _nothing(engine: Engine) -> None:
     """As it is after its load."""
 
@@ -138,7 +132,6 @@ ENGINES: dict[str, tuple[str, Callable[[Engine], None], str]] = {
     "target": ("engine", _update, "two data-parallel ranks, updated twice, and once in vain"),
     "draft": ("speculative", _nothing, "a target with a draft model"),
     "experts": ("experts", _nothing, "a mixture of experts (the zoo's qwen3_moe)"),
-    "released": ("engine", _release, "two ranks asked to release their memory, on a CPU in vain"),
     "encoder": ("encoder", _nothing, "an encoder server of two ranks"),
 }
 

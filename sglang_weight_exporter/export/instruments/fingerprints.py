@@ -69,7 +69,6 @@ INSTRUMENTS = (
         "left: 1 or 0. Absent where this is the first, after an update, and without "
         "SGLANG_WEIGHT_EXPORTER_REFERENCE_DIR.",
         read_role=_reference_match,
-        preset="default",
     ),
     Instrument(
         "sglang_weight_fingerprint_skipped",
