@@ -16,7 +16,7 @@ from waiting import LIMIT, eventually
 
 pytestmark = pytest.mark.release("launches")
 
-SCRIPT = """
+SCRIPT = f"""
 import json, os, sys, time, urllib.request
 import sglang
 
@@ -24,7 +24,7 @@ def scrape(url, seconds):
     deadline = time.monotonic() + seconds
     while True:
         try:
-            return urllib.request.urlopen(url, timeout=LIMIT).read().decode()
+            return urllib.request.urlopen(url, timeout={LIMIT}).read().decode()
         except OSError:
             if time.monotonic() > deadline:
                 return None
@@ -32,7 +32,8 @@ def scrape(url, seconds):
 
 if __name__ == "__main__":
     first, second, url, out = sys.argv[1:]
-    seconds = 5 if "SGLANG_PLUGINS" in os.environ else 30
+    # Where nobody is expected, one that is there would have had the engine's start to get ready.
+    seconds = 5 if "SGLANG_PLUGINS" in os.environ else {LIMIT}
     engine = sglang.Engine(
         model_path=first, device="cpu", disable_overlap_schedule=True, mem_fraction_static=0.8,
         max_total_tokens=4096, context_length=512,

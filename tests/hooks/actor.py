@@ -101,7 +101,7 @@ class Script:
 
     def wait_for(self, ranks: int) -> None:
         """Until so many are loaded: each must have chosen its engine's name beside the others."""
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while len(list(rank_directories(self.runtime_dir))) < ranks and time.monotonic() < deadline:
             time.sleep(0.1)
 

@@ -31,7 +31,7 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 FLAGS = "--use-ray --dp-size 2 --device cpu --disable-overlap-schedule --mem-fraction-static 0.2"
 FLAGS += " --context-length 512 --max-total-tokens 4096"
-SECONDS = 300.0
+SECONDS = 600.0
 
 
 class RayDidNotStartError(Exception):
@@ -123,7 +123,7 @@ class Script:
         self.say(name, snapshots)
 
     def wait_until_gone(self, pid: int) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + SECONDS
         while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
 

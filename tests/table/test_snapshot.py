@@ -20,6 +20,7 @@ import msgspec
 import pytest
 from engines import clean_environment
 from published import ROWS, Command, PublishedRank
+from waiting import LIMIT
 
 from sglang_weight_exporter.cli.torch_snapshot import SnapshotError, read_snapshot
 from sglang_weight_exporter.records.memory import MemoryDump, MemoryOwner
@@ -313,7 +314,7 @@ def test_a_pickle_takes_what_a_file_of_its_size_may_take(
         env=clean_environment(),
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT,
     )
     assert done.returncode == 2, done.stdout
     assert done.stderr.count("\n") == 1, done.stderr
