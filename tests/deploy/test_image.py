@@ -77,7 +77,8 @@ def live(volume: Path, user: int, here: Connection) -> None:
     os.setgroups([])
     os.setgid(user)
     os.setuid(user)
-    Rank(volume / "store").load(rows(ROWS))
+    held = Rank(volume / "store")  # It ends with this variable.
+    held.load(rows(ROWS))
     here.send("loaded")
     here.recv()  # Until it is killed.
 
@@ -88,6 +89,7 @@ def rank(volume: Path, user: int) -> multiprocessing.process.BaseProcess:
     here, there = context.Pipe()
     process = context.Process(target=live, args=(volume, user, there), daemon=True)
     process.start()
+    there.close()  # So that a rank that fails is seen.
     assert here.recv() == "loaded"
     return process
 
