@@ -149,7 +149,10 @@ def requirements(lines: Iterable[str] | None, *, extras: bool = False) -> set[st
 
 def test_each_runtime_dependency_has_its_reason_in_the_document(copies: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(only(copies[0] / "dist", "*.whl")) as wheel:
-        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        # Its own, and not those of the directory that hooks start from.
+        (name,) = (
+            name for name in wheel.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", name)
+        )
         asked = re.findall(r"^Requires-Dist: (.+)$", wheel.read(name).decode(), re.M)
     direct, optional = documented("Dependencies"), documented("Extras")
     assert set(direct) == requirements(asked)
