@@ -93,11 +93,8 @@ def identity(view: RoleView, device: str) -> tuple[str, ...]:
 
 
 def roles_of(snapshot: Snapshot) -> tuple[Role, ...]:
-    """The roles of a rank, or :data:`NO_ROLE` alone where none is known. One that comes twice would
-    make each of its series come twice, which ends a scrape of all ranks: the first counts."""
-    if len(snapshot.roles) < 2:
-        return snapshot.roles or (NO_ROLE,)
-    return tuple({role.name: role for role in reversed(snapshot.roles)}.values())[::-1]
+    """The roles of a rank, or :data:`NO_ROLE` alone where none is known."""
+    return snapshot.roles or (NO_ROLE,)
 
 
 def role_views(snapshots: Iterable[Snapshot], now: float) -> Iterator[RoleView]:

@@ -102,26 +102,41 @@ def decode_snapshot(
     """A snapshot with what of it is valid. Raises :class:`UnreadableError`.
 
     A field that may be ``None`` is, where its value is not valid; another one takes the record
-    along that it is in: at most a role. ``on_left_out`` gets a sentence for each.
+    along that it is in: at most a role. Of a role that comes twice the first counts.
+    ``on_left_out`` gets a sentence for each.
     """
+    left_out: list[str] = []
     try:
-        return decode(content, Snapshot, path)
+        snapshot = decode(content, Snapshot, path)
     except UnreadableError as error:
-        left_out: list[str] = []
         try:
             values = _decode(content, Any)
             with _preparing:
-                snapshot: Snapshot = _mended(values, Snapshot, "", left_out)
+                snapshot = _mended(values, Snapshot, "", left_out)
         except _NOT_MENDED:
             raise error from error.__cause__
         _check_version(snapshot.schema, path)
-        for what in left_out:
-            if on_left_out is not None:
-                on_left_out(
-                    f"{path} is damaged{what}, which is left out. "
-                    f"The next update of its rank writes it anew."
-                )
+    snapshot = _without_doubles(snapshot, left_out)
+    for what in left_out:
+        if on_left_out is not None:
+            on_left_out(
+                f"{path} is damaged{what}, which is left out. "
+                f"The next update of its rank writes it anew."
+            )
+    return snapshot
+
+
+def _without_doubles(snapshot: Snapshot, left_out: list[str]) -> Snapshot:
+    """Each series of a role that comes twice would come twice, of which a reader of the text takes
+    either or refuses all."""
+    roles: dict[str, Role] = {}
+    for role in snapshot.roles:
+        if role.name in roles:
+            left_out.append(f" by a second model {role.name!r}")
+        roles.setdefault(role.name, role)
+    if len(roles) == len(snapshot.roles):
         return snapshot
+    return msgspec.structs.replace(snapshot, roles=tuple(roles.values()))
 
 
 def _mended(value: Any, kind: Any, where: str, left_out: list[str]) -> Any:

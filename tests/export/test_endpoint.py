@@ -33,7 +33,7 @@ from sglang_weight_exporter.records.engine import Engine, Ranks
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import UpdateInProgress
 from sglang_weight_exporter.records.weights import WeightUsage
-from sglang_weight_exporter.settings import DEFAULT_PORT
+from sglang_weight_exporter.settings import DEFAULT_PORT, Settings
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
@@ -541,6 +541,24 @@ def test_an_unusable_setting_is_named_and_the_default_used(
     )
     assert f"{name}='{value}' cannot be used" in result.stderr
     assert "the default" in result.stderr
+
+
+def test_what_kubernetes_sets_for_a_service_of_this_name_is_named_as_that(
+    runtime_dir: RuntimeDir, serve: Callable[..., Exporter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`{SVCNAME}_PORT`, as Docker links had it: here of the Service `sglang-weight-exporter`. The
+    exporter and each rank's log say it, and the port is the default."""
+    value = "tcp://10.0.171.239:9400"
+    monkeypatch.setenv("SGLANG_WEIGHT_EXPORTER_PORT", value)
+    settings, (complaint,) = Settings.from_environ(os.environ)
+    assert settings.port == DEFAULT_PORT
+    exporter = serve()  # With a port of its own, so that it meets nobody's.
+    said = exporter.line("SGLANG_WEIGHT_EXPORTER_PORT")
+    exporter.line("metrics are at")
+    for line in (complaint, said):
+        assert f"{value!r} cannot be used" in line
+        assert "a Service named sglang-weight-exporter" in line
+        assert "enableServiceLinks: false" in line
 
 
 def peak_bytes(exporter: Exporter) -> int:

@@ -4,14 +4,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from collectors import Backend, attributes_of
+from disks import disk, fill
 from engines import Scrape
 from ports import free_port, taken
 from waiting import LIMIT, eventually
@@ -239,6 +242,56 @@ def test_the_command_says_that_nothing_of_it_is_real(tmp_path: Path) -> None:
     assert len(re.findall("2 engines of 4 ranks that do not exist", output)) == 1
     assert "Traceback" not in output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_on_a_full_disk_they_live_on_and_no_update_is_lost(tmp_path: Path) -> None:
+    with disk(tmp_path / "disk", "4m") as path:
+        directory = RuntimeDir.open(path / "runtime", {})
+        simulation = Simulation(directory, 2, 1, start=START)
+        filler = fill(path)
+        simulation.advance(START + 100)
+        assert len(snapshots(directory)) < 2  # What is old is removed, and leaves room for another.
+        filler.unlink()
+        simulation.advance(START + 300)
+        for each in snapshots(directory):
+            counts = each.roles[0].updates.values()
+            assert sum(each.updates + each.failures for each in counts) == 10
+        assert len(snapshots(directory)) == 2
+        simulation.close()
+
+
+def test_a_disk_that_is_full_meanwhile_does_not_freeze_the_command(tmp_path: Path) -> None:
+    with disk(tmp_path / "disk", "4m") as path, started(path, "4x1") as (process, port):
+        address = f"http://127.0.0.1:{port}/metrics"
+        eventually(lambda: Scrape.of(address))
+        filler = fill(path)
+        ranks = "sglang_weight_exporter_ranks"
+        eventually(lambda: Scrape.of(address).one(ranks) < 4, what="a rank that could not write")
+        filler.unlink()
+        eventually(lambda: Scrape.of(address).one(ranks) == 4, what="all ranks")
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=LIMIT)
+    assert "simulated: a rank could not be written ([Errno 28]" in output
+    assert "Traceback" not in output
+
+
+@contextlib.contextmanager
+def started(directory: Path, fleet: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """The command, with its files in this directory, and its port."""
+    port = free_port()
+    command = (sys.executable, "-m", "sglang_weight_exporter", "serve", "--simulate", fleet)
+    process = subprocess.Popen(
+        [*command, "--address", "127.0.0.1", "--port", str(port)],
+        env={"PATH": "/usr/bin:/bin", "TMPDIR": str(directory)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process, port
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("fleet", ["4", "4x", "x8", "0x8", "4x8x2", "-1x2"])

@@ -340,6 +340,25 @@ def test_scrapes_and_commands_show_what_is_sound(
         assert "Traceback" not in answer.stderr
 
 
+def test_a_model_that_comes_twice_counts_once(
+    runtime_dir: RuntimeDir, exporter: ExporterProcess, sound: RankStore
+) -> None:
+    """The same series twice is what some readers of a scrape refuse all of."""
+    fields = valid_snapshot("sound", tp=1)
+    second = {**fields["roles"][0], "loaded_at": 99.0}
+    fields["roles"] = [*fields["roles"], second, fields["roles"][1]]
+    write(sound, fields)
+    scrape = exporter.scrape()
+    series = [(sample.name, *sorted(sample.labels.items())) for sample in scrape.samples]
+    assert len(series) == len(set(series))
+    assert scrape.one("sglang_weight_loaded_timestamp_seconds", role="target") == 2.0
+    assert scrape.one("sglang_weight_exporter_read_errors_total") == 2
+    for asked in ("status", "table"):
+        answer = command(runtime_dir, asked, *(("--wait", "0") if asked == "table" else ()))
+        assert "Traceback" not in answer.stderr
+    assert "by a second model 'target'" in command(runtime_dir, "status").stdout
+
+
 def test_threads_that_read_for_the_first_time_at_once_read(
     runtime_dir: RuntimeDir, sound: RankStore
 ) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from disks import disk
 from waiting import eventually
 
 from sglang_weight_exporter.records.engine import Device, Engine, Ranks
@@ -420,15 +421,8 @@ def test_what_a_cleaner_took_out_is_there_again_with_the_next_update(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
-    if os.getuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("needs root and `mount`, for a file system that can be filled")
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0700", "tmpfs", str(path)]
-    if subprocess.run(mount, check=False).returncode != 0:
-        pytest.skip("needs a machine that lets root mount a tmpfs")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
+    with disk(tmp_path / "disk", "256k") as path:
+        yield path
 
 
 def test_on_a_full_disk_an_old_number_is_taken_away_and_comes_back_new(small_disk: Path) -> None:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disks import disk
 from published import ROWS, PublishedRank
 
 from sglang_weight_exporter import open_tables
@@ -176,15 +176,8 @@ def test_a_directory_of_another_user_is_refused(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if shutil.which("mount") is None:
-        pytest.skip("needs `mount`, for a file system that can be filled")
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k,mode=0700", "tmpfs", str(path)]
-    if subprocess.run(mount, check=False).returncode != 0:
-        pytest.skip("needs a machine that lets root mount a tmpfs")
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
+    with disk(tmp_path / "disk", "64k") as path:
+        yield path
 
 
 def test_on_a_full_disk_no_old_address_stays(
