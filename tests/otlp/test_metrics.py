@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from collectors import Backend, Rotel, attributes_of
@@ -17,11 +19,13 @@ from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metr
 from opentelemetry.sdk.resources import Resource
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from ranks import ExporterProcess, Rank, rows
-from waiting import eventually
+from waiting import LIMIT, eventually
 
 from sglang_weight_exporter.export.gpu_account import GpuAccount
+from sglang_weight_exporter.export.guard import Guard
+from sglang_weight_exporter.export.instruments import INSTRUMENTS
 from sglang_weight_exporter.export.nvml import GpuMemory
-from sglang_weight_exporter.export.otlp.metrics import messages
+from sglang_weight_exporter.export.otlp.metrics import PeriodicMetrics, messages
 from sglang_weight_exporter.export.otlp.temporality import Totals
 from sglang_weight_exporter.export.views import HostView
 from sglang_weight_exporter.records.engine import Device
@@ -193,6 +197,34 @@ def test_deltas_where_a_backend_takes_nothing_else(
     metrics = backend.metrics()
     assert metrics["sglang.weight_updates"].sum.aggregation_temporality == 1
     assert metrics["sglang.weight_update_duration"].histogram.aggregation_temporality == 1
+
+
+def test_an_error_while_metrics_are_sent_is_counted_and_they_are_sent_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    guard, tries = Guard(), threading.Semaphore(0)
+
+    def read() -> HostView:
+        tries.release()
+        raise ValueError("odd")
+
+    sender = PeriodicMetrics(
+        read,
+        cast(Any, SimpleNamespace(wait_seconds=0.0)),
+        instance="one",
+        seconds=0.001,
+        timeout=1.0,
+        temporality="cumulative",
+        instruments=INSTRUMENTS,
+        guard=guard,
+    )
+    sender.start()
+    for _ in range(3):
+        assert tries.acquire(timeout=LIMIT)
+    sender.stop(LIMIT)
+    assert guard.errors >= 3
+    (line,) = [each for each in caplog.messages if "Sending metrics failed" in each]
+    assert "ValueError: odd" in line
 
 
 def test_memory_of_a_gpu_has_the_names_of_the_conventions_too() -> None:

@@ -43,7 +43,7 @@ INSTRUMENTS = (
         "sglang_weight_exporter_errors",
         "counter",
         "{error}",
-        "Errors of its own that the exporter process went on after, each of one rank or one pass; "
+        "Errors that the exporter process went on after, each of one rank, one GPU or one pass; "
         "its log says what they were.",
         read_host=lambda view: one(view.errors),
         preset="default",

@@ -33,6 +33,7 @@ from opentelemetry.sdk.metrics.export import (
 from opentelemetry.sdk.metrics.export import Histogram as HistogramData
 from opentelemetry.sdk.resources import Resource
 
+from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.instruments import INSTRUMENTS
 from sglang_weight_exporter.export.instruments.base import DataPoint, Instrument
 from sglang_weight_exporter.export.otlp.client import OtlpClient
@@ -219,9 +220,11 @@ class PeriodicMetrics:
         timeout: float,
         temporality: Temporality,
         instruments: Sequence[Instrument],
+        guard: Guard,
     ) -> None:
         self._read = read
         self._instruments = instruments
+        self._guard = guard
         self._collector = collector
         self._instance = instance
         self._seconds = seconds
@@ -243,10 +246,8 @@ class PeriodicMetrics:
     def _run(self) -> None:
         while True:
             stopping = self._stop.wait(max(self._seconds, self._collector.wait_seconds))
-            try:
+            with self._guard.step("Sending metrics"):
                 self._send()
-            except Exception:
-                logger.exception("Metrics could not be sent because of an error in the exporter.")
             if stopping:
                 return
 

@@ -170,6 +170,7 @@ class OtlpPipeline:
                 timeout=metric_timeout(environ),
                 temporality=metric_temporality(environ),
                 instruments=chosen(settings.metrics),
+                guard=guard,
             )
 
     def _client(self, config: SignalConfig, signal: Signal) -> OtlpClient:

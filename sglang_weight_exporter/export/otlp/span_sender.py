@@ -159,14 +159,9 @@ class SpanSender:
             stopping = self._stop.wait(pause or PASS_SECONDS)
             if stopping and pause:
                 return  # The collector does not answer; what waits is kept.
-            try:
+            delivered = False
+            with self._guard.step("Sending spans"):
                 delivered = self.deliver()
-            except OSError as error:
-                logger.warning("Waiting spans cannot be listed now (%s).", error)
-                delivered = False
-            except Exception:
-                logger.exception("Spans could not be sent because of an error in the exporter.")
-                delivered = False
             if stopping:
                 return
             if delivered:
