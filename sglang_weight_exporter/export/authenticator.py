@@ -141,7 +141,7 @@ class Authenticator:
         if not users:
             return True
         user, password = _credentials(authorization)
-        # Who is not known is checked like the others, so that time tells nothing.
+        # Who is not known is checked like the others, so that the time it takes says nothing.
         hashed = users.get(user) or next(iter(users.values()))
         digest = hmac.digest(self._secret, hashed.encode() + b"\0" + password, hashlib.sha256)
         if hmac.compare_digest(self._verified.get(user, b""), digest):

@@ -59,7 +59,7 @@ class Endpoint:
         self._application = MetricsApp(exposition, self._access)
         self._web = WebConfigurationSource(settings, environ)
         self._started_at = time.time()
-        self._said = ""
+        self._logged = ""
         self._announce(None, "")
 
     async def serve(self) -> None:
@@ -118,9 +118,9 @@ class Endpoint:
     def _announce(self, address: str | None, problem: str) -> None:
         """Say where the metrics are, or why they are not: in the log once, and for ``status``."""
         line = problem or (address and f"metrics are at {address}") or ""
-        if line and line != self._said:
+        if line and line != self._logged:
             logger.log(logging.WARNING if problem else logging.INFO, line)
-        self._said = line
+        self._logged = line
         record = ExporterEndpoint(
             pid=os.getpid(),
             started_at=self._started_at,

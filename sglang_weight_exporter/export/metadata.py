@@ -32,7 +32,7 @@ class MetadataFollower:
         self._files: dict[str, MetadataFiles] = {}
         #: Rank and role → what its files were made of.
         self._made: dict[tuple[str, str], object] = {}
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     def follow(self) -> None:
         """Write what ranks say now. What goes wrong with one rank keeps
@@ -79,8 +79,8 @@ class MetadataFollower:
         except TableError:
             return  # In the middle of an update: the next pass is soon.
         except OSError as error:
-            if str(error) not in self._said:
-                self._said.add(str(error))
+            if str(error) not in self._logged:
+                self._logged.add(str(error))
                 logger.warning(
                     "weights_metadata files cannot be written (%s). The engine is not affected; "
                     "they are tried again every second.",

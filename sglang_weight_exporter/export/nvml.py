@@ -60,7 +60,7 @@ class Nvml:
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
         self._nvml: Any = None
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
         #: Why the last reading has no GPU; empty where it could be had.
         self.problem = ""
 
@@ -107,8 +107,8 @@ class Nvml:
             except self._nvml.NVMLError as error:
                 if error.value not in _NOT_SAID:
                     raise
-                if what not in self._said:
-                    self._said.add(what)
+                if what not in self._logged:
+                    self._logged.add(what)
                     logger.info("%s: the driver does not say it (%s).", what, _text(error))
 
     def _gpu(self, handle: Any, index: int) -> GpuMemory:
@@ -188,8 +188,8 @@ class GpuWatch:
         #: The last reading, and when it ended.
         self._seen: tuple[float, list[GpuMemory], str] = (clock(), [], "")
         self._first = threading.Event()
-        self._saying = threading.Lock()
-        self._said = False
+        self._logging = threading.Lock()
+        self._logged = False
 
     def start(self, seconds: float) -> None:
         """Begin, and wait for the first reading for at most this long."""
@@ -201,7 +201,7 @@ class GpuWatch:
         """The last reading; none where that is too long ago."""
         at, gpus, problem = self._seen
         late = self._clock() - at > DEADLINE_SECONDS
-        self._say(f"NVML has not answered for {DEADLINE_SECONDS:g} seconds" if late else problem)
+        self._log(f"NVML has not answered for {DEADLINE_SECONDS:g} seconds" if late else problem)
         return [] if late else gpus
 
     def _run(self) -> None:
@@ -211,13 +211,13 @@ class GpuWatch:
             self._first.set()
             time.sleep(READ_SECONDS)
 
-    def _say(self, problem: str) -> None:
-        with self._saying:
-            if problem and not self._said:
+    def _log(self, problem: str) -> None:
+        with self._logging:
+            if problem and not self._logged:
                 logger.info(
                     "There are no metrics of GPUs (%s). They come with the first answer of NVML.",
                     problem,
                 )
-            elif self._said and not problem and self._first.is_set():
+            elif self._logged and not problem and self._first.is_set():
                 logger.info("NVML answers again; metrics of GPUs are served.")
-            self._said = bool(problem)
+            self._logged = bool(problem)

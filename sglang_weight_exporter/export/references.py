@@ -76,7 +76,7 @@ def own_key(
 
 
 def reference_of(table: Table, environ: Mapping[str, str], *, all_bytes: bool = False) -> Manifest:
-    """Raises CheckpointError where its checkpoint cannot be told from others."""
+    """Raises CheckpointError where its checkpoint cannot be distinguished from others."""
     key = own_key(table, environ, all_bytes=all_bytes)
     model_path = table.role.model_path or table.engine.model_path
     if key is None:
@@ -128,7 +128,7 @@ class ReferenceFollower:
         self._guard = guard
         #: Rank and role → the load that was compared, and whether it is what the reference holds.
         self._found: dict[tuple[str, str], tuple[object, bool | None]] = {}
-        self._said: set[str] = set()
+        self._logged: set[str] = set()
 
     def start(self) -> None:
         if self._references is not None:
@@ -169,12 +169,12 @@ class ReferenceFollower:
             if _load(table.role) == load:
                 self._found[key] = (load, self._matches(table))
         except TableError:
-            return  # In the middle of an update: the next look is soon.
+            return  # In the middle of an update: it is read again soon.
         except (CheckpointError, ManifestError) as error:
             self._found[key] = (load, None)
-            self._say(str(error))
+            self._log(str(error))
         except OSError as error:
-            self._say(f"{error}; it is tried again every second")
+            self._log(f"{error}; it is tried again every second")
 
     def _matches(self, table: Table) -> bool | None:
         assert self._references is not None  # `start` and `follow` are for a directory.
@@ -186,9 +186,9 @@ class ReferenceFollower:
         there = self._references.find(manifest.reference.key)
         return None if there is None else there.fingerprint == manifest.fingerprint
 
-    def _say(self, sentence: str) -> None:
-        if sentence not in self._said:
-            self._said.add(sentence)
+    def _log(self, sentence: str) -> None:
+        if sentence not in self._logged:
+            self._logged.add(sentence)
             logger.warning("A load is compared with no reference (%s).", sentence)
 
 
@@ -205,8 +205,8 @@ def differing_from_reference(
 
 
 def _load(role: Role) -> object:
-    """What tells a load from another one; ``None`` where the weights are not what a load left, or
-    are not known."""
+    """What distinguishes a load from another one; ``None`` where the weights are not what a load
+    left, or are not known."""
     last, table = role.last_update, role.table
     if last is None or last.action != "load" or not last.succeeded or role.in_progress is not None:
         return None

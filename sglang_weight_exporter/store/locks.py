@@ -31,7 +31,7 @@ class FileLock:
     A lock belongs to the open file and a forked child shares it, so the child's copy is closed at
     fork, also one for which a thread of its parent's waits for the lock. It means nothing once
     another file is at the path, because others lock that one: such a lock is never taken, and
-    :meth:`is_current` tells of one that was taken before. A lock that nobody refers to any more is
+    :meth:`is_current` says of one that was taken before. A lock that nobody refers to any more is
     closed.
 
     ``directory``: where the file is, opened; ``path`` is then for messages. ``create``: off, the
@@ -101,7 +101,7 @@ class FileLock:
         try:
             return descriptor is not None and self._is_at_path(descriptor)
         except OSError:
-            return True  # It cannot be told, so nothing is known to be wrong.
+            return True  # It is not known, so nothing is known to be wrong.
 
     def adopt(self, descriptor: int) -> None:
         """Own a lock that another process has taken and handed down."""

@@ -60,7 +60,7 @@ class RankStore:
         self._events = SpoolWriter(events, event_bytes=event_bytes, event_count=event_count)
         #: Files of tables that are in the directory.
         self._tables: set[str] = set()
-        #: What the directory looked like after the last write of ours: what nobody has changed
+        #: Appearance of the directory after the last write of ours: what nobody has changed
         #: since need not be asked for again.
         self._left: tuple[int, ...] | None = None
         #: Nobody has; and inside of :meth:`publishing`, which asks once.
@@ -77,7 +77,7 @@ class RankStore:
         finally:
             self._publishing = False
             with contextlib.suppress(OSError):
-                self._left = _look(self._directory.status())
+                self._left = _appearance(self._directory.status())
 
     def write_progress(self, progress: Progress, *, check: bool) -> None:
         """Note what has changed since the snapshot whose number it has, in one system call.
@@ -183,7 +183,7 @@ class RankStore:
                 and self._directory.has("snapshot")
             )
         except OSError:
-            return True  # It cannot be told, so nothing is known to be wrong.
+            return True  # It is not known, so nothing is known to be wrong.
 
     def withdraw(self) -> None:
         """Say nothing rather than something old. Where the file system does not even let us
@@ -232,10 +232,10 @@ class RankStore:
         if self._left is None or not self._lock.held:
             return False
         try:
-            found = _look(self.path.lstat())
+            found = _appearance(self.path.lstat())
         except OSError:
             return False
-        # Of two changes in one tick of the kernel's clock the second cannot be told.
+        # Of two changes in one tick of the kernel's clock the second does not show.
         return found == self._left and time.time_ns() - found[-1] > _TICK_NANOSECONDS
 
     def _come_back(self) -> None:
@@ -274,6 +274,6 @@ class RankStore:
         self._events.move(directory.open_directory("events"))
 
 
-def _look(status: os.stat_result) -> tuple[int, ...]:
+def _appearance(status: os.stat_result) -> tuple[int, ...]:
     """What is different once an entry of a directory was made or removed."""
     return status.st_dev, status.st_ino, status.st_nlink, status.st_size, status.st_mtime_ns

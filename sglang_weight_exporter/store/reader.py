@@ -99,7 +99,7 @@ def rank_directories(runtime_dir: RuntimeDir) -> Iterator[RankDirectory]:
     """Every rank's directory, alive or dead, in a stable order. A link is none: what it leads to
     is somebody else's, or another rank's.
 
-    Raises ``OSError`` where that cannot be told now, as without a free descriptor.
+    Raises ``OSError`` where that is not known now, as without a free descriptor.
     """
     try:
         with os.scandir(runtime_dir.ranks) as entries:
@@ -178,7 +178,7 @@ class SnapshotReader:
     _dead: dict[Path, tuple[Version, Version | None]] = field(default_factory=dict)
     _progress: dict[Path, ProgressReader] = field(default_factory=dict)
     #: What was said of a rank that could not be read, until it can be.
-    _said: dict[Path, str] = field(default_factory=dict)
+    _logged: dict[Path, str] = field(default_factory=dict)
     #: It is said once, not at each scrape.
     _listing_failed: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -190,7 +190,7 @@ class SnapshotReader:
             return self._read()
 
     def of(self, directory: RankDirectory) -> tuple[Version, Snapshot | None]:
-        """The snapshot of one rank, dead or alive, or ``None`` if it is damaged, and what tells
+        """The snapshot of one rank, dead or alive, or ``None`` if it is damaged, and what says
         whether it is still that. Raises ``OSError``."""
         with self._lock:
             return self._snapshot(directory)
@@ -220,9 +220,9 @@ class SnapshotReader:
             self._progress.pop(path, None)
         self._dead = {path: self._dead[path] for path in seen & self._dead.keys()}
         for path, sentence in obstacles.items():
-            if self._said.get(path) != sentence:
+            if self._logged.get(path) != sentence:
                 self._complain(sentence)
-        self._said = obstacles
+        self._logged = obstacles
         return found
 
     def _is_alive(self, directory: RankDirectory) -> bool:

@@ -97,7 +97,7 @@ class TableReader:
         self.engine = engine
         self.ranks = ranks
         self._progress = ProgressReader(directory.path)
-        #: As last read, each with what tells whether it is still that. Replaced as a whole, so
+        #: As last read, each with what says whether it is still that. Replaced as a whole, so
         #: threads may share a reader.
         self._last_snapshot: tuple[bytes, Snapshot] | None = None
         self._last_columns: tuple[TableRef, WeightTable] | None = None

@@ -13,8 +13,8 @@
     beyond the older layout, whose files these are.
 
 Each file is replaced at once, so that no reader sees half of one. Where several models are on one
-GPU the names tell them apart: the first rank has ``{gpu_id}``, a further one ``{gpu_id}_{engine}``,
-and a draft model ``_draft`` behind that.
+GPU the names distinguish them: the first rank has ``{gpu_id}``, a further one
+``{gpu_id}_{engine}``, and a draft model ``_draft`` behind that.
 """
 
 from __future__ import annotations

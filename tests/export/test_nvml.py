@@ -8,14 +8,17 @@ from __future__ import annotations
 import os
 import signal
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from engines import Scrape
 from serving import Exporter
-from waiting import eventually
+from waiting import LIMIT, eventually
 
+from sglang_weight_exporter.export.guard import Guard
+from sglang_weight_exporter.export.nvml import GpuMemory, GpuWatch, Nvml
 from sglang_weight_exporter.records.engine import Device, Engine, Ranks
 from sglang_weight_exporter.records.memory import DeviceMemory
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
@@ -247,6 +250,26 @@ def test_a_failure_is_said_once_and_so_is_the_return(
     exporter.line("NVML answers again")
     eventually(lambda: gpus(exporter) == BOTH, what="the GPUs")
     assert list(exporter.lines.queue) == []
+
+
+def test_scrapes_do_not_ask_the_driver() -> None:
+    """However many there are: a thread asks, and scrapes have what it found last."""
+    asked, end = [0], threading.Event()
+
+    class Driver(Nvml):
+        def read(self) -> list[GpuMemory]:
+            asked[0] += 1
+            if asked[0] > 1:
+                end.wait()
+            return [GpuMemory("GPU-0", 0, total_bytes=80 << 30, used_bytes=4 << 30)]
+
+    watch = GpuWatch(Driver(Guard()), clock=lambda: 0.0)
+    watch.start(LIMIT)
+    for _ in range(1000):
+        (gpu,) = watch.read()
+        assert gpu.uuid == "GPU-0"
+    assert asked[0] <= 2
+    end.set()
 
 
 def test_a_driver_that_comes_later_is_found(

@@ -130,8 +130,8 @@ INSTRUMENTS = (
         "sglang_rank_memory_process_bytes",
         "gauge",
         "By",
-        "Memory of the GPU that the rank's process has now, from NVML. Absent where it cannot be "
-        "told which of NVML's processes it is.",
+        "Memory of the GPU that the rank's process has now, from NVML. Absent where it is not "
+        "known which of NVML's processes it is.",
         IDENTITY,
         read_host=_process(lambda rank: rank.used),
         preset="full",

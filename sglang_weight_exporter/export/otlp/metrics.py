@@ -133,8 +133,8 @@ def _message(metrics: list[Metric], resource: Resource) -> MetricsData:
 def host_resource(view: HostView, instance: str) -> Resource:
     """What the metrics of this host are about.
 
-    ``instance``: what tells two exporters of one host apart. ``service.version`` is SGLang's, where
-    all engines have the same.
+    ``instance``: what distinguishes two exporters of one host. ``service.version`` is SGLang's,
+    where all engines have the same.
     """
     attributes: dict[str, AttributeValue] = {
         "service.name": "sglang",
