@@ -8,21 +8,23 @@ attributes these are is found out once, when a load has ended (:class:`DerivedPa
 forward pass binds to a module later is no weight.
 
 Captures happen inside the engine, between the last byte of an update and the first token after it.
-No object is kept for a tensor and no tensor is kept alive: what remains between two captures are
-numbers and names, so that Python's garbage collector never has a reason to run because of us.
+No tensor is kept alive, and no object is made where nothing has changed: Python's garbage collector
+never has a reason to run because of us.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from operator import is_not
 from typing import Any
 
 import torch
+
+from sglang_weight_exporter.capture.references import REGISTRATIONS, References
 
 #: How a derived weight is found: the module's number in the order of the walk, its name with a dot
 #: behind, and attribute, then index or key in the containers there.
@@ -201,10 +203,8 @@ class DerivedPaths:
         return DerivedPaths(tuple(path for path, _ in there), tuple(known for _, known in there))
 
     def only(self, indices: Collection[int]) -> DerivedPaths:
-        return DerivedPaths(
-            tuple(self.paths[index] for index in indices),
-            tuple(self.modules[index] for index in indices),
-        )
+        paths, modules = self.paths, self.modules
+        return DerivedPaths(tuple(paths[i] for i in indices), tuple(modules[i] for i in indices))
 
     def tensors(self) -> list[torch.Tensor | None]:
         """What is there now, without a walk through the model."""
@@ -265,6 +265,8 @@ class PreviousCapture:
     stride: Mapping[int, tuple[int, ...]]
     storage_ptr: list[int]
     storage_nbytes: list[int]
+    #: By which the tensors are found without a walk.
+    references: References = field(compare=False, repr=False)
 
     @classmethod
     def of(
@@ -279,15 +281,18 @@ class PreviousCapture:
         storage_ptr: list[int],
         storage_nbytes: list[int],
     ) -> PreviousCapture | None:
-        """The columns: of each of the tensors that were found. Equal shapes are one object, as
-        twenty thousand would be the collector's work. ``None``: what was found is not what hangs
-        under the names (parts of a wrapper)."""
+        """The columns: of each tensor that was found; equal shapes are one object, for the
+        collector's sake. ``None``: what hangs under the names are wrappers of what was found."""
+        REGISTRATIONS.watch()
+        registered = REGISTRATIONS.count
         limit = None if found.shared else found.modules
-        keys, absent, present, tensors = _held(model, derived.paths, limit)
+        modules, keys, absent, present, tensors = _held(model, derived.paths, limit)
         ids = list(map(id, tensors))
         if ids != list(map(id, found.tensors)):
             return None
         contiguous = list(map(torch.Tensor.is_contiguous, tensors))
+        references = References()
+        references.learn(model, modules, tensors, registered)
         return cls(
             derived=derived,
             limit=limit,
@@ -303,15 +308,21 @@ class PreviousCapture:
             stride={row: tensors[row].stride() for row, run in enumerate(contiguous) if not run},
             storage_ptr=storage_ptr,
             storage_nbytes=storage_nbytes,
+            references=references,
         )
 
     def capture(self, model: torch.nn.Module) -> PreviousCapture | None:
-        """What hangs under the same names now, as long as every tensor is what it was, be it
-        elsewhere; itself if nothing is. ``None``: something else has changed."""
-        keys, absent, _, tensors = _held(model, self.derived.paths, self.limit)
+        """What hangs under the same names now; itself if nothing is elsewhere. ``None``: something
+        else has changed."""
+        known = self.references.tensors(model)
+        if known is not None and self._is_current(known) and self._has_derived():
+            return self
+        registered = REGISTRATIONS.count
+        modules, keys, absent, _, tensors = _held(model, self.derived.paths, self.limit)
         if keys != self.keys or absent != self.absent:
             return None
-        if self._is_current(tensors):
+        if self._is_current(tensors) and list(map(id, tensors)) == self.ids:
+            self.references.learn(model, modules, tensors, registered)
             return self
         for tensor, shape, dtype, contiguous in zip(
             tensors, self.shape, self.dtype, self.contiguous, strict=True
@@ -347,6 +358,14 @@ class PreviousCapture:
             storage_nbytes=storage_nbytes,
         )
 
+    def _has_derived(self) -> bool:
+        """Whether derived weights hang where they hung, and none elsewhere."""
+        ids, first = list(map(id, self.derived.tensors())), len(self.ids) - len(self.present)
+        if [ids[index] for index in self.present] != self.ids[first:]:
+            return False
+        others = set(range(len(ids))).difference(self.present)
+        return not others or {ids[index] for index in others} <= {id(None), *self.ids[:first]}
+
     def rebound(self) -> list[int]:
         """Paths at which another tensor hangs now, or none; asks about derived weights alone."""
         tensors = self.derived.tensors()
@@ -363,8 +382,7 @@ class PreviousCapture:
         return found
 
     def _is_current(self, tensors: list[torch.Tensor]) -> bool:
-        """Whether every tensor is where it was, as it was. They are not in the processor's caches:
-        what is asked of each is asked at once."""
+        """Whether every tensor is where it was, as it was; in one pass, for the caches' sake."""
         for tensor, address, shape, dtype, contiguous in zip(
             tensors, self.data_ptr, self.shape, self.dtype, self.contiguous, strict=True
         ):
@@ -375,7 +393,7 @@ class PreviousCapture:
                 or tensor.is_contiguous() is not contiguous
             ):
                 return False
-        return list(map(id, tensors)) == self.ids and self._has_strides(tensors)
+        return self._has_strides(tensors)
 
     def _has_strides(self, tensors: list[torch.Tensor]) -> bool:
         return all(tensors[row].stride() == stride for row, stride in self.stride.items())
@@ -383,11 +401,11 @@ class PreviousCapture:
 
 def _held(
     model: torch.nn.Module, paths: tuple[AttributePath, ...], limit: int | None
-) -> tuple[list[str], list[int], list[int], list[torch.Tensor]]:
-    """All names, which of them and of the paths hold no tensor of their own, which paths do, and
-    the tensors, in the order of :func:`named_tensors`. One pass, no names with dots: modules and
-    their dictionaries are not in the processor's caches. Where no module has several names it is
-    enough that the walk ends behind ``limit`` of them."""
+) -> tuple[list[torch.nn.Module], list[str], list[int], list[int], list[torch.Tensor]]:
+    """The modules, all names, which of them and of the paths hold no tensor of their own, which
+    paths do, and the tensors, in the order of :func:`named_tensors`. One pass, no names with dots:
+    modules and their dictionaries are not in the processor's caches. Where no module has several
+    names it is enough that the walk ends behind ``limit`` of them."""
     modules: list[torch.nn.Module] = []
     keys: list[str] = []
     held: list[Any] = []
@@ -429,4 +447,4 @@ def _held(
             else:
                 present.append(index)
                 tensors.append(tensor)
-    return keys + names_of_buffers, absent, present, tensors
+    return modules, keys + names_of_buffers, absent, present, tensors

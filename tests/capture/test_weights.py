@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
 from sglang_weight_exporter.capture.allocations import Segments  # noqa: E402
+from sglang_weight_exporter.capture.references import SHARE  # noqa: E402
 from sglang_weight_exporter.capture.tensors import DerivedPaths, named_tensors  # noqa: E402
 from sglang_weight_exporter.capture.weights import (  # noqa: E402
     WeightCapture,
@@ -478,22 +479,56 @@ CHANGES_OF_A_MODEL = [
 ]
 
 
-@pytest.mark.parametrize("change", CHANGES_OF_A_MODEL)
-def test_a_second_look_finds_what_a_first_one_would(change: Any) -> None:
-    model = module(
-        weight=torch.nn.Parameter(torch.zeros(8, 4)), other=torch.nn.Parameter(torch.zeros(3))
-    )
+def another_buffer(model: Any) -> None:
+    model.scale = torch.ones(2)
+
+
+def another_child(model: Any) -> None:
+    model.kept = module(weight=torch.nn.Parameter(torch.ones(2)))
+
+
+def without_child(model: Any) -> None:
+    model.kept = None
+
+
+def of_a_derived_weight(model: Any) -> None:
+    """Where a derived weight was another's, it is what another one is."""
+    model.w_vc = model.w_kc
+
+
+#: Without a word of torch's.
+UNTOLD = {removed}
+
+
+def many_tensors() -> Any:
+    """More than are asked for at each capture where they hang."""
+    return torch.nn.ParameterList(torch.nn.Parameter(torch.zeros(1)) for _ in range(3 * SHARE))
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [*CHANGES_OF_A_MODEL, another_buffer, another_child, without_child, of_a_derived_weight],
+)
+def test_a_second_look_finds_what_a_first_one_would(change: Any, many: bool) -> None:
+    model = module()
+    model.many = many_tensors() if many else torch.nn.Identity()
+    model.weight = torch.nn.Parameter(torch.zeros(8, 4))
+    model.other = torch.nn.Parameter(torch.zeros(3))
+    model.register_buffer("scale", torch.zeros(2))
     model.register_parameter("none", None)
     model.kept = module(weight=torch.nn.Parameter(torch.zeros(2)))
     model.w_kc = model.w_vc = torch.zeros(5)
     loaded = capture(model)
     model.w_vc = None
     before = capture(model, previous=loaded)
-    kept = model.weight, model.other, model.w_kc
+    kept = model.weight, model.other, model.w_kc, model.scale, model.kept
     assert capture(model, previous=before) == before
     change(model)
     first = capture(model)
-    changed = capture(model, previous=before)
+    changed = before
+    for _ in range(5 if many and change in UNTOLD else 1):
+        changed = capture(model, previous=changed)
     assert (changed.table, changed.usage, changed.storages) == (
         first.table,
         first.usage,
