@@ -36,6 +36,7 @@ from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.weight_table import WeightTable, compare_tables
 
 Result = TypeVar("Result")
+Storages = frozenset[int]
 
 #: What fingerprints may take of a load, kernels compiled, and of an update. A GPU's take some 10
 #: milliseconds; a CPU reads about a gigabyte a second.
@@ -226,7 +227,7 @@ class Rank:
         self._unlock_tables()
 
     def _unlock_tables(self) -> None:
-        """Between the calls of an update without a session too; not while a call is running."""
+        """Between the calls of an update without a session too; not while one is running."""
         if not (self.ledger.updates.in_session or self.ledger.updates.running):
             self._publisher.unlock_tables(update_is_over=not self.ledger.updates.in_progress)
 
@@ -282,11 +283,17 @@ class Rank:
             seconds = self._fingerprint_seconds(load=True) if complete else None
             self._capture(*roles, loaded=loaded, pools=pools, fingerprint_seconds=seconds)
 
-    def read_again(self, role: RunnerRole) -> None:
-        """Somebody asks whether the weights are what they were; not inside an update."""
+    def read_again(self, role: RunnerRole, part: int = 0, parts: int = 1) -> bool:
+        """Somebody asks whether the weights are what they were; not inside an update. Of ``parts``
+        one follows another, with batches between. Whether this was the last."""
         with self._lock, self._reported("capture"):
-            if not self.ledger.updates.in_progress:
-                self._find_unexpected_writes(role, during="serving")
+            known = not (self.ledger.updates.in_progress or self._arriving)
+            if known and parts > 1:
+                known = self.inspector.read_part(role, part, parts, self._fingerprint_seconds())
+            if known:
+                self._find_unexpected_writes(role, during="serving", read=parts <= 1)
+            return known
+        return False
 
     def _capture(self, *roles: RunnerRole, fingerprint_seconds: float | None, **how: bool) -> None:
         self.inspector.capture(*roles, fingerprint_seconds=fingerprint_seconds, **how)
@@ -296,11 +303,12 @@ class Rank:
                 self.ledger.counters.count_skipped(role.name, skipped)
 
     def _find_unexpected_writes(
-        self, *roles: RunnerRole, during: During, garbage: frozenset[int] = frozenset()
+        self, *roles: RunnerRole, during: During, garbage: Storages = frozenset(), read: bool = True
     ) -> None:
         """Whether anything but loads and updates has written weights. ``garbage``: storages of
-        which that is known."""
-        self._capture(*roles, fingerprint_seconds=self._fingerprint_seconds(), written=False)
+        which that is known; ``read``: what they hold is still to be read."""
+        if read:
+            self._capture(*roles, fingerprint_seconds=self._fingerprint_seconds(), written=False)
         for role in roles:
             self.inspector.ignore(role, garbage)
             if during == "serving":
@@ -309,8 +317,7 @@ class Rank:
             self.ledger.counters.count_modified(role.name, during, modified)
 
     def _fingerprint_seconds(self, *, load: bool = False) -> float:
-        """How long fingerprints may take now. A kernel that reads released memory ends the
-        process."""
+        """How long they may take. A kernel that reads released memory ends the process."""
         if self._weights_are_released:
             return 0.0
         return LOAD_FINGERPRINT_SECONDS if load else UPDATE_FINGERPRINT_SECONDS
@@ -322,8 +329,7 @@ class Rank:
         return WEIGHTS in self.ledger.counters.released
 
     def begin_release(self) -> None:
-        """Memory is about to go. Where a thread reads it, that ends first: a kernel that reads
-        released memory ends the process."""
+        """Memory is about to go. Where a thread reads it, that ends first."""
         with self._lock:
             self.inspector.memory_is_there = False
 
@@ -370,11 +376,11 @@ class Rank:
         saved = {WEIGHTS, KV_CACHE} | ({CUDA_GRAPH} if graphs else set())
         return saved & set(tags or saved)
 
-    def _without_a_copy(self) -> frozenset[int]:
+    def _without_a_copy(self) -> Storages:
         """Storages of models that are not copied. A draft that is holds some of its target's."""
         captures = (self.inspector.of(role) for role in self.roles if not role.keeps_a_copy)
         storages = (capture.weights.storages for capture in captures if capture.weights)
-        return frozenset[int]().union(*storages)
+        return Storages().union(*storages)
 
 
 def make_rank(
@@ -419,8 +425,7 @@ def make_rank(
 
 
 def trace_id(engine: str, number: int) -> str:
-    """Of an update's span: the same on every rank of the engine, on all of its hosts, without a
-    word between them. ``engine``: what they have in common."""
+    """Of an update's span: the same on all ranks that have ``engine`` in common, unasked."""
     return hashlib.sha256(f"{engine}|{number}".encode()).hexdigest()[:32]
 
 

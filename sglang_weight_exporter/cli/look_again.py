@@ -15,6 +15,8 @@ import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 
+from sglang_weight_exporter.records.fingerprints import PART, PARTS
+
 #: What SGLang's middleware says to a request without its key (``utils/auth.py``).
 _UNAUTHORIZED = {"error": "Unauthorized"}
 _LARGEST_ANSWER = 1 << 20
@@ -32,18 +34,22 @@ def url(text: str) -> str:
     return text.rstrip("/")
 
 
-def ask_to_look(url: str, api_key: str, pids: Iterable[int] | None) -> None:
+def ask_to_look(
+    url: str, api_key: str, pids: Iterable[int] | None, part: int = 0, parts: int = 1
+) -> bool:
     """Ask without a key, and with it where the engine wants one; what goes wrong is printed.
+    Whether it was asked.
 
     SGLang hands the request to every scheduler between two batches, and in that call the
-    fingerprints are taken anew. ``pids``: of the engine's ranks, one of whose ancestors has to
-    listen there before it is told the key; ``None``: the address was named by whoever has the key.
+    fingerprints are taken anew; one of ``parts``, of which the first begins. ``pids``: of the
+    engine's ranks, one of whose ancestors has to listen there before it is told the key; ``None``:
+    the address was named by whoever has the key.
     """
-    reason, answer = _request(url, "")
+    reason, answer = _request(url, "", part, parts)
     if reason and api_key and answer == _UNAUTHORIZED:
         port = urllib.parse.urlsplit(url).port or (443 if url.startswith("https") else 80)
         if pids is None or any(_listens(pid, port) for pid in pids):
-            reason, _ = _request(url, api_key)
+            reason, _ = _request(url, api_key, part, parts)
         else:
             reason = (
                 f"it wants a key, and what listens on port {port} is no process of this engine "
@@ -55,14 +61,15 @@ def ask_to_look(url: str, api_key: str, pids: Iterable[int] | None) -> None:
             "address and a key.",
             file=sys.stderr,
         )
+    return not reason
 
 
-def _request(url: str, api_key: str) -> tuple[str, object]:
-    """Why it was not done, or nothing, and what was answered. It is asked for no checksums of its
-    own."""
+def _request(url: str, api_key: str, part: int, parts: int) -> tuple[str, object]:
+    """Why it was not done, or nothing, and what was answered. SGLang has no settings of these
+    names: it says so in one line of its log, and does nothing."""
     request = urllib.request.Request(  # noqa: S310 -- the engine's own address, or one given
-        f"{url}/weights_checker",
-        data=json.dumps({"action": "checksum", "skip_tensor_list": [""]}).encode(),
+        f"{url}/set_internal_state",
+        data=json.dumps({"server_args": {PART: part, PARTS: parts}}).encode(),
         headers={"Content-Type": "application/json"}
         | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
     )
@@ -73,8 +80,6 @@ def _request(url: str, api_key: str) -> tuple[str, object]:
         with opener.open(request, timeout=60):
             return "", None
     except urllib.error.HTTPError as error:
-        if error.code == 400:  # The action is newer than this release; it was called all the same.
-            return "", None
         answer: object = None
         with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
             answer = json.loads(error.read(_LARGEST_ANSWER))

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
+import math
 import signal
 import sys
 import threading
@@ -36,6 +38,11 @@ from sglang_weight_exporter.verification.manifest import ManifestError
 
 #: Names that a text lists of each kind.
 _NAMED = 20
+#: How long the engine may look between two batches where somebody watches it.
+_PART_SECONDS = 0.002
+_MOST_PARTS = 1_000
+#: The share of the time between two looks that the parts of one are spread over.
+_ROUND = 0.9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--watch",
         type=_seconds,
         metavar="SECONDS",
-        help="look again every so many seconds until interrupted, and print what is new",
+        help="look again every so many seconds until interrupted, 2 ms at a time between batches, "
+        "and print what is new",
     )
     parser.set_defaults(run=run)
 
@@ -149,6 +157,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     asked_at = time.time()
     if not arguments.recorded:
         _ask_to_look(arguments)
+    return _compare(arguments, asked_at)
+
+
+def _compare(arguments: argparse.Namespace, asked_at: float) -> int:
     tables = _tables(arguments)
     looked_at = [table for table in tables if _captured_at(table) >= asked_at]
     if not arguments.recorded:
@@ -210,7 +222,7 @@ def _watch(arguments: argparse.Namespace) -> int:
         began = time.monotonic()
         output, errors = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            statuses.add(_caught(_verify, arguments))
+            statuses.add(_caught(functools.partial(_verify_in_parts, ended), arguments))
         now = (output.getvalue(), errors.getvalue())
         if now != said:
             print(time.strftime("%Y-%m-%dT%H:%M:%S%z"))
@@ -221,6 +233,30 @@ def _watch(arguments: argparse.Namespace) -> int:
         said = now
         ended.wait(max(0.0, arguments.watch - (time.monotonic() - began)))
     return 1 if 1 in statuses else 2 if 2 in statuses else 0
+
+
+def _verify_in_parts(ended: threading.Event, arguments: argparse.Namespace) -> int:
+    """A whole round of fingerprints in the time between two, each part of them in milliseconds."""
+    asked_at = time.time()
+    parts = 1 if arguments.recorded else _parts(arguments)
+    for part in range(0 if arguments.recorded else parts):
+        if not _ask_to_look(arguments, part, parts):
+            break
+        until = asked_at + _ROUND * arguments.watch * (part + 1) / parts
+        if parts > 1 and ended.wait(max(0.0, until - time.time())):
+            return 0  # Nobody waits for what it would have found.
+    return _compare(arguments, asked_at)
+
+
+def _parts(arguments: argparse.Namespace) -> int:
+    """So many that each takes as long as it may, by what the last fingerprints took."""
+    seconds = [0.0]
+    for reader in chosen_tables(arguments):
+        with contextlib.suppress(TableError, OSError, UnreadableError):
+            table = reader.read(0.0).role.table
+            if table is not None:
+                seconds.append(table.fingerprint_seconds or 0.0)
+    return max(1, min(_MOST_PARTS, math.ceil(max(seconds) / _PART_SECONDS)))
 
 
 def _tables(arguments: argparse.Namespace) -> list[Table]:
@@ -242,19 +278,21 @@ def _tables(arguments: argparse.Namespace) -> list[Table]:
     return with_fingerprints
 
 
-def _ask_to_look(arguments: argparse.Namespace) -> None:
-    """Each engine once, whatever its number of ranks."""
+def _ask_to_look(arguments: argparse.Namespace, part: int = 0, parts: int = 1) -> bool:
+    """Each engine once, whatever its number of ranks. Whether all were asked."""
     if arguments.url:
-        ask_to_look(arguments.url, arguments.api_key, pids=None)
-        return
+        return ask_to_look(arguments.url, arguments.api_key, None, part, parts)
     pids: dict[str, list[int]] = {}
     for reader in chosen_tables(arguments):
         if reader.engine.url:
             with contextlib.suppress(OSError, UnreadableError):  # It has just ended.
                 found = pids.setdefault(reader.engine.url, [])
                 found.append(reader.directory.snapshot().pid)
-    for address, ranks_of_engine in pids.items():
-        ask_to_look(address, arguments.api_key, ranks_of_engine)
+    asked = [
+        ask_to_look(address, arguments.api_key, ranks_of_engine, part, parts)
+        for address, ranks_of_engine in pids.items()
+    ]
+    return all(asked)
 
 
 def _modified(table: Table) -> int | None:

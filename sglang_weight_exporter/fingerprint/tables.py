@@ -31,6 +31,7 @@ class TableFingerprints:
         self._fingerprinter = fingerprinter
         self._rows: dict[str, _Rows] = {}
         self._names: dict[str, _Names] = {}
+        self._parts: dict[str, _Parts] = {}
 
     def take(
         self,
@@ -50,13 +51,59 @@ class TableFingerprints:
         started = time.perf_counter()
         names, rows = self._prepared(table, skip)
         values = np.zeros((table.rows, 2), dtype=np.uint64)
+        self._read(rows, values, tensors, limit_seconds, table.role, after)
+        return _with(table, names, values, time.perf_counter() - started)
+
+    def take_part(
+        self,
+        table: WeightTable,
+        tensors: Callable[[], Sequence[torch.Tensor]],
+        *,
+        part: int,
+        parts: int,
+        skip: frozenset[str],
+        limit_seconds: float,
+        after: torch.cuda.Stream | None = None,
+    ) -> WeightTable | None:
+        """The same in parts of about as many bytes, the first of which begins anew; ``None`` unless
+        this was the last, and all before it were of the same table. A tensor is in one part."""
+        started = time.perf_counter()
+        names, rows = self._prepared(table, skip)
+        if part == 0:
+            values = np.zeros((table.rows, 2), dtype=np.uint64)
+            self._parts[table.role] = _Parts(rows, values, rows.cuts(table, parts))
+        taken = self._parts.pop(table.role, None)
+        if taken is None or taken.rows is not rows or (taken.next, taken.parts) != (part, parts):
+            return None
+        some = rows.between(*taken.cuts[part : part + 2])
+        self._read(some, taken.values, tensors, limit_seconds, f"{table.role} in parts", after)
+        taken.next, taken.seconds = part + 1, taken.seconds + time.perf_counter() - started
+        if taken.next == parts:
+            return _with(table, names, taken.values, taken.seconds)
+        self._parts[table.role] = taken
+        return None
+
+    def begin_anew(self, role: str) -> None:
+        """Parts that were taken are of weights that may be others now."""
+        self._parts.pop(role, None)
+
+    def _read(
+        self,
+        rows: _Rows,
+        values: NDArray[np.uint64],
+        tensors: Callable[[], Sequence[torch.Tensor]],
+        limit_seconds: float,
+        owner: str,
+        after: torch.cuda.Stream | None,
+    ) -> None:
+        started = time.perf_counter()
         for device, addressed in rows.by_address.items():
             values[addressed.rows] = self._fingerprinter.of_addresses(
                 device,
                 addressed.data_ptr,
                 addressed.nbytes,
                 limit_seconds=limit_seconds,
-                owner=table.role,
+                owner=owner,
                 after=after,
             )
         if len(rows.by_tensor):
@@ -64,16 +111,9 @@ class TableFingerprints:
             values[rows.by_tensor] = self._fingerprinter(
                 [in_memory_order(found[row]) for row in rows.by_tensor.tolist()],
                 limit_seconds=limit_seconds - (time.perf_counter() - started),
-                owner=table.role,
+                owner=owner,
                 after=after,
             )
-        content = values.astype(">u8")
-        return msgspec.structs.replace(
-            table,
-            fingerprints=content.tobytes(),
-            fingerprint=names.of_rank(content),
-            fingerprint_seconds=time.perf_counter() - started,
-        )
 
     def _prepared(self, table: WeightTable, skip: frozenset[str]) -> tuple[_Names, _Rows]:
         rows = self._rows.get(table.role)
@@ -84,6 +124,18 @@ class TableFingerprints:
         if names is None or not names.are_those_of(table, rows):
             names = self._names[table.role] = _Names.of(table, rows)
         return names, rows
+
+
+def _with(
+    table: WeightTable, names: _Names, values: NDArray[np.uint64], seconds: float
+) -> WeightTable:
+    content = values.astype(">u8")
+    return msgspec.structs.replace(
+        table,
+        fingerprints=content.tobytes(),
+        fingerprint=names.of_rank(content),
+        fingerprint_seconds=seconds,
+    )
 
 
 def without_rows(before: WeightTable, after: WeightTable, skip: frozenset[str]) -> WeightTable:
@@ -172,6 +224,44 @@ class _Rows:
             by_tensor,
             np.sort(np.concatenate([by_tensor, *addressed])),
         )
+
+    def cuts(self, table: WeightTable, parts: int) -> list[int]:
+        """Rows at which parts of about as many bytes begin, and where the last ends."""
+        nbytes = np.zeros(table.rows)
+        nbytes[self.taken] = np.frombuffer(table.nbytes, dtype="<u8")[self.taken]
+        before = np.concatenate([[0.0], np.cumsum(nbytes)])
+        shares = before[-1] * np.arange(1, parts) / parts
+        return [0, *np.searchsorted(before, shares).tolist(), table.rows]
+
+    def between(self, first: int, after: int) -> _Rows:
+        """Those rows alone."""
+        by_address = {}
+        for device, all_of in self.by_address.items():
+            there = slice(*np.searchsorted(all_of.rows, [first, after]).tolist())
+            if there.start < there.stop:
+                by_address[device] = _Addressed(
+                    all_of.rows[there], all_of.data_ptr[there], all_of.nbytes[there]
+                )
+        by_tensor, taken = (
+            rows[slice(*np.searchsorted(rows, [first, after]).tolist())]
+            for rows in (self.by_tensor, self.taken)
+        )
+        return _Rows(self.sha256, self.skip, by_address, by_tensor, taken)
+
+
+@dataclass
+class _Parts:
+    """What was taken of a table whose fingerprints are taken in parts."""
+
+    rows: _Rows
+    values: NDArray[np.uint64]
+    cuts: list[int]
+    next: int = 0
+    seconds: float = 0.0
+
+    @property
+    def parts(self) -> int:
+        return len(self.cuts) - 1
 
 
 def _dense(table: WeightTable) -> NDArray[np.bool_]:

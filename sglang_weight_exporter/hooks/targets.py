@@ -142,6 +142,8 @@ TARGETS: tuple[Target, ...] = (
     Target("send_weights_to_remote_instance", RUNNER, "ModelRunner.send_weights_to_remote_instance", "operate", "0.5.3.post3", "0.5.15.post1"),
     Target("send_weights_to_remote_instance", EXPORTER, "WeightExporter.send_weights_to_remote_instance", "operate", "0.5.16"),
     Target("check_weights", RUNNER, "ModelRunner.check_weights", "check", "0.5.6.post2", reads=("action",)),
+    # Its request asks for nothing that SGLang does where it names what no release knows.
+    Target("scheduler.set_internal_state", SCHEDULER, "Scheduler.set_internal_state", "verify", "0.4.3.post4", reads=("recv_req",)),
     Target("load_lora_adapter", RUNNER, "ModelRunner.load_lora_adapter", "lora", "0.4.9.post6"),
     Target("load_lora_adapter_from_tensors", RUNNER, "ModelRunner.load_lora_adapter_from_tensors", "lora", "0.5.8.post1"),
     Target("unload_lora_adapter", RUNNER, "ModelRunner.unload_lora_adapter", "lora", "0.4.9.post6"),

@@ -16,6 +16,7 @@ from sglang_weight_exporter.capture import update_bytes
 from sglang_weight_exporter.hooks.wrapped_call import Around, Call, Outcome, effect_of, verdict_on
 from sglang_weight_exporter.ledger import CallToken, EndsWith, Ledger, Verdict
 from sglang_weight_exporter.rank import Rank
+from sglang_weight_exporter.records.fingerprints import PART, PARTS
 from sglang_weight_exporter.records.pools import PAUSES
 from sglang_weight_exporter.records.updates import Source
 from sglang_weight_exporter.runners.roles import RunnerRole
@@ -372,9 +373,24 @@ class Translator:
             outcome = yield from self._write(call, "external", "call", announced=True)
         else:
             outcome = yield
-            if (role := self._rank.role(call.owner)) is not None:
+            role = self._rank.role(call.owner)
+            if role is not None and outcome.error is None:
                 self._rank.read_again(role)
         self._end_operation(call, outcome)
+
+    def verify(self, call: Call) -> Around | None:
+        """``Scheduler.set_internal_state``, which refuses what it does not know and does nothing
+        then: so `verify` asks for fingerprints, between two batches."""
+        requested = call.requested("server_args")
+        if not isinstance(requested, dict) or PART not in requested:
+            return None
+        return self._verify(int(requested[PART]), int(requested.get(PARTS, 1)))
+
+    def _verify(self, part: int, parts: int) -> Around:
+        yield
+        complete = [self._rank.read_again(role, part, parts) for role in self._rank.roles]
+        if any(complete):
+            self._rank.step(lambda ledger: None)
 
     def lora(self, call: Call) -> Around:
         """An adapter is loaded or unloaded."""

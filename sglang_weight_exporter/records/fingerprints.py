@@ -20,6 +20,11 @@ During = Literal["serving", "release"]
 DURINGS: tuple[During, ...] = get_args(During)
 
 
+#: What `verify` names in a request of ``set_internal_state``: which part of the fingerprints it
+#: asks for, and of how many. No release has settings of these names.
+PART, PARTS = "sglang_weight_exporter_part", "sglang_weight_exporter_parts"
+
+
 class FingerprintCounts(Record, frozen=True, kw_only=True):
     """What became of the fingerprints of a role, and what they have shown."""
 

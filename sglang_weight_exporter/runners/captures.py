@@ -53,6 +53,8 @@ class RoleCapture:
     left: WeightTable | None = None
     #: Forward passes that the scheduler had begun when fingerprints were taken last.
     passes: int | None = None
+    #: The same of the first part, where they are taken in parts.
+    passes_of_parts: int | None = None
     #: Name → kind of tensors that hold other bytes than that.
     modified: dict[str, Kind] = field(default_factory=dict)
 

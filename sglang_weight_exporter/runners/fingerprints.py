@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 
+import msgspec
 import torch
 
 from sglang_weight_exporter.capture.weights import WeightCapture, table_tensors
@@ -55,6 +56,7 @@ class RoleFingerprints:
         passes.
         """
         held.skipped = None
+        self._tables.begin_anew(role.name)
         if held.weights is not None:
             table = without_fingerprints(held.weights.table)
             held.weights = replace(held.weights, table=table)
@@ -83,12 +85,48 @@ class RoleFingerprints:
             )
             held.weights = replace(weights, table=table)
         except FingerprintError as error:
-            timed_out = isinstance(error, FingerprintTimeoutError)
-            held.skipped = "time_limit" if timed_out else "unsupported"
+            held.skipped = _reason(error)
             self._log(held.skipped, error)
         except Exception as error:
             held.skipped = "error"
             self._report("fingerprint", error)
+
+    def take_part(
+        self,
+        role: RunnerRole,
+        held: RoleCapture,
+        limit_seconds: float,
+        *,
+        part: int,
+        parts: int,
+        captured_at: float,
+        after: torch.cuda.Stream | None,
+    ) -> bool:
+        """One part after another, with batches between; whether that was the last. Until then what
+        was taken before is there, and an update begins anew."""
+        weights = held.weights
+        if weights is None or not limit_seconds or role.has_placeholders:
+            return False
+        try:
+            table = self._tables.take_part(
+                weights.table,
+                lambda: table_tensors(weights, role.runner.model),
+                part=part,
+                parts=parts,
+                skip=_no_weights(held),
+                limit_seconds=limit_seconds,
+                after=after,
+            )
+        except FingerprintError as error:
+            self._log(_reason(error), error)
+            return False
+        if table is None:
+            return False
+        held.weights = replace(
+            weights, table=msgspec.structs.replace(table, captured_at=captured_at)
+        )
+        self._compare(held, written=False)
+        return True
 
     def drop_scratch(self, held: RoleCapture, before: WeightCapture | None) -> None:
         """Tensors have turned out to be scratch; ``before``: the capture in which they were not."""
@@ -126,6 +164,10 @@ class RoleFingerprints:
             except Exception as error:
                 held.modified = {}
                 self._report("fingerprint", error)
+
+
+def _reason(error: FingerprintError) -> Skip:
+    return "time_limit" if isinstance(error, FingerprintTimeoutError) else "unsupported"
 
 
 def _no_weights(held: RoleCapture) -> frozenset[str]:

@@ -150,6 +150,30 @@ class ModelRunnerInspector:
         self.read_memory(on_gpu, thorough=loaded or pools)
         self.seconds = time.perf_counter() - started
 
+    def read_part(
+        self, role: RunnerRole, part: int, parts: int, fingerprint_seconds: float
+    ) -> bool:
+        """Fingerprints of a part of the weights, which nothing has moved since the last capture;
+        whether all of them are there now."""
+        if self._fingerprints is None:
+            return False
+        self._captures.drop_rebound(role, self._segments(role.device, Segments.of_cuda))
+        held = self._captures.known(role)
+        if part == 0:
+            held.passes_of_parts = self._passes()
+        complete = self._fingerprints.take_part(
+            role,
+            held,
+            fingerprint_seconds if self.memory_is_there else 0.0,
+            part=part,
+            parts=parts,
+            captured_at=self._clock(),
+            after=self._forward_stream(),
+        )
+        if complete:
+            held.passes = held.passes_of_parts
+        return complete
+
     def learn_scratch(self, role: RunnerRole) -> None:
         """Forward passes write what was found modified and is no parameter: it is scratch from now
         on, and no news."""

@@ -222,7 +222,7 @@ def test_a_time_that_is_none_is_refused(tmp_path: Path, seconds: str) -> None:
 def checker(
     look: Callable[[], object], answer: int = 200, key: str = "", body: bytes = b""
 ) -> Iterator[tuple[str, list[BaseHTTPRequestHandler]]]:
-    """An engine's ``/weights_checker``: its address, and what it was asked."""
+    """An engine's ``/set_internal_state``: its address, and what it was asked."""
     asked: list[BaseHTTPRequestHandler] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -231,7 +231,7 @@ def checker(
             code, content = answer, body
             if key and self.headers["Authorization"] != f"Bearer {key}":
                 code, content = 401, b'{"error":"Unauthorized"}'  # As SGLang's ``utils/auth.py``.
-            elif self.path == "/weights_checker" and answer in {200, 400}:
+            elif self.path == "/set_internal_state" and answer == 200:
                 look()
             self.send_response(code)
             self.send_header("Content-Length", str(len(content)))
@@ -253,13 +253,11 @@ def keys(asked: list[BaseHTTPRequestHandler]) -> list[str | None]:
     return [request.headers["Authorization"] for request in asked]
 
 
-@pytest.mark.parametrize("answer", [200, 400])
-def test_the_engine_is_asked_where_its_settings_say(tmp_path: Path, answer: int) -> None:
-    """Past any proxy, which neither reaches an engine on this host nor is to know its key. With
-    status 400 a release answers that knows no such action and looks all the same."""
+def test_the_engine_is_asked_where_its_settings_say(tmp_path: Path) -> None:
+    """Past any proxy, which neither reaches an engine on this host nor is to know its key."""
     alone = rank(tmp_path, engine="1")
     look = lambda: alone.publish(table=holding("a"), modified=())  # noqa: E731
-    with checker(look, answer, key="s3cret") as (url, asked):
+    with checker(look, key="s3cret") as (url, asked):
         alone.engine = msgspec.structs.replace(alone.engine, url=url)
         alone.publish(table=holding("a"))
         proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:9")
@@ -332,7 +330,7 @@ def test_an_address_that_is_given_comes_before_the_settings(tmp_path: Path) -> N
     assert len(asked) == 1
 
 
-@pytest.mark.parametrize("answer", [401, 404, 500])
+@pytest.mark.parametrize("answer", [400, 401, 404, 500])
 def test_an_engine_that_refuses_is_compared_as_it_was_left(tmp_path: Path, answer: int) -> None:
     replicas = rank(tmp_path), rank(tmp_path, engine="30001")
     for each in replicas:

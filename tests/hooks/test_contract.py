@@ -125,6 +125,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     ),
     "experts move": ("rebalance", "update_expert_location", "expert_backup"),
     "reset_tensors": ("check_weights",),
+    "`verify`": ("scheduler.set_internal_state",),
     "LoRA": ("load_lora_adapter", "load_lora_adapter_from_tensors", "unload_lora_adapter"),
     "release, resume": (
         "scheduler.release_memory_occupation",

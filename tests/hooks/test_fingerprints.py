@@ -36,12 +36,14 @@ class Counting(Fingerprinter):
         self.times = 0
         self.error: Exception | None = None
         self.limits: list[float] = []
+        self.bytes_read: list[int] = []
 
     def __call__(
         self, tensors: Sequence[torch.Tensor], *, limit_seconds: float = float("inf"), **more: Any
     ) -> Any:
         self.times += 1
         self.limits.append(limit_seconds)
+        self.bytes_read += [tensor.nbytes for tensor in tensors]
         if self.error is not None:
             raise self.error
         return super().__call__(tensors, limit_seconds=limit_seconds, **more)
@@ -150,6 +152,69 @@ def test_nothing_is_read_inside_a_session(rank: Rank, counting: Counting) -> Non
     runner.weight_updater.end_weight_update(run_post_load=False)
     assert counting.times == before + 1
     assert counts(rank).modified == {"serving": {}}
+
+
+def asks(scheduler: Any, part: int, parts: int) -> None:
+    """What `verify` asks for."""
+    names = {"sglang_weight_exporter_part": part, "sglang_weight_exporter_parts": parts}
+    scheduler.set_internal_state(Request(server_args=names))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_whoever_asks_for_all_parts_learns_what_is_there(
+    rank: Rank, counting: Counting, parts: int
+) -> None:
+    runner = rank.runner()
+    scheduler = rank.hook(SCHEDULER, Scheduler)(lambda: None)
+    add_one(runner)
+    loaded, read, before = of(rank), [], rank.role().table
+    for part in range(parts):
+        assert of(rank) == loaded  # Until the last.
+        counting.bytes_read.clear()
+        asks(scheduler, part, parts)
+        read.append(sum(counting.bytes_read))
+    assert of(rank) == expected(runner) != loaded
+    assert counts(rank).modified == {"serving": {"parameter": 1}}
+    assert sum(read) == sum(each.nbytes for each in runner.model.parameters())
+    assert max(read) < sum(read) or parts == 1
+    after = rank.role().table
+    assert before is not None
+    assert after is not None
+    assert after.captured_at > before.captured_at
+    assert rank.snapshot().operations == {}
+
+
+def test_parts_of_two_updates_are_no_whole(rank: Rank) -> None:
+    runner = rank.runner()
+    scheduler = rank.hook(SCHEDULER, Scheduler)(lambda: None)
+    asks(scheduler, 0, 2)
+    add_one(runner)
+    runner.weight_updater.update_weights_from_disk("other", "auto")
+    updated = rank.role().table
+    asks(scheduler, 1, 2)
+    assert rank.role().table == updated
+    for part in (0, 2, 1):  # Nor are those of which one is missing.
+        asks(scheduler, part, 3)
+    assert rank.role().table == updated
+    assert counts(rank).modified == {}
+
+
+def test_what_else_is_set_is_no_question(rank: Rank, counting: Counting) -> None:
+    rank.runner()
+    scheduler = rank.hook(SCHEDULER, Scheduler)(lambda: None)
+    before = counting.times
+    scheduler.set_internal_state(Request(server_args={"pp_max_micro_batch_size": 8}))
+    assert counting.times == before
+
+
+def test_a_check_that_fails_reads_nothing(rank: Rank, counting: Counting) -> None:
+    runner = rank.runner()
+    before = counting.times
+    with pytest.raises(ValueError, match="differ"):
+        runner.check_weights("compare")
+    assert counting.times == before
+    runner.check_weights("checksum")
+    assert counting.times == before + 1
 
 
 @pytest.mark.parametrize(

@@ -241,6 +241,10 @@ class Scheduler:
         self.tree_cache = SimpleNamespace(evictable_size=int, protected_size=int)
         make()
 
+    def set_internal_state(self, recv_req: Any) -> Any:
+        """Refuses whatever it does not know, and does nothing."""
+        return SimpleNamespace(updated=False)
+
 
 class WeightUpdater:
     """Of 0.5.21 and later; what each call answers is the runner's ``answers``."""
