@@ -5,7 +5,7 @@
 A trainer on the second GPU sends all weights of one Llama (8B's shape) in buckets to three engines
 on the first, in turn: without the exporter, with it, and with fingerprints. Reported are medians of
 the time from the first bucket until the engine has answered the last and the trainer has sent it.
-Needs SGLang and two NVIDIA GPUs.
+Needs SGLang and two NVIDIA GPUs; without them it runs on the CPU over Gloo with a tiny model.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "shared"))
 
 from engines import Installation
-from fingerprint_engine import GPU, OPTIONS, write_model
+from fingerprint_engine import CPU, GPU, OPTIONS, write_model
 from gpu_engines import nvidia_smi
 from ports import free_port
 from update import Engine
@@ -31,8 +31,6 @@ import json, os, sys, threading, time
 os.environ["NCCL_CUMEM_ENABLE"] = "0"  # As SGLang has it; with another value the first one hangs.
 import sglang, torch
 from sglang.srt.utils import init_custom_process_group
-
-TRAINER = "cuda:1"
 
 def shapes(config):
     hidden, inner, words = (config[f"{n}_size"] for n in ("hidden", "intermediate", "vocab"))
@@ -52,28 +50,33 @@ def shapes(config):
 
 def main():
     options, count, port = json.loads(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+    gpu = options["device"] == "cuda"
+    trainer, backend = ("cuda:1", "nccl") if gpu else ("cpu", "gloo")
     engine = sglang.Engine(model_path=sys.argv[1], **options)
     made = shapes(json.load(open(sys.argv[1] + "/config.json")))
-    tensors = {n: torch.zeros(s, dtype=torch.bfloat16, device=TRAINER) for n, s in made.items()}
+    tensors = {n: torch.zeros(s, dtype=torch.bfloat16, device=trainer) for n, s in made.items()}
     names = list(tensors)
     size = -(-len(names) // count)
     buckets = [names[at:at + size] for at in range(0, len(names), size)]
     groups = []
     def join():
-        torch.cuda.set_device(TRAINER)
+        if gpu:
+            torch.cuda.set_device(trainer)
         groups.append(init_custom_process_group(
-            backend="nccl", init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=0,
+            backend=backend, init_method=f"tcp://127.0.0.1:{port}", world_size=2, rank=0,
             group_name="trainer"))
     joining = threading.Thread(target=join)
     joining.start()
-    done = engine.init_weights_update_group("127.0.0.1", port, 1, 2, "trainer", backend="nccl")
+    done = engine.init_weights_update_group("127.0.0.1", port, 1, 2, "trainer", backend=backend)
     assert done[0], done[1]
     joining.join()
     def send(bucket):
-        torch.cuda.set_device(TRAINER)
+        if gpu:
+            torch.cuda.set_device(trainer)
         for name in bucket:
             torch.distributed.broadcast(tensors[name], src=0, group=groups[0])
-        torch.cuda.synchronize()
+        if gpu:
+            torch.cuda.synchronize()
     sessions = hasattr(engine, "begin_weight_update")  # From 0.5.21 on.
     def update():
         if sessions:
@@ -103,11 +106,12 @@ if __name__ == "__main__":
 
 
 def main() -> None:
-    if len(nvidia_smi()) < 2:
-        raise SystemExit("needs two NVIDIA GPUs")
-    hidden, layers, buckets = map(int, sys.argv[1:]) if len(sys.argv) > 1 else (4096, 32, 14)
-    options = json.dumps(OPTIONS | GPU | {"mem_fraction_static": 0.25})
-    installation = Installation(Path(sys.executable), gpu=True)
+    gpu = len(nvidia_smi()) > 1
+    sizes = (4096, 32, 14) if gpu else (256, 2, 3)
+    hidden, layers, buckets = map(int, sys.argv[1:]) if len(sys.argv) > 1 else sizes
+    device = (GPU if gpu else CPU) | {"load_format": "dummy", "mem_fraction_static": 0.25}
+    options = json.dumps(OPTIONS | device)
+    installation = Installation(Path(sys.executable), gpu=gpu)
     kinds = {
         "without": {"SGLANG_WEIGHT_EXPORTER_DISABLED": "1"},
         "with": {},

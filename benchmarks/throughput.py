@@ -1,9 +1,10 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Generation throughput of a real engine with the exporter and without: throughput.py
+"""Generation throughput of a real engine with the exporter and without: throughput.py [SECONDS]
 
 Two engines of one model run side by side, one with SGLANG_WEIGHT_EXPORTER_DISABLED=1, and answer
-the same requests in turn, one engine at a time. Needs SGLang (0.5.23 is what was measured).
+the same requests in turn, one engine at a time. With SECONDS each round is as long, and in the
+middle of it the weights are loaded from disk again. Needs SGLang (0.5.23 is what was measured).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "shared"))
 import tiny_model
 from engines import Engine, Installation
 
-ROUNDS = 60
+ROUNDS, RELOADS = 60, 16
 REQUESTS = 8
 TOKENS = 64
 
@@ -49,7 +50,23 @@ def generate(engine: Engine) -> float:
     return time.perf_counter() - started
 
 
+def beside_a_reload(engine: Engine, model: Path, seconds: float) -> float:
+    """Seconds for a round's tokens, where weights are loaded once in so many seconds."""
+    began, rounds = time.perf_counter(), 0
+    with ThreadPoolExecutor(1) as pool:
+        reload = None
+        while (passed := time.perf_counter() - began) < seconds:
+            if reload is None and passed > seconds / 2:
+                reload = pool.submit(engine.update_weights_from_disk, model)
+            generate(engine)
+            rounds += 1
+        assert reload is not None
+        assert reload.result()[0] == 200, "the reload failed"
+    return (time.perf_counter() - began) / rounds
+
+
 def main() -> None:
+    every = float(sys.argv[1]) if len(sys.argv) > 1 else 0.0
     model = Path(tempfile.mkdtemp()) / "model"
     tiny_model.write(model, 0)
     installation = Installation(Path(sys.executable))
@@ -61,16 +78,20 @@ def main() -> None:
             engine.wait_until_ready()
             generate(engine)  # Warm-up.
         ratios, seconds = [], []
-        for number in range(ROUNDS):
+        for number in range(RELOADS if every else ROUNDS):
             first, second = (off, on) if number % 2 else (on, off)
-            taken = {first: generate(first), second: generate(second)}
+            taken = {
+                engine: beside_a_reload(engine, model, every) if every else generate(engine)
+                for engine in (first, second)
+            }
             ratios.append(taken[off] / taken[on])
             seconds.append(taken[off])
     finally:
         on.stop()
         off.stop()
     tokens = REQUESTS * TOKENS / statistics.median(seconds)
-    print(f"Generation of {REQUESTS} x {TOKENS} tokens, {ROUNDS} rounds in turn")
+    beside = f", beside a reload every {every:g} s" if every else ""
+    print(f"Generation of {REQUESTS} x {TOKENS} tokens, {len(ratios)} rounds in turn{beside}")
     print(f"  without the exporter {tokens:8.0f} tokens/s")
     print(
         f"  ratio with/without   {statistics.median(ratios):8.3f}"
