@@ -228,6 +228,7 @@ def checker(
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             asked.append(self)
+            self.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             code, content = answer, body
             if key and self.headers["Authorization"] != f"Bearer {key}":
                 code, content = 401, b'{"error":"Unauthorized"}'  # As SGLang's ``utils/auth.py``.
@@ -264,6 +265,48 @@ def test_the_engine_is_asked_where_its_settings_say(tmp_path: Path) -> None:
         status, text = run("verify", tmp_path, "--api-key", "s3cret", **proxies)
     assert (status, text.count("not looked at again")) == (0, 0), text
     assert keys(asked) == [None, "Bearer s3cret"]
+
+
+def parts(asked: list[BaseHTTPRequestHandler]) -> list[list[int]]:
+    """Which part of how many each request was for."""
+    return [list(request.body["server_args"].values()) for request in asked]  # type: ignore[attr-defined]
+
+
+def test_one_look_is_for_all_of_it(tmp_path: Path) -> None:
+    alone = rank(tmp_path)
+    alone.publish(table=holding("a"))
+    with checker(lambda: alone.publish(table=holding("a"))) as (url, asked):
+        run("verify", tmp_path, "--url", url)
+    assert parts(asked) == [[0, 1]]
+
+
+def test_a_watch_asks_for_parts_of_two_milliseconds(tmp_path: Path) -> None:
+    """Spread over the time of one look, whatever each takes."""
+    alone = rank(tmp_path)
+
+    def publish(modified: tuple[str, ...] = ()) -> None:
+        table = msgspec.structs.replace(holding("a"), fingerprint_seconds=0.0091)
+        alone.publish(table=table, modified=modified)
+
+    def look() -> None:
+        if len(asked) % 5 == 0:
+            publish(() if len(asked) < 10 else (CHANGED,))
+
+    publish()
+    output = tmp_path / "output"
+    with checker(look) as (url, asked), output.open("w") as file:
+        watching = subprocess.Popen(
+            command("verify", tmp_path, "--watch", "0.5", "--url", url), stdout=file, stderr=file
+        )
+        try:
+            eventually(lambda: "changed without" in output.read_text(), what="the second look")
+        finally:
+            watching.terminate()
+        assert watching.wait(LIMIT) == 1
+    assert parts(asked)[:10] == [[part, 5] for part in range(5)] * 2
+    text = output.read_text()
+    assert "tensors looked at" in text
+    assert "not looked at again" not in text
 
 
 def test_an_engine_without_a_key_is_told_none(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ class PublishedRank:
                 regions={},
                 captured_at=now,
                 fingerprint=made.fingerprint,
+                fingerprint_seconds=made.fingerprint_seconds,
                 modified=len(modified) if made.fingerprint else None,
                 modified_names=modified,
             ),

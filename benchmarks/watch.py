@@ -1,0 +1,114 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What `verify --watch` does to the tokens of a real engine: watch.py [LAYERS]
+
+One request streams its tokens: alone, beside `verify --watch 2`, which reads fingerprints in parts
+between batches, and beside whole fresh looks every two seconds, in turn. Reported are the usual gap
+between two tokens, the longest and the tokens per second of each. Needs SGLang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "shared"))
+
+import tiny_model
+from engines import Engine, Installation
+
+LAYERS, ROUNDS, TOKENS, EVERY = 60, 6, 400, 2
+
+
+def gaps(engine: Engine) -> list[float]:
+    """Seconds between the tokens of one request."""
+    sampling = {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"{engine.url}/generate",
+        data=json.dumps({"text": "once", "stream": True, "sampling_params": sampling}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=300) as response:
+        came = [time.perf_counter() for line in response if line.startswith(b"data: {")]
+    return [after - before for before, after in itertools.pairwise(came)]
+
+
+@contextlib.contextmanager
+def alone(engine: Engine) -> Iterator[None]:
+    yield
+
+
+@contextlib.contextmanager
+def watched(engine: Engine) -> Iterator[None]:
+    """Beside the command."""
+    command = [str(engine.installation.python), "-m", "sglang_weight_exporter", "verify"]
+    with subprocess.Popen(
+        [*command, f"--watch={EVERY}"],
+        env=engine.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            time.sleep(1)  # It starts.
+            yield
+        finally:
+            process.terminate()
+
+
+@contextlib.contextmanager
+def asked(engine: Engine) -> Iterator[None]:
+    """Beside whole looks."""
+    ended = threading.Event()
+
+    def ask() -> None:
+        while not ended.wait(EVERY / 2):
+            names = {"sglang_weight_exporter_part": 0, "sglang_weight_exporter_parts": 1}
+            engine.post("/set_internal_state", {"server_args": names})
+            ended.wait(EVERY / 2)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        asking.join()
+
+
+def main() -> None:
+    layers = int(sys.argv[1]) if len(sys.argv) > 1 else LAYERS
+    model = tiny_model.write(Path(tempfile.mkdtemp()) / "model", layers=layers)
+    variables = {"SGLANG_WEIGHT_EXPORTER_FINGERPRINT": "on"}
+    engine = Engine(Installation(Path(sys.executable)), model, variables=variables)
+    found: dict[str, list[float]] = {}
+    try:
+        engine.start()
+        engine.wait_until_ready()
+        gaps(engine)  # Warm-up.
+        for _ in range(ROUNDS):
+            for beside in (alone, watched, asked):
+                with beside(engine):
+                    found.setdefault(beside.__name__, []).extend(gaps(engine))
+    finally:
+        engine.stop()
+    for name, seconds in found.items():
+        usual, longest = statistics.median(seconds), sorted(seconds)[-5:]
+        print(
+            f"{name:>8}: {1e3 * usual:6.1f} ms between tokens, the five longest "
+            f"{', '.join(f'{1e3 * each:.1f}' for each in longest)} ms, "
+            f"{len(seconds) / sum(seconds):.1f} tokens/s"
+        )
+
+
+if __name__ == "__main__":
+    main()
