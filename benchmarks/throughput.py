@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "shared"))
 import tiny_model
 from engines import Engine, Installation
 
-ROUNDS, RELOADS = 60, 16
+ROUNDS, RELOADS = 60, 10
 REQUESTS = 8
 TOKENS = 64
 
