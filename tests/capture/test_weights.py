@@ -539,6 +539,36 @@ def test_a_second_look_finds_what_a_first_one_would(change: Any, many: bool) -> 
     del kept
 
 
+class Walked(dict[str, Any]):
+    """Counts how often its modules are asked for."""
+
+    walks = 0
+
+    def values(self) -> Any:
+        self.walks += 1
+        return super().values()
+
+
+def test_modules_are_walked_where_something_was_registered_and_not_else() -> None:
+    model = module()
+    model.kept = module(weight=torch.nn.Parameter(torch.zeros(8, 4)))
+    model.__dict__["_modules"] = walked = Walked(model._modules)
+    captured = capture(model)
+    walked.walks = 0
+    for _ in range(3):
+        captured = capture(model, previous=captured)
+    model.kept.weight.data = torch.zeros(4, 8)
+    assert walked.walks == 0
+    captured = capture(model, previous=captured)
+    assert walked.walks > 0  # What has moved is looked at closely.
+    walked.walks = 0
+    torch.nn.Linear(1, 1)  # Nobody knows whose it is to be.
+    again = capture(model, previous=captured)
+    assert (again.table, walked.walks) == (captured.table, 1)
+    assert capture(model, previous=again).table == again.table
+    assert walked.walks == 1
+
+
 def test_captures_never_have_the_garbage_collector_run() -> None:
     model = torch.nn.ModuleList(
         module(**{f"w{index}": torch.nn.Parameter(torch.zeros(2)) for index in range(10)})

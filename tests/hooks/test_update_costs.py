@@ -26,14 +26,16 @@ def large(modules: int = 3000) -> Any:
     return made
 
 
-@pytest.mark.parametrize("moves", [False, True])
-def test_updates_never_have_the_garbage_collector_run(tmp_path: Path, moves: bool) -> None:
+@pytest.mark.parametrize("does", ["nothing", "moves", "registers elsewhere"])
+def test_updates_never_have_the_garbage_collector_run(tmp_path: Path, does: str) -> None:
     rank = Rank(tmp_path / "runtime")
     made = large()
 
     def load() -> tuple[bool, str]:
-        if moves:
+        if does == "moves":
             made[0].weight = torch.nn.Parameter(torch.zeros(1, 1))
+        elif does != "nothing":
+            torch.nn.Linear(1, 1)
         return True, "Success"
 
     runner = rank.runner(model=made, answers={"tensor": load})
