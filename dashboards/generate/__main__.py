@@ -54,7 +54,10 @@ def with_runbooks(rules: str, documents: str) -> str:
 
 
 def files(documents: str = "") -> dict[str, str]:
-    boards = {"sglang-fleet.json": fleet.board(), "sglang-engine.json": engine.board()}
+    boards = {
+        "sglang-fleet.json": fleet.board(documents),
+        "sglang-engine.json": engine.board(),
+    }
     made = {name: json.dumps(linked(b, documents), indent=2) + "\n" for name, b in boards.items()}
     if documents:
         made[RULES] = with_runbooks((HERE / RULES).read_text(), documents)

@@ -8,7 +8,7 @@ from functools import partial
 
 from . import variables
 from .grafana import Json
-from .grafana import board as made
+from .layout import board as made
 from .queries import ENGINES
 from .rows import dcgm, exporter, fingerprints, memory, ranks, sglang, updates
 

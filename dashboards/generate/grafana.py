@@ -4,34 +4,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from . import DOCUMENTS
+from .colours import BLUE, COLOURS, GREY
 
 Json = dict[str, Any]
 
 DATASOURCE: Json = {"type": "prometheus", "uid": "${datasource}"}
-
-COLOURS = {
-    "Target weights": "blue",
-    "Draft weights": "light-blue",
-    "LoRA": "purple",
-    "KV pool": "orange",
-    "KV tables": "light-orange",
-    "CUDA graphs": "green",
-    "Other tensors": "light-green",
-    "Unused in torch": "#c9b18b",
-    "Outside torch": "#5b6b86",
-    "Everything else in use": "#8e929b",
-    "Free": "rgba(140, 146, 160, 0.22)",
-}
 
 NOT_LOADED = "No rank is scraped: is SGLang running, and is :9400 a target?"
 NO_NVML = "No NVML: CPU engine, or the exporter cannot see the driver"
 NO_ACCOUNT = "No account: CPU engine, an older exporter, or nothing has happened yet"
 NO_SGLANG = "SGLang's own metrics are not here: start it with --enable-metrics and scrape it"
 NO_DCGM = "dcgm-exporter is not here: see the text on the right"
+
+
+#: Points of a graph. A store works for each of them, on as many series as there are GPUs.
+MOST_POINTS = 60
 
 
 def query(expression: str, legend: str = "", *, ref: str = "A", **more: Any) -> Json:
@@ -59,7 +49,17 @@ def override(field: str, **properties: Any) -> Json:
 
 
 def coloured(name: str, **more: Any) -> Json:
-    return override(name, color={"mode": "fixed", "fixedColor": COLOURS[name]}, **more)
+    return in_colour(name, COLOURS[name], **more)
+
+
+def in_colour(name: str, colour: str, **more: Any) -> Json:
+    return override(name, color={"mode": "fixed", "fixedColor": colour}, **more)
+
+
+def hidden(*fields: str) -> list[Json]:
+    """Columns that are there for links alone. Grafana has had two words for it."""
+    nowhere = {"viz": True, "legend": False, "tooltip": False}
+    return [override(each, custom__hidden=True, custom__hideFrom=nowhere) for each in fields]
 
 
 def panel(kind: str, title: str, description: str, width: int, height: int, **more: Any) -> Json:
@@ -85,7 +85,9 @@ def stat(
     no_value: str,
     *steps: tuple[float | None, str],
     width: int = 4,
+    words: dict[int, str] | None = None,
 ) -> Json:
+    """`words`: what is shown in place of a number that is none."""
     return panel(
         "stat",
         title,
@@ -99,6 +101,7 @@ def stat(
                 "noValue": no_value,
                 "color": {"mode": "thresholds"},
                 "thresholds": thresholds(*(steps or ((None, "text"),))),
+                **({"mappings": [in_words(words)]} if words else {}),
             },
             "overrides": [],
         },
@@ -111,6 +114,11 @@ def stat(
             "textMode": "value",
         },
     )
+
+
+def in_words(words: dict[int, str]) -> Json:
+    options = {str(number): {"text": text, "index": number} for number, text in words.items()}
+    return {"type": "value", "options": options}
 
 
 def timeseries(
@@ -129,7 +137,11 @@ def timeseries(
     explained_by_updates: bool = False,
     points: bool = False,
     calcs: tuple[str, ...] = ("lastNotNull",),
+    colours: dict[str, str] | None = None,
+    transformations: list[Json] | None = None,
 ) -> Json:
+    """`colours`: of series by name, where there are several."""
+    named = [in_colour(name, colour) for name, colour in (colours or {}).items()]
     return panel(
         "timeseries",
         title,
@@ -137,7 +149,9 @@ def timeseries(
         width,
         height,
         explained_by_updates=explained_by_updates,
+        maxDataPoints=MOST_POINTS,
         targets=targets,
+        **({"transformations": transformations} if transformations else {}),
         fieldConfig={
             "defaults": {
                 "unit": unit,
@@ -145,7 +159,7 @@ def timeseries(
                 **({} if maximum is None else {"max": maximum}),
                 **({} if decimals is None else {"decimals": decimals}),
                 "noValue": no_value,
-                "color": {"mode": "palette-classic"},
+                "color": {"mode": "fixed", "fixedColor": GREY if colours else BLUE},
                 "custom": {
                     "drawStyle": "bars" if bars else "line",
                     "lineInterpolation": "linear" if bars else "stepAfter",
@@ -158,7 +172,7 @@ def timeseries(
                     "stacking": {"mode": "normal" if stacked or bars else "none", "group": "A"},
                 },
             },
-            "overrides": list(overrides),
+            "overrides": [*named, *overrides],
         },
         options={
             "legend": {
@@ -167,7 +181,7 @@ def timeseries(
                 "placement": "right" if width >= 12 else "bottom",
                 "calcs": list(calcs),
             },
-            "tooltip": {"mode": "multi", "sort": "desc"},
+            "tooltip": {"mode": "multi", "sort": "none" if stacked else "desc"},
         },
     )
 
@@ -180,9 +194,9 @@ def stacked_bars(
     x_field: str,
     no_value: str,
     *overrides: Json,
-    share: bool,
     width: int,
     height: int,
+    unit: str = "bytes",
 ) -> Json:
     return panel(
         "barchart",
@@ -194,9 +208,9 @@ def stacked_bars(
         transformations=transformations,
         fieldConfig={
             "defaults": {
-                "unit": "bytes",
+                "unit": unit,
                 "noValue": no_value,
-                "color": {"mode": "palette-classic"},
+                "color": {"mode": "fixed", "fixedColor": BLUE},
                 "custom": {"fillOpacity": 90, "lineWidth": 0, "axisPlacement": "auto"},
             },
             "overrides": list(overrides),
@@ -204,7 +218,7 @@ def stacked_bars(
         options={
             "xField": x_field,
             "orientation": "horizontal",
-            "stacking": "percent" if share else "normal",
+            "stacking": "normal",
             "showValue": "never",
             "groupWidth": 0.7,
             "barWidth": 0.85,
@@ -220,6 +234,24 @@ def stacked_bars(
             },
             "tooltip": {"mode": "multi", "sort": "none"},
         },
+    )
+
+
+def bars_by_name(
+    title: str, description: str, expression: str, unit: str, no_value: str, *, width: int
+) -> Json:
+    """One bar each, of what the expression calls `where`, the longest first."""
+    return stacked_bars(
+        title,
+        description,
+        [query(f"sort_desc(max by (where) ({expression}))", instant=True, format="table")],
+        [{"id": "organize", "options": {"excludeByName": {"Time": True}}}],
+        "where",
+        no_value,
+        override("Value", displayName=title),
+        unit=unit,
+        width=width,
+        height=8,
     )
 
 
@@ -270,6 +302,7 @@ def heatmap(
         description,
         width,
         8,
+        maxDataPoints=MOST_POINTS,
         targets=[target],
         fieldConfig={"defaults": {"noValue": no_value, "custom": {}}, "overrides": []},
         options={
@@ -315,6 +348,7 @@ def state_timeline(
         description,
         width,
         height,
+        maxDataPoints=MOST_POINTS,
         targets=targets,
         fieldConfig={
             "defaults": {
@@ -366,72 +400,3 @@ def runbook(alert: str) -> Json:
 
 def linked(panel: Json, *links: Json) -> Json:
     return {**panel, "links": list(links)}
-
-
-# --- boards -------------------------------------------------------------------------------------
-
-
-def laid_out(panels: list[Json], top: int = 0) -> int:
-    """Gives each panel its place: left to right, a new line when 24 columns are full.
-
-    Returns where the next one below would begin.
-    """
-    x, y, tallest = 0, top, 0
-    for one in panels:
-        place = one["gridPos"]
-        if x + place["w"] > 24:
-            x, y, tallest = 0, y + tallest, 0
-        place["x"], place["y"] = x, y
-        x, tallest = x + place["w"], max(tallest, place["h"])
-    return y + tallest
-
-
-def board(
-    uid: str,
-    title: str,
-    description: str,
-    *,
-    variables: list[Json],
-    links: list[Json],
-    first: list[Json],
-    rows: dict[str, list[Json]],
-    annotation: Callable[[list[int]], Json],
-) -> Json:
-    """A dashboard: `first` is open, each of `rows` is closed until somebody opens it.
-
-    Grafana asks nothing for a closed row. `annotation` gets the numbers of the panels that show
-    memory over time, where a line explains something.
-    """
-    panels = [*first]
-    below = laid_out(first)
-    for name, inside in rows.items():
-        laid_out(inside, below + 1)
-        heading = panel("row", name, "", 24, 1, collapsed=True, panels=inside)
-        heading["gridPos"]["y"] = below
-        panels.append(heading)
-        below += 1
-    every = [one for each in panels for one in (each, *each.get("panels", []))]
-    for number, one in enumerate(every, start=1):
-        one["id"] = number
-    explained = [one["id"] for one in every if one.pop("explained_by_updates", False)]
-    return {
-        "uid": uid,
-        "title": title,
-        "description": description,
-        "tags": ["sglang", "gpu", "llm"],
-        "schemaVersion": 38,
-        "version": 1,
-        "editable": True,
-        "fiscalYearStartMonth": 0,
-        "graphTooltip": 1,
-        "liveNow": False,
-        "refresh": "30s",
-        "time": {"from": "now-1h", "to": "now"},
-        "timepicker": {},
-        "timezone": "",
-        "weekStart": "",
-        "links": links,
-        "annotations": {"list": [annotation(explained)]},
-        "templating": {"list": variables},
-        "panels": panels,
-    }

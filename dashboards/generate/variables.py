@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 from . import DOCUMENTS
+from .colours import LINES
 from .grafana import DATASOURCE, Json, link
 from .queries import Selection
-from .queries.updates import reloaded_at
+from .queries.updates import lines
 
 ABOUT = {
     "cluster": ("Cluster", "Where your scrape adds a label of this name"),
@@ -68,27 +69,28 @@ def variable(name: str, label_name: str, narrowed_by: str) -> Json:
 
 
 def updates(selection: Selection, panels: list[int]) -> Json:
-    """One line an update of an engine, at the exact time and not at the next scrape, on panels
-    where it explains something. Grafana has a switch for it above the panels.
+    """A line where an update has reached the last engine of a model, at the exact time and not at
+    the next scrape, on panels where it explains something; the newest of each minute. Grafana has a
+    switch for it above the panels, which is off: whoever trains would see nothing but lines.
 
     `useValueForTime` reads the series' value as milliseconds. Grafana 10 reads `expr` and `step`,
     later releases `target`.
     """
-    expression = f"{reloaded_at(selection)} * 1000"
+    expression = lines(selection)
     return {
         "name": "Updates",
         "datasource": DATASOURCE,
-        "enable": True,
+        "enable": False,
         "hide": False,
-        "iconColor": "yellow",
+        "iconColor": LINES,
         "filter": {"exclude": False, "ids": panels},
         "expr": expression,
-        "step": "5s",
-        "target": {"refId": "Anno", "expr": expression, "interval": "5s"},
+        "step": "1m",
+        "target": {"refId": "Anno", "expr": expression, "interval": "1m"},
         "useValueForTime": "on",
         "titleFormat": "Weights updated",
-        "textFormat": "{{model_name}} {{engine}} on {{instance}}",
-        "tagKeys": "engine",
+        "textFormat": "{{model_name}}",
+        "tagKeys": "model_name",
     }
 
 

@@ -1,16 +1,17 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""A fleet of 64 ranks in Prometheus's storage: what `serve --simulate` would have served.
+"""A fleet of 64 ranks, or many of them, in Prometheus's storage.
 
-The simulation looks at no clock, so minutes of it are there in seconds.
+It is what `serve --simulate` would have served. The simulation looks at no clock, so minutes
+of it are there in seconds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,19 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 #: One engine a host.
 HOSTS, RANKS = 8, 8
-SECONDS, SCRAPE_SECONDS = 420, 5
+
+
+@dataclass(frozen=True)
+class Recording:
+    """How long it is, and how many fleets of HOSTS there are, each with addresses and GPUs of its
+    own. ``names``: of the series that are kept, all where it is empty."""
+
+    seconds: int = 420
+    scrape_seconds: int = 5
+    fleets: int = 1
+    names: frozenset[str] = frozenset()
+    changed: Callable[[int, str, float, float], float | None] = lambda host, name, at, value: value
+    """A sample of a host as it is to be kept, by its seconds since the start."""
 
 
 class Nothing(Collector):
@@ -38,10 +51,12 @@ class Nothing(Collector):
         return ()
 
 
-async def scrapes(directory: Path, end: float) -> AsyncIterator[tuple[float, int, str]]:
+async def scrapes(
+    directory: Path, end: float, recording: Recording
+) -> AsyncIterator[tuple[float, int, str]]:
     """Time, host and text of each scrape until `end`."""
     runtime_dir = RuntimeDir.open(directory / "runtime", {})
-    start = end - SECONDS
+    start = end - recording.seconds
     simulation = Simulation(runtime_dir, HOSTS, RANKS, start=start)
     reader = SnapshotReader(runtime_dir)
     views: dict[int, HostView] = {}
@@ -53,8 +68,8 @@ async def scrapes(directory: Path, end: float) -> AsyncIterator[tuple[float, int
         for host in range(HOSTS)
     ]
     try:
-        for step in range(SECONDS // SCRAPE_SECONDS + 1):
-            at = start + step * SCRAPE_SECONDS
+        for step in range(recording.seconds // recording.scrape_seconds + 1):
+            at = start + step * recording.scrape_seconds
             simulation.advance(at)
             snapshots = [snapshot for _, snapshot in reader.read()]
             gpus = simulation.gpus()
@@ -75,38 +90,54 @@ async def scrapes(directory: Path, end: float) -> AsyncIterator[tuple[float, int
         simulation.close()
 
 
-async def series(directory: Path, end: float) -> dict[str, list[str]]:
-    """Lines of OpenMetrics by series, with labels as a scrape adds them.
+async def series(
+    directory: Path, end: float, recording: Recording
+) -> dict[tuple[int, str], list[tuple[float, float]]]:
+    """Samples by host and series, with labels as a scrape adds them.
 
     dcgm-exporter's and SGLang's own are made up in the shape that those programs give them.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[tuple[int, str], list[tuple[float, float]]] = {}
     labelled: dict[tuple[int, str], str] = {}
-    async for at, host, text in scrapes(directory, end):
+    begin = end - recording.seconds
+    async for at, host, text in scrapes(directory, end, recording):
         address = f"10.0.0.{host + 1}"
         place = {"cluster": "east", "namespace": "serving", "pod": f"sglang-{host}"}
         scraped = {"instance": f"{address}:9400", "job": "pods", **place}
-        for line in text.splitlines():
+        for line in ("up 1", *text.splitlines()):
             if line.startswith("#"):
                 continue
-            name, value = line.rsplit(" ", 1)
+            name, _, number = line.rpartition(" ")
+            if recording.names and name.partition("{")[0] not in recording.names:
+                continue
+            value = recording.changed(host, name, at - begin, float(number))
+            if value is None:
+                continue
             ours = labelled.get((host, name)) or with_labels(name, **scraped)
             labelled[host, name] = ours
-            found.setdefault(ours, []).append(f"{ours} {value} {at:.3f}\n")
-            for shaped, its_value in shaped_like_others(name, float(value)):
+            found.setdefault((host, ours), []).append((at, value))
+            for shaped, its_value in shaped_like_others(name, value):
                 theirs = with_labels(shaped.replace("gpu-host", address), **place)
-                found.setdefault(theirs, []).append(f"{theirs} {its_value:.17g} {at:.3f}\n")
+                found.setdefault((host, theirs), []).append((at, its_value))
     return found
 
 
-def replay_fleet(directory: Path, end: float) -> None:
+def replay_fleet(directory: Path, end: float, recording: Recording | None = None) -> None:
     """Write it into Prometheus's storage as if it ended then."""
+    recording = recording or Recording()
     with tempfile.TemporaryDirectory(prefix="fleet-") as simulated:
-        found = asyncio.run(series(Path(simulated), end))
+        found = asyncio.run(series(Path(simulated), end, recording))
     text = directory / "fleet.om"
     with text.open("w") as file:
-        for lines in found.values():
-            file.writelines(lines)
+        for fleet in range(recording.fleets):
+            for (host, name), samples in found.items():
+                number = fleet * HOSTS + host
+                moved = name
+                if fleet:
+                    moved = name.replace(f"10.0.0.{host + 1}:", f"10.0.{fleet}.{host + 1}:")
+                    moved = moved.replace(f'"sglang-{host}"', f'"sglang-{number}"')
+                    moved = moved.replace('"GPU-', f'"GPU-{fleet:03}')
+                file.writelines(f"{moved} {value:.17g} {at:.3f}\n" for at, value in samples)
         file.write("# EOF\n")
     run("promtool", "tsdb", "create-blocks-from", "openmetrics", text, directory / "data")
     text.unlink()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import http.server
 import json
+import os
 import re
 import shutil
 import signal
@@ -130,6 +131,7 @@ class Monitoring:
     """Job name to what its scrape configuration has besides."""
     hastened: Collection[str] = ()
     """Alerts whose minutes are seconds."""
+    evaluation_interval: str = "1s"
     port: int = field(default_factory=free_port)
     webhook: Webhook = field(default_factory=Webhook)
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -145,7 +147,7 @@ class Monitoring:
         (self.directory / "rules.yml").write_text(hastened_rules(self.hastened))
         configuration = {
             # A scrape may take as long as the interval, and two cores are busy with engines.
-            "global": {"scrape_interval": "3s", "evaluation_interval": "1s"},
+            "global": {"scrape_interval": "3s", "evaluation_interval": self.evaluation_interval},
             "rule_files": ["rules.yml"],
             "alerting": {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]},
             "scrape_configs": [
@@ -192,6 +194,12 @@ class Monitoring:
     def _start(self, *command: str) -> None:
         with watch(self.directory / f"{command[0]}.log").open("wb") as log:
             self._processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT))
+
+    def processor_seconds(self) -> float:
+        """What Prometheus has used of its processor until now."""
+        fields = Path(f"/proc/{self._processes[-1].pid}/stat").read_text().rpartition(")")[2]
+        user, system = map(int, fields.split()[11:13])
+        return (user + system) / os.sysconf("SC_CLK_TCK")
 
     def query(self, expression: str, at: float | None = None) -> list[dict[str, Any]]:
         """Instant query. AssertionError with Prometheus's message if it refuses."""

@@ -30,11 +30,16 @@ def expressions(dashboard: dict[str, Any]) -> list[tuple[str, str, bool]]:
     ]
 
 
-BUILT_IN = {"$__interval": "5s", "$__rate_interval": "20s", "$__range": "300s"}
+BUILT_IN = {
+    "$__interval": "5s",
+    "$__rate_interval": "20s",
+    "$__range_s": "300",
+    "$__range": "300s",
+}
 
 
 def filled_in(expression: str, values: dict[str, str]) -> str:
     for variable, value in {**BUILT_IN, **values}.items():
         expression = expression.replace(variable, value)
-    assert "$" not in re.sub(r'"(GPU |tp|pp|dp)?\$1"', "", expression), expression
+    assert "$" not in re.sub(r'"(GPU |tp|pp|dp|#)?\$1"', "", expression), expression
     return expression

@@ -12,11 +12,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-PLACE = "cluster, namespace, job, instance"
+PLACE = "cluster, namespace, job, instance, pod"
 GPU = f"{PLACE}, gpu_uuid"
 ENGINE = f"{PLACE}, model_name, engine"
 RANK = f"{ENGINE}, role, tp_rank, pp_rank, dp_rank, moe_ep_rank, device, gpu_uuid"
 TARGET = 'role="target"'
+#: One rank of each engine, of what all its ranks have alike.
+FIRST = f'{TARGET}, tp_rank=~"0?", pp_rank=~"0?", dp_rank=~"0?"'
+#: Bars, or lines of a table, that answer "which ones".
+TOP = 10
 #: Labels of sglang_weight_info, and of sglang_weight_engine_info, beside those of a rank.
 FACTS = "tp_size, pp_size, ep_size, quantization, sglang_version, gpu_name"
 ENGINE_FACTS = "model_path, architecture, torch_version, pci_bus_id, engine_group, nodes"
@@ -31,6 +35,8 @@ class Selection:
     """
 
     variables: Mapping[str, str]
+    at_end: bool = False
+    """Series as they are at the end of a graph, at each of its points."""
 
     def matchers(self, *without: str) -> str:
         return ", ".join(
@@ -38,7 +44,8 @@ class Selection:
         )
 
     def series(self, metric: str, extra: str = "") -> str:
-        return f"{metric}{{{self.matchers()}{', ' + extra if extra else ''}}}"
+        series = f"{metric}{{{self.matchers()}{', ' + extra if extra else ''}}}"
+        return f"{series} @ end()" if self.at_end else series
 
     def by_name(self, name_regex: str) -> str:
         """All series whose names match, in one selector: a missing one (no LoRA) is not a gap."""
@@ -62,8 +69,14 @@ FLEET = Selection(
 ENGINES = Selection({**FLEET.variables, "engine": "engine", "role": "role", "gpu_uuid": "gpu"})
 
 
-def host(expression: str) -> str:
+def address(expression: str) -> str:
+    """`host`: where it is scraped, without the port."""
     return f'label_replace({expression}, "host", "$1", "instance", "(.*?)(:[0-9]+)?")'
+
+
+def host(expression: str) -> str:
+    """`host`: the pod, where the scrape knows one."""
+    return f'label_replace({address(expression)}, "host", "$1", "pod", "(.+)")'
 
 
 def named(expression: str, *labels: str, name: str = "where") -> str:
@@ -90,6 +103,32 @@ def together(series: Mapping[str, str], label: str = "part") -> str:
     return " or ".join(
         f'label_replace({expression}, "{label}", "{name}", "", "")'
         for name, expression in series.items()
+    )
+
+
+def grown(series: str, most_of: str = "") -> str:
+    """Growth of a counter in the time range, in whole numbers and from two samples of each series;
+    all of what is new or has begun anew. ``most_of``: labels by which ranks are put together first,
+    where every rank counts the same events."""
+    now, before = series, f"{series} offset $__range"
+    if most_of:
+        now, before = (f"max by ({most_of}) ({each})" for each in (now, before))
+    return f"({now} - ({before} <= {now} or 0 * {now}))"
+
+
+def at_end(series: str) -> str:
+    """The same wherever a graph is."""
+    return f"({series} @ end() - ({series} @ end() offset $__range or 0 * {series} @ end()))"
+
+
+def spread(expression: str, *, worst: str) -> str:
+    """What many series are without a line for each: `worst` is min or max."""
+    names = {"min": "least", "max": "most"}
+    return together(
+        {
+            names[worst]: f"{worst}({expression})",
+            "median": f"quantile(0.5, {expression})",
+        }
     )
 
 

@@ -4,16 +4,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from . import (
     ENGINE,
     ENGINE_FACTS,
     FACTS,
+    FIRST,
     RANK,
     TARGET,
+    TOP,
     Selection,
     engine_named,
-    happened,
+    grown,
     rank_named,
+    together,
 )
 
 #: Bars of ranks whose names can still be read one below the other.
@@ -21,20 +26,80 @@ MOST = 20
 
 REPLICAS = "cluster, namespace, job, model_name"
 
+#: The first 53 bits of the SHA-256 of "default", and how much of a hash is shown.
+DEFAULT, DIGITS = 1958358390784813, 100_000_000
+
 
 def alive(selection: Selection) -> str:
     return f"count({selection.series('sglang_weight_loaded_timestamp_seconds', TARGET)})"
 
 
-def version(selection: Selection) -> str:
-    return f"max by ({ENGINE}) ({selection.series('sglang_weight_version', TARGET)})"
+def alive_each(selection: Selection) -> str:
+    loaded = selection.series("sglang_weight_loaded_timestamp_seconds", TARGET)
+    return f"group by ({ENGINE}) ({loaded})"
+
+
+def version_hash(selection: Selection) -> str:
+    return f"max by ({ENGINE}) ({selection.series('sglang_weight_version_hash', FIRST)})"
+
+
+def versions(selection: Selection) -> str:
+    """By engine and `version`: the number where it is one, SGLang's `default` where nobody has
+    given one, else eight digits that are equal where the strings are: strings are no labels."""
+    number = f"max by ({ENGINE}) ({selection.series('sglang_weight_version', FIRST)})"
+    digits = f"({version_hash(selection)} % {DIGITS} unless on ({ENGINE}) {number})"
+    text = f'label_replace({counted(digits)}, "version", "#$1", "version", "(.*)")'
+    default = f'label_replace({text}, "version", "default", "version", "#{DEFAULT % DIGITS}")'
+    return f"{counted(number)} or {default}"
+
+
+def counted(numbers: str) -> str:
+    return f'count_values by ({ENGINE}) ("version", {numbers})'
+
+
+def updated(selection: Selection) -> str:
+    """When weights last changed, of ranks that have changed since their load."""
+    changed = selection.series("sglang_weight_last_update_timestamp_seconds", FIRST)
+    return f"({changed} > {selection.series('sglang_weight_loaded_timestamp_seconds', FIRST)})"
+
+
+def reloaded_at(selection: Selection) -> str:
+    """When the weights of each engine last changed after their first load."""
+    return f"max by ({ENGINE}) ({updated(selection)})"
+
+
+def changed_at(selection: Selection) -> str:
+    changed = selection.series("sglang_weight_last_update_timestamp_seconds", FIRST)
+    return f"max by ({ENGINE}) ({changed})"
+
+
+def newest(selection: Selection) -> str:
+    """When the newest update of each model ended. A first load is none."""
+    return f"max by ({REPLICAS}) ({reloaded_at(selection)})"
 
 
 def behind(selection: Selection) -> str:
-    """Engines with an older version than another of the same model, namespace and job has."""
-    versions = version(selection)
-    newest = f"max by ({REPLICAS}) ({versions})"
-    return f"sum({versions} < bool on ({REPLICAS}) group_left () {newest})"
+    """Seconds since the newest update of the model, of engines that do not have it: they have
+    another version than the engine that had it last, or half of the engines were updated within
+    ten minutes of it and they were not."""
+    versions, changed = version_hash(selection), changed_at(selection)
+    same = f"on ({REPLICAS}) group_left ()"
+    latest = f"({reloaded_at(selection)} == {same} {newest(selection)})"
+    served = f"max by ({REPLICAS}) ({versions} and on ({ENGINE}) {latest})"
+    rhythm = f"quantile by ({REPLICAS}) (0.5, {changed}) >= {newest(selection)} - 600"
+    missed = f"({changed} < {same} ({newest(selection)} - 600) and on ({REPLICAS}) ({rhythm}))"
+    since = f"(0 * {changed} + {same} (time() - {newest(selection)}))"
+    return f"{since} and on ({ENGINE}) ({versions} != {same} {served} or {missed})"
+
+
+def number_behind(selection: Selection) -> str:
+    return f"count({behind(selection)}) or 0 * count({version_hash(selection)})"
+
+
+def took(selection: Selection) -> str:
+    """Seconds of the last update of each engine."""
+    begun = selection.series("sglang_weight_last_update_start_timestamp_seconds", FIRST)
+    return f"max by ({ENGINE}) ({updated(selection)} - {begun})"
 
 
 def ranks_of_each(selection: Selection) -> str:
@@ -58,24 +123,27 @@ def weights_released(selection: Selection) -> str:
     )
 
 
-def kv_released(selection: Selection) -> str:
-    return released(
-        selection.series("sglang_kv_pool_resident_bytes"),
-        selection.series("sglang_kv_pool_bytes"),
-    )
-
-
 def state(selection: Selection) -> str:
-    """By engine: 1 weights released + 2 KV pool released + 4 in an update + 8 paused."""
-    updating = f"max by ({ENGINE}) ({selection.series('sglang_weight_update_in_progress')})"
-    weights = f"max by ({ENGINE}) ({weights_released(selection)})"
-    kv = f"max by ({ENGINE}) ({kv_released(selection)})"
-    paused = f"max by ({ENGINE}) ({selection.series('sglang_kv_cache_paused')})"
-    # An engine may have no KV pool (yet), or nothing that can be paused: `or` keeps it.
-    none = f"0 * {updating}"
-    return engine_named(
-        f"({updating} * 4 + {weights} + (2 * {kv} or {none}) + (8 * {paused} or {none}))"
-    )
+    """By engine, by its first rank: 5 paused, else 4 in an update, else 1 weights released + 2 KV
+    pool released."""
+
+    def of(metric: str) -> str:
+        return f"sum by ({ENGINE}) ({selection.series(metric, FIRST)})"
+
+    def half_gone(what: str) -> str:
+        held, has = of(f"sglang_{what}_resident_bytes"), of(f"sglang_{what}_bytes")
+        return f"({held} < bool 0.5 * {has})"
+
+    paused, updating = of("sglang_kv_cache_paused"), of("sglang_weight_update_in_progress")
+    # An engine may have no KV pool (yet): `or` keeps it.
+    memory = f"{half_gone('weight')} + (2 * {half_gone('kv_pool')} or 0 * {updating})"
+    return f"(5 * ({paused} > 0) or 4 * ({updating} > 0) or {memory})"
+
+
+def states(selection: Selection) -> str:
+    """Of as many engines as can be read one below the other, those first that are not at work."""
+    now = replace(selection, at_end=True)
+    return engine_named(f"({state(selection)} and on ({ENGINE}) topk({MOST}, {state(now)}))")
 
 
 def facts(selection: Selection) -> str:
@@ -101,7 +169,6 @@ def columns(selection: Selection) -> dict[str, str]:
         "Regions": one("sglang_weight_regions"),
         "KV pool": one("sglang_kv_pool_bytes"),
         "KV tokens": one("sglang_kv_pool_tokens", "max"),
-        "Version": one("sglang_weight_version", "max"),
         "Fingerprint": one("sglang_weight_fingerprint", "max"),
         "Last change": f"{one('sglang_weight_last_update_timestamp_seconds', 'max')} * 1000",
         "First load": one("sglang_weight_first_load_seconds", "max"),
@@ -118,13 +185,19 @@ def dtypes(selection: Selection) -> str:
 def kv_tokens(selection: Selection) -> str:
     """Tensor and pipeline ranks hold parts of the same tokens; data-parallel ranks add up."""
     tokens = selection.series("sglang_kv_pool_tokens", TARGET)
-    return engine_named(f"sum by ({ENGINE}, pool) (max by ({ENGINE}, pool, dp_rank) ({tokens}))")
+    return f"sum by (pool) (max by ({ENGINE}, pool, dp_rank) ({tokens}))"
 
 
-def operations(selection: Selection) -> dict[str, str]:
-    done = happened(selection.series("sglang_weight_operations_total"))
-    failed = happened(selection.series("sglang_weight_operation_failures_total"))
-    return {
-        "{{operation}}": f"sum by (operation) ({done})",
-        "failed: {{operation}}": f"sum by (operation) ({failed})",
+def least_kv_tokens(selection: Selection) -> str:
+    tokens = selection.series("sglang_kv_pool_tokens", f'{TARGET}, pool=~"full|unified"')
+    held = f"sum by ({ENGINE}) (max by ({ENGINE}, pool, dp_rank) ({tokens}))"
+    return engine_named(f"bottomk({TOP}, {held})")
+
+
+def operations(selection: Selection) -> str:
+    """By operation, and whether they failed, in the time range."""
+    counts = {
+        "done": grown(selection.series("sglang_weight_operations_total")),
+        "failed": grown(selection.series("sglang_weight_operation_failures_total")),
     }
+    return together({name: f"sum by (operation) ({each})" for name, each in counts.items()})

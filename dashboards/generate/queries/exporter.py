@@ -4,7 +4,42 @@
 
 from __future__ import annotations
 
-from . import ENGINE, Selection, engine_named
+from . import ENGINE, PLACE, TOP, Selection, grown, host, named
+
+BUILD = "sglang_weight_exporter_build_info"
+TARGET = PLACE.removesuffix(", pod")
+
+
+def known(selection: Selection) -> str:
+    """Targets that an exporter answered on within the last hour."""
+    return f"group by ({TARGET}) (last_over_time({selection.of_targets(BUILD)}[1h]))"
+
+
+def answering(selection: Selection) -> str:
+    return f"group by ({TARGET}) ({selection.of_targets(BUILD)})"
+
+
+def silent(selection: Selection) -> str:
+    """Those that do not, by name."""
+    gone = f"{known(selection)} unless on ({TARGET}) {answering(selection)}"
+    return named(host(f"({gone})"), "cluster", "host")
+
+
+def number_silent(selection: Selection) -> str:
+    """0 where all answer."""
+    return f"count({known(selection)}) - (count({answering(selection)}) or vector(0))"
+
+
+def versions(selection: Selection) -> str:
+    return f"count by (version) ({selection.of_targets(BUILD)})"
+
+
+def scrapes(selection: Selection) -> str:
+    return selection.of_targets("sglang_weight_exporter_scrape_duration_seconds")
+
+
+def slowest_scrapes(selection: Selection) -> str:
+    return named(host(f"topk({TOP}, {scrapes(selection)})"), "cluster", "host")
 
 
 def hooks_failed(selection: Selection) -> str:
@@ -20,8 +55,23 @@ def read_errors(selection: Selection) -> str:
     return f"sum({selection.of_targets('sglang_weight_exporter_read_errors_total')})"
 
 
+def troubles(selection: Selection) -> dict[str, str]:
+    """What went wrong in the time range; 0 of each is health."""
+    errors, files, spans = (
+        grown(selection.of_targets(f"sglang_weight_exporter_{each}_total"))
+        for each in ("errors", "read_errors", "spans_dropped")
+    )
+    hooks = grown(selection.series("sglang_weight_exporter_hook_errors_total"))
+    return {
+        "errors in hooks": f"sum({hooks})",
+        "errors of the exporter": f"sum({errors})",
+        "files unread": f"sum({files})",
+        "spans dropped": f"sum({spans})",
+    }
+
+
 def ranks(selection: Selection) -> str:
-    return selection.of_targets("sglang_weight_exporter_ranks")
+    return f"sum({selection.of_targets('sglang_weight_exporter_ranks')})"
 
 
 def hooks(selection: Selection) -> str:
@@ -30,7 +80,7 @@ def hooks(selection: Selection) -> str:
 
 def cost(selection: Selection) -> str:
     seconds = selection.series("sglang_weight_exporter_snapshot_seconds")
-    return engine_named(f"max by ({ENGINE}) ({seconds})")
+    return f"max by ({ENGINE}) ({seconds})"
 
 
 def spans(selection: Selection) -> dict[str, str]:
@@ -40,5 +90,5 @@ def spans(selection: Selection) -> dict[str, str]:
     return {
         "exported": f"sum({exported})",
         "waiting": f"sum({waiting})",
-        "dropped: {{reason}}": f"sum by (reason) ({dropped})",
+        "dropped": f"sum({dropped})",
     }

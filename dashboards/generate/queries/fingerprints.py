@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from . import ENGINE, FACTS, Selection, engine_named, happened, named, rank_named
+from . import ENGINE, FACTS, Selection, happened
 from .updates import by_source
 
 #: Replicas of one shard, as the rule SGLangWeightReplicasDiffer has them.
@@ -18,7 +18,7 @@ def different(selection: Selection) -> str:
         f"group_left ({FACTS}) {selection.series('sglang_weight_info')}"
     )
     sets = f'count without (weights) (count_values by ({SHARD}) ("weights", {located}))'
-    return named(rank_named(sets), "cluster", "model_name", "role", "rank")
+    return f"max({sets})"
 
 
 def without_change(selection: Selection) -> str:
@@ -27,12 +27,11 @@ def without_change(selection: Selection) -> str:
 
 def modified(selection: Selection) -> str:
     counted = happened(selection.series("sglang_weight_tensors_altered_total"))
-    return f"sum by (during, kind) ({counted})"
+    return f"sum by (during) ({counted})"
 
 
 def seconds(selection: Selection) -> str:
-    taken = f"max by ({ENGINE}) ({selection.series('sglang_weight_fingerprint_seconds')})"
-    return engine_named(taken)
+    return f"max by ({ENGINE}) ({selection.series('sglang_weight_fingerprint_seconds')})"
 
 
 def skipped(selection: Selection) -> str:

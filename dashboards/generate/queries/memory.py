@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from . import ENGINE, GPU, RANK, Selection, engine_named, host, named, together
+from . import ENGINE, GPU, TOP, Selection, host, named, together
 
 OURS = (
     "sglang_weight_resident_bytes|sglang_lora_pool_bytes|sglang_kv_pool_resident_bytes"
@@ -18,66 +18,55 @@ ACCOUNTED = {
     "Other tensors": "other_tensors",
     "Unused in torch": "rounding|fragments|cached",
 }
+#: What holds memory, by its series, role and part. Of weights, an encoder's are part of the target,
+#: and a weight-cache daemon's are all of it.
+NAMES = {
+    "Target weights": "sglang_weight_resident_bytes .*",
+    "Draft weights": "sglang_weight_resident_bytes draft.*",
+    "LoRA": "sglang_lora_pool_bytes .*",
+    "KV pool": "sglang_kv_pool_resident_bytes .*",
+    **{name: f"sglang_rank_memory_bytes .* ({part})" for name, part in ACCOUNTED.items()},
+    "Outside torch": "sglang_rank_memory_outside_torch_bytes .*",
+}
+#: What is drawn over time, in the order of the stack.
+STACKED = {
+    "Target weights": ("sglang_weight_resident_bytes", 'role!~"draft.*"'),
+    "Draft weights": ("sglang_weight_resident_bytes", 'role=~"draft.*"'),
+    "LoRA": ("sglang_lora_pool_bytes", ""),
+    "KV pool": ("sglang_kv_pool_resident_bytes", ""),
+}
 FULLEST = 16
 
 
-def per_gpu(expression: str) -> str:
-    return f"sum by ({GPU}) ({expression})"
-
-
-def nvml(selection: Selection, metric: str) -> str:
-    """An NVML series of the GPUs that hold a selected rank; `max` forgives a GPU scraped twice."""
-    return (
-        f"(max by ({GPU}) ({metric})"
-        f" and on ({GPU}) {selection.series('sglang_weight_resident_bytes')})"
-    )
-
-
-def free(selection: Selection) -> str:
-    return (
-        f"({nvml(selection, 'sglang_gpu_memory_total_bytes')}"
-        f" - on ({GPU}) {nvml(selection, 'sglang_gpu_memory_used_bytes')})"
-    )
+def free(total: str, used: str) -> str:
+    return f"({total} - on ({GPU}) {used})"
 
 
 def held(selection: Selection) -> str:
-    """Bytes of each GPU that are known to be somebody's."""
-    accounted = selection.series(
-        "sglang_rank_memory_bytes", f'part=~"{"|".join(ACCOUNTED.values())}"'
-    )
-    return per_gpu(f"{selection.by_name(OURS)} or {accounted}")
+    """All that is known to be somebody's, in one selector: only the account has a `part`."""
+    parts = "|".join(ACCOUNTED.values())
+    of_all = selection.by_name(f"{OURS}|sglang_rank_memory_bytes")
+    return f'{of_all[:-1]}, part=~"|{parts}"}}'
 
 
-def parts(selection: Selection) -> dict[str, str]:
-    """Bytes of each GPU by what holds them; they add up to NVML's total."""
-    resident = "sglang_weight_resident_bytes"
-    return {
-        # An encoder's are part of the target, and a weight-cache daemon's are all of it.
-        "Target weights": per_gpu(selection.series(resident, 'role!~"draft.*"')),
-        "Draft weights": per_gpu(selection.series(resident, 'role=~"draft.*"')),
-        "LoRA": per_gpu(selection.series("sglang_lora_pool_bytes")),
-        "KV pool": per_gpu(selection.series("sglang_kv_pool_resident_bytes")),
-        **{
-            name: per_gpu(selection.series("sglang_rank_memory_bytes", f'part=~"{part}"'))
-            for name, part in ACCOUNTED.items()
-        },
-        "Outside torch": per_gpu(selection.series("sglang_rank_memory_outside_torch_bytes")),
-        "Everything else in use": (
-            f"clamp_min({nvml(selection, 'sglang_gpu_memory_used_bytes')}"
-            f" - on ({GPU}) {held(selection)}, 0)"
-        ),
-        "Free": free(selection),
-    }
+def of_all(selection: Selection, metric: str) -> str:
+    """The sum of an NVML series of the GPUs that hold a selected rank."""
+    selected = selection.series("sglang_weight_resident_bytes")
+    return f"sum({selection.of_targets(metric)} and on ({GPU}) {selected})"
 
 
 def total(selection: Selection) -> str:
-    return f"sum({nvml(selection, 'sglang_gpu_memory_total_bytes')})"
+    return of_all(selection, "sglang_gpu_memory_total_bytes")
 
 
 def over_time(selection: Selection) -> str:
-    """Parts and the GPUs' total, summed, each with its name as `part`."""
-    summed = {name: f"sum({e})" for name, e in parts(selection).items() if name != "Free"}
-    return together({**summed, "GPU memory": total(selection)})
+    """Parts and the GPUs' total, summed, each with its name as `part` behind its place in the
+    stack: a store gives series by name. What is neither weights nor pool, the bars have."""
+    summed = {name: f"sum({selection.series(*of_it)})" for name, of_it in STACKED.items()}
+    summed["GPU memory"] = total(selection)
+    return together(
+        {f"{place:02} {name}": each for place, (name, each) in enumerate(summed.items())}
+    )
 
 
 def reserved_and_resident(selection: Selection) -> str:
@@ -96,18 +85,33 @@ def weight_share(selection: Selection) -> str:
     return f"sum({on_gpus}) / {total(selection)}"
 
 
-def headroom(selection: Selection) -> str:
-    return together(
-        {"least free": f"min({free(selection)})", "median": f"quantile(0.5, {free(selection)})"}
-    )
+def on_selected(selection: Selection, expression: str) -> str:
+    """Of the GPUs that hold a selected rank."""
+    selected = selection.series("sglang_weight_resident_bytes")
+    return f"({expression} and on ({GPU}) {selected})"
 
 
 def room(selection: Selection) -> str:
     """Bytes of each GPU that nobody had at the worst moment of the last minute."""
-    return (
-        f"({nvml(selection, 'sglang_gpu_memory_total_bytes')}"
-        f" - on ({GPU}) {nvml(selection, 'sglang_gpu_memory_used_max_bytes')})"
+    whole, used = (
+        selection.of_targets(f"sglang_gpu_memory_{each}_bytes") for each in ("total", "used_max")
     )
+    return on_selected(selection, f"{whole} - {used}")
+
+
+def least_room(selection: Selection) -> dict[str, str]:
+    """The GPUs with the least, and how much more it is in an hour at the pace of the range."""
+    least = f"bottomk({TOP}, {room(selection)})"
+    used = selection.of_targets("sglang_gpu_memory_used_max_bytes")
+    pace = f"(({used} offset $__range - {used}) / $__range_s * 3600 and on ({GPU}) {least})"
+    return {"Room": index_named(least), "In an hour": index_named(pace)}
+
+
+def index_named(expression: str) -> str:
+    """`where` of NVML's series, which have the index: pod or host, and GPU or MIG instance."""
+    placed = f'label_replace({host(expression)}, "place", "GPU $1", "gpu", "(.*)")'
+    placed = f'label_replace({placed}, "place", "$1", "gpu_uuid", "(MIG-.{{8}}).*")'
+    return f"max by (where) ({named(placed, 'cluster', 'host', 'place')})"
 
 
 def room_in_tokens(selection: Selection) -> str:
@@ -119,36 +123,57 @@ def room_in_tokens(selection: Selection) -> str:
         f" / max by ({rank}) ({capacity}))"
     )
     tokens = f"{room(selection)} / on ({GPU}) group_right () {of_a_token}"
-    return f"min by (where) ({engine_named(tokens)})"
+    return f"({tokens})"
 
 
-def by_rank(selection: Selection, metric: str) -> str:
-    """The largest of an engine's ranks."""
-    return f"max by (where) ({engine_named(f'max by ({RANK}) ({selection.series(metric)})')})"
+def parts_named(expression: str) -> str:
+    """`is`: what a reader calls it. What matches later goes before."""
+    found = f'label_join({expression}, "is", " ", "__name__", "role", "part")'
+    for name, pattern in NAMES.items():
+        found = f'label_replace({found}, "is", "{name}", "is", "{pattern}")'
+    return found
 
 
-def gpu_named(expression: str, *kept: str) -> str:
-    """`where`, that people recognise: cluster, host and NVML's index of the GPU; without NVML, and
-    for a MIG instance, the head of the UUID; without a GPU the word CPU."""
+def fullest(selection: Selection) -> str:
+    """Parts of the GPUs with the most memory in use, in one query, each with its name as `part`;
+    they add up to NVML's total. What is chosen is chosen first: of thousands of GPUs all that
+    follows is of a few.
+
+    `where` is what people recognise: cluster, pod or host, and NVML's index of the GPU; without
+    NVML, and for a MIG instance, the head of the UUID; without a GPU the word CPU.
+    """
+    resident = selection.series("sglang_weight_resident_bytes")
+    used = f"max by ({GPU}) (sglang_gpu_memory_used_bytes and on ({GPU}) {resident})"
+    chosen = f"topk({FULLEST}, {used} or on ({GPU}) sum by ({GPU}) ({resident}))"
+
+    def of_chosen(series: str, *more: str) -> str:
+        return f"{', '.join([GPU, *more])}) ({series} and on ({GPU}) {chosen})"
+
+    def nvml(metric: str, *more: str) -> str:
+        """`max` forgives a GPU that is scraped twice."""
+        return f"max by ({of_chosen(metric, *more)}"
+
+    whole, used = (nvml(f"sglang_gpu_memory_{each}_bytes") for each in ("total", "used"))
+    held_by = f"sum by ({of_chosen(held(selection), '__name__', 'role', 'part')}"
+    parts = f"sum by ({GPU}, is) ({parts_named(held_by)}) or " + together(
+        {
+            "Everything else in use": (
+                f"clamp_min({used} - on ({GPU}) sum by ({of_chosen(held(selection))}, 0)"
+            ),
+            "Free": free(whole, used),
+        },
+        "is",
+    )
     index = (
-        f"label_replace(label_replace(max by ({GPU}, gpu)"
-        " (sglang_gpu_memory_total_bytes) > bool 0,"
+        f"label_replace(label_replace({nvml('sglang_gpu_memory_total_bytes', 'gpu')} > bool 0,"
         ' "place", "GPU $1", "gpu", "(.*)"), "place", "$1", "gpu_uuid", "(MIG-.{8}).*")'
     )
     without_index = (
-        f'label_replace(label_replace(group by ({GPU}) ({expression}), "place", "$1",'
+        f'label_replace(label_replace(group by ({of_chosen(resident)}, "place", "$1",'
         ' "gpu_uuid", "(.{1,12}).*"), "place", "CPU", "gpu_uuid", "")'
     )
     # One series a GPU on both sides: where one of the left ends, VictoriaMetrics goes on with the
     # values of whatever matches it on the right.
     place = f"({index} or on ({GPU}) {without_index})"
-    placed = f"({expression} * on ({GPU}) group_left (place) {place})"
-    by = ", ".join(["where", *kept])
-    return f"sum by ({by}) ({named(host(placed), 'cluster', 'host', 'place')})"
-
-
-def fullest(selection: Selection) -> str:
-    """Parts of the GPUs with the most memory in use, in one query, each with its name as `part`."""
-    used = f"({nvml(selection, 'sglang_gpu_memory_used_bytes')} or on ({GPU}) {held(selection)})"
-    shown = f"(({together(parts(selection))}) and on ({GPU}) topk({FULLEST}, {used}))"
-    return gpu_named(shown, "gpu_uuid", "part")
+    placed = f"(({parts}) * on ({GPU}) group_left (place) {place})"
+    return f"sum by (where, gpu_uuid, is) ({named(host(placed), 'cluster', 'host', 'place')})"

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from . import TARGET, Selection, host, named, rank_named
+from . import TARGET, Selection, address
 from .memory import OURS
 
 # SGLang's own series come from another port of the same host (or pod): that port is our `engine`.
@@ -19,24 +19,20 @@ def of_sglang(metric: str) -> str:
         f'{{__name__=~"sglang[:_]{metric}", cluster=~"$cluster", namespace=~"$namespace",'
         ' model_name=~"$model"}'
     )
-    by_port = f'label_replace({host(series)}, "engine", "$1", "instance", ".*:([0-9]+)")'
+    by_port = f'label_replace({address(series)}, "engine", "$1", "instance", ".*:([0-9]+)")'
     return f"max by ({JOIN}) ({by_port})"
 
 
 def pool(selection: Selection) -> str:
-    return f"sum by ({JOIN}) ({host(selection.series('sglang_kv_pool_resident_bytes', TARGET))})"
-
-
-def rank_of_sglang(expression: str) -> str:
-    """`on`: cluster, host, engine and rank."""
-    return named(rank_named(expression), "cluster", "host", "engine", "rank", name="on")
+    return f"sum by ({JOIN}) ({address(selection.series('sglang_kv_pool_resident_bytes', TARGET))})"
 
 
 def kv_in_use(selection: Selection) -> dict[str, str]:
+    """Of the ranks that both know."""
     used, held = of_sglang("token_usage"), pool(selection)
     return {
-        "used {{on}}": rank_of_sglang(f"({used} * on ({JOIN}) {held})"),
-        "pool {{on}}": rank_of_sglang(f"({held} and on ({JOIN}) {used})"),
+        "used": f"sum({used} * on ({JOIN}) {held})",
+        "pool": f"sum({held} and on ({JOIN}) {used})",
     }
 
 

@@ -4,7 +4,21 @@
 
 from __future__ import annotations
 
-from . import ENGINE, TARGET, Selection, engine_named, happened, host, named, rank_named, together
+from . import (
+    ENGINE,
+    FIRST,
+    TARGET,
+    TOP,
+    Selection,
+    at_end,
+    grown,
+    happened,
+    host,
+    named,
+    rank_named,
+    together,
+)
+from .engines import changed_at, newest
 
 BUCKETS = "sglang_weight_update_duration_seconds_bucket"
 
@@ -12,42 +26,41 @@ BUCKETS = "sglang_weight_update_duration_seconds_bucket"
 def by_source(selection: Selection, counter: str) -> str:
     """Counted once an engine: every rank of it counts the same reload. A source without any in
     the whole range is left out."""
-    series = selection.series(counter, TARGET)
-    any_in_range = f"sum by (source) (increase({series}[$__range] @ end())) > 0"
-    return (
-        f"sum by (source) (max by ({ENGINE}, source) ({happened(series)}))"
-        f" and on (source) {any_in_range}"
-    )
+    series = selection.series(counter, FIRST)
+    any_in_range = f"max by (source) ({at_end(series)}) != 0"
+    return f"sum by (source) ({happened(series)}) and on (source) {any_in_range}"
 
 
 def in_range(selection: Selection, counter: str) -> str:
-    """How many, once an engine."""
-    series = selection.series(counter, TARGET)
-    return f"sum(round(max by ({ENGINE}, source) (increase({series}[$__range]))))"
+    """How many, once an engine, as its first rank counts them."""
+    return f"sum({grown(selection.series(counter, FIRST), f'{ENGINE}, source')})"
 
 
-def moved_in_range(selection: Selection) -> str:
-    return (
-        f"sum(round(increase({selection.series('sglang_weight_tensors_moved_total')}[$__range])))"
-    )
+def that_moved(selection: Selection) -> str:
+    """Engines of which a tensor has moved in the range."""
+    moved = grown(selection.series("sglang_weight_tensors_moved_total"), ENGINE)
+    return f"sum({moved} > bool 0)"
 
 
-def reloaded_at(selection: Selection) -> str:
-    """When the weights of each engine last changed after their first load."""
-    return (
-        f"max by ({ENGINE}) ({selection.series('sglang_weight_last_update_timestamp_seconds')}"
-        f" > {selection.series('sglang_weight_loaded_timestamp_seconds')})"
-    )
+def sources(selection: Selection) -> str:
+    """The source of most of an engine's updates in the range."""
+    counted = grown(selection.series("sglang_weight_updates_total", FIRST), f"{ENGINE}, source")
+    return f"topk by ({ENGINE}) (1, {counted} > 0)"
+
+
+def lines(selection: Selection) -> str:
+    """Milliseconds at which the newest update of each model ended."""
+    return f"{newest(selection)} * 1000"
 
 
 def age(selection: Selection) -> str:
     """Seconds since the weights of each engine last changed, the first load included."""
-    changed = selection.series("sglang_weight_last_update_timestamp_seconds")
-    return f"time() - min by ({ENGINE}) ({changed})"
+    return f"(time() - {changed_at(selection)})"
 
 
-def age_named(selection: Selection) -> str:
-    return engine_named(f"({age(selection)})")
+def ages(selection: Selection) -> str:
+    old = age(selection)
+    return together({"oldest": f"max({old})", "median": f"quantile(0.5, {old})"})
 
 
 def since_the_first(selection: Selection, series: str, further: str, *matchers: str) -> str:
@@ -76,10 +89,10 @@ def phases(selection: Selection) -> str:
 
 
 def slowest_ranks(selection: Selection) -> str:
-    """Seconds that updates took on the ranks that they took longest on."""
-    sums = "sglang_weight_update_duration_seconds_sum"
-    grown = f"sum without (source) ({since_the_first(selection, sums, '', TARGET)})"
-    return f"topk(3, {named(rank_named(host(grown)), 'cluster', 'host', 'engine', 'rank')} > 0)"
+    """Seconds of all updates in the range, on the ranks that they took longest on."""
+    sums = grown(selection.series("sglang_weight_update_duration_seconds_sum", TARGET))
+    most = f"topk({TOP}, sum without (source) ({sums}) > 0)"
+    return named(rank_named(host(most)), "cluster", "host", "engine", "rank")
 
 
 def bytes_a_second(selection: Selection) -> str:
@@ -93,14 +106,10 @@ def bytes_a_second(selection: Selection) -> str:
 
 
 def slowest(selection: Selection) -> str:
-    """Median and 99th percentile over ranks of targets; only where an update ended."""
-    grown = f"sum by (le) ({since_the_first(selection, BUCKETS, 'le', TARGET)})"
-    return together(
-        {
-            "median": f"(histogram_quantile(0.5, {grown}) >= 0)",
-            "p99": f"(histogram_quantile(0.99, {grown}) >= 0)",
-        }
-    )
+    """Seconds of the slowest rank and of the one in the middle, where an update ended. By what they
+    took, and not by buckets, which know no more than between which two bounds it was."""
+    taken = happened(selection.series("sglang_weight_update_duration_seconds_sum", TARGET))
+    return together({"slowest": f"max({taken} > 0)", "median": f"quantile(0.5, {taken} > 0)"})
 
 
 def changes(selection: Selection) -> dict[str, str]:
@@ -111,4 +120,4 @@ def changes(selection: Selection) -> dict[str, str]:
 
 def groups(selection: Selection) -> str:
     """Process groups open for distributed updates."""
-    return engine_named(f"sum by ({ENGINE}) ({selection.series('sglang_weight_update_groups')})")
+    return f"sum({selection.series('sglang_weight_update_groups')})"

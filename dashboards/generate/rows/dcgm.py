@@ -4,28 +4,33 @@
 
 from __future__ import annotations
 
+from ..colours import SPREAD
 from ..grafana import NO_DCGM, Json, query, text, timeseries
-from ..queries import ENGINES, neighbours
+from ..queries import ENGINES, neighbours, spread
 
 
 def panels() -> list[Json]:
     return [
         timeseries(
             "Weights' share of used framebuffer",
-            "Resident weights over DCGM_FI_DEV_FB_USED, joined by the GPU's UUID.",
-            [query(neighbours.share_of_framebuffer(ENGINES), "{{UUID}}")],
+            "Resident weights over DCGM_FI_DEV_FB_USED, joined by the GPU's UUID: the GPU with the "
+            "most and the one in the middle.",
+            [query(spread(neighbours.share_of_framebuffer(ENGINES), worst="max"), "{{part}}")],
             "percentunit",
             NO_DCGM,
+            colours=SPREAD,
             width=9,
             maximum=1,
         ),
         timeseries(
             "Framebuffer that is neither weights nor KV",
             "DCGM_FI_DEV_FB_USED minus weights, LoRA slots and KV pool: activations, CUDA graphs, "
-            "contexts, other processes. Growth here while the rest stands still is a leak.",
-            [query(neighbours.rest_of_framebuffer(ENGINES), "{{UUID}}")],
+            "contexts, other processes; most and median. Growth here while the "
+            "rest stands still is a leak.",
+            [query(spread(neighbours.rest_of_framebuffer(ENGINES), worst="max"), "{{part}}")],
             "bytes",
             NO_DCGM,
+            colours=SPREAD,
             width=9,
         ),
         text(

@@ -4,16 +4,90 @@
 
 from __future__ import annotations
 
-from ..grafana import NOT_LOADED, Json, override, queries, query, timeseries
-from ..queries import ENGINES, exporter
+from ..colours import BLUE, CRIMSON, GOLD, GREEN, GREY, RED, SPREAD, VIOLET, YELLOW
+from ..grafana import NOT_LOADED, Json, bars_by_name, override, queries, query, table, timeseries
+from ..queries import ENGINES, TOP, Selection, exporter, spread
+
+
+def of_a_fleet(selection: Selection) -> list[Json]:
+    """Which answer, and what they are."""
+    return [
+        table(
+            "Exporters that do not answer",
+            "Targets on which an exporter has answered within the last hour, and does not now.",
+            [query(exporter.silent(selection), instant=True, format="table")],
+            [
+                {
+                    "id": "organize",
+                    "options": {
+                        "excludeByName": dict.fromkeys(
+                            ("Time", "Value", "cluster", "namespace", "host"), True
+                        ),
+                        "indexByName": {"where": 0, "instance": 1, "job": 2},
+                        "renameByName": {"where": "Where", "instance": "Target", "job": "Job"},
+                    },
+                }
+            ],
+            "All exporters of the last hour answer",
+            width=8,
+            height=8,
+            filterable=False,
+        ),
+        table(
+            "Versions",
+            "How many exporters of each version answer.",
+            [query(exporter.versions(selection), instant=True, format="table")],
+            [
+                {
+                    "id": "organize",
+                    "options": {
+                        "excludeByName": {"Time": True},
+                        "indexByName": {"version": 0, "Value": 1},
+                        "renameByName": {"version": "Version", "Value": "Exporters"},
+                    },
+                }
+            ],
+            NOT_LOADED,
+            override("Exporters", unit="none"),
+            width=4,
+            height=8,
+            filterable=False,
+        ),
+        bars_by_name(
+            "Slowest scrapes",
+            f"Seconds that the last scrape took in the {TOP} slowest exporters. Prometheus gives "
+            "up after 10 by default.",
+            exporter.slowest_scrapes(selection),
+            "s",
+            NOT_LOADED,
+            width=6,
+        ),
+        timeseries(
+            "Troubles of exporters",
+            "In the time range until each point: exceptions of hooks that were caught in engines, "
+            "errors that the exporter went on after, files of ranks that it could not read, and "
+            "spans that it dropped. All 0 is health.",
+            queries(exporter.troubles(selection)),
+            "short",
+            NOT_LOADED,
+            width=6,
+            decimals=0,
+            colours={
+                "errors in hooks": RED,
+                "errors of the exporter": GOLD,
+                "files unread": BLUE,
+                "spans dropped": VIOLET,
+            },
+        ),
+    ]
 
 
 def panels() -> list[Json]:
     return [
         timeseries(
             "Ranks published",
-            "Ranks that are alive and have written a snapshot, by target.",
-            [query(exporter.ranks(ENGINES), "{{instance}}")],
+            "Ranks that are alive and have written a snapshot, of all targets.",
+            [query(exporter.ranks(ENGINES), "ranks")],
             "short",
             NOT_LOADED,
             width=6,
@@ -26,21 +100,19 @@ def panels() -> list[Json]:
             [query(exporter.hooks(ENGINES), "{{state}}")],
             "short",
             NOT_LOADED,
-            override("failed", color={"mode": "fixed", "fixedColor": "red"}),
-            override("installed", color={"mode": "fixed", "fixedColor": "green"}),
-            override("absent", color={"mode": "fixed", "fixedColor": "#8e929b"}),
-            override("pending", color={"mode": "fixed", "fixedColor": "yellow"}),
             width=6,
             decimals=0,
+            colours={"failed": CRIMSON, "installed": GREEN, "absent": GREY, "pending": YELLOW},
         ),
         timeseries(
             "Cost in the engine",
-            "Seconds the engine last spent on reading its weights and pools, the slowest rank. It "
-            "is spent at a load or update and at no other time.",
-            [query(exporter.cost(ENGINES), "{{where}}")],
+            "Seconds that engines last spent on reading their weights and pools: the slowest, and "
+            "the one in the middle. It is spent at a load or update and at no other time.",
+            [query(spread(exporter.cost(ENGINES), worst="max"), "{{part}}")],
             "s",
             NOT_LOADED,
             width=6,
+            colours=SPREAD,
         ),
         timeseries(
             "Spans",
@@ -51,5 +123,6 @@ def panels() -> list[Json]:
             NOT_LOADED,
             width=6,
             decimals=0,
+            colours={"exported": BLUE, "waiting": GOLD, "dropped": RED},
         ),
     ]

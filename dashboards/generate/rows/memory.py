@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
+from ..colours import BLUE, COLOURS, CRIMSON, CYAN, GOLD, GREEN, OLIVE, SPREAD, VIOLET, YELLOW
 from ..grafana import (
-    COLOURS,
     NO_ACCOUNT,
     NO_NVML,
     NOT_LOADED,
     Json,
+    bars_by_name,
     coloured,
     linked,
     override,
@@ -20,28 +21,18 @@ from ..grafana import (
     state_timeline,
     timeseries,
 )
-from ..queries import ENGINES, Selection, engines, exporter, memory, updates
+from ..queries import ENGINES, TOP, Selection, engines, exporter, memory, spread, updates
 
 DASHED = {"fill": "dash", "dash": [8, 6]}
 
-#: By what `queries.engines.state` adds up.
+#: By what `queries.engines.state` gives.
 STATES = {
-    0: ("resident", "green"),
-    1: ("weights released", "blue"),
-    2: ("KV pool released", "orange"),
-    3: ("both released", "purple"),
-    4: ("updating", "yellow"),
-    5: ("updating, weights released", "semi-dark-yellow"),
-    6: ("updating, KV pool released", "semi-dark-orange"),
-    7: ("updating, both released", "dark-yellow"),
-    8: ("paused", "#8e929b"),
-    9: ("paused, weights released", "super-light-blue"),
-    10: ("paused, KV pool released", "super-light-orange"),
-    11: ("paused, both released", "super-light-purple"),
-    12: ("paused, updating", "light-yellow"),
-    13: ("paused, updating, weights released", "super-light-yellow"),
-    14: ("paused, updating, KV pool released", "super-light-yellow"),
-    15: ("paused, updating, both released", "super-light-yellow"),
+    0: ("resident", GREEN),
+    1: ("weights released", BLUE),
+    2: ("KV pool released", GOLD),
+    3: ("both released", VIOLET),
+    4: ("updating", YELLOW),
+    5: ("paused", CRIMSON),
 }
 
 
@@ -58,7 +49,7 @@ def gpu_bars(selection: Selection, *, width: int, height: int) -> Json:
         "keeps for itself. A CPU engine has no NVML part.",
         [query(memory.fullest(selection), instant=True)],
         [
-            {"id": "labelsToFields", "options": {"mode": "columns", "valueLabel": "part"}},
+            {"id": "labelsToFields", "options": {"mode": "columns", "valueLabel": "is"}},
             {"id": "merge", "options": {}},
             {
                 "id": "organize",
@@ -70,7 +61,6 @@ def gpu_bars(selection: Selection, *, width: int, height: int) -> Json:
         *map(coloured, COLOURS),
         # No bar: Grafana shows it with the others in the tooltip.
         override("gpu_uuid", displayName="UUID"),
-        share=False,
         width=width,
         height=height,
     )
@@ -90,7 +80,7 @@ def totals() -> list[Json]:
             f"sum({ENGINES.series(resident)})",
             "bytes",
             NOT_LOADED,
-            (None, "blue"),
+            (None, BLUE),
         ),
         stat(
             "KV pool",
@@ -98,7 +88,7 @@ def totals() -> list[Json]:
             f"sum({ENGINES.series('sglang_kv_pool_resident_bytes')})",
             "bytes",
             "No KV pool allocated yet",
-            (None, "orange"),
+            (None, GOLD),
         ),
         stat(
             "Weight share",
@@ -121,7 +111,7 @@ def totals() -> list[Json]:
             "Last update, age",
             "Time since weights last changed after they were first loaded, the latest engine "
             "counts. The first load is no update.",
-            f"time() - max({updates.reloaded_at(ENGINES)})",
+            f"time() - max({engines.reloaded_at(ENGINES)})",
             "s",
             "Not updated since they were loaded",
         ),
@@ -156,10 +146,10 @@ def zero_when_healthy() -> list[Json]:
         ),
         linked(
             stat(
-                "Tensors moved",
-                "Tensors whose address changed in an update in the time range. CUDA graphs keep "
-                "the old addresses, so an in-place update should move none.",
-                updates.moved_in_range(ENGINES),
+                "Engines that moved tensors",
+                "Engines of which an update in the time range has given tensors another address. "
+                "CUDA graphs keep the old ones, so an in-place update should move none.",
+                updates.that_moved(ENGINES),
                 "short",
                 NOT_LOADED,
                 *orange,
@@ -209,12 +199,12 @@ def now() -> list[Json]:
         gpu_bars(ENGINES, width=12, height=8),
         timeseries(
             "Weights against KV pool",
-            "Resident bytes of all selected ranks over time, stacked. The dashed line is the total "
-            "memory of their GPUs (NVML). Yellow lines are updates.",
+            "Resident bytes of all selected ranks over time, stacked, the legend in the order of "
+            "the stack from below. The dashed line is the total memory of their GPUs (NVML). What "
+            "is between, the bars say.",
             [query(memory.over_time(ENGINES), "{{part}}")],
             "bytes",
             NOT_LOADED,
-            *(coloured(name) for name in COLOURS if name != "Free"),
             override(
                 "GPU memory",
                 color={"mode": "fixed", "fixedColor": "text"},
@@ -222,16 +212,23 @@ def now() -> list[Json]:
                 custom__fillOpacity=0,
                 custom__lineStyle=DASHED,
             ),
+            colours={name: COLOURS[name] for name in memory.STACKED},
+            transformations=[
+                {
+                    "id": "renameByRegex",
+                    "options": {"regex": "^[0-9]+ (.*)$", "renamePattern": "$1"},
+                }
+            ],
             stacked=True,
             explained_by_updates=True,
         ),
         linked(
             state_timeline(
                 "State of weights and KV pool",
-                "By engine, as soon as one of its ranks is in that state: weights and KV pool are "
-                "there, were released (release_memory_occupation), an update is in progress, or "
-                "generation is paused (pause_generation).",
-                [query(engines.state(ENGINES), "{{where}}")],
+                f"By engine, of {engines.MOST} at most, as its first rank is: "
+                "generation is paused (pause_generation); else an update is in progress; "
+                "else memory was released (release_memory_occupation), or all of it is there.",
+                [query(engines.states(ENGINES), "{{where}}")],
                 STATES,
                 NOT_LOADED,
                 width=24,
@@ -263,75 +260,87 @@ def over_time() -> list[Json]:
                         else {"custom__fillOpacity": 15}
                     ),
                 )
-                for what, colour in (("Weights", "blue"), ("KV pool", "orange"))
+                for what, colour in (("Weights", BLUE), ("KV pool", GOLD))
                 for state in ("reserved", "resident")
             ),
             explained_by_updates=True,
         ),
         timeseries(
             "Room on the GPUs at the worst moment",
-            "By GPU, what nobody had in use at the worst moment of each minute (NVML, looked at "
-            "once a second). An update's peak, a long prompt or one more adapter has to fit into "
-            "it.",
-            [query(memory.gpu_named(memory.room(ENGINES)), "{{where}}")],
+            "What nobody had in use at the worst moment of each minute (NVML, read once a second), "
+            "on the GPU with the least and on the one in the middle. An update's peak, a long "
+            "prompt or one more adapter has to fit into it.",
+            [query(spread(memory.room(ENGINES), worst="min"), "{{part}}")],
             "bytes",
             NO_NVML,
+            colours=SPREAD,
             explained_by_updates=True,
         ),
         timeseries(
             "Room in tokens of KV",
             "The same room as tokens, at the bytes that a token takes in each engine's KV pools, "
-            "the draft's included; by engine, on its fullest GPU. What a larger "
-            "--mem-fraction-static could still turn into KV pool, if nothing needed the room.",
-            [query(memory.room_in_tokens(ENGINES), "{{where}}")],
+            "the draft's included; of the rank with the least and the one in the middle. What a "
+            "larger --mem-fraction-static could still turn into KV pool, if nothing needed the "
+            "room.",
+            [query(spread(memory.room_in_tokens(ENGINES), worst="min"), "{{part}}")],
             "short",
             NO_NVML,
+            colours=SPREAD,
         ),
         timeseries(
             "Reserved by torch",
-            "By engine, its largest rank: what torch's allocator had reserved at the last look, "
-            "after updates among others, and the most that it ever had. A line that climbs with "
-            "the updates and does not come back is a leak.",
+            "What torch's allocator had reserved at the last capture, after updates among others, "
+            "on the rank with the most and on the one in the middle, and the most that any ever "
+            "had. A line that climbs with the updates and does not come back is a leak.",
             [
                 query(
-                    memory.by_rank(ENGINES, "sglang_rank_memory_reserved_bytes"),
-                    "{{where}}",
+                    spread(ENGINES.series("sglang_rank_memory_reserved_bytes"), worst="max"),
+                    "{{part}}",
                 ),
                 query(
-                    memory.by_rank(ENGINES, "sglang_rank_memory_reserved_peak_bytes"),
-                    "{{where}} peak",
+                    f"max({ENGINES.series('sglang_rank_memory_reserved_peak_bytes')})",
+                    "peak",
                     ref="B",
                 ),
             ],
             "bytes",
             NO_ACCOUNT,
+            colours={**SPREAD, "peak": VIOLET},
             explained_by_updates=True,
         ),
         timeseries(
             "What an update adds, what a release leaves",
-            "By engine, its largest rank: by how much the last update has changed what torch has "
+            "Of the rank with the most: by how much the last update has changed what torch has "
             "reserved, and what torch kept of the GPU in the last release.",
             [
+                query(f"max({ENGINES.series('sglang_rank_memory_update_growth_bytes')})", "growth"),
                 query(
-                    memory.by_rank(ENGINES, "sglang_rank_memory_update_growth_bytes"),
-                    "{{where}} growth",
-                ),
-                query(
-                    memory.by_rank(ENGINES, "sglang_rank_memory_after_release_bytes"),
-                    "{{where}} left",
+                    f"max({ENGINES.series('sglang_rank_memory_after_release_bytes')})",
+                    "left",
                     ref="B",
                 ),
             ],
             "bytes",
             NO_ACCOUNT,
+            colours={"growth": BLUE, "left": GOLD},
         ),
         timeseries(
             "KV capacity in tokens",
-            "Tokens that each engine's KV pools can hold. Tensor and pipeline ranks hold parts of "
-            "the same tokens and count once, data-parallel ranks add up.",
-            [query(engines.kv_tokens(ENGINES), "{{where}} {{pool}}")],
+            "Tokens that the engines' KV pools can hold, by kind of pool. Tensor and pipeline "
+            "ranks hold parts of the same tokens and count once, data-parallel ranks add up.",
+            [query(engines.kv_tokens(ENGINES), "{{pool}}")],
             "short",
             "No KV pool allocated yet",
+            colours={"full": GOLD, "unified": BLUE, "swa": VIOLET, "mamba": CYAN, "index": OLIVE},
             explained_by_updates=True,
+        ),
+        bars_by_name(
+            "Least KV capacity",
+            f"The {TOP} engines whose KV pools hold the fewest tokens. SGLang sizes them by the "
+            "memory that is free at the start.",
+            engines.least_kv_tokens(ENGINES),
+            "short",
+            "No KV pool allocated yet",
+            width=12,
         ),
     ]

@@ -4,10 +4,22 @@
 
 from __future__ import annotations
 
-from ..grafana import NOT_LOADED, Json, override, queries, query, stacked_bars, table, timeseries
+from ..colours import BEIGE, BLUE, CRIMSON, CYAN, GOLD, GREEN, OLIVE, RED, VIOLET, YELLOW
+from ..grafana import NOT_LOADED, Json, in_colour, override, queries, query, stacked_bars, table
 from ..queries import ENGINES, engines
 from ..queries.engines import MOST
 
+DTYPES = {
+    "bfloat16": BLUE,
+    "float16": CYAN,
+    "float32": VIOLET,
+    "float8_e4m3fn": GOLD,
+    "float8_e8m0fnu": YELLOW,
+    "float4_e2m1fn_x2": OLIVE,
+    "int8": BEIGE,
+    "uint8": CRIMSON,
+    "int32": GREEN,
+}
 UNITS = {
     "Weights": "bytes",
     "Resident": "bytes",
@@ -15,7 +27,6 @@ UNITS = {
     "Regions": "none",
     "KV pool": "bytes",
     "KV tokens": "none",
-    "Version": "none",
     "Fingerprint": "none",
     "Last change": "dateTimeAsIso",
     "First load": "s",
@@ -91,21 +102,31 @@ def panels() -> list[Json]:
             ],
             "on\\dtype",
             NOT_LOADED,
-            share=False,
+            *(in_colour(name, colour) for name, colour in DTYPES.items()),
             width=14,
             height=10,
         ),
-        timeseries(
+        stacked_bars(
             "Who else touched weights",
-            "Calls that read, save, send or check weights, or load adapters or open update groups, "
-            "summed over ranks; failed ones apart.",
-            queries(engines.operations(ENGINES)),
-            "short",
-            NOT_LOADED,
+            "Calls in the time range that read, saved, sent or checked weights, or loaded adapters "
+            "or opened update groups, summed over ranks; failed ones apart.",
+            [query(engines.operations(ENGINES), instant=True, format="table")],
+            [
+                {
+                    "id": "groupingToMatrix",
+                    "options": {
+                        "columnField": "part",
+                        "rowField": "operation",
+                        "valueField": "Value",
+                    },
+                },
+            ],
+            "operation\\part",
+            "No such call in this time range",
+            in_colour("done", BLUE),
+            in_colour("failed", RED),
+            unit="short",
             width=10,
             height=10,
-            bars=True,
-            decimals=0,
-            calcs=("sum",),
         ),
     ]

@@ -4,47 +4,42 @@
 
 from __future__ import annotations
 
+from ..colours import BLUE, GOLD, SPREAD
 from ..grafana import NO_SGLANG, Json, queries, query, timeseries
-from ..queries import ENGINES, neighbours
+from ..queries import ENGINES, neighbours, spread
 
 
 def panels() -> list[Json]:
+    usage = neighbours.of_sglang("token_usage")
     return [
         timeseries(
             "KV tokens in use",
-            "SGLang's sglang:token_usage by rank. SGLang reports the first TP rank unless it was "
-            "started with --enable-metrics-for-all-schedulers.",
-            [
-                query(
-                    neighbours.rank_of_sglang(neighbours.of_sglang("token_usage")),
-                    "{{on}}",
-                )
-            ],
+            "SGLang's sglang:token_usage, of the rank with the most and of the one in the middle. "
+            "SGLang reports the first TP rank unless it was started with "
+            "--enable-metrics-for-all-schedulers.",
+            [query(spread(usage, worst="max"), "{{part}}")],
             "percentunit",
             NO_SGLANG,
             width=8,
             maximum=1,
+            colours=SPREAD,
         ),
         timeseries(
             "KV bytes in use",
-            "sglang:token_usage times the pool's measured bytes, against the pool. What stays "
-            "unused could have been weights. Joined by host, rank and port, which is the engine's "
-            "name here: SGLang has to be scraped at the port in its own settings.",
+            "sglang:token_usage times the pool's measured bytes, against the pool, summed over "
+            "ranks. What stays unused could have been weights. Joined by host, rank and port, "
+            "which is the engine's name here: SGLang has to be scraped at the port in its own "
+            "settings.",
             queries(neighbours.kv_in_use(ENGINES)),
             "bytes",
             NO_SGLANG,
             width=8,
+            colours={"used": BLUE, "pool": GOLD},
         ),
         timeseries(
             "Generation throughput",
-            "SGLang's sglang:gen_throughput, in tokens a second: what an update (yellow lines) "
-            "costs.",
-            [
-                query(
-                    neighbours.rank_of_sglang(neighbours.of_sglang("gen_throughput")),
-                    "{{on}}",
-                )
-            ],
+            "SGLang's sglang:gen_throughput, summed, in tokens a second: what an update costs.",
+            [query(f"sum({neighbours.of_sglang('gen_throughput')})", "tokens a second")],
             "short",
             NO_SGLANG,
             width=8,

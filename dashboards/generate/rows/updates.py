@@ -4,8 +4,20 @@
 
 from __future__ import annotations
 
-from ..grafana import NOT_LOADED, Json, heatmap, queries, query, timeseries
-from ..queries import ENGINES, updates
+from ..colours import BLUE, CYAN, GOLD, GREY, OLIVE, RED, SOURCES, SPREAD, VIOLET
+from ..grafana import NOT_LOADED, Json, bars_by_name, heatmap, queries, query, timeseries
+from ..queries import ENGINES, TOP, updates
+
+#: What an update spends its time on.
+PHASES = {
+    "wait": GREY,
+    "receive": BLUE,
+    "load": GOLD,
+    "post_process": CYAN,
+    "flush": OLIVE,
+    "capture": VIOLET,
+}
+CHANGES = {"moved": GOLD, "added": BLUE, "removed": RED, "resized": CYAN, "device": VIOLET}
 
 
 def panels() -> list[Json]:
@@ -17,6 +29,7 @@ def panels() -> list[Json]:
             [query(updates.by_source(ENGINES, "sglang_weight_updates_total"), "{{source}}")],
             "short",
             "No update in this time range",
+            colours=SOURCES,
             width=8,
             bars=True,
             decimals=0,
@@ -32,12 +45,7 @@ def panels() -> list[Json]:
             ],
             "short",
             "No failed update in this time range",
-            {
-                "matcher": {"id": "byType", "options": "number"},
-                "properties": [
-                    {"id": "color", "value": {"mode": "continuous-reds", "seriesBy": "max"}}
-                ],
-            },
+            colours=SOURCES,
             width=8,
             bars=True,
             decimals=0,
@@ -59,6 +67,7 @@ def panels() -> list[Json]:
             queries(updates.changes(ENGINES)),
             "short",
             NOT_LOADED,
+            colours=CHANGES,
             width=8,
             bars=True,
             decimals=0,
@@ -66,8 +75,8 @@ def panels() -> list[Json]:
         ),
         timeseries(
             "Update groups",
-            "Process groups open for distributed updates, by engine, summed over ranks.",
-            [query(updates.groups(ENGINES), "{{where}}")],
+            "Process groups open for distributed updates, summed over engines and ranks.",
+            [query(updates.groups(ENGINES), "open")],
             "short",
             NOT_LOADED,
             width=8,
@@ -76,33 +85,36 @@ def panels() -> list[Json]:
         ),
         timeseries(
             "Age of the weights",
-            "Time since weights last changed, the first load included, by engine. In RL training "
-            "this is how far behind an engine may be.",
-            [query(updates.age_named(ENGINES), "{{where}}")],
+            "Time since weights last changed, the first load included, of the engine that was "
+            "updated longest ago and of the one in the middle. In RL training this is how far "
+            "behind an engine may be. Which one it is: Fleet, the last lines of its table.",
+            [query(updates.ages(ENGINES), "{{part}}")],
             "s",
             NOT_LOADED,
+            colours=SPREAD,
             width=8,
         ),
         timeseries(
             "Where the time of updates went",
             "Seconds of each engine's slowest rank: waiting for a call, a peer or a reader; "
-            "receiving; loading; unpacking, packing; flushing the cache; this exporter's own look.",
+            "receiving; loading; unpacking, packing; flushing the cache; this exporter's own "
+            "capture.",
             [query(updates.phases(ENGINES), "{{phase}}")],
             "s",
             "No update in this time range",
+            colours=PHASES,
             width=8,
             bars=True,
             calcs=("sum",),
         ),
-        timeseries(
+        bars_by_name(
             "Slowest ranks",
-            "The three ranks on which updates took longest, by their seconds.",
-            [query(updates.slowest_ranks(ENGINES), "{{where}}")],
+            f"The {TOP} ranks on which the updates of the time range took longest, by their "
+            "seconds together.",
+            updates.slowest_ranks(ENGINES),
             "s",
             "No update in this time range",
             width=8,
-            bars=True,
-            calcs=("max",),
         ),
         timeseries(
             "Bytes a second",
@@ -111,6 +123,7 @@ def panels() -> list[Json]:
             [query(updates.bytes_a_second(ENGINES), "{{source}}")],
             "Bps",
             "No update in this time range",
+            colours=SOURCES,
             width=8,
             calcs=("max",),
         ),

@@ -6,6 +6,7 @@
 // JSON to scene, $__rate_interval and label_values are this page's own.
 //   ?board=NAME  NAME.json is drawn   ?from=now-1h&to=now  time range   ?theme=light
 //   ?open=1      rows that are closed in the file are open
+//   ?lines=1     the lines of updates, which are off in the file, are on
 import React from 'react';
 import { createRoot } from 'react-dom/client';
 import { BrowserRouter } from 'react-router-dom';
@@ -76,7 +77,7 @@ const LINE_DEFAULTS = {
 };
 const CELL_DEFAULTS = {
   align: 'auto', cellOptions: { type: 'auto' }, width: undefined, minWidth: undefined, inspect: false,
-  filterable: false, hideHeader: undefined, wrapText: undefined,
+  filterable: false, hideHeader: undefined, wrapText: undefined, hidden: undefined, hideFrom: undefined,
 };
 const customOptions = (defaults) => ({
   useCustomConfig: (builder) => {
@@ -139,7 +140,7 @@ function data(panel) {
   if (!panel.targets) return undefined;
   const queries = new SceneQueryRunner({
     datasource: DATASOURCE, queries: panel.targets.map((target) => ({ ...target, datasource: DATASOURCE })),
-    maxDataPoints: 300, minInterval: SCRAPE_SECONDS + 's',
+    maxDataPoints: panel.maxDataPoints ?? 300, minInterval: SCRAPE_SECONDS + 's',
   });
   return panel.transformations
     ? new SceneDataTransformer({ $data: queries, transformations: panel.transformations })
@@ -195,12 +196,14 @@ function toScene(dashboard) {
   });
   const asked = new Map();
   const reloads = (range, panel) => {
-    if (!dashboard.annotations.list[0].filter.ids.includes(panel)) return Promise.resolve([]);
+    const [annotation] = dashboard.annotations.list;
+    if (!(annotation.enable || parameters.has('lines'))) return Promise.resolve([]);
+    if (!annotation.filter.ids.includes(panel)) return Promise.resolve([]);
     const key = `${range.from.valueOf()}-${range.to.valueOf()}`;
-    if (!asked.has(key)) asked.set(key, source.reloads(dashboard.annotations.list[0], scene, range));
+    if (!asked.has(key)) asked.set(key, source.reloads(annotation, scene, range));
     return asked.get(key);
   };
-  register('timeseries', visualizations.timeseries(reloads), LINE_DEFAULTS);
+  register('timeseries', visualizations.timeseries(reloads, dashboard.annotations.list[0].iconColor), LINE_DEFAULTS);
   register('stat', visualizations.stat);
   register('state-timeline', visualizations.stateTimeline, { fillOpacity: 70, lineWidth: 0, hideFrom: {} });
   register('barchart', visualizations.barchart, { fillOpacity: 80, lineWidth: 1, axisPlacement: 'auto', hideFrom: {} });

@@ -35,6 +35,27 @@ function cut() {
   return found;
 }
 
+// Texts on canvases that reach over their canvas, or are squeezed, until it is drawn anew.
+function watchCanvases() {
+  const found = new Map();
+  const { fillText, clearRect } = CanvasRenderingContext2D.prototype;
+  CanvasRenderingContext2D.prototype.clearRect = function (...box) {
+    found.delete(this.canvas);
+    return clearRect.apply(this, box);
+  };
+  CanvasRenderingContext2D.prototype.fillText = function (text, x, y, most) {
+    const { width } = this.measureText(text);
+    const left = { center: x - width / 2, right: x - width, end: x - width }[this.textAlign] ?? x;
+    const ends = [left, left + width].map((at) => this.getTransform().transformPoint({ x: at, y }));
+    const outside = ends.some((at) => at.x < -1 || at.x > this.canvas.width + 1 || at.y < -1 || at.y > this.canvas.height + 1);
+    if (String(text).trim() && (outside || width > (most ?? Infinity) + 1)) {
+      found.set(this.canvas, [...(found.get(this.canvas) ?? []), String(text)]);
+    }
+    return fillText.apply(this, most === undefined ? [text, x, y] : [text, x, y, most]);
+  };
+  window.cutOnCanvases = () => [...found].filter(([canvas]) => canvas.isConnected).flatMap(([, texts]) => texts);
+}
+
 // The same of what lies outside of a table's window: it draws only the cells that are in sight.
 async function cutInTables() {
   const found = new Set();
@@ -64,7 +85,7 @@ async function open(address) {
   });
   const opened = { address, page, requests: 0 };
   page.on('request', (request) => { if (request.url().includes('/prom/')) opened.requests += 1; });
-  await page.addInitScript(`window.cut = ${cut}`);
+  await page.addInitScript(`window.cut = ${cut}; (${watchCanvases})()`);
   return opened;
 }
 
@@ -81,7 +102,7 @@ const look = (page) => page.evaluate(() => {
     bottom: Math.max(...[...document.querySelectorAll('.visualization')].map((one) => one.getBoundingClientRect().bottom)),
     queries: window.queries,
     problems: window.problems,
-    cut: window.cut(),
+    cut: [...window.cut(), ...window.cutOnCanvases()],
     // From the first request to the last answer, by the clock that all pages share.
     asked: (() => {
       const answers = performance.getEntriesByType('resource').filter((entry) => entry.name.includes('/prom/'));

@@ -28,13 +28,12 @@ const hasRows = (props) => props.data.series.some((frame) => frame.length > 0);
 // ---- Grafana's components ------------------------------------------------------------------
 
 // A dashed line at each reload, as Grafana draws annotations.
-function ReloadLines({ config, times }) {
-  const theme = useTheme2();
+function ReloadLines({ config, times, colour }) {
   React.useLayoutEffect(() => {
     config.addHook('draw', (u) => {
       u.ctx.save();
-      u.ctx.strokeStyle = theme.visualization.getColorByName('yellow');
-      u.ctx.lineWidth = 2;
+      u.ctx.strokeStyle = colour;
+      u.ctx.lineWidth = 1;
       u.ctx.setLineDash([6, 6]);
       for (const time of times) {
         const x = u.valToPos(time, 'x', true);
@@ -50,7 +49,7 @@ function ReloadLines({ config, times }) {
   return null;
 }
 
-export const timeseries = (reloads) => function TimeSeriesPanel(props) {
+export const timeseries = (reloads, colour) => function TimeSeriesPanel(props) {
   const [times, setTimes] = React.useState(null);
   React.useEffect(() => { reloads(props.timeRange, props.id).then(setTimes); }, [props.timeRange]);
   if (!hasRows(props)) return <Empty {...props} />;
@@ -59,7 +58,7 @@ export const timeseries = (reloads) => function TimeSeriesPanel(props) {
     <TimeSeries frames={props.data.series} structureRev={props.data.structureRev}
       timeRange={props.timeRange} timeZone={props.timeZone} width={props.width}
       height={props.height} legend={props.options.legend} options={props.options}>
-      {(config) => <ReloadLines config={config} times={times} />}
+      {(config) => <ReloadLines config={config} times={times} colour={colour} />}
     </TimeSeries>
   );
 };
@@ -116,6 +115,7 @@ function Canvas({ width, height, draw }) {
     canvas.width = width * scale;
     canvas.height = height * scale;
     const context = canvas.getContext('2d');
+    context.clearRect(0, 0, canvas.width, canvas.height);
     context.scale(scale, scale);
     draw(context);
   });
