@@ -116,7 +116,7 @@ def test_panels_are_drawn_by_grafanas_libraries(
     reloaded: float,
     tmp_path: Path,
 ) -> None:
-    query = f"board={dashboard['uid']}&open=1&scrape=3&from=now-5m"
+    query = f"board={dashboard['uid']}&open=1&lines=1&scrape=3&from=now-5m"
     found = panel_page.look(monitoring.url, tmp_path / "whole.png", query=query)
     assert found["problems"] == []
     drawn = {panel["title"]: panel for panel in found["panels"]}
@@ -128,7 +128,7 @@ def test_panels_are_drawn_by_grafanas_libraries(
     if "What each rank holds" in drawn:
         for word in ("Rank", "Weights", "Tensors"):
             assert word in drawn["What each rank holds"]["text"]
-    # The annotation was asked, and has a line for each update of each engine.
+    # The annotation was asked, and has a line for the updates of each model.
     assert next(query["series"] for query in found["queries"] if query.get("annotation")) >= 2
 
 

@@ -111,6 +111,7 @@ const look = (page) => page.evaluate(() => {
     })(),
     panels: [...document.querySelectorAll('.visualization')].map((panel) => ({
       title: panel.dataset.title,
+      bottom: panel.getBoundingClientRect().bottom,
       type: panel.dataset.type,
       state: panel.dataset.state,
       rows: Number(panel.dataset.rows),
