@@ -54,7 +54,7 @@ def ask(stack: Monitoring, panel: dict[str, Any], end: float) -> None:
     """All that one panel asks."""
     step = step_of(panel)
     values = {**ALL, "$__interval": f"{step}s", "$__rate_interval": "240s"}
-    values |= {"$__range": f"{HOUR}s", "$__range_s": str(HOUR)}
+    values["$__range"] = f"{HOUR}s"
     for target in panel.get("targets", []):
         expression = target["expr"]
         for variable, value in values.items():

@@ -33,7 +33,6 @@ def expressions(dashboard: dict[str, Any]) -> list[tuple[str, str, bool]]:
 BUILT_IN = {
     "$__interval": "5s",
     "$__rate_interval": "20s",
-    "$__range_s": "300",
     "$__range": "300s",
 }
 

@@ -103,7 +103,7 @@ def least_room(selection: Selection) -> dict[str, str]:
     """The GPUs with the least, and how much more it is in an hour at the pace of the range."""
     least = f"bottomk({TOP}, {room(selection)})"
     used = selection.of_targets("sglang_gpu_memory_used_max_bytes")
-    pace = f"(({used} offset $__range - {used}) / $__range_s * 3600 and on ({GPU}) {least})"
+    pace = f"(-3600 * deriv({used}[$__range]) and on ({GPU}) {least})"
     return {"Room": index_named(least), "In an hour": index_named(pace)}
 
 

@@ -33,7 +33,6 @@ export class Prometheus extends RuntimeDataSource {
       __interval: { value: step + 's' },
       __rate_interval: { value: Math.max(step + this.scrapeSeconds, 4 * this.scrapeSeconds) + 's' },
       __range: { value: rangeSeconds + 's' },
-      __range_s: { value: String(rangeSeconds) },
     };
     return sceneGraph.interpolate(builtIn.__sceneObject.value.valueOf(), expr, builtIn, several);
   }
