@@ -57,14 +57,13 @@ def read_errors(selection: Selection) -> str:
 
 def troubles(selection: Selection) -> dict[str, str]:
     """What went wrong in the time range; 0 of each is health."""
-    errors, files, spans = (
+    files, spans = (
         grown(selection.of_targets(f"sglang_weight_exporter_{each}_total"))
-        for each in ("errors", "read_errors", "spans_dropped")
+        for each in ("read_errors", "spans_dropped")
     )
     hooks = grown(selection.series("sglang_weight_exporter_hook_errors_total"))
     return {
         "errors in hooks": f"sum({hooks})",
-        "errors of the exporter": f"sum({errors})",
         "files unread": f"sum({files})",
         "spans dropped": f"sum({spans})",
     }

@@ -65,7 +65,7 @@ def of_a_fleet(selection: Selection) -> list[Json]:
         timeseries(
             "Troubles of exporters",
             "In the time range until each point: exceptions of hooks that were caught in engines, "
-            "errors that the exporter went on after, files of ranks that it could not read, and "
+            "files of ranks that it could not read, and "
             "spans that it dropped. All 0 is health.",
             queries(exporter.troubles(selection)),
             "short",
@@ -74,7 +74,6 @@ def of_a_fleet(selection: Selection) -> list[Json]:
             decimals=0,
             colours={
                 "errors in hooks": RED,
-                "errors of the exporter": GOLD,
                 "files unread": BLUE,
                 "spans dropped": VIOLET,
             },
