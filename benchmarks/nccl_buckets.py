@@ -24,7 +24,7 @@ from gpu_engines import nvidia_smi
 from ports import free_port
 from update import Engine
 
-ROUNDS = 11
+ROUNDS, CPU_ROUNDS = 11, 5
 
 PROGRAM = """
 import json, os, sys, threading, time
@@ -136,7 +136,7 @@ def main() -> None:
             engines[kind].answer()
             print(f"engine {kind} is ready", file=sys.stderr, flush=True)
         taken: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for number in range(ROUNDS):
+        for number in range(ROUNDS if gpu else CPU_ROUNDS):
             order = list(kinds) if number % 2 else list(reversed(kinds))
             for kind in order:
                 taken[kind].append(engines[kind].update())

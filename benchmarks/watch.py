@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "shared"))
 import tiny_model
 from engines import Engine, Installation
 
-LAYERS, ROUNDS, TOKENS, EVERY = 60, 6, 400, 2
+LAYERS, ROUNDS, TOKENS, EVERY = 30, 3, 200, 2
 
 
 def gaps(engine: Engine) -> list[float]:
