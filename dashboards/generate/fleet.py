@@ -189,7 +189,7 @@ def firing(documents: str) -> Json:
         "Nothing fires",
         dash(),
         override("Severity", custom__width=75),
-        override("Where", custom__width=140),
+        override("Where", custom__width=195),
         *([way] if documents else []),
         width=9,
         height=6,

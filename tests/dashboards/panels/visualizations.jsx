@@ -144,7 +144,9 @@ export function barchart(props) {
   const value = (field, i) => Math.max(0, Number(field.values[i]) || 0);
   const totals = x.values.map((_, i) => fields.reduce((sum, f) => sum + value(f, i), 0));
   const maximum = share ? 1 : Math.max(...totals);
-  const order = x.values.map((_, i) => i).sort((a, b) => String(x.values[a]).localeCompare(String(x.values[b]), undefined, { numeric: true }));
+  const { unit } = props.fieldConfig.defaults;
+  // Bars of one kind stand in the order in which they come.
+  const order = fields.length === 1 ? x.values.map((_, i) => i) : x.values.map((_, i) => i).sort((a, b) => String(x.values[a]).localeCompare(String(x.values[b]), undefined, { numeric: true }));
   const { placement } = options.legend;
   const beside = placement === 'right';
   const plotHeight = props.height - (beside ? 0 : LEGEND);
@@ -156,13 +158,13 @@ export function barchart(props) {
     const width = plotWidth - left - 24;
     const line = (plotHeight - AXIS) / order.length;
     context.textBaseline = 'middle';
-    for (const mark of marks(maximum, share ? 5 : 6, !share)) {
+    for (const mark of marks(maximum, share ? 5 : 6, !share && unit === 'bytes')) {
       const at = left + (mark / maximum) * width;
       context.fillStyle = theme.colors.border.weak;
       context.fillRect(at, 0, 1, plotHeight - AXIS);
       context.fillStyle = theme.colors.text.secondary;
       context.textAlign = 'center';
-      const label = share ? `${Math.round(mark * 100)}%` : formattedValueToString(getValueFormat('bytes')(mark, 0));
+      const label = share ? `${Math.round(mark * 100)}%` : formattedValueToString(getValueFormat(unit)(mark, unit === 'bytes' ? 0 : undefined));
       context.fillText(label, at, plotHeight - AXIS / 2);
     }
     order.forEach((i, position) => {
