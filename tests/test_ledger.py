@@ -56,19 +56,25 @@ class Writes:
     verdicts: list[Verdict] = field(default_factory=list)
     #: A request wrote the weights and could not flush the cache, which makes it fail.
     unflushed: bool = False
+    #: A bucket that was to come has not, because another runner failed before.
+    missed: bool = False
     last_call: float = 0.0
     version: str = ""
     nbytes: int | None = 0
 
     @property
     def failed(self) -> bool:
-        return self.unflushed or not all(verdict.succeeded for verdict in self.verdicts)
+        return self.unflushed or self.broken
+
+    @property
+    def broken(self) -> bool:
+        return self.missed or not all(verdict.succeeded for verdict in self.verdicts)
 
     @property
     def changed(self) -> bool:
         """The weights are the new ones: some were written, and no call failed."""
         effects = {verdict.effect for verdict in self.verdicts}
-        return "changed" in effects and all(verdict.succeeded for verdict in self.verdicts)
+        return "changed" in effects and not self.broken
 
 
 @dataclass
@@ -78,6 +84,8 @@ class Request:
     source: Source
     flush_cache: bool
     version: str
+    selector: str = "all"
+    unflushed: bool = False
     wrote: set[str] = field(default_factory=set)
     called: bool = False
 
@@ -194,7 +202,10 @@ class LedgerMachine(RuleBasedStateMachine):
             if writes is not None and request.version and other and not writes.session:
                 self.end(role)  # A version is one update.
         self.ledger.updates.begin_request(
-            source=request.source, flush_cache=request.flush_cache, weight_version=request.version
+            source=request.source,
+            flush_cache=request.flush_cache,
+            weight_version=request.version,
+            selector=request.selector,
         )
 
     def answer(self, request: Request, succeeded: bool, message: str = "") -> None:
@@ -209,8 +220,11 @@ class LedgerMachine(RuleBasedStateMachine):
         for role, writes in self.open.items():
             if writes is None:
                 continue
-            if only_flush and role in request.wrote:
-                writes.unflushed = True
+            if (only_flush or request.unflushed) and role in request.wrote and not writes.broken:
+                writes.unflushed = not succeeded or writes.unflushed
+            asked = role in SELECTORS[request.selector] and role not in request.wrote
+            if not succeeded and request.called and asked and writes.session:
+                writes.missed = True
             if writes.session:
                 continue
             undefined = any(verdict.effect == "undefined" for verdict in writes.verdicts)
@@ -233,6 +247,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if request.flush_cache:
             self.flush(works=works)
             if not works:
+                request.unflushed = True
                 return False, "the cache was not flushed"
         return True, ""
 
@@ -277,7 +292,7 @@ class LedgerMachine(RuleBasedStateMachine):
         flushes: bool,
         version: str,
     ) -> None:
-        request = Request(source, flush_cache, version)
+        request = Request(source, flush_cache, version, selector)
         self.begin_request(request)
         if self.has_sessions and self.session is None:
             self.answer(request, False, "it must run between begin and end")

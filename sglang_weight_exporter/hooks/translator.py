@@ -178,9 +178,10 @@ class Translator:
         if token is not None:
             verdict = _verdict(None if announced else source, outcome)
             # Where a request ends it, that is next.
+            goes_on = token.ends_with == "later" or self._rank.ledger.updates.in_session
             self._rank.step(
                 lambda ledger: ledger.updates.finish(token, verdict),
-                then="note" if token.ends_with == "later" else "",
+                then="note" if goes_on else "",
             )
         return outcome
 
@@ -262,9 +263,13 @@ class Translator:
         """A request of the scheduler: where updates of several calls or runners end."""
         flush_cache = bool(call.requested("flush_cache"))
         version = str(call.requested("weight_version") or "")
+        selector = str(call.requested("selector") or "all")  # Of 0.5.21 and later.
         self._rank.step(
             lambda ledger: ledger.updates.begin_request(
-                source=call.target.source, flush_cache=flush_cache, weight_version=version
+                source=call.target.source,
+                flush_cache=flush_cache,
+                weight_version=version,
+                selector=selector,
             ),
             then="",
         )

@@ -68,7 +68,7 @@ class Ledger:
     def end_flush(self, *, succeeded: bool) -> None:
         """It was flushed, or SGLang refused."""
         with self._lock:
-            self.updates.end_flush()
+            self.updates.end_flush(succeeded=succeeded)
             self.prefix_cache.flush(succeeded=succeeded)
 
     def take_finished(self) -> list[FinishedUpdate]:

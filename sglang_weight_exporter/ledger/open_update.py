@@ -125,6 +125,12 @@ class OpenUpdate:
         elif "changed" in effects:
             self.effect = "changed"
 
+    def miss(self, message: str) -> None:
+        """A bucket that was to come has not: SGLang failed before it got to this role."""
+        self.broken, self.message = True, message
+        if self.effect == "changed":
+            self.effect = "undefined"
+
     @property
     def in_progress(self) -> UpdateInProgress:
         """For readers, as long as it goes on."""

@@ -71,10 +71,10 @@ class RoleAccount:
         """What changes while an update goes on; ``None``: none does."""
         if not self.open:
             return None
-        sources = {each.source for each in self.open if each.source is not None}
         return RoleProgress(
             in_progress=self.open[0].in_progress,
-            calls={source: self.updates[source].calls for source in sources},
+            # Of every source: a session may have had calls of several.
+            calls={source: each.calls for source, each in self.updates.items() if each.calls},
         )
 
     def count(self, source: Source, **changes: object) -> None:

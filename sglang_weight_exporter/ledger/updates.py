@@ -38,13 +38,21 @@ class _Request:
     number: int
     flush_cache: bool
     weight_version: str
+    selector: str
     began_at: float
+    #: SGLang could not flush the cache after the weights were written.
+    flush_refused: bool = False
     #: Updates that it has come to a call of, of any role.
     updates: list[OpenUpdate] = field(default_factory=list)
 
     def wrote(self, update: OpenUpdate) -> bool:
         """Whether a call of the update is of this request, and has ended."""
         return update.calls > 0 and update in self.updates
+
+    def missed(self, role: str, update: OpenUpdate) -> bool:
+        """Whether it was to write this role (``_select_runners``), and another's call failed."""
+        asked = self.selector in {"all", "target" if role == "target" else "draft"}
+        return asked and bool(self.updates) and update not in self.updates
 
 
 class Updates:
@@ -257,8 +265,11 @@ class Updates:
                 if request and role.update and request.wrote(role.update):
                     role.update.set_phase("flush", self._clock())
 
-    def end_flush(self) -> None:
+    def end_flush(self, *, succeeded: bool) -> None:
         with self._lock:
+            request = self._requests.get(self._thread())
+            if request is not None and not succeeded:
+                request.flush_refused = True
             for role in self._roles.by_name.values():
                 if role.update is not None and role.update.phase == "flush":
                     role.update.set_phase("wait", self._clock())
@@ -316,9 +327,14 @@ class Updates:
     # Requests: where updates of several calls or roles end.
 
     def begin_request(
-        self, *, flush_cache: bool, weight_version: str, source: Source | None = None
+        self,
+        *,
+        flush_cache: bool,
+        weight_version: str,
+        source: Source | None = None,
+        selector: str = "all",
     ) -> None:
-        """The scheduler serves a request to update weights."""
+        """The scheduler serves a request to update weights. ``selector``: of which runners."""
         with self._lock:
             for name, role in self._roles.by_name.items():
                 open_ = role.update
@@ -330,7 +346,12 @@ class Updates:
                 ):
                     self._roles.finish(name, open_)
             self._requests[self._thread()] = _Request(
-                source, self._roles.next_number(), flush_cache, weight_version, self._clock()
+                source,
+                self._roles.next_number(),
+                flush_cache,
+                weight_version,
+                selector,
+                began_at=self._clock(),
             )
 
     def end_request(self, *, succeeded: bool, message: str, raised: bool) -> None:
@@ -345,11 +366,14 @@ class Updates:
                 for name, role in self._roles.by_name.items()
                 if role.update is not None
             ]
-            only_flush_failed = not succeeded and not any(open_.failed for _, open_ in open_updates)
+            # What follows the writing failed: of a target whose draft then failed as well.
+            unflushed = request.flush_refused or not any(open_.failed for _, open_ in open_updates)
             for name, open_ in open_updates:
                 wrote = request.wrote(open_)
-                if only_flush_failed and wrote:
+                if not succeeded and unflushed and wrote and not open_.broken:
                     open_.refused, open_.message = True, message
+                elif not succeeded and open_.session and request.missed(name, open_):
+                    open_.miss(message)
                 if open_.session and not (raised and open_.calls):
                     continue
                 if request.weight_version and open_.effect == "changed":
