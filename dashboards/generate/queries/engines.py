@@ -114,7 +114,8 @@ def weights_of_each(selection: Selection) -> str:
 def released(resident: str, reserved: str) -> str:
     """1 for a rank that holds memory of which less than half is there, else 0: a little may lie
     outside of the memory saver's regions."""
-    return f"(sum by ({RANK}) ({resident}) < bool 0.5 * sum by ({RANK}) ({reserved}))"
+    # Not `resident < bool 0.5 * reserved`: where that has no right side VictoriaMetrics says 0.
+    return f"(sum by ({RANK}) ({resident}) / sum by ({RANK}) ({reserved}) < bool 0.5)"
 
 
 def weights_released(selection: Selection) -> str:
@@ -132,7 +133,7 @@ def state(selection: Selection) -> str:
 
     def half_gone(what: str) -> str:
         held, has = of(f"sglang_{what}_resident_bytes"), of(f"sglang_{what}_bytes")
-        return f"({held} < bool 0.5 * {has})"
+        return f"({held} / {has} < bool 0.5)"
 
     paused, updating = of("sglang_kv_cache_paused"), of("sglang_weight_update_in_progress")
     # An engine may have no KV pool (yet): `or` keeps it.
