@@ -54,13 +54,10 @@ def beside_a_reload(engine: Engine, model: Path, seconds: float) -> float:
     """Seconds for a round's tokens, where weights are loaded once in so many seconds."""
     began, rounds = time.perf_counter(), 0
     with ThreadPoolExecutor(1) as pool:
-        reload = None
-        while (passed := time.perf_counter() - began) < seconds:
-            if reload is None and passed > seconds / 2:
-                reload = pool.submit(engine.update_weights_from_disk, model)
+        reload = pool.submit(engine.update_weights_from_disk, model)
+        while not rounds or time.perf_counter() - began < seconds:
             generate(engine)
             rounds += 1
-        assert reload is not None
         assert reload.result()[0] == 200, "the reload failed"
     return (time.perf_counter() - began) / rounds
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from engines import Engine
-from monitoring import DASHBOARDS, Monitoring, replay
+from monitoring import DASHBOARDS, LastScrape, Monitoring, replay
 from panel_page import PanelPage, build
 from waiting import eventually
 
@@ -43,13 +43,15 @@ def monitoring(engine: Engine) -> Iterator[Monitoring]:
     """Scrapes the engine's exporter and its own metrics; before that lies the
     recording of a GPU host, which a CPU engine cannot stand for: NVML, a draft, LoRA, release."""
     directory = Path(tempfile.mkdtemp(prefix="monitoring-"))
-    replay(directory, time.time())
+    host = LastScrape(replay(directory, time.time()))
     targets = {
+        "recording": host.target,
         "sglang-weights": f"127.0.0.1:{engine.exporter_port}",
         "sglang": f"127.0.0.1:{engine.port}",
     }
     raised = {"SGLangWeightsReloaded", "SGLangWeightReloadFailed"}
-    stack = Monitoring(directory, targets, hastened=raised).start()
+    honoured = {"recording": {"honor_labels": True}}
+    stack = Monitoring(directory, targets, scrape=honoured, hastened=raised).start()
     try:
         for series in ("sglang_weight_info", "sglang[:_]token_usage"):
             selected = f'{{__name__=~"{series}",instance=~"127.*"}}'
@@ -60,6 +62,7 @@ def monitoring(engine: Engine) -> Iterator[Monitoring]:
         yield stack
     finally:
         stack.stop()
+        host.close()
 
 
 @pytest.fixture(scope="session")

@@ -269,8 +269,9 @@ def recorded_scrapes() -> Iterator[tuple[float, dict[str, float]]]:
         yield at, dict(series)
 
 
-def replay(directory: Path, end: float, instance: str = "gpu-host:9400") -> None:
-    """Write the recording into Prometheus's storage as if it had just ended.
+def replay(directory: Path, end: float, instance: str = "gpu-host:9400") -> str:
+    """Write the recording into Prometheus's storage as if it had just ended. Returns its last
+    scrape, for :class:`LastScrape`.
 
     dcgm-exporter, SGLang's own metrics and accounts of memory were not recorded: their series are
     made here, in the shape that those programs give them, from the recorded memory in use.
@@ -294,6 +295,34 @@ def replay(directory: Path, end: float, instance: str = "gpu-host:9400") -> None
     text = directory / "recording.om"
     text.write_text("\n".join([*lines, "# EOF", ""]))
     run("promtool", "tsdb", "create-blocks-from", "openmetrics", text, directory / "data")
+    last = [(name, points[-1]) for name, points in samples.items()]
+    return "".join(f"{name} {value:.17g}\n" for name, (at, value) in last if at == end)
+
+
+class LastScrape:
+    """Answers every scrape with one text. A host whose recording has ended lives on, for as long as
+    a slow machine takes for what is asked about it. Its series have their own `job` and `instance`,
+    so a scrape honours labels."""
+
+    def __init__(self, text: str) -> None:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.send_header("Content-Type", "text/plain; version=0.0.4")
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.target = f"127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._server.shutdown()
+        self._server.server_close()
 
 
 def with_labels(name: str, **labels: str) -> str:

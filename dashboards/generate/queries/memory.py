@@ -19,10 +19,10 @@ ACCOUNTED = {
     "Unused in torch": "rounding|fragments|cached",
 }
 #: What holds memory, by its series, role and part. Of weights, an encoder's are part of the target,
-#: and a weight-cache daemon's are all of it.
+#: and a weight-cache daemon's are all of it. The first that fits is what it is.
 NAMES = {
-    "Target weights": "sglang_weight_resident_bytes .*",
     "Draft weights": "sglang_weight_resident_bytes draft.*",
+    "Target weights": "sglang_weight_resident_bytes .*",
     "LoRA": "sglang_lora_pool_bytes .*",
     "KV pool": "sglang_kv_pool_resident_bytes .*",
     **{name: f"sglang_rank_memory_bytes .* ({part})" for name, part in ACCOUNTED.items()},

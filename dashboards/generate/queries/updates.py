@@ -108,13 +108,13 @@ def bytes_a_second(selection: Selection) -> str:
 def slowest(selection: Selection) -> str:
     """Seconds of the slowest rank and of the one in the middle, where an update ended. By what they
     took, and not by buckets, which know no more than between which two bounds it was."""
-    taken = happened(selection.series("sglang_weight_update_duration_seconds_sum", TARGET))
+    taken = since_the_first(selection, "sglang_weight_update_duration_seconds_sum", "", TARGET)
     return together({"slowest": f"max({taken} > 0)", "median": f"quantile(0.5, {taken} > 0)"})
 
 
 def changes(selection: Selection) -> dict[str, str]:
     moved = happened(selection.series("sglang_weight_tensors_moved_total"))
-    changed = happened(selection.series("sglang_weight_table_changes_total"))
+    changed = since_the_first(selection, "sglang_weight_table_changes_total", "change, source")
     return {"moved": f"sum({moved})", "{{change}}": f"sum by (change) ({changed})"}
 
 
