@@ -59,7 +59,7 @@ separated by commas; both together are both (`lean,memory`).
 | `full` | everything (*in full*), and all series of it. A group that is named is in full |
 
 Short of that `sglang_weight_update_duration_seconds` has the buckets 1, 10 and 100,
-`sglang_gpu_memory_bytes` what is not in `sglang_rank_memory_bytes`, and of
+`sglang_gpu_memory_bytes` what other processes have, where they have any, and of
 `sglang_weight_exporter_hooks` only those that failed have a name. A scrape may choose another preset,
 `/metrics?metrics=full`, and single metrics, `/metrics?name[]=NAME`, as often as there are names.
 

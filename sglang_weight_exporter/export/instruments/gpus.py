@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from sglang_weight_exporter.export.gpu_account import GPU_PARTS, OTHER_PARTS, GpuAccount
+from sglang_weight_exporter.export.gpu_account import GPU_PARTS, GpuAccount
 from sglang_weight_exporter.export.instruments.base import HostReader, Instrument, Sample, not_zero
 from sglang_weight_exporter.export.views import HostView
 
@@ -63,9 +63,9 @@ INSTRUMENTS = (
         "gauge",
         "By",
         "The GPU's account: bytes by what holds them, which sum to its total. Absent while they "
-        "do not, as in the middle of a release.",
+        "do not, as in the middle of a release. In lean and default only what is other processes'.",
         ("gpu_uuid", "gpu", "part"),
         read_host=_gpu_parts(GPU_PARTS),
-        lean_host=not_zero(_gpu_parts(OTHER_PARTS)),
+        lean_host=not_zero(_gpu_parts(("other_processes",))),
     ),
 )
