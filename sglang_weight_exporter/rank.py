@@ -68,7 +68,7 @@ class Rank:
         self.inspector = inspector
         self._records = records
         self._publisher = publisher
-        self._report = report
+        self.report = report
         self._clock = clock
         self._lock = threading.RLock()
         #: Of the last call that received weights, as long as its device is not known to have them.
@@ -82,7 +82,7 @@ class Rank:
         try:
             yield
         except Exception as error:
-            self._report(where, error)
+            self.report(where, error)
 
     def role(self, owner: Any) -> RunnerRole | None:
         """The role of a runner or of a component of one; ``None`` if it belongs to none."""
@@ -219,7 +219,7 @@ class Rank:
         try:
             snapshot, tables = self._records.snapshot(), self._records.tables()
         except Exception as error:
-            self._report("snapshot", error)
+            self.report("snapshot", error)
             self._publisher.withdraw(events)
         else:
             self._publisher.publish(snapshot, tables, events)

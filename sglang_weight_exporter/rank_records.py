@@ -98,6 +98,8 @@ class RankRecords:
             operations=self._ledger.counters.operations,
             update_groups=self._ledger.counters.update_groups,
             cache=self._ledger.prefix_cache.counts,
+            costs=self._ledger.costs.totals,
+            last_cost=self._ledger.costs.last,
             snapshot_seconds=self._inspector.seconds,
             running=self._ledger.counters.running,
         )
@@ -109,6 +111,8 @@ class RankRecords:
             roles=self._ledger.progress(),
             weight_version=self._ledger.weight_version,
             cache=self._ledger.prefix_cache.counts,
+            costs=self._ledger.costs.totals,
+            last_cost=self._ledger.costs.last,
             running=self._ledger.counters.running,
         )
 

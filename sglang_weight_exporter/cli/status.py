@@ -14,6 +14,7 @@ from pathlib import Path
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.cli.terminal import print_line
 from sglang_weight_exporter.export.references import differing_from_reference
+from sglang_weight_exporter.records.costs import DISCARDED, FATES, UpdateCost
 from sglang_weight_exporter.records.engine import HookState
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import Update, UpdateInProgress
@@ -100,6 +101,8 @@ def _print_rank(snapshot: Snapshot, now: float, *, verbose: bool) -> list[str]:
         print_line(f"  host      {engine.node_rank} of 0 to {(engine.nodes or 1) - 1} {group}")
     if snapshot.weight_version:
         print_line(f"  version   {snapshot.weight_version}")
+    if snapshot.last_cost is not None:
+        print_line(f"  cost      {_cost_line(snapshot.last_cost)}")
     for operation, since in snapshot.running.items():
         print_line(f"  runs      {operation} for {now - since:.1f} s")
     if not any(role.loaded_at is not None for role in snapshot.roles):
@@ -184,6 +187,16 @@ def _time_line(update: Update) -> str:
         f"{phase} {seconds:.3f}" for phase, seconds in parts
     )
     return line if update.nbytes is None else f"{line}; {update.nbytes:,} bytes came"
+
+
+def _cost_line(cost: UpdateCost) -> str:
+    """Of the last update, to those who wait."""
+    fates = ", ".join(f"{cost.requests[fate]:,} {fate}" for fate in FATES if fate in cost.requests)
+    line = f"no token for {cost.paused_seconds:.3f} s; requests: {fates or 'none'}"
+    if cost.straddling:
+        line += f"; {cost.straddling:,} go on under the new version"
+    thrown = [f"{cost.discarded[kind]:,} {kind}" for kind in DISCARDED if cost.discarded.get(kind)]
+    return line + (f"; tokens thrown away: {', '.join(thrown)}" if thrown else "")
 
 
 def _update_line(update: Update, now: float) -> str:

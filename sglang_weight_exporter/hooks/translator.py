@@ -13,6 +13,7 @@ import contextlib
 from collections.abc import Callable, Generator
 
 from sglang_weight_exporter.capture import update_bytes
+from sglang_weight_exporter.hooks.holds import Holds
 from sglang_weight_exporter.hooks.wrapped_call import Around, Call, Outcome, effect_of, verdict_on
 from sglang_weight_exporter.ledger import CallToken, EndsWith, Ledger, Verdict
 from sglang_weight_exporter.rank import Rank
@@ -31,6 +32,7 @@ class Translator:
 
     def __init__(self, rank: Rank) -> None:
         self._rank = rank
+        self._holds = Holds(rank)
 
     # The life of a rank and of its model runners.
 
@@ -131,6 +133,7 @@ class Translator:
     def external(self, call: Call) -> Around:
         """Code beside SGLang changes weights by its own means and says so."""
         yield from self._write(call, call.target.source, "call", announced=True)
+        self._holds.end()
 
     def move_experts(self, call: Call) -> Around:
         """Some layers' experts move, from peers or again from disk."""
@@ -147,6 +150,7 @@ class Translator:
         if role is None or source is None:
             return (yield)
         since = self._rank.capture_before_update()
+        self._holds.begin(since=since)
         nbytes = update_bytes.of_call(call.argument)
         return (
             yield from self._account(
@@ -229,6 +233,7 @@ class Translator:
         role = self._rank.role(call.owner)
         if role is not None:
             since = self._rank.capture_before_update()
+            self._holds.begin(since=since)
             self._rank.step(
                 lambda ledger: ledger.updates.begin_session(role.name, since=since), then="note"
             )
@@ -264,6 +269,7 @@ class Translator:
         flush_cache = bool(call.requested("flush_cache"))
         version = str(call.requested("weight_version") or "")
         selector = str(call.requested("selector") or "all")  # Of 0.5.21 and later.
+        self._holds.begin()
         self._rank.step(
             lambda ledger: ledger.updates.begin_request(
                 source=call.target.source,
@@ -282,12 +288,17 @@ class Translator:
             ),
             then="" if succeeded else "note",
         )
+        self._holds.end()
 
     def change_version(self, call: Call) -> Around:
-        """SGLang took note of a new weight version."""
+        """SGLang took note of a new weight version, in requests that have tokens of the old one."""
+        before = self._rank.inspector.version_events()
         outcome = yield
         version = call.argument("new_version")
         if version is not None and outcome.error is None:
+            after = self._rank.inspector.version_events()
+            if before is not None and after is not None:
+                self._rank.ledger.costs.straddle(after - before)
             self._rank.step(lambda ledger: ledger.updates.change_version(str(version)), then="note")
 
     def rebalance(self, call: Call) -> Around:
@@ -300,14 +311,19 @@ class Translator:
 
     def flush(self, call: Call) -> Around:
         """``Scheduler.flush_cache``, which refuses while requests run or wait."""
+        tokens = self._rank.inspector.cached_tokens()
         self._rank.step(Ledger.begin_flush, then="")
         outcome = yield
         succeeded = outcome.error is None and bool(outcome.result)
+        if succeeded:
+            self._rank.ledger.costs.flush(tokens)
         self._rank.step(lambda ledger: ledger.end_flush(succeeded=succeeded), then="note")
 
     def pause(self, call: Call) -> Around:
         """Generation is interrupted; mode ``abort`` does not get here, see :meth:`abort`."""
         mode = call.requested("mode")
+        if mode in PAUSES:
+            self._holds.pause(mode)
         outcome = yield
         if mode in PAUSES and outcome.error is None:
             self._rank.step(lambda ledger: ledger.prefix_cache.pause(mode), then="note")
@@ -316,6 +332,7 @@ class Translator:
         """Generation goes on; also where it was not paused."""
         outcome = yield
         if outcome.error is None:
+            self._holds.continue_generation()
             self._rank.step(lambda ledger: ledger.prefix_cache.continue_generation(), then="note")
 
     def abort(self, call: Call) -> Around | None:
@@ -323,6 +340,7 @@ class Translator:
         return self._abort_all() if call.requested("abort_all") else None
 
     def _abort_all(self) -> Around:
+        self._holds.pause("abort")
         yield
         self._rank.step(lambda ledger: ledger.prefix_cache.pause("abort"), then="note")
 
@@ -361,9 +379,10 @@ class Translator:
         self._end_operation(call, outcome)
 
     def operate(self, call: Call) -> Around:
-        """Weights are read, saved or sent."""
+        """Weights are read, saved or sent, or ranks wait for one another."""
         self._begin_operation(call)
         self._end_operation(call, (yield))
+        self._holds.end()
 
     def read(self, call: Call) -> Around:
         """``get_weights_by_name``, which logs an error and answers with nothing."""
@@ -376,6 +395,7 @@ class Translator:
         self._begin_operation(call)
         if call.argument("action") == "reset_tensors":
             outcome = yield from self._write(call, "external", "call", announced=True)
+            self._holds.end()
         else:
             outcome = yield
             role = self._rank.role(call.owner)

@@ -36,6 +36,7 @@ class Ledger:
     ) -> None:
         self._roles = RoleAccounts(clock=clock, trace_id=trace_id)
         self._lock = self._roles.lock
+        self.costs = self._roles.costs
         self.counters = Counters(self._lock, clock=clock)
         self.prefix_cache = PrefixCache(self._lock, clock=clock, cached_tokens=cached_tokens)
         self.loads = Loads(self._roles)

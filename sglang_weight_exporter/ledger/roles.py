@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from sglang_weight_exporter.ledger.costs import Costs
 from sglang_weight_exporter.ledger.open_update import FinishedUpdate, OpenUpdate, elapsed
 from sglang_weight_exporter.records.snapshot import Role, RoleProgress
 from sglang_weight_exporter.records.updates import (
@@ -90,6 +91,7 @@ class RoleAccounts:
 
     def __init__(self, *, clock: Callable[[], float], trace_id: Callable[[int], str]) -> None:
         self.lock = threading.RLock()
+        self.costs = Costs(self.lock, clock=clock)
         self.clock = clock
         self.by_name: dict[str, RoleAccount] = {}
         self.weight_version = ""
@@ -163,6 +165,9 @@ class RoleAccounts:
         role.last_update = open_.finished(
             at=at, weight_version=self.weight_version, trace_id=trace_id
         )
+        if source != "eplb":  # It goes on inside forward passes.
+            cost = self.costs.end_update(name, open_.number, source, role.last_update.ended_at)
+            role.last_update = msgspec.structs.replace(role.last_update, cost=cost)
         self._finished.append(FinishedUpdate(name, role.last_update, at))
 
     def complete(

@@ -9,6 +9,7 @@ from typing import Annotated
 import msgspec
 
 from sglang_weight_exporter.records.base import FEW, SCHEMA_VERSION, Count, Record, Seconds
+from sglang_weight_exporter.records.costs import UpdateCost
 from sglang_weight_exporter.records.engine import Device, Engine, HookState, Ranks
 from sglang_weight_exporter.records.fingerprints import FingerprintCounts
 from sglang_weight_exporter.records.memory import DeviceMemory, MemoryBudget
@@ -121,6 +122,9 @@ class Snapshot(Record, frozen=True, kw_only=True):
     update_groups: Count = 0
     #: ``None`` where no scheduler serves requests.
     cache: CacheCounts | None = None
+    #: What updates have cost, by source, and the last one; nothing where no scheduler serves.
+    costs: dict[Source, UpdateCost] = {}
+    last_cost: UpdateCost | None = None
     #: Seconds the engine spent on the last capture and on writing it.
     snapshot_seconds: Seconds | None = None
     events_dropped: Count = 0
@@ -145,6 +149,8 @@ class Snapshot(Record, frozen=True, kw_only=True):
             self,
             weight_version=progress.weight_version,
             cache=progress.cache,
+            costs=progress.costs,
+            last_cost=progress.last_cost,
             running=progress.running,
             roles=tuple(
                 _with_progress(role, progress.roles[role.name])
@@ -174,6 +180,8 @@ class Progress(Record, frozen=True, kw_only=True):
     roles: dict[str, RoleProgress] = {}
     weight_version: str = ""
     cache: CacheCounts | None = None
+    costs: dict[Source, UpdateCost] = {}
+    last_cost: UpdateCost | None = None
     running: dict[str, Seconds] = {}
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 import msgspec
 
 from sglang_weight_exporter.records.base import Count, Record, Seconds, TraceId
+from sglang_weight_exporter.records.costs import UpdateCost
 from sglang_weight_exporter.records.weights import TableChanges
 
 Source = Literal["disk", "distributed", "tensor", "ipc", "p2p", "eplb", "external"]
@@ -127,6 +128,8 @@ class Update(Record, frozen=True, kw_only=True):
     #: ``None``: nobody can tell.
     phases: dict[Phase, Seconds] = {}
     nbytes: Count | None = None
+    #: What it had cost those who wait when it ended; ``None``: no scheduler was held for it.
+    cost: UpdateCost | None = None
 
 
 class UpdateInProgress(Record, frozen=True, kw_only=True):

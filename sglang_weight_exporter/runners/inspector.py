@@ -14,13 +14,17 @@ import torch
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.arrival import Arrival, arrival
 from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
+from sglang_weight_exporter.records.costs import LiveRequests
 from sglang_weight_exporter.records.memory import MemoryDump
 from sglang_weight_exporter.runners import fingerprints
 from sglang_weight_exporter.runners.captures import Captures, RoleCapture
 from sglang_weight_exporter.runners.memory import Memory
 from sglang_weight_exporter.runners.memory_owners import dump_memory, owned_storages
 from sglang_weight_exporter.runners.prefix_cache import cached_tokens
+from sglang_weight_exporter.runners.requests import count_version_events, live_requests
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
+
+_Made = TypeVar("_Made")
 
 
 class ModelRunnerInspector:
@@ -103,13 +107,30 @@ class ModelRunnerInspector:
 
     def cached_tokens(self) -> int | None:
         """Tokens in the prefix cache now; ``None`` where there is none, or it cannot be read."""
+        return self._of_scheduler("prefix_cache", cached_tokens)
+
+    def requests(self) -> LiveRequests | None:
+        """Requests that run or wait now; ``None`` where there is no scheduler, or it cannot be
+        read."""
+        return self._of_scheduler("requests", live_requests)
+
+    def version_events(self) -> int | None:
+        """As :func:`~sglang_weight_exporter.runners.requests.count_version_events`."""
+        return self._of_scheduler("requests", count_version_events)
+
+    @property
+    def scheduler(self) -> Any:
+        """The one that serves requests; ``None``: there is none."""
+        return self._scheduler()
+
+    def _of_scheduler(self, where: str, read: Callable[[Any], _Made]) -> _Made | None:
         scheduler = self._scheduler()
         if scheduler is None:
             return None
         try:
-            return cached_tokens(scheduler)
+            return read(scheduler)
         except Exception as error:
-            self._report("prefix_cache", error)
+            self._report(where, error)
             return None
 
     def capture(
@@ -225,9 +246,6 @@ class ModelRunnerInspector:
     def dump_memory(self) -> MemoryDump | None:
         """torch's memory as it is now, with the names of what is known; ``None``: no GPU."""
         return dump_memory(self._captures, at=self._clock())
-
-
-_Made = TypeVar("_Made")
 
 
 class _Once(Generic[_Made]):

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from sglang_weight_exporter.export.instruments import (
+    costs,
     exporter,
     fingerprints,
     gpus,
@@ -23,7 +24,7 @@ from sglang_weight_exporter.export.instruments.base import Instrument
 from sglang_weight_exporter.settings import METRIC_PRESETS
 
 GROUPS: dict[str, tuple[Instrument, ...]] = {
-    "core": (*weights.INSTRUMENTS, *updates.INSTRUMENTS, *pools.INSTRUMENTS),
+    "core": (*weights.INSTRUMENTS, *updates.INSTRUMENTS, *costs.INSTRUMENTS, *pools.INSTRUMENTS),
     "memory": (*gpus.INSTRUMENTS, *rank_memory.INSTRUMENTS),
     "phases": phases.INSTRUMENTS,
     "operations": operations.INSTRUMENTS,

@@ -29,6 +29,7 @@ from opentelemetry.trace.status import Status, StatusCode
 
 from sglang_weight_exporter import __version__
 from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
+from sglang_weight_exporter.records.costs import DISCARDED, FATES
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.weight_table import WeightTable, with_names, without_fingerprints
 from sglang_weight_exporter.weight_table_events import (
@@ -280,6 +281,14 @@ def _summary(event: Event, *, names: bool) -> Attributes:
         "bytes_brought": update.nbytes,
         **{f"phase.{phase}_seconds": seconds for phase, seconds in update.phases.items()},
     }
+    if update.cost is not None:
+        cost = update.cost
+        facts |= {
+            "cost.paused_seconds": cost.paused_seconds,
+            "cost.straddling_requests": cost.straddling,
+            **{f"cost.requests.{fate}": cost.requests.get(fate, 0) for fate in FATES},
+            **{f"cost.discarded.{kind}": cost.discarded.get(kind, 0) for kind in DISCARDED},
+        }
     if event.weights is not None:
         parts = event.weights
         facts |= {
