@@ -70,7 +70,7 @@ INSTRUMENTS = (
         "Requests with tokens of the weight version before, which went on with the new one.",
         ("source",),
         _by_source(_straddling),
-        detail=True,
+        preset="full",
     ),
     Instrument(
         "sglang_weight_update_discarded_tokens",
@@ -80,6 +80,6 @@ INSTRUMENTS = (
         "and those of the prefix cache, which are to be computed again (cached).",
         ("source", "kind"),
         _by_source(_discarded),
-        detail=True,
+        preset="full",
     ),
 )
