@@ -29,7 +29,7 @@ from opentelemetry.trace.status import Status, StatusCode
 
 from sglang_weight_exporter import __version__
 from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
-from sglang_weight_exporter.records.costs import DISCARDED, FATES
+from sglang_weight_exporter.records.costs import DISCARDED, FATES, UpdateCost
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.weight_table import WeightTable, with_names, without_fingerprints
 from sglang_weight_exporter.weight_table_events import (
@@ -282,13 +282,7 @@ def _summary(event: Event, *, names: bool) -> Attributes:
         **{f"phase.{phase}_seconds": seconds for phase, seconds in update.phases.items()},
     }
     if update.cost is not None:
-        cost = update.cost
-        facts |= {
-            "cost.paused_seconds": cost.paused_seconds,
-            "cost.straddling_requests": cost.straddling,
-            **{f"cost.requests.{fate}": cost.requests.get(fate, 0) for fate in FATES},
-            **{f"cost.discarded.{kind}": cost.discarded.get(kind, 0) for kind in DISCARDED},
-        }
+        facts |= _cost(update.cost)
     if event.weights is not None:
         parts = event.weights
         facts |= {
@@ -315,6 +309,15 @@ def _summary(event: Event, *, names: bool) -> Attributes:
         if names and changes.names.get(change):
             facts[f"changes.{change}.names"] = changes.names[change]
     return {f"sglang.weights.{key}": value for key, value in facts.items() if value is not None}
+
+
+def _cost(cost: UpdateCost) -> Attributes:
+    return {
+        "cost.paused_seconds": cost.paused_seconds,
+        "cost.straddling_requests": cost.straddling,
+        **{f"cost.requests.{fate}": cost.requests.get(fate, 0) for fate in FATES},
+        **{f"cost.discarded.{kind}": cost.discarded.get(kind, 0) for kind in DISCARDED},
+    }
 
 
 def _span_events(events: list[Attributes], captured_at: float) -> list[SpanEvent]:
