@@ -239,6 +239,8 @@ class Scheduler:
     def __init__(self, make: Callable[[], None], *, dp_rank: int | None = None) -> None:
         self.forward_ct = 0
         self.tree_cache = SimpleNamespace(evictable_size=int, protected_size=int)
+        self.waiting_queue: list[Any] = []
+        self.running_batch = SimpleNamespace(reqs=[])
         make()
 
     def set_internal_state(self, recv_req: Any) -> Any:
