@@ -13,7 +13,7 @@ from pathlib import Path
 
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.cli.terminal import print_line
-from sglang_weight_exporter.export.references import differing_from_reference
+from sglang_weight_exporter.export.references import beside_reference
 from sglang_weight_exporter.records.costs import DISCARDED, FATES, UpdateCost
 from sglang_weight_exporter.records.engine import HookState
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
@@ -24,6 +24,9 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 from sglang_weight_exporter.store.tables import TableError, TableReader
 from sglang_weight_exporter.verification.checkpoint import CheckpointError
 from sglang_weight_exporter.verification.manifest import ManifestError
+
+#: Names of tensors that are other than the reference's.
+_NAMED = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,8 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     for snapshot in sorted(snapshots, key=lambda each: each.order):
         problems += _print_rank(snapshot, now, verbose=arguments.verbose)
     if settings.reference_dir is not None:
+        print()
         for directory, snapshot in found:
-            problems += _unlike_references(directory, snapshot, settings.reference_dir)
+            problems += _print_references(directory, snapshot, settings.reference_dir)
     for problem in problems:
         print_line(f"! {problem}")
     return 1 if problems else 0
@@ -119,19 +123,31 @@ def _print_rank(snapshot: Snapshot, now: float, *, verbose: bool) -> list[str]:
     return problems
 
 
-def _unlike_references(
+def _print_references(
     directory: RankDirectory, snapshot: Snapshot, references: Path
 ) -> Iterator[str]:
+    """A line for each load that has a reference; problems are given back."""
     for role in snapshot.roles:
         name = f"engine {snapshot.engine.name}, {snapshot.ranks}, {role.name}"
         try:
             table = TableReader(directory, role.name, snapshot.engine, snapshot.ranks).read()
-            differing = differing_from_reference(table, references, os.environ)
+            found = beside_reference(table, references, os.environ)
         except TableError:
             continue  # It is being updated, or it ended.
         except (CheckpointError, ManifestError, OSError) as error:
             yield f"{name}: it cannot be compared with a reference: {error}"
             continue
+        if found is None:
+            continue
+        reference, differing = found
+        made_at = datetime.fromtimestamp(reference.made_at, tz=timezone.utc)
+        print_line(
+            f"reference {reference.key.digest[:12]}, {made_at.isoformat(timespec='seconds')}, "
+            f"{reference.host}: {name}: "
+            + (f"{len(differing):,} tensors hold other bytes" if differing else "the same")
+        )
+        for each in differing[:_NAMED]:
+            print_line(f"          {each}")
         if differing:
             more = f" and {len(differing) - 1:,} more" if differing[1:] else ""
             yield (

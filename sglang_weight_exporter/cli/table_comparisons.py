@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,24 @@ def title(table: Table) -> str:
     return f"engine {table.engine.name}  {table.ranks}  {table.role.name}  since {since}"
 
 
+def _with_aliases(table: Table, result: Comparison) -> Comparison:
+    """What is equal under one name is so under each: tied weights, and those of layers that SGLang
+    wraps for adapters (``BaseLayerWithLoRA``), have several."""
+    held = table_fingerprints(table.columns)
+    places = {
+        row.name: (row.data_ptr, row.nbytes, held[row.name])
+        for row in table.rows()
+        if row.name in held
+    }
+    proved = {places[name] for name in result.equal}
+    equal = {*result.equal, *(name for name in result.unverifiable if places[name] in proved)}
+    return replace(
+        result,
+        equal=tuple(name for name in held if name in equal),
+        unverifiable={name: why for name, why in result.unverifiable.items() if name not in equal},
+    )
+
+
 # A checkpoint.
 
 
@@ -80,7 +98,7 @@ def against_checkpoint(tables: Sequence[Table], path: Path, tp_size: int | None)
             unverifiable=expected.unverifiable,
             doubted=_doubts(table, checkpoint, expected),
         )
-        found.results.append((title(table), result))
+        found.results.append((title(table), _with_aliases(table, result)))
         used |= expected.used
         names |= dict.fromkeys(checkpoint.tensors)
         absent = checkpoint.absent
@@ -151,7 +169,8 @@ def against_manifests(tables: Sequence[Table], manifests: Sequence[Manifest]) ->
                 file=sys.stderr,
             )
         for manifest in chosen:
-            found.results.append((title(table), _against_manifest(table, manifest)))
+            result = _with_aliases(table, _against_manifest(table, manifest))
+            found.results.append((title(table), result))
             held |= table_fingerprints(table.columns).keys()
             named |= dict.fromkeys(manifest.tensors)
     if not found.results:

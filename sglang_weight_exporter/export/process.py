@@ -120,7 +120,13 @@ class Exporter:
             simulated=simulated_gpus is not None,
         )
         self._pipeline = pipeline = OtlpPipeline(
-            snapshots, settings, environ, read=host.read, counts=spans, guard=guard
+            snapshots,
+            settings,
+            environ,
+            read=host.read,
+            counts=spans,
+            guard=guard,
+            references=self._references,
         )
         exposition = Exposition(
             host.read,

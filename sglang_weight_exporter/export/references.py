@@ -13,11 +13,13 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from sglang_weight_exporter.export.guard import Guard
+from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.tables import Table, TableError, TableReader
@@ -43,10 +45,29 @@ from sglang_weight_exporter.weight_table import table_fingerprints
 logger = logging.getLogger("sglang_weight_exporter")
 
 _LOOK_EVERY = 1.0
+#: How long the span of a load waits for the reference's files.
+_SPAN_WAITS_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A load beside its reference."""
+
+    #: ``None``: there was none, or it could not be read.
+    match: bool | None = None
+    #: Names of tensors that hold other bytes, in their order.
+    differing: tuple[str, ...] = ()
 
 
 def bytes_by_name(table: Table) -> dict[str, int]:
-    return {row.name: row.nbytes for row in table.rows()}
+    """Of memory that has several names, with the first of them."""
+    counted: set[tuple[int, int]] = set()
+    found = {}
+    for row in table.rows():
+        place = row.data_ptr, row.nbytes
+        found[row.name] = 0 if place in counted else row.nbytes
+        counted.add(place)
+    return found
 
 
 def device_kind(table: Table) -> str:
@@ -126,8 +147,8 @@ class ReferenceFollower:
         self._references = None if directory is None else References(directory)
         self._environ = environ
         self._guard = guard
-        #: Rank and role → the load that was compared, and whether it is what the reference holds.
-        self._found: dict[tuple[str, str], tuple[object, bool | None]] = {}
+        #: Rank and role → the load that was compared, and what came of it.
+        self._found: dict[tuple[str, str], tuple[object, Finding]] = {}
         self._logged: set[str] = set()
 
     def start(self) -> None:
@@ -155,10 +176,24 @@ class ReferenceFollower:
             return snapshot
         roles = []
         for role in snapshot.roles:
-            load, match = self._found.get((snapshot.rank_id, role.name), (None, None))
+            load, finding = self._found.get((snapshot.rank_id, role.name), (None, Finding()))
             current = load is not None and load == _load(role)
-            roles.append(msgspec.structs.replace(role, reference_match=match if current else None))
+            match = finding.match if current else None
+            roles.append(msgspec.structs.replace(role, reference_match=match))
         return msgspec.structs.replace(snapshot, roles=tuple(roles))
+
+    def of_event(self, event: Event) -> Finding | None:
+        """What came of comparing this load; ``None``: nothing yet, and it is soon enough to ask
+        again. An update is compared with nothing."""
+        update, table = event.update, event.table
+        if self._references is None or table is None or not table.fingerprint:
+            return Finding()
+        if update.action != "load" or not update.succeeded:
+            return Finding()
+        load, finding = self._found.get((event.rank_id, event.role), (None, Finding()))
+        if load == (update.sequence, table.sha256, table.fingerprint):
+            return finding
+        return Finding() if time.time() > update.ended_at + _SPAN_WAITS_SECONDS else None
 
     def _follow(self, rank: RankDirectory, snapshot: Snapshot, role: Role) -> None:
         key, load = (snapshot.rank_id, role.name), _load(role)
@@ -167,24 +202,32 @@ class ReferenceFollower:
         try:
             table = TableReader(rank, role.name, snapshot.engine, snapshot.ranks).read()
             if _load(table.role) == load:
-                self._found[key] = (load, self._matches(table))
+                self._found[key] = (load, self._compare(table))
         except TableError:
             return  # In the middle of an update: it is read again soon.
         except (CheckpointError, ManifestError) as error:
-            self._found[key] = (load, None)
+            self._found[key] = (load, Finding())
             self._log(str(error))
         except OSError as error:
             self._log(f"{error}; it is tried again every second")
 
-    def _matches(self, table: Table) -> bool | None:
+    def _compare(self, table: Table) -> Finding:
         assert self._references is not None  # `start` and `follow` are for a directory.
         if table.engine.load_settings.get("load_format") == "dummy":
-            return None
+            return Finding()
         manifest = reference_of(table, self._environ)
         if manifest.reference is None or self._references.leave(manifest):
-            return None  # This is the first.
+            return Finding()  # This is the first.
         there = self._references.find(manifest.reference.key)
-        return None if there is None else there.fingerprint == manifest.fingerprint
+        if there is None:
+            return Finding()
+        if there.fingerprint == manifest.fingerprint:
+            return Finding(match=True)
+        expected = {name: tensor.fingerprint for name, tensor in there.tensors.items()}
+        held = table_fingerprints(table.columns)
+        return Finding(
+            match=False, differing=compare(held, expected, bytes_by_name(table)).differing
+        )
 
     def _log(self, sentence: str) -> None:
         if sentence not in self._logged:
@@ -192,16 +235,18 @@ class ReferenceFollower:
             logger.warning("A load is compared with no reference (%s).", sentence)
 
 
-def differing_from_reference(
+def beside_reference(
     table: Table, directory: Path, environ: Mapping[str, str]
-) -> tuple[str, ...] | None:
-    """Names of tensors that hold something else than their reference; ``None``: there is none.
-    Raises CheckpointError, ManifestError and OSError."""
+) -> tuple[Reference, tuple[str, ...]] | None:
+    """The reference of what this rank has loaded, and the names of tensors that hold something
+    else; ``None``: there is none. Raises CheckpointError, ManifestError and OSError."""
+    if _load(table.role) is None:
+        return None
     key = own_key(table, environ)
     there = None if key is None else References(directory).find(key)
-    if there is None or _load(table.role) is None:
+    if there is None or there.reference is None:
         return None
-    return compare_with_reference(table, there, environ).differing
+    return there.reference, compare_with_reference(table, there, environ).differing
 
 
 def _load(role: Role) -> object:

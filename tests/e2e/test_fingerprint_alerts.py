@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ def pair(newest: Installation, checkpoints: tuple[Path, Path]) -> Iterator[Pair]
         variables = {
             "SGLANG_WEIGHT_EXPORTER_FINGERPRINT": "on",
             "SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR": f"{directory}/runtime",
+            "SGLANG_WEIGHT_EXPORTER_REFERENCE_DIR": f"{directory}/references",
         }
         port = free_port()
         engines = [
@@ -86,6 +88,19 @@ def fires(monitoring: Monitoring, name: str, **labels: str) -> Callable[[], list
 
 def resolves(monitoring: Monitoring, name: str) -> None:
     eventually(lambda: not monitoring.active_alerts(name), what=f"{name} resolves")
+
+
+def match(pair: Pair, engine: Engine) -> list[float]:
+    name = "sglang_weight_reference_match"
+    return [each.value for each in pair[0].scrape().series(name, engine=str(engine.port))]
+
+
+def test_the_second_load_is_what_the_first_was(pair: Pair) -> None:
+    """The first left it as the reference, and is compared with nothing."""
+    eventually(lambda: match(pair, pair[1]) == [1], what="the second is compared")
+    assert match(pair, pair[0]) == []
+    status = pair[1].exporter_cli("status").stdout
+    assert f"engine {pair[1].port}, tp 0 pp 0 dp 0, target: the same" in status, status
 
 
 def test_a_reload_of_the_same_checkpoint_is_an_update_that_changed_nothing(
@@ -161,7 +176,7 @@ def test_a_bit_that_flipped_is_told_when_somebody_looks(pair: Pair, monitoring: 
 def test_a_bit_that_flipped_is_told_by_the_next_update(
     pair: Pair, monitoring: Monitoring, checkpoints: tuple[Path, Path]
 ) -> None:
-    """The look before it; after it nobody could tell."""
+    """The capture before it, as a batch ran since the last one; after it nobody could tell."""
     name, engine = "SGLangWeightsChangedWithoutUpdate", pair[1]
     done = engine.exporter_cli("table", "--engine", str(engine.port), "--format", "json")
     (table,) = json.loads(done.stdout)["tables"]
@@ -169,6 +184,9 @@ def test_a_bit_that_flipped_is_told_by_the_next_update(
     with Path(f"/proc/{table['pid']}/mem").open("r+b", buffering=0) as memory:
         value = os.pread(memory.fileno(), 1, address)[0]
         assert os.pwrite(memory.fileno(), bytes([value ^ 1]), address) == 1
+    prompt = {"input_ids": [3, 4, 5], "sampling_params": {"max_new_tokens": 2}}
+    assert engine.post("/generate", prompt)[0] == 200
+    engine.put_requests_away()
     reload(engine, checkpoints[1])
     one, other = numbers(pair)
     assert one == other
@@ -258,3 +276,25 @@ def test_a_replica_that_was_restarted_serves_the_checkpoint_of_its_launch(
     assert len(set(versions(pair))) == 2
     (alert,) = eventually(fires(monitoring, name), what=name)
     assert f"such as engine {pair[1].port} on" in alert["annotations"]["description"]
+
+
+def test_one_flipped_byte_in_a_copy_of_the_checkpoint_is_named_at_the_start(
+    pair: Pair, checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    engine, copy = pair[1], tmp_path / "copy"
+    shutil.copytree(checkpoints[0], copy)
+    file = copy / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    at = json.loads(content[8 : 8 + length])[NORM]["data_offsets"][0]
+    content[8 + length + at] ^= 1
+    file.write_bytes(content)
+    engine.terminate(15)
+    engine.main.wait()
+    engine.model = copy
+    engine.start()
+    engine.wait_until_ready()
+    eventually(lambda: match(pair, engine) == [0], what="it is compared")
+    done = engine.exporter_cli("status")
+    assert f"its load left other bytes in {NORM} than another load" in done.stdout, done.stdout
+    assert done.returncode == 1

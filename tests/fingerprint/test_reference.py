@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,20 @@ np = pytest.importorskip("numpy", reason="needs NumPy, which comes with SGLang")
 
 import msgspec  # noqa: E402
 from array_ranks import command, noise, save, serve  # noqa: E402
+from collectors import Backend, attributes_of  # noqa: E402
 from published import PublishedRank  # noqa: E402
 from ranks import ExporterProcess  # noqa: E402
 from waiting import eventually  # noqa: E402
 
 from sglang_weight_exporter.export.guard import Guard  # noqa: E402
 from sglang_weight_exporter.export.references import (  # noqa: E402
+    Finding,
     ReferenceFollower,
     own_key,
     reference_of,
 )
 from sglang_weight_exporter.records.engine import Device  # noqa: E402
+from sglang_weight_exporter.records.event import Event  # noqa: E402
 from sglang_weight_exporter.store.reader import SnapshotReader  # noqa: E402
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir  # noqa: E402
 from sglang_weight_exporter.store.tables import Table, open_tables  # noqa: E402
@@ -246,26 +250,77 @@ def test_a_reference_is_found_by_its_key_among_many(fleet: Fleet) -> None:
 
 
 def test_status_names_what_is_other(fleet: Fleet) -> None:
-    runs = [fleet.host("one", HELD), fleet.host("two", FLIPPED)]
+    runs = [fleet.host("one", HELD), fleet.host("two", HELD), fleet.host("three", FLIPPED)]
     fleet.follow(runs[0])
-    for run, count in zip(runs, (0, 1), strict=True):
+    for run, count in zip(runs, (0, 0, 1), strict=True):
         _, text = command("status", "--runtime-dir", run, "--reference-dir", fleet.references)
         assert text.count(f"its load left other bytes in {NORM} than another load") == count, text
+        said = f"1 tensors hold other bytes\n          {NORM}\n" if count else "target: the same\n"
+        assert said in text, text
 
 
-def test_the_exporter_process_serves_what_it_finds(fleet: Fleet) -> None:
+def load_event(rank: PublishedRank, **more: Any) -> Event:
+    update = rank.role.last_update
+    assert update is not None
+    return Event(
+        number=1,
+        rank_id=rank.store.rank_id,
+        pid=os.getpid(),
+        engine=rank.engine,
+        ranks=rank.ranks,
+        role="target",
+        device=Device(name="cpu"),
+        update=msgspec.structs.replace(update, **more),
+        table=rank.role.table,
+    )
+
+
+def test_a_load_has_a_finding_once_it_is_compared(fleet: Fleet) -> None:
+    """Its span waits for it, and not for long."""
+    fleet.follow(fleet.host("one", HELD))
+    snapshots = SnapshotReader(RuntimeDir.open(fleet.host("two", FLIPPED), os.environ))
+    event = load_event(fleet.ranks[1])
+    follower = ReferenceFollower(snapshots, fleet.references, os.environ, Guard())
+    assert follower.of_event(event) is None
+    follower.follow()
+    assert follower.of_event(event) == Finding(match=False, differing=(NORM,))
+    nothing = Finding()
+    new = ReferenceFollower(snapshots, fleet.references, os.environ, Guard())
+    for more in ({"action": "update"}, {"succeeded": False}, {"ended_at": time.time() - 3600}):
+        assert new.of_event(load_event(fleet.ranks[1], **more)) == nothing
+    without = ReferenceFollower(snapshots, None, os.environ, Guard())
+    assert without.of_event(event) == nothing
+
+
+def test_the_exporter_process_serves_and_sends_what_it_finds(fleet: Fleet) -> None:
     fleet.follow(fleet.host("one", HELD))
     run = fleet.host("two", FLIPPED)
-    directory = {"SGLANG_WEIGHT_EXPORTER_REFERENCE_DIR": str(fleet.references)}
-    exporter = ExporterProcess(run, **directory).start()
+    rank = fleet.ranks[1]
+    rank.store.append_event(load_event(rank), None)
+    backend = Backend().start()
+    exporter = ExporterProcess(
+        run,
+        SGLANG_WEIGHT_EXPORTER_REFERENCE_DIR=str(fleet.references),
+        OTEL_EXPORTER_OTLP_ENDPOINT=f"http://127.0.0.1:{backend.http_port}",
+        OTEL_EXPORTER_OTLP_PROTOCOL="http/protobuf",
+    ).start()
     try:
 
         def found() -> bool:
             return exporter.scrape().one("sglang_weight_reference_match", role="target") == 0
 
         eventually(found, what="the load is compared")
+        (span,) = eventually(lambda: backend.spans("sglang.weights.load"), what="the span is sent")
+        prefix = "sglang.weights.reference."
+        said = {name: value for name, value in attributes_of(span).items() if prefix in name}
+        assert said == {
+            prefix + "match": False,
+            prefix + "differing": 1,
+            prefix + "differing.names": [NORM],
+        }
     finally:
         exporter.end(signal.SIGTERM)
+        backend.stop()
 
 
 # --- which checkpoint it is -----------------------------------------------------------------------

@@ -366,6 +366,21 @@ def test_what_nobody_has_confirmed_is_not_different(place: Place, more: dict[str
     place.assert_healthy(0)
 
 
+def test_memory_with_several_names_is_compared_and_counted_once(place: Place) -> None:
+    """Layers that SGLang wraps for adapters: ``BaseLayerWithLoRA`` of ``lora/layers.py``."""
+    weight, other = noise(64, 64), noise(8, 64)
+    name = LAYER + "self_attn.o_proj."
+    place.checkpoint({name + "weight": weight}, architectures=["LlamaForCausalLM"])
+    wrapped = {name + "weight": weight, name + "base_layer.weight": weight}
+    place.serve({**wrapped, "slots": other}, architecture="LlamaForCausalLM")
+    text = place.assert_healthy(0, "--checkpoint", str(place.path / "model"), "--require", "0.8")
+    assert "2 equal, 0 different, 1 that cannot be compared" in text
+    assert f"{weight.nbytes:,} of {weight.nbytes + other.nbytes:,} bytes are equal" in text
+    manifest = place.path / "manifest.json"
+    assert command("manifest", place.path / "model", "-o", manifest)[0] == 0
+    place.assert_healthy(0, "--manifest", str(manifest), "--require", "0.8")
+
+
 # --- replicas -------------------------------------------------------------------------------------
 
 

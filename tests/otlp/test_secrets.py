@@ -34,6 +34,7 @@ from waiting import eventually
 from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.otlp.pipeline import OtlpPipeline
 from sglang_weight_exporter.export.otlp.settings import choose
+from sglang_weight_exporter.export.references import ReferenceFollower
 from sglang_weight_exporter.export.views import HostView, SpanCounts
 from sglang_weight_exporter.process_log import HIDDEN, HidingFormatter, Secrets
 from sglang_weight_exporter.publisher.exporter_process import Supervisor
@@ -162,13 +163,15 @@ def test_no_secret_is_in_the_log_whatever_a_collector_says(
             environ |= {"OTEL_EXPORTER_OTLP_PROTOCOL": protocol}
             environ |= {"OTEL_EXPORTER_OTLP_TIMEOUT": "5"}
             with Log(environ) as log:
+                snapshots = SnapshotReader(RuntimeDir(tmp_path_factory.getbasetemp() / "none"))
                 pipeline = OtlpPipeline(
-                    SnapshotReader(RuntimeDir(tmp_path_factory.getbasetemp() / "none")),
+                    snapshots,
                     Settings(),
                     environ,
                     read=lambda: HostView(snapshots=()),
                     counts=SpanCounts(),
                     guard=Guard(),
+                    references=ReferenceFollower(snapshots, None, environ, Guard()),
                 )
                 for client in pipeline.clients:
                     client.take(b"")

@@ -51,7 +51,7 @@ def serve(
     tp_size: int = 1,
     engine: str = "30000",
 ) -> PublishedRank:
-    """A rank that holds these bytes."""
+    """A rank that holds these bytes; the same array under two names is the same memory."""
     rank = PublishedRank(directory, engine=engine, ranks=Ranks(tp=tp), role=role, device="cpu")
     rank.engine = msgspec.structs.replace(
         rank.engine, tp_size=tp_size, pp_size=1, ep_size=1, sglang_version=release
@@ -60,10 +60,11 @@ def serve(
         rank.role, architecture=architecture, quantization=quantization
     )
     rows, taken, address = [], {}, 4096
+    addresses: dict[int, int] = {}
     for name, array in tensors.items():
         strides = tuple(stride // array.itemsize for stride in array.strides)
         dtype = NAMES[str(array.dtype)][0]
-        at = (address, array.nbytes)
+        at = (addresses.setdefault(id(array), address), array.nbytes)
         rows.append(Row(name, *at, dtype, array.shape, strides, "cpu", "parameter", *at))
         taken[name] = fingerprint.of_bytes(np.ascontiguousarray(array).tobytes())
         address += array.nbytes + 512

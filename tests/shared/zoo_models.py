@@ -9,6 +9,7 @@ does something to it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,33 @@ def write(model: Model, directory: Path, seed: int) -> None:
     made.save_pretrained(directory)
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **model.added}))
+
+
+def write_adapter(checkpoint: Path, directory: Path, projections: Sequence[str]) -> None:
+    """A LoRA adapter of these projections of a checkpoint, as PEFT writes it. Needs safetensors."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    rank = 8
+    parts = {}
+    with safe_open(str(checkpoint / "model.safetensors"), "pt") as file:
+        for name in file.keys():  # noqa: SIM118 -- it is no mapping
+            module = name.removesuffix(".weight")
+            if module.rpartition(".")[2] in projections and module != name:
+                rows, columns = file.get_slice(name).get_shape()
+                prefix = f"base_model.model.{module}.lora_"
+                parts[prefix + "A.weight"] = torch.randn(rank, columns, dtype=torch.bfloat16)
+                parts[prefix + "B.weight"] = torch.randn(rows, rank, dtype=torch.bfloat16)
+    if not parts:
+        raise ValueError(f"it has no {' and no '.join(projections)}")
+    directory.mkdir(exist_ok=True)
+    save_file(parts, directory / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 16,
+        "target_modules": list(projections),
+        "bias": "none",
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config))

@@ -22,7 +22,10 @@ STEPS = {
     "load": "the load",
     "the same": "a reload of the same",
     "another": "a reload of another checkpoint",
+    "resume": "release and resume",
     "tokens": "four tokens",
+    "adapter": "an adapter in",
+    "without": "the adapter out",
 }
 
 HEAD = """\

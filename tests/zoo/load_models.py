@@ -4,9 +4,10 @@
 
 SGLang is imported once, which is most of the work; each model is loaded in a child of its own, with
 ``NAME:2`` in two that are tensor-parallel ranks of one engine, with ``NAME+fp8`` quantized as it is
-loaded. A rank is SGLang's Scheduler without a server. What came of it is written to
-``DIRECTORY/results/NAME.json``, or ``NAME-RANK.json``. On a GPU, which a child cannot have from its
-parent, one model at a time, without children.
+loaded, with ``NAME+lora`` with a LoRA adapter that comes and goes. A rank is SGLang's Scheduler
+without a server. What came of it is written to ``DIRECTORY/results/NAME.json``, or
+``NAME-RANK.json``. On a GPU, which a child cannot have from its parent, one model at a time,
+without children.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
+import urllib.parse
+import urllib.request
 from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zoo_models import MODELS, Model, write
+from zoo_models import MODELS, Model, write, write_adapter
 
 LIMIT = 300
 TP_FLAGS = " --disable-custom-all-reduce"
@@ -33,6 +37,9 @@ FLAGS = {
 }
 COMMON = " --skip-tokenizer-init --disable-overlap-schedule --context-length 512"
 COMMON += " --max-total-tokens 4096 --trust-remote-code"
+ADAPTED = ("q_proj", "v_proj")
+LORA = " --enable-lora --max-lora-rank 8 --max-loras-per-batch 2 --lora-target-modules "
+LORA += " ".join(ADAPTED)
 
 
 class ModelInARank:
@@ -69,22 +76,70 @@ class ModelInARank:
 
         self._step("load", None, self.first)
         self._beside(self.second)
+        adapter = self.first.parent / "adapter"
+        adapted: tuple[tuple[str, Callable[[], str], Path], ...] = (
+            ("adapter", functools.partial(self._load_adapter, adapter), self.first),
+            ("without", self._unload_adapter, self.first),
+        )
         steps: tuple[tuple[str, Callable[[], str], Path], ...] = (
             ("the same", read(self.first), self.first),
             ("another", read(self.second), self.second),
             ("tokens", self._generate, self.second),
         )
+        if next(self.model.parameters()).is_cuda:
+            # On a CPU SGLang waits for a GPU there, and fails.
+            steps += (("resume", self._release_and_resume, self.second),)
         # After an update that failed nobody knows what is there.
-        all(self._step(*step) for step in steps)
+        with_lora = self.result.stem.endswith("+lora")
+        all(self._step(*step) for step in (adapted if with_lora else steps))
+        if os.environ.get("ZOO_PROMETHEUS"):
+            self._wait_until_scraped(os.environ["ZOO_PROMETHEUS"])
+
+    def _wait_until_scraped(self, prometheus: str) -> None:
+        """What the rank came to is what the rules have to judge, and not how it was on the way."""
+        pid = os.getpid()
+        (reader,) = [each for each in self._readers() if each.directory.snapshot().pid == pid]
+        labels = f'model_name="{reader.engine.model_name}",tp_rank="{reader.ranks.tp}"'
+        settled = f"timestamp(sglang_weight_update_in_progress{{{labels}}} == 0) > {time.time()}"
+        question = f"{prometheus}/api/v1/query?{urllib.parse.urlencode({'query': settled})}"
+        while True:
+            with urllib.request.urlopen(question) as answer:
+                if json.load(answer)["data"]["result"]:
+                    return
+            time.sleep(0.2)
 
     def _ask(self, request: Any) -> str:
         import torch
 
         with torch.inference_mode():  # As SGLang's event loop has it.
             answer = self.scheduler._request_dispatcher(request)
-        return "" if getattr(answer, "success", True) else str(answer.message)
+        if getattr(answer, "success", True):
+            return ""
+        return str(getattr(answer, "message", "") or answer.error_message)
 
-    def _generate(self) -> str:
+    def _release_and_resume(self) -> str:
+        """Nothing is freed without torch_memory_saver; SGLang puts buffers back all the same."""
+        from sglang.srt.managers import io_struct
+
+        released = self._ask(io_struct.ReleaseMemoryOccupationReqInput())
+        resumed = released or self._ask(io_struct.ResumeMemoryOccupationReqInput())
+        self._look_again()
+        return resumed
+
+    def _load_adapter(self, path: Path) -> str:
+        from sglang.srt.managers import io_struct
+
+        adapter = {"lora_name": "zoo", "lora_id": "zoo", "lora_path": str(path)}
+        loaded = self._ask(io_struct.LoadLoRAAdapterReqInput(**adapter))
+        return loaded or self._generate("zoo")  # It comes into its slot with the first request.
+
+    def _unload_adapter(self) -> str:
+        from sglang.srt.managers import io_struct
+
+        unloaded = self._ask(io_struct.UnloadLoRAAdapterReqInput(lora_name="zoo", lora_id="zoo"))
+        return unloaded or self._generate()
+
+    def _generate(self, adapter: str | None = None) -> str:
         """Four tokens, as the event loop of SGLang's scheduler makes them."""
         import torch
         from sglang.srt.managers import io_struct
@@ -105,6 +160,7 @@ class ModelInARank:
             top_logprobs_num=0,
             token_ids_logprob=None,
             stream=False,
+            lora_id=adapter,
         )
         scheduler = self.scheduler
         with torch.inference_mode():
@@ -118,10 +174,14 @@ class ModelInARank:
                     result = scheduler.run_batch(batch)
                     scheduler.process_batch_result(batch, result)
                 scheduler.last_batch = batch
-            # Somebody looks.
-            check = io_struct.CheckWeightsReqInput(action="checksum", skip_tensor_list=[""])
-            scheduler._request_dispatcher(check)
+        self._look_again()
         return "" if scheduler.last_batch is None else "requests are running still"
+
+    def _look_again(self) -> None:
+        """As `verify` asks for it."""
+        from sglang.srt.managers import io_struct
+
+        self._ask(io_struct.CheckWeightsReqInput(action="checksum", skip_tensor_list=[""]))
 
     def _step(self, name: str, act: Callable[[], str] | None, checkpoint: Path) -> bool:
         """Whether SGLang did it."""
@@ -142,7 +202,7 @@ class ModelInARank:
             for reader in self._readers()
             if reader.directory.snapshot().pid == os.getpid()
         ]
-        comparison, whole = self._compare(table, checkpoint)
+        comparison, expected = self._compare(table, checkpoint)
         addresses = {row.name: row.data_ptr for row in table.rows()}
         moved = sum(self.addresses.get(each, at) != at for each, at in addresses.items())
         self.addresses = addresses
@@ -169,8 +229,8 @@ class ModelInARank:
             (comparison.equal, self.equal),
             ((*comparison.unverifiable, *comparison.differing), self.unequal),
         ):
-            for each in names:
-                found["whole" if each in whole else "shares"].add(pattern(each))
+            for each in set(names) & expected.fingerprints.keys():
+                found["whole" if each in expected.whole else "shares"].add(pattern(each))
         self._write()
         return True
 
@@ -179,7 +239,7 @@ class ModelInARank:
 
         return open_tables(self.runtime_dir.path, role="target")
 
-    def _compare(self, table: Any, checkpoint: Path) -> tuple[Any, frozenset[str]]:
+    def _compare(self, table: Any, checkpoint: Path) -> tuple[Any, Any]:
         from sglang_weight_exporter.cli.table_comparisons import against_checkpoint
         from sglang_weight_exporter.verification.checkpoint import Checkpoint
         from sglang_weight_exporter.verification.checkpoint_layout import (
@@ -197,7 +257,7 @@ class ModelInARank:
             tp_rank=table.ranks.tp,
             tp_size=table.engine.tp_size or 1,
         )
-        return comparison, expected.whole
+        return comparison, expected
 
     def _beside(self, checkpoint: Path) -> None:
         """Beside a checkpoint that it is not."""
@@ -237,7 +297,13 @@ def make_schedulers(path: Path, device: str, size: int, quantization: str) -> Ca
         os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
             str(rank % cores) for rank in range(size)
         )
-    flags = FLAGS[device] + COMMON + (f" --quantization {quantization}" if quantization else "")
+    flags = FLAGS[device] + COMMON
+    if quantization == "lora":
+        flags += LORA + (" --lora-backend torch_native" if device == "cpu" else "")
+        if device == "cpu":
+            _pin_nothing()
+    elif quantization:
+        flags += f" --quantization {quantization}"
     flags += f" --tp-size {size}" + TP_FLAGS if size > 1 else ""
     server_args = prepare_server_args(["--model-path", str(path), *flags.split()])
     port_args = PortArgs.init_new(server_args)
@@ -249,6 +315,18 @@ def make_schedulers(path: Path, device: str, size: int, quantization: str) -> Ca
         return Scheduler(server_args, port_args)
 
     return make
+
+
+def _pin_nothing() -> None:
+    """SGLang's LoRA pins memory of the host, which takes a GPU's driver, whatever it runs on."""
+    import torch
+
+    def without(make: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments, pin_memory=False, **more: make(*arguments, **more)
+
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange"):
+        setattr(torch, name, without(getattr(torch, name)))
+    torch.Tensor.pin_memory = lambda self, *_: self
 
 
 def in_child(act: Callable[[], None], result: Path) -> int:
@@ -275,10 +353,12 @@ def run_rank(
     ModelInARank(make(rank), checkpoints, result).run()
 
 
-def write_both(model: Model, checkpoints: tuple[Path, Path]) -> None:
+def write_both(model: Model, checkpoints: tuple[Path, Path], *, adapter: bool) -> None:
     for seed, checkpoint in enumerate(checkpoints):
         if not (checkpoint / "config.json").exists():
             write(model, checkpoint, seed)
+    if adapter:
+        write_adapter(checkpoints[0], checkpoints[0].parent / "adapter", ADAPTED)
 
 
 def load(name: str, device: str, directory: Path) -> None:
@@ -289,10 +369,11 @@ def load(name: str, device: str, directory: Path) -> None:
     results = directory / "results"
     if device == "cpu":
         # Threads of OpenMP, which the next child would wait for in vain, are left in this one.
-        making = functools.partial(write_both, MODELS[model], checkpoints)
+        adapter = quantization == "lora"
+        making = functools.partial(write_both, MODELS[model], checkpoints, adapter=adapter)
         os.waitpid(in_child(making, results / f"{loaded}.json"), 0)
     else:
-        write_both(MODELS[model], checkpoints)
+        write_both(MODELS[model], checkpoints, adapter=quantization == "lora")
     make = make_schedulers(checkpoints[0], device, int(size or 1), quantization)
     if device != "cpu":
         run_rank(make, 0, checkpoints, results / f"{name}.json")

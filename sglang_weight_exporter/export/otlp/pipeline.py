@@ -25,6 +25,7 @@ from sglang_weight_exporter.export.otlp.settings import (
     metric_timeout,
     table_selection,
 )
+from sglang_weight_exporter.export.references import ReferenceFollower
 from sglang_weight_exporter.export.views import HostView, SpanCounts
 from sglang_weight_exporter.process_log import Secrets
 from sglang_weight_exporter.settings import Settings
@@ -106,6 +107,7 @@ class OtlpPipeline:
         read: Callable[[], HostView],
         counts: SpanCounts,
         guard: Guard,
+        references: ReferenceFollower,
     ) -> None:
         self._environ = environ
         self._secrets = Secrets(environ)
@@ -113,7 +115,14 @@ class OtlpPipeline:
         self._spans: SpanSender | None = None
         self._metrics: PeriodicMetrics | None = None
         try:
-            self._choose(snapshots, settings, read=read, counts=counts, guard=guard)
+            self._choose(
+                snapshots,
+                settings,
+                read=read,
+                counts=counts,
+                guard=guard,
+                references=references,
+            )
         except ImportError as error:
             logger.warning(
                 "Nothing is sent by OTLP, because %s is not installed here: pip install "
@@ -129,6 +138,7 @@ class OtlpPipeline:
         read: Callable[[], HostView],
         counts: SpanCounts,
         guard: Guard,
+        references: ReferenceFollower,
     ) -> None:
         """Raises ``ImportError`` where OpenTelemetry is not installed."""
         environ = self._environ
@@ -157,6 +167,7 @@ class OtlpPipeline:
                 names=names,
                 logs=logs,
                 in_spans=settings.table != "logs",
+                references=references,
                 limits=Limits(settings.span_event_bytes, settings.span_bytes),
             )
         if (config := choose(environ, "metrics")) is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
 import random
 import re
@@ -21,19 +22,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 
 from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.otlp.client import ExportResult, OtlpClient
+from sglang_weight_exporter.export.otlp.notes import ExportNotes
 from sglang_weight_exporter.export.otlp.spans import (
     EventSpans,
     SentTable,
     event_spans,
     selected,
 )
+from sglang_weight_exporter.export.references import Finding, ReferenceFollower
 from sglang_weight_exporter.export.views import SpanCounts
-from sglang_weight_exporter.records.base import Record
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.store.decoding import UnreadableError
 from sglang_weight_exporter.store.files import NEVER_READABLE
@@ -69,17 +70,6 @@ PREPARED_BYTES = 64 * 2**20
 Result = TypeVar("Result")
 
 
-class _Exported(Record, frozen=True, kw_only=True):
-    """The file ``exported`` in a rank's directory: which tables the collector has, by role, and
-    what is counted."""
-
-    #: What the tables hold for: another collector, or another name filter, has none of them.
-    destination: str = ""
-    #: How many dropped events of the rank are counted already, here or before a restart.
-    dropped: int = 0
-    tables: dict[str, SentTable] = msgspec.field(default_factory=dict)
-
-
 @dataclass(frozen=True)
 class _Prepared:
     """An event as messages, and which table the collector has with them."""
@@ -94,6 +84,10 @@ class _Prepared:
         return sum(len(content) for _, content in self.messages)
 
 
+class _NotYetError(Exception):
+    """The load is being compared with its reference."""
+
+
 def _left_by_dead(directory: RankDirectory) -> tuple[float, int]:
     """When a rank that has ended queued something last, and the bytes that wait of it."""
     return (0.0, 0) if directory.is_alive() else directory.events.size()
@@ -103,7 +97,8 @@ class SpanSender:
     """Sends the events of all ranks, dead ones included, from a thread of its own.
 
     ``table``: whether it is sent, and of which ``names``; ``logs``: who takes it as log records;
-    ``in_spans``: whether it is events of spans. ``limits``: of a message.
+    ``in_spans``: whether it is events of spans. ``references``: what a load is compared with, which
+    its span waits for. ``limits``: of a message.
     """
 
     def __init__(
@@ -117,6 +112,7 @@ class SpanSender:
         names: re.Pattern[str] | None = None,
         logs: OtlpClient | None = None,
         in_spans: bool = True,
+        references: ReferenceFollower | None = None,
         limits: Limits = DEFAULT_LIMITS,
         dead_bytes: int = DEAD_BYTES,
     ) -> None:
@@ -128,11 +124,13 @@ class SpanSender:
         self._names = names
         self._logs = logs
         self._in_spans = in_spans
+        self._references = references
         self._limits = limits
         self._dead_bytes = dead_bytes
-        self._destination = f"{collector.destination}|{names.pattern if names else ''}"
+        destination = f"{collector.destination}|{names.pattern if names else ''}"
         if logs is not None:
-            self._destination += f"|{logs.destination}|{in_spans}"
+            destination += f"|{logs.destination}|{in_spans}"
+        self._notes = ExportNotes(destination)
         self._failures: Counter[Path] = Counter()
         self._refusals: Counter[Path] = Counter()
         self._prepared: dict[Path, _Prepared] = {}
@@ -186,6 +184,8 @@ class SpanSender:
         for directory, path in waiting:
             try:
                 result = self._send(directory, path)
+            except _NotYetError:
+                continue
             except Exception as error:
                 # Such as too many open files: perhaps it can be read next time.
                 if not self._failures[path]:
@@ -257,10 +257,10 @@ class SpanSender:
         if self._counted.get(directory.rank_id) == version:
             return
         dropped = 0 if snapshot is None else snapshot.events_dropped
-        noted = self._noted(directory)
-        if dropped > noted.dropped:
-            self._counts.dropped["queue_full"] += dropped - noted.dropped
-            self._note(directory, msgspec.structs.replace(noted, dropped=dropped))
+        noted = self._notes.dropped(directory)
+        if dropped > noted:
+            self._counts.dropped["queue_full"] += dropped - noted
+            self._notes.note_dropped(directory, dropped)
         self._counted[directory.rank_id] = version
 
     def _bound_dead(self, directories: list[RankDirectory]) -> None:
@@ -325,11 +325,12 @@ class SpanSender:
         # sent when it is not.
         path.unlink(missing_ok=True)
         if prepared.sent is not None and not rejected:
-            self._remember(directory, prepared.role, prepared.sent)
+            self._notes.note_table(directory, prepared.role, prepared.sent)
         return settled
 
     def _prepare(self, directory: RankDirectory, path: Path) -> _Prepared | None:
-        """The messages of an event; ``None``: it is gone, or dropped because it is none."""
+        """The messages of an event; ``None``: it is gone, or dropped because it is none. Raises
+        ``_NotYetError``."""
         try:
             event = directory.events.event(path)
         except FileNotFoundError:
@@ -340,8 +341,13 @@ class SpanSender:
             logger.warning("%s Its load or update is missing among the spans.", error)
             self._drop(path, "unreadable")
             return None
+        reference: Finding | None = Finding()
+        if self._references is not None:
+            reference = self._references.of_event(event)
+        if reference is None:
+            raise _NotYetError
         try:
-            built = self._spans(directory, event)
+            built = self._spans(directory, event, reference)
             return _Prepared(event.role, tuple(self._messages(built)), built.sent)
         except OSError:
             raise
@@ -383,20 +389,21 @@ class SpanSender:
             while len(self._prepared) > PREPARED_EVENTS:
                 del self._prepared[next(iter(self._prepared))]
 
-    def _spans(self, directory: RankDirectory, event: Event) -> EventSpans:
+    def _spans(self, directory: RankDirectory, event: Event, reference: Finding) -> EventSpans:
+        spans = functools.partial(event_spans, event, reference=reference)
         if not self._table:
-            return event_spans(event, None, state="disabled")
+            return spans(None, state="disabled")
         if event.table is None:
-            return event_spans(event, None, state="missing")
-        sent = self._remembered(directory).get(event.role)
+            return spans(None, state="missing")
+        sent = self._notes.tables(directory).get(event.role)
         if sent is not None and sent.sha256 == event.table.sha256:
-            return event_spans(event, None, state="unchanged", unchanged_since=sent)
+            return spans(None, state="unchanged", unchanged_since=sent)
         table = self._read_table(directory, event)
         if table is None:
-            return event_spans(event, None, state="missing")
+            return spans(None, state="missing")
         if self._names is not None:
             table = selected(table, self._names)
-        return event_spans(event, table, state="included", limits=self._limits)
+        return spans(table, state="included", limits=self._limits)
 
     def _read_table(self, directory: RankDirectory, event: Event) -> WeightTable | None:
         try:
@@ -412,29 +419,3 @@ class SpanSender:
         self._counts.dropped[reason] += 1
         self._done.add(path)
         path.unlink(missing_ok=True)
-
-    # What is noted beside a rank.
-
-    def _noted(self, directory: RankDirectory) -> _Exported:
-        try:
-            return directory.exported(_Exported)
-        except (OSError, UnreadableError):
-            return _Exported()
-
-    def _note(self, directory: RankDirectory, exported: _Exported) -> None:
-        try:
-            directory.note_exported(msgspec.json.encode(exported))
-        except OSError:
-            return  # A full disk: the next span carries the table again.
-
-    def _remembered(self, directory: RankDirectory) -> dict[str, SentTable]:
-        exported = self._noted(directory)
-        return exported.tables if exported.destination == self._destination else {}
-
-    def _remember(self, directory: RankDirectory, role: str, sent: SentTable) -> None:
-        tables = {**self._remembered(directory), role: sent}
-        noted = self._noted(directory)
-        self._note(
-            directory,
-            _Exported(destination=self._destination, dropped=noted.dropped, tables=tables),
-        )

@@ -28,9 +28,11 @@ from opentelemetry.trace import Link, SpanContext, TraceFlags
 from opentelemetry.trace.status import Status, StatusCode
 
 from sglang_weight_exporter import __version__
+from sglang_weight_exporter.export.references import Finding
 from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
 from sglang_weight_exporter.records.costs import DISCARDED, FATES, UpdateCost
 from sglang_weight_exporter.records.event import Event
+from sglang_weight_exporter.records.weights import NAMED_CHANGES
 from sglang_weight_exporter.weight_table import WeightTable, with_names, without_fingerprints
 from sglang_weight_exporter.weight_table_events import (
     DEFAULT_LIMITS,
@@ -94,12 +96,14 @@ def event_spans(
     *,
     state: TableState,
     unchanged_since: SentTable | None = None,
+    reference: Finding = Finding(),  # noqa: B008
     limits: Limits = DEFAULT_LIMITS,
 ) -> EventSpans:
     """The spans of an event, the same for the same arguments.
 
     ``table``: to be sent with it, for state "included". ``unchanged_since``: the span that has the
-    rows already, for state "unchanged". ``limits``: of the message that a span is.
+    rows already, for state "unchanged". ``reference``: the load beside it.
+    ``limits``: of the message that a span is.
     """
     held = "" if event.table is None else event.table.fingerprint
     if table is not None and table.fingerprint != held:
@@ -118,6 +122,7 @@ def event_spans(
     failed = Status(StatusCode.ERROR, update.message or "The update failed.")
     context = _context(event, 0)
     attributes = _attributes(event, state, unchanged_since)
+    attributes |= _beside_reference(reference, names=state != "disabled")
     main = partial(
         ReadableSpan,
         f"sglang.weights.{update.action}",
@@ -200,6 +205,18 @@ def _attributes(
             "sglang.weights.table.trace_id": unchanged_since.trace_id,
             "sglang.weights.table.span_id": unchanged_since.span_id,
         }
+    return attributes
+
+
+def _beside_reference(found: Finding, *, names: bool) -> Attributes:
+    if found.match is None:
+        return {}
+    attributes: Attributes = {
+        "sglang.weights.reference.match": found.match,
+        "sglang.weights.reference.differing": len(found.differing),
+    }
+    if names and found.differing:
+        attributes["sglang.weights.reference.differing.names"] = found.differing[:NAMED_CHANGES]
     return attributes
 
 
