@@ -41,6 +41,8 @@ _NAMED = 20
 #: How long the engine may look between two batches where somebody watches it.
 _PART_SECONDS = 0.002
 _MOST_PARTS = 1_000
+#: For which the other ranks of an engine are waited for, once one has looked.
+_OTHER_RANKS_SECONDS = 10.0
 #: The share of the time between two looks that the parts of one are spread over.
 _ROUND = 0.9
 
@@ -161,7 +163,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace, asked_at: float) -> int:
-    tables = _tables(arguments)
+    tables = _with_fingerprints(_tables(arguments, asked_at))
     looked_at = [table for table in tables if _captured_at(table) >= asked_at]
     if not arguments.recorded:
         for table in tables:
@@ -259,23 +261,47 @@ def _parts(arguments: argparse.Namespace) -> int:
     return max(1, min(_MOST_PARTS, math.ceil(max(seconds) / _PART_SECONDS)))
 
 
-def _tables(arguments: argparse.Namespace) -> list[Table]:
+def _tables(arguments: argparse.Namespace, asked_at: float) -> list[Table]:
+    """SGLang answers when the first rank of an engine is through with it; the others do the same
+    between the same two batches, a moment later."""
+    deadline = time.monotonic() + (0.0 if arguments.recorded else _OTHER_RANKS_SECONDS)
+    while True:
+        tables = _read(arguments)
+        fresh = {each.engine.instance for each in tables if _captured_at(each) >= asked_at}
+        late = [
+            each
+            for each in tables
+            if _has_fingerprint(each)
+            and _captured_at(each) < asked_at
+            and each.engine.instance in fresh
+        ]
+        if not late or time.monotonic() > deadline:
+            return tables
+        time.sleep(0.05)
+
+
+def _read(arguments: argparse.Namespace) -> list[Table]:
     deadline = time.monotonic() + arguments.wait
     readers = chosen_tables(arguments)
-    tables = [reader.read(max(0.0, deadline - time.monotonic())) for reader in readers]
-    with_fingerprints = []
+    return [reader.read(max(0.0, deadline - time.monotonic())) for reader in readers]
+
+
+def _has_fingerprint(table: Table) -> bool:
+    return table.role.table is not None and bool(table.role.table.fingerprint)
+
+
+def _with_fingerprints(tables: list[Table]) -> list[Table]:
     for table in tables:
-        if table.role.table is not None and table.role.table.fingerprint:
-            with_fingerprints.append(table)
-        else:
+        if not _has_fingerprint(table):
             print(f"{title(table)}: no fingerprints.", file=sys.stderr)
-    if not with_fingerprints:
+    found = list(filter(_has_fingerprint, tables))
+    if not found:
         raise CommandError(
             "There are no fingerprints here to compare. Start SGLang with "
             "SGLANG_WEIGHT_EXPORTER_FINGERPRINT=on; they are absent too while the memory of the "
             "weights is released, and where taking them failed, which SGLang's log says."
         )
-    return with_fingerprints
+    return found
 
 
 def _ask_to_look(arguments: argparse.Namespace, part: int = 0, parts: int = 1) -> bool:
