@@ -29,11 +29,16 @@ def watch_first_batch(
     def run_batch(self: Any, batch: Any, *arguments: Any, **keywords: Any) -> Any:
         try:
             if is_it(batch):
-                self.__dict__.pop("run_batch", None)
+                take_away(self)
                 then()
         except Exception as error:
-            self.__dict__.pop("run_batch", None)
+            take_away(self)
             report(error)
         return type(self).run_batch(self, batch, *arguments, **keywords)
 
-    scheduler.__dict__["run_batch"] = types.MethodType(run_batch, scheduler)
+    def take_away(self: Any) -> None:
+        """Unless somebody else has put something in its place meanwhile."""
+        if self.__dict__.get("run_batch") is ours:
+            del self.__dict__["run_batch"]
+
+    ours = scheduler.__dict__["run_batch"] = types.MethodType(run_batch, scheduler)
