@@ -418,9 +418,9 @@ def _usage(
         if tensors[index]
     )
     counted = size > 0
-    stays = segments.outside_saver(
+    outside_saver = segments.outside_saver(
         unique[counted], size[counted], columns["device"][first[counted]], device_values
     )
     derived = np.array([kind == "derived" for kind in kind_values], dtype=bool)
     is_derived = derived[columns["kind"][first[counted]]]
-    return usage, (unique[counted], size[counted], is_derived), stays
+    return usage, (unique[counted], size[counted], is_derived), outside_saver

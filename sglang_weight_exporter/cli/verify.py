@@ -17,9 +17,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sglang_weight_exporter.cli.capture_request import request_capture, url
 from sglang_weight_exporter.cli.choice import CommandError, add_choice, chosen_tables
 from sglang_weight_exporter.cli.flags import add_flags
-from sglang_weight_exporter.cli.look_again import ask_to_look, url
 from sglang_weight_exporter.cli.table_comparisons import (
     Comparisons,
     against_checkpoint,
@@ -38,22 +38,22 @@ from sglang_weight_exporter.verification.manifest import ManifestError
 
 #: Names that a text lists of each kind.
 _NAMED = 20
-#: How long the engine may look between two batches where somebody watches it.
+#: How long the engine may take fingerprints between two batches where somebody watches it.
 _PART_SECONDS = 0.002
 _MOST_PARTS = 1_000
-#: For which the other ranks of an engine are waited for, once one has looked.
+#: For which the other ranks of an engine are waited for, once one has captured.
 _OTHER_RANKS_SECONDS = 10.0
-#: The share of the time between two looks that the parts of one are spread over.
+#: The share of the time between two captures that the parts of one are spread over.
 _ROUND = 0.9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Compare the weights that the engines of this host hold with a checkpoint, "
-        "with a manifest, or the replicas with one another. Engines need "
-        "SGLANG_WEIGHT_EXPORTER_FINGERPRINT=on. A look also finds what changed without an update. "
-        "Exit status: 0 when enough is equal and nothing differs, 1 when something differs, 2 when "
-        "too little could be compared."
+        "Compare the weights that the engines of this host hold with a checkpoint, with a "
+        "manifest, or the replicas with one another. Engines need "
+        "SGLANG_WEIGHT_EXPORTER_FINGERPRINT=on. Their fingerprints are taken anew, which also "
+        "finds what changed without an update. Exit status: 0 when enough is equal and nothing "
+        "differs, 1 when something differs, 2 when too little could be compared."
     )
     add_flags(parser, "runtime_dir")
     what = parser.add_mutually_exclusive_group()
@@ -80,31 +80,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tensor-parallel size (default: the engine's)",
     )
-    look = parser.add_argument_group("when the engine looks")
-    look.add_argument(
+    when = parser.add_argument_group("when the engine takes fingerprints")
+    when.add_argument(
         "--recorded",
         action="store_true",
         help="compare what the last load or update left, and ask the engine for nothing",
     )
-    look.add_argument("--url", type=url, help="the engine's (default: as its own settings have it)")
-    look.add_argument(
+    when.add_argument("--url", type=url, help="the engine's (default: as its own settings have it)")
+    when.add_argument(
         "--api-key",
         default="",
         help="the engine's, where it has one; its admin key, if it has that",
     )
-    look.add_argument(
+    when.add_argument(
         "--wait",
         type=float,
         default=10.0,
         metavar="SECONDS",
         help="how long to wait for the end of an update (default: 10)",
     )
-    look.add_argument(
+    when.add_argument(
         "--watch",
         type=_seconds,
         metavar="SECONDS",
-        help="look again every so many seconds until interrupted, 2 ms at a time between batches, "
-        "and print what is new",
+        help="take them anew every so many seconds until interrupted, 2 ms at a time between "
+        "batches, and print what is new",
     )
     parser.set_defaults(run=run)
 
@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _seconds(text: str) -> float:
     seconds = float(text)
     if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time between two looks")
+        raise argparse.ArgumentTypeError(f"{text!r} is no time between two captures")
     return seconds
 
 
@@ -158,18 +158,18 @@ def _run(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     asked_at = time.time()
     if not arguments.recorded:
-        _ask_to_look(arguments)
+        _request_capture(arguments)
     return _compare(arguments, asked_at)
 
 
 def _compare(arguments: argparse.Namespace, asked_at: float) -> int:
     tables = _with_fingerprints(_tables(arguments, asked_at))
-    looked_at = [table for table in tables if _captured_at(table) >= asked_at]
+    captured = [table for table in tables if _captured_at(table) >= asked_at]
     if not arguments.recorded:
         for table in tables:
-            if table not in looked_at:
+            if table not in captured:
                 print(
-                    f"{title(table)}: not looked at again, so this compares what was left then.",
+                    f"{title(table)}: not captured again, so this compares what was left then.",
                     file=sys.stderr,
                 )
     found = _comparisons(arguments, tables)
@@ -181,17 +181,17 @@ def _compare(arguments: argparse.Namespace, asked_at: float) -> int:
     statuses = {_status(result, arguments.require) for _, result in found.results}
     statuses |= {1 for table in tables if _print_modified(table)}
     if arguments.checkpoint is None and not arguments.manifest:
-        known = [table for table in looked_at if _modified(table) is not None]
+        known = [table for table in captured if _modified(table) is not None]
         if not found.results:
             for table in known:
-                print(f"{title(table)}\n  {table.columns.rows:,} tensors looked at")
+                print(f"{title(table)}\n  {table.columns.rows:,} tensors captured")
         if not (found.results or known or statuses):
             raise CommandError(
                 "There are no two ranks here that should hold the same. Name a --checkpoint or a "
                 "--manifest to compare with."
             )
         statuses |= {0 for table in known if not _modified(table)}
-    if not arguments.recorded and len(looked_at) < len(tables):
+    if not arguments.recorded and len(captured) < len(tables):
         statuses.add(2)  # What was left then is not what is there now.
     return 1 if 1 in statuses else 2 if 2 in statuses else 0
 
@@ -213,10 +213,10 @@ def _comparisons(arguments: argparse.Namespace, tables: Sequence[Table]) -> Comp
 
 
 def _watch(arguments: argparse.Namespace) -> int:
-    """Again and again until it is interrupted. What a look says is printed where it is not what the
-    one before said. The status is the worst of all looks."""
+    """Again and again until it is interrupted. What one says is printed where it is not what the
+    one before said. The status is the worst of all."""
     statuses: set[int] = set()
-    said: tuple[str, str] | None = None
+    printed: tuple[str, str] | None = None
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
@@ -226,13 +226,13 @@ def _watch(arguments: argparse.Namespace) -> int:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
             statuses.add(_caught(functools.partial(_verify_in_parts, ended), arguments))
         now = (output.getvalue(), errors.getvalue())
-        if now != said:
+        if now != printed:
             print(time.strftime("%Y-%m-%dT%H:%M:%S%z"))
             sys.stdout.write(now[0])
             sys.stdout.flush()
             sys.stderr.write(now[1])
             sys.stderr.flush()
-        said = now
+        printed = now
         ended.wait(max(0.0, arguments.watch - (time.monotonic() - began)))
     return 1 if 1 in statuses else 2 if 2 in statuses else 0
 
@@ -242,7 +242,7 @@ def _verify_in_parts(ended: threading.Event, arguments: argparse.Namespace) -> i
     asked_at = time.time()
     parts = 1 if arguments.recorded else _parts(arguments)
     for part in range(0 if arguments.recorded else parts):
-        if not _ask_to_look(arguments, part, parts):
+        if not _request_capture(arguments, part, parts):
             break
         until = asked_at + _ROUND * arguments.watch * (part + 1) / parts
         if parts > 1 and ended.wait(max(0.0, until - time.time())):
@@ -304,10 +304,10 @@ def _with_fingerprints(tables: list[Table]) -> list[Table]:
     return found
 
 
-def _ask_to_look(arguments: argparse.Namespace, part: int = 0, parts: int = 1) -> bool:
+def _request_capture(arguments: argparse.Namespace, part: int = 0, parts: int = 1) -> bool:
     """Each engine once, whatever its number of ranks. Whether all were asked."""
     if arguments.url:
-        return ask_to_look(arguments.url, arguments.api_key, None, part, parts)
+        return request_capture(arguments.url, arguments.api_key, None, part, parts)
     pids: dict[str, list[int]] = {}
     for reader in chosen_tables(arguments):
         if reader.engine.url:
@@ -315,7 +315,7 @@ def _ask_to_look(arguments: argparse.Namespace, part: int = 0, parts: int = 1) -
                 found = pids.setdefault(reader.engine.url, [])
                 found.append(reader.directory.snapshot().pid)
     asked = [
-        ask_to_look(address, arguments.api_key, ranks_of_engine, part, parts)
+        request_capture(address, arguments.api_key, ranks_of_engine, part, parts)
         for address, ranks_of_engine in pids.items()
     ]
     return all(asked)

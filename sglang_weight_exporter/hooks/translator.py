@@ -39,7 +39,7 @@ class Translator:
     def start(self, call: Call) -> Around:
         """``Scheduler.__init__``: a draft gives up its own embeddings for the target's after its
         pools are allocated, so the tables are true only when this has ended."""
-        self._rank.roles.tell_dp_rank(call.argument("dp_rank"))
+        self._rank.roles.set_dp_rank(call.argument("dp_rank"))
         self._rank.step(Ledger.begin_start, then="")
         yield
         self._rank.roles.identify(call.owner)
@@ -87,7 +87,7 @@ class Translator:
 
     def allocate_kv_pool(self, call: Call) -> Around:
         """Allocation of the KV pool, and its resize once CUDA graphs are captured."""
-        self._rank.roles.tell_free_memory(call.argument("total_gpu_memory"))  # Until 0.5.9.
+        self._rank.roles.set_free_memory(call.argument("total_gpu_memory"))  # Until 0.5.9.
         outcome = yield
         self._report_load(self._rank.role(call.owner), outcome, complete=True)
 
@@ -106,7 +106,7 @@ class Translator:
 
     def start_encoder(self, call: Call) -> Around:
         """``run_dp_worker`` of an encoder server; the encoder is told its rank when it is made."""
-        self._rank.roles.tell_dp_rank(call.argument("dp_rank"))
+        self._rank.roles.set_dp_rank(call.argument("dp_rank"))
         yield
 
     def load_without_runner(self, call: Call) -> Around:

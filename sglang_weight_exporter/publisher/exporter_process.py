@@ -48,7 +48,7 @@ class Supervisor:
         self._environ = environ
         self._come_back = come_back
         #: What the last exporter process said, if it could not do its work.
-        self._said: set[Message] = set()
+        self._complaints: set[Message] = set()
 
     def start(self) -> None:
         threading.Thread(
@@ -71,7 +71,7 @@ class Supervisor:
                 killed = not self._relay(process)
                 healthy = time.monotonic() - started > _HEALTHY_SECONDS
                 if healthy:
-                    self._said.clear()
+                    self._complaints.clear()
                 # Killed from outside is not its fault: replace it at once.
                 pause = 0.0 if healthy or killed else min(max(2 * pause, 1), _LONGEST_PAUSE_SECONDS)
             except OSError as error:
@@ -121,7 +121,7 @@ class Supervisor:
         """
         assert process.stdout is not None
         ended = False
-        said = set()
+        complaints = set()
         # It hides them itself; what its interpreter says of a crash comes as it is.
         secrets = Secrets(self._environ)
         with process.stdout:
@@ -129,12 +129,12 @@ class Supervisor:
                 if message is None:
                     ended = True
                     continue
-                said.add(message)
+                complaints.add(message)
                 # An exporter that cannot start says why with every try: in the log it is once.
-                if message not in self._said:
+                if message not in self._complaints:
                     text = secrets.hide(message.text)
                     logger.log(message.level, "sglang_weight_exporter: %s", text)
-        self._said = said
+        self._complaints = complaints
         process.wait()
         return ended
 

@@ -130,12 +130,12 @@ class Roles:
         self.describe(role.device)
         return role
 
-    def tell_dp_rank(self, dp_rank: int | None) -> None:
+    def set_dp_rank(self, dp_rank: int | None) -> None:
         """The data-parallel rank, where SGLang passes it to the scheduler and not to the runner."""
         if dp_rank is not None:
             self._dp_rank = int(dp_rank)
 
-    def tell_free_memory(self, gibibytes: float | None) -> None:
+    def set_free_memory(self, gibibytes: float | None) -> None:
         """Free memory of the GPU before the load, as SGLang hands it to what makes the pools."""
         if gibibytes is not None:
             self._free_before_load = gibibytes

@@ -155,8 +155,8 @@ def test_a_bit_that_flipped_in_memory_is_found_by_name(engine: Engine) -> None:
             assert verify(engine, "--recorded", "--checkpoint", str(engine.model))[0] == 0
             status, text = verify(engine, "--url", "http://127.0.0.1:9")
             assert status == 2  # Nobody has looked.
-            assert "could not be asked to look again" in text
-            assert text.count("not looked at again") == len(RANKS)
+            assert "could not be asked to capture its weights again" in text
+            assert text.count("not captured again") == len(RANKS)
             status, text = verify(engine)
             assert status == 1, text
             assert "look" not in text

@@ -263,7 +263,7 @@ def test_the_engine_is_asked_where_its_settings_say(tmp_path: Path) -> None:
         alone.publish(table=holding("a"))
         proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:9")
         status, text = run("verify", tmp_path, "--api-key", "s3cret", **proxies)
-    assert (status, text.count("not looked at again")) == (0, 0), text
+    assert (status, text.count("not captured again")) == (0, 0), text
     assert keys(asked) == [None, "Bearer s3cret"]
 
 
@@ -305,8 +305,8 @@ def test_a_watch_asks_for_parts_of_two_milliseconds(tmp_path: Path) -> None:
         assert watching.wait(LIMIT) == 1
     assert parts(asked)[:10] == [[part, 5] for part in range(5)] * 2
     text = output.read_text()
-    assert "tensors looked at" in text
-    assert "not looked at again" not in text
+    assert "tensors captured" in text
+    assert "not captured again" not in text
 
 
 def test_an_engine_without_a_key_is_told_none(tmp_path: Path) -> None:
@@ -381,8 +381,10 @@ def test_an_engine_that_refuses_is_compared_as_it_was_left(tmp_path: Path, answe
     with checker(lambda: None, answer) as (url, _):
         status, text = run("verify", tmp_path, "--url", url)
     assert status == 2, text  # Equal, and yet nobody knows what is there now.
-    assert f"could not be asked to look again (it answers with status {answer})" in text
-    assert text.count("not looked at again") == 2
+    assert (
+        f"could not be asked to capture its weights again (it answers with status {answer})" in text
+    )
+    assert text.count("not captured again") == 2
 
 
 def test_what_speaks_no_http_is_said_and_is_no_difference(tmp_path: Path) -> None:
@@ -401,7 +403,7 @@ def test_what_speaks_no_http_is_said_and_is_no_difference(tmp_path: Path) -> Non
         server.shutdown()
     assert status == 2, text
     assert "0 different" in text
-    assert "could not be asked to look again" in text
+    assert "could not be asked to capture its weights again" in text
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:30000", "file:///etc/passwd", "http://", "http://h:x"])

@@ -123,7 +123,7 @@ class ModelInARank:
 
         released = self._ask(io_struct.ReleaseMemoryOccupationReqInput())
         resumed = released or self._ask(io_struct.ResumeMemoryOccupationReqInput())
-        self._look_again()
+        self._capture_again()
         return resumed
 
     def _load_adapter(self, path: Path) -> str:
@@ -174,10 +174,10 @@ class ModelInARank:
                     result = scheduler.run_batch(batch)
                     scheduler.process_batch_result(batch, result)
                 scheduler.last_batch = batch
-        self._look_again()
+        self._capture_again()
         return "" if scheduler.last_batch is None else "requests are running still"
 
-    def _look_again(self) -> None:
+    def _capture_again(self) -> None:
         """As `verify` asks for it."""
         from sglang.srt.managers import io_struct
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Asks an engine to look at its weights again, and gives its key to nobody else."""
+"""Asks an engine to capture its weights again, and gives its key to nobody else."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def url(text: str) -> str:
     return text.rstrip("/")
 
 
-def ask_to_look(
+def request_capture(
     url: str, api_key: str, pids: Iterable[int] | None, part: int = 0, parts: int = 1
 ) -> bool:
     """Ask without a key, and with it where the engine wants one; what goes wrong is printed.
@@ -57,8 +57,8 @@ def ask_to_look(
             )
     if reason:
         print(
-            f"{url} could not be asked to look again ({reason}). --url and --api-key name another "
-            "address and a key.",
+            f"{url} could not be asked to capture its weights again ({reason}). --url and "
+            "--api-key name another address and a key.",
             file=sys.stderr,
         )
     return not reason
