@@ -50,16 +50,18 @@ def alone(engine: Engine) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watched(engine: Engine) -> Iterator[None]:
-    """Beside the command."""
+    """Beside the command, once it has looked and says so."""
     command = [str(engine.installation.python), "-m", "sglang_weight_exporter", "verify"]
     with subprocess.Popen(
         [*command, f"--watch={EVERY}"],
         env=engine.environment,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     ) as process:
         try:
-            time.sleep(1)  # It starts.
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise SystemExit("verify --watch has ended before its first look.")
             yield
         finally:
             process.terminate()
