@@ -42,7 +42,7 @@ _NAMED = 20
 _PART_SECONDS = 0.002
 _MOST_PARTS = 1_000
 #: For which the other ranks of an engine are waited for, once one has captured.
-_OTHER_RANKS_SECONDS = 10.0
+OTHER_RANKS_SECONDS = 10.0
 #: The share of the time between two captures that the parts of one are spread over.
 _ROUND = 0.9
 
@@ -264,7 +264,7 @@ def _parts(arguments: argparse.Namespace) -> int:
 def _tables(arguments: argparse.Namespace, asked_at: float) -> list[Table]:
     """SGLang answers when the first rank of an engine is through with it; the others do the same
     between the same two batches, a moment later."""
-    deadline = time.monotonic() + (0.0 if arguments.recorded else _OTHER_RANKS_SECONDS)
+    deadline = time.monotonic() + (0.0 if arguments.recorded else OTHER_RANKS_SECONDS)
     while True:
         tables = _read(arguments)
         fresh = {each.engine.instance for each in tables if _captured_at(each) >= asked_at}

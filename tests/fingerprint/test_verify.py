@@ -28,8 +28,10 @@ from published import ROWS, PublishedRank
 from safetensors_files import write
 from waiting import LIMIT, eventually
 
-from sglang_weight_exporter import fingerprint
+from sglang_weight_exporter import cli, fingerprint
+from sglang_weight_exporter.cli import verify
 from sglang_weight_exporter.records.engine import Ranks
+from sglang_weight_exporter.store.tables import Table, TableReader
 from sglang_weight_exporter.weight_table import Row, WeightTable, table_of_rows
 
 CHANGED = "layers.1.w"
@@ -265,6 +267,61 @@ def test_the_engine_is_asked_where_its_settings_say(tmp_path: Path) -> None:
         status, text = run("verify", tmp_path, "--api-key", "s3cret", **proxies)
     assert (status, text.count("not captured again")) == (0, 0), text
     assert keys(asked) == [None, "Bearer s3cret"]
+
+
+@contextlib.contextmanager
+def read_first(late: PublishedRank, then: Callable[[], object]) -> Iterator[None]:
+    """In this process: once a rank's table has been read, something happens."""
+    read = TableReader.read
+    happened: list[object] = []
+
+    def read_and_go_on(reader: TableReader, timeout: float = 0.0) -> Table:
+        table = read(reader, timeout)
+        if reader.directory.rank_id == late.store.rank_id and not happened:
+            happened.append(then())
+        return table
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TableReader, "read", read_and_go_on)
+        yield
+    assert happened
+
+
+def two_ranks(host: Path) -> tuple[PublishedRank, PublishedRank]:
+    """Of one engine, which answers when its first rank has captured."""
+    ranks = rank(host), rank(host, tp=1)
+    for tp, each in enumerate(ranks):
+        each.publish(table=holding(str(tp)))
+    return ranks
+
+
+def test_the_other_ranks_of_an_engine_that_has_captured_are_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, late = two_ranks(tmp_path)
+    with (
+        checker(lambda: first.publish(table=holding("0"), modified=())) as (url, _),
+        read_first(late, lambda: late.publish(table=holding("1"), modified=(CHANGED,))),
+    ):
+        status = cli.main(["verify", "--runtime-dir", str(tmp_path), "--url", url])
+    said = capsys.readouterr()
+    assert status == 1, said  # And not 2, with what was left then.
+    assert f"changed without an update  {CHANGED}" in said.out
+    assert "not captured again" not in said.err
+
+
+def test_a_rank_that_captures_nothing_is_waited_for_no_longer_than_it_may_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert verify.OTHER_RANKS_SECONDS == 10
+    monkeypatch.setattr(verify, "OTHER_RANKS_SECONDS", 0.2)
+    first, _ = two_ranks(tmp_path)
+    with checker(lambda: first.publish(table=holding("0"))) as (url, _):
+        status = cli.main(["verify", "--runtime-dir", str(tmp_path), "--url", url])
+    said = capsys.readouterr()
+    assert status == 2, said
+    assert said.err.count("not captured again") == 1
+    assert "tp 1 pp 0  target  since its load: not captured again" in said.err
 
 
 def parts(asked: list[BaseHTTPRequestHandler]) -> list[list[int]]:
