@@ -11,7 +11,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import ProcessCollector
 
@@ -25,6 +25,7 @@ from sglang_weight_exporter.export.prometheus import Exposition
 from sglang_weight_exporter.export.rank_care import RankCare
 from sglang_weight_exporter.export.references import ReferenceFollower
 from sglang_weight_exporter.export.views import HostView, SpanCounts
+from sglang_weight_exporter.records.engine import Ranks
 from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.locks import FileLock
@@ -61,6 +62,30 @@ class HostReader:
         self._started_at = time.time()
         self._reading = threading.Lock()
         self._served: dict[str, Snapshot] = {}
+        #: Ranks of which it was said that they are left out.
+        self._doubles: set[str] = set()
+
+    def _distinct(self, snapshots: Sequence[Snapshot]) -> Iterator[Snapshot]:
+        """Ranks take other names where their series would be the same (``claim_engine_name``); one
+        that could not is left out, because of the same series twice a reader of the text takes
+        either or refuses all."""
+        first: dict[tuple[str, Ranks], Snapshot] = {}
+        for each in sorted(snapshots, key=lambda snapshot: snapshot.started_at):
+            first.setdefault((each.engine.name, each.ranks), each)
+        doubles = set()
+        for each in snapshots:
+            other = first[each.engine.name, each.ranks]
+            if other is each:
+                yield each
+                continue
+            doubles.add(each.rank_id)
+            if each.rank_id not in self._doubles:
+                self._snapshots.complain(
+                    f"Rank {each.rank_id} says that it is {each.ranks} of engine "
+                    f"{each.engine.name}, which rank {other.rank_id} has been for longer, so it is "
+                    "left out. Give its engine another port, or stop the other one."
+                )
+        self._doubles = doubles
 
     def _annotated(self, snapshot: Snapshot) -> Snapshot:
         """With what this process knows of it: the same object as long as that is the same, so that
@@ -73,7 +98,8 @@ class HostReader:
 
     def read(self) -> HostView:
         with self._reading:  # A scrape, the thread that sends metrics, the care of ranks.
-            snapshots = tuple(self._annotated(snapshot) for _, snapshot in self._snapshots.read())
+            alive = [snapshot for _, snapshot in self._snapshots.read()]
+            snapshots = tuple(self._annotated(snapshot) for snapshot in self._distinct(alive))
             self._served = {each.rank_id: each for each in snapshots}
             gpus: tuple[GpuAccount, ...] = ()
             with self._guard.step("The account of the GPUs"):

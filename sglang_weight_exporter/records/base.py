@@ -26,6 +26,9 @@ FEW = msgspec.Meta(max_length=1000)
 TraceId = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?\Z")]
 Fingerprint = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+#: torch's name of one, such as ``cuda:0``. Nobody's would be taken for the role's own, which has
+#: that name too.
+DeviceName = Annotated[str, msgspec.Meta(min_length=1)]
 #: Of a file in the rank's directory.
 FileName = Annotated[str, msgspec.Meta(pattern=r"^[\w.-]*\Z")]
 

@@ -6,7 +6,13 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from sglang_weight_exporter.records.base import SCHEMA_VERSION, Count, Record, Seconds
+from sglang_weight_exporter.records.base import (
+    SCHEMA_VERSION,
+    Count,
+    DeviceName,
+    Record,
+    Seconds,
+)
 
 #: What holds the memory that torch's allocator has of a device. Disjoint, and together all of it;
 #: ``docs/memory.md`` says what each is.
@@ -28,7 +34,7 @@ MEMORY_PARTS: tuple[MemoryPart, ...] = get_args(MemoryPart)
 class DeviceMemory(Record, frozen=True, kw_only=True):
     """What a process has of one device through torch's allocator, at its last capture."""
 
-    device: str
+    device: DeviceName
     at: Seconds
     #: torch's own counts: live blocks; segments, those included whose memory is given back for
     #: now; and the most of each since the process started, or since somebody reset it.

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from sglang_weight_exporter.records.base import Count, Record, Seconds
+from sglang_weight_exporter.records.base import Count, DeviceName, Record, Seconds
 
 
 class KvPoolUsage(Record, frozen=True, kw_only=True):
     """Bytes and capacity of one KV pool on one device."""
 
-    device: str
+    device: DeviceName
     pool: str
     nbytes: Count
     #: Capacity in tokens; ``None`` for state pools (Mamba), which hold requests, not tokens.
@@ -22,7 +22,7 @@ class KvPoolUsage(Record, frozen=True, kw_only=True):
 class LoraUsage(Record, frozen=True, kw_only=True):
     """Preallocated adapter slots on one device, and adapters that are loaded."""
 
-    device: str
+    device: DeviceName
     nbytes: Count
     adapters: Count
     #: How many can be on the device at a time; ``None``: not known.

@@ -8,7 +8,14 @@ from typing import Annotated
 
 import msgspec
 
-from sglang_weight_exporter.records.base import FEW, SCHEMA_VERSION, Count, Record, Seconds
+from sglang_weight_exporter.records.base import (
+    FEW,
+    SCHEMA_VERSION,
+    Count,
+    DeviceName,
+    Record,
+    Seconds,
+)
 from sglang_weight_exporter.records.costs import UpdateCost
 from sglang_weight_exporter.records.engine import Device, Engine, HookState, Ranks
 from sglang_weight_exporter.records.fingerprints import FingerprintCounts
@@ -40,10 +47,10 @@ class Role(Record, frozen=True, kw_only=True):
     weights: Annotated[tuple[WeightUsage, ...], FEW] | None = None
     #: Physical bytes by device: the sum of ``weights``, or while released what lies outside of the
     #: memory saver's regions.
-    resident: Annotated[dict[str, Count], FEW] | None = None
+    resident: Annotated[dict[DeviceName, Count], FEW] | None = None
     table: TableRef | None = None
     kv_pools: Annotated[tuple[KvPoolUsage, ...], FEW] | None = None
-    kv_resident: Annotated[dict[str, Count], FEW] | None = None
+    kv_resident: Annotated[dict[DeviceName, Count], FEW] | None = None
     lora: Annotated[tuple[LoraUsage, ...], FEW] = ()
     loaded_at: Seconds | None = None
     load_seconds: Seconds | None = None

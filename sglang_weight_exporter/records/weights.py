@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from sglang_weight_exporter.records.base import (
     Count,
+    DeviceName,
     FileName,
     Fingerprint,
     Record,
@@ -28,7 +29,7 @@ class WeightUsage(Record, frozen=True, kw_only=True):
     (parameters before buffers); ``tensors`` counts names, so a tied tensor counts twice here.
     """
 
-    device: str
+    device: DeviceName
     kind: Kind
     dtype: str
     nbytes: Count
@@ -47,7 +48,7 @@ class TableRef(Record, frozen=True, kw_only=True):
     sha256: Sha256
     rows: Count
     #: Device name to number of contiguous regions.
-    regions: dict[str, Count]
+    regions: dict[DeviceName, Count]
     captured_at: Seconds
     #: What the tensors hold, as :func:`fingerprint.of_rank` says, in 32 hexadecimal digits, and
     #: how long it took; empty and ``None`` where it was not taken, or the memory is released.

@@ -9,9 +9,11 @@ check a number again. Of a snapshot, what is not valid is left out and the rest 
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from array import array
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
@@ -60,6 +62,24 @@ def _decode(content: bytes | msgspec.Raw, kind: Any) -> Any:
     return _decoder(msgspec.msgpack.Decoder, kind).decode(content)
 
 
+#: Lists of which each entry becomes series: their field, what an entry is called, and what tells
+#: its series from those of the others. The same series twice is what some readers of a scrape take
+#: either of, and others refuse all of.
+_LISTS: dict[type[Record], tuple[tuple[str, str, Callable[[Any], Any]], ...]] = {
+    Snapshot: (
+        ("roles", "model", attrgetter("name")),
+        ("devices", "device", attrgetter("name")),
+        ("memory", "account of memory of", attrgetter("device")),
+        ("hooks", "hook", attrgetter("target")),
+    ),
+    Role: (
+        ("weights", "sum of weights", attrgetter("device", "kind", "dtype")),
+        ("kv_pools", "KV pool", attrgetter("device", "pool")),
+        ("lora", "pool of adapters on", attrgetter("device")),
+    ),
+}
+
+
 class UnreadableError(Exception):
     """A file is damaged or of another version; the message names it and says what to do."""
 
@@ -102,7 +122,7 @@ def decode_snapshot(
     """A snapshot with what of it is valid. Raises :class:`UnreadableError`.
 
     A field that may be ``None`` is, where its value is not valid; another one takes the record
-    along that it is in: at most a role. Of a role that comes twice the first counts.
+    along that it is in: at most a role. Of what comes twice the first counts.
     ``on_left_out`` gets a sentence for each.
     """
     left_out: list[str] = []
@@ -116,7 +136,7 @@ def decode_snapshot(
         except _NOT_MENDED:
             raise error from error.__cause__
         _check_version(snapshot.schema, path)
-    snapshot = _without_doubles(snapshot, left_out)
+    snapshot = _without_doubles(snapshot, "", left_out)
     for what in left_out:
         if on_left_out is not None:
             on_left_out(
@@ -126,17 +146,33 @@ def decode_snapshot(
     return snapshot
 
 
-def _without_doubles(snapshot: Snapshot, left_out: list[str]) -> Snapshot:
-    """Each series of a role that comes twice would come twice, of which a reader of the text takes
-    either or refuses all."""
-    roles: dict[str, Role] = {}
-    for role in snapshot.roles:
-        if role.name in roles:
-            left_out.append(f" by a second model {role.name!r}")
-        roles.setdefault(role.name, role)
-    if len(roles) == len(snapshot.roles):
-        return snapshot
-    return msgspec.structs.replace(snapshot, roles=tuple(roles.values()))
+def _without_doubles(record: AnyRecord, where: str, left_out: list[str]) -> AnyRecord:
+    """Without entries of a list that come twice."""
+    changed: dict[str, Any] = {}
+    for field, what, distinct in _LISTS.get(type(record), ()):
+        entries: tuple[Any, ...] = getattr(record, field) or ()
+        if not entries:
+            continue
+        found: dict[Any, Any] = {}
+        for entry in entries:
+            if (key := distinct(entry)) in found:
+                left_out.append(f" by a second {what} {_name(key)!r}{where}")
+            else:
+                found[key] = entry
+        if type(entries[0]) in _LISTS:
+            inside = f" in its {what} "
+            found = {
+                key: _without_doubles(entry, inside + repr(key), left_out)
+                for key, entry in found.items()
+            }
+        kept = tuple(found.values())
+        if len(kept) < len(entries) or any(map(operator.is_not, kept, entries)):
+            changed[field] = kept
+    return msgspec.structs.replace(record, **changed) if changed else record
+
+
+def _name(key: object) -> str:
+    return " ".join(key) if isinstance(key, tuple) else str(key)
 
 
 def _mended(value: Any, kind: Any, where: str, left_out: list[str]) -> Any:

@@ -221,7 +221,7 @@ class SnapshotReader:
         self._dead = {path: self._dead[path] for path in seen & self._dead.keys()}
         for path, sentence in obstacles.items():
             if self._logged.get(path) != sentence:
-                self._complain(sentence)
+                self.complain(sentence)
         self._logged = obstacles
         return found
 
@@ -258,19 +258,20 @@ class SnapshotReader:
             return cached
         snapshot: Snapshot | None = None
         try:
-            snapshot = directory.snapshot(self._complain)
+            snapshot = directory.snapshot(self.complain)
             if snapshot.rank_id != directory.rank_id:
                 # Two would publish the same series, perhaps with other values.
-                self._complain(
+                self.complain(
                     f"{directory.path} is a copy of what rank {snapshot.rank_id} has, so it is "
                     "left out. Remove it."
                 )
                 snapshot = None
         except UnreadableError as error:
-            self._complain(str(error))
+            self.complain(str(error))
         self._cache[directory.path] = found = (version, snapshot)
         return found
 
-    def _complain(self, sentence: str) -> None:
+    def complain(self, sentence: str) -> None:
+        """Something that a rank has written is left out."""
         self.unreadable += 1
         self.on_unreadable(sentence)

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from engines import PREFIX, clean_environment
+from engines import PREFIX, Scrape, clean_environment
 from ranks import ExporterProcess, Rank, rows
 from waiting import LIMIT, eventually
 
@@ -349,14 +349,112 @@ def test_a_model_that_comes_twice_counts_once(
     fields["roles"] = [*fields["roles"], second, fields["roles"][1]]
     write(sound, fields)
     scrape = exporter.scrape()
-    series = [(sample.name, *sorted(sample.labels.items())) for sample in scrape.samples]
-    assert len(series) == len(set(series))
+    assert_distinct(scrape)
     assert scrape.one("sglang_weight_loaded_timestamp_seconds", role="target") == 2.0
     assert scrape.one("sglang_weight_exporter_read_errors_total") == 2
     for asked in ("status", "table"):
         answer = command(runtime_dir, asked, *(("--wait", "0") if asked == "table" else ()))
         assert "Traceback" not in answer.stderr
     assert "by a second model 'target'" in command(runtime_dir, "status").stdout
+
+
+def with_doubles() -> Fields:
+    """A snapshot in which an entry of each list comes a second time, with other numbers."""
+    fields = valid_snapshot("sound", tp=1)
+    cuda = {"device": "cuda:0"}
+    sums = {**cuda, "kind": "parameter", "dtype": "bfloat16"}
+    account = {**cuda, "at": 1.0, "allocated": 1, "allocated_peak": 1, "reserved_peak": 1}
+    fields["roles"] = list(fields["roles"])
+    fields["roles"][0] |= {
+        "weights": [
+            {**sums, "nbytes": 11, "tensors": 1},
+            {**sums, "nbytes": 99, "tensors": 9},
+            {**sums, "dtype": "float32", "nbytes": 12, "tensors": 1},
+        ],
+        "kv_pools": [{**cuda, "pool": "full", "nbytes": nbytes} for nbytes in (13, 99)],
+        "lora": [{**cuda, "nbytes": nbytes, "adapters": 1} for nbytes in (14, 99)],
+    }
+    fields["memory"] = [{**account, "reserved": reserved} for reserved in (15, 99)]
+    fields["hooks"] = [
+        {"target": "load_model", "status": status} for status in ("failed", "absent")
+    ]
+    fields["devices"] = [{"name": "cuda:0", "uuid": uuid} for uuid in ("GPU-1", "GPU-2")]
+    return fields
+
+
+def assert_distinct(scrape: Scrape) -> None:
+    series = [(sample.name, *sorted(sample.labels.items())) for sample in scrape.samples]
+    assert len(series) == len(set(series))
+
+
+def test_an_entry_that_comes_twice_counts_once(
+    runtime_dir: RuntimeDir, exporter: ExporterProcess, sound: RankStore
+) -> None:
+    write(sound, with_doubles())
+    scrape = exporter.scrape()
+    assert_distinct(scrape)
+    weights = scrape.series("sglang_weight_bytes", role="target")
+    assert {(each.labels["dtype"], each.value) for each in weights} == {
+        ("bfloat16", 11.0),
+        ("float32", 12.0),
+    }
+    assert scrape.one("sglang_kv_pool_bytes", role="target") == 13
+    assert scrape.one("sglang_lora_pool_bytes", role="target") == 14
+    assert scrape.one("sglang_rank_memory_reserved_bytes", gpu_uuid="GPU-1") == 15
+    assert scrape.one("sglang_weight_exporter_hooks", target="load_model", state="failed") == 1
+    assert scrape.sum("sglang_weight_exporter_hooks") == 1
+    assert scrape.one("sglang_weight_exporter_read_errors_total") == 6
+    said = command(runtime_dir, "status").stdout
+    for what in (
+        "sum of weights 'cuda:0 parameter bfloat16' in its model 'target'",
+        "KV pool 'cuda:0 full' in its model 'target'",
+        "pool of adapters on 'cuda:0' in its model 'target'",
+        "account of memory of 'cuda:0'",
+        "hook 'load_model'",
+        "device 'cuda:0'",
+    ):
+        assert f"is damaged by a second {what}, which is left out" in said
+
+
+@pytest.mark.parametrize("field", ["weights", "resident", "kv_pools", "kv_resident"])
+def test_nobodys_device_is_not_the_roles_own(
+    runtime_dir: RuntimeDir, sound: RankStore, field: str
+) -> None:
+    """Its series would be those of the role's device a second time."""
+    fields = valid_snapshot("sound", tp=1)
+    usage = {"kind": "parameter", "dtype": "bfloat16", "pool": "full", "nbytes": 1, "tensors": 1}
+    fields["roles"][0][field] = (
+        {"": 1, "cuda:0": 1}
+        if field.endswith("resident")
+        else [{**usage, "device": ""}, {**usage, "device": "cuda:0"}]
+    )
+    write(sound, fields)
+    said: list[str] = []
+    ((_, found),) = SnapshotReader(runtime_dir, on_unreadable=said.append).read()
+    assert getattr(found.roles[0], field) is None
+    (sentence,) = said
+    assert f"in its model 1.{field}" in sentence
+
+
+def test_of_two_ranks_that_are_the_same_one_the_first_is_served(
+    runtime_dir: RuntimeDir, exporter: ExporterProcess, sound: RankStore
+) -> None:
+    """As two engines of one port may be that start at once where the lock cannot be had."""
+    other = RankStore(runtime_dir, "another")  # Before it in the order of their directories.
+    fields = {**valid_snapshot("another", tp=1), "started_at": 2.0}
+    fields["roles"][0]["loaded_at"] = 3.0
+    write(other, fields)
+    loaded = "sglang_weight_loaded_timestamp_seconds"
+    for _ in range(2):
+        scrape = exporter.scrape()
+        assert_distinct(scrape)
+        assert scrape.one("sglang_weight_exporter_ranks") == 1
+        assert scrape.one(loaded, role="target") == 2.0
+        assert scrape.one("sglang_weight_exporter_read_errors_total") == 1
+    (line,) = [line for line in exporter.log().splitlines() if "another" in line]
+    assert "Rank another says that it is tp 1 pp 0 of engine 30000, which rank sound" in line
+    sound.close()
+    eventually(lambda: exporter.scrape().one(loaded, role="target") == 3.0, what="the other one")
 
 
 def test_threads_that_read_for_the_first_time_at_once_read(
