@@ -122,6 +122,23 @@ def hosts(skew: float = 0, missed: int = 0, failed: bool = False) -> Iterator[En
         )
 
 
+def slow_host() -> Iterator[Engine]:
+    """An engine on two hosts: what takes the first ten seconds takes the second nine minutes."""
+    for number, takes in enumerate((10, 9 * MINUTE)):
+        updates: list[Span] = [(10 * MINUTE, 10 * MINUTE + takes)]
+        yield Engine(
+            f"h{number}:9400",
+            ranks=(number,),
+            source="disk",
+            updates=updates,
+            version=step(updates),
+            nodes=2,
+            group="g",
+            node_rank=number,
+            expected=2,
+        )
+
+
 def moved_experts() -> Iterator[Engine]:
     """Each engine moves them by its own load."""
     for number in range(2):
@@ -160,6 +177,7 @@ HEALTHY: dict[str, list[Engine]] = {
     "two ranks read the page cache, two an NFS server": [
         Engine("h:9400", ranks=range(4), of_rank=ONE_SLOW_DISK, source="disk")
     ],
+    "one of two hosts reads an NFS server": [*slow_host()],
     "hosts with clocks 20 s apart": [*hosts(skew=20)],
     "a restart within ten minutes of an update": [
         Engine("h:9400", updates=[(600, 620)], ended=900),
@@ -272,7 +290,7 @@ FAULTS: dict[str, tuple[list[Engine], dict[int, set[str]]]] = {
                 },
             )
         ],
-        {14: set(), 17: {"SGLangWeightRanksDisagree"}, 52: set(), LATE: set()},
+        {14: set(), 17: {"SGLangWeightRanksDisagree"}, 57: set(), LATE: set()},
     ),
     "a rank drops out of updates that follow one another": (
         [

@@ -58,6 +58,18 @@ def test_every_alert_is_tested_and_has_a_runbook() -> None:
         assert rule["labels"]["severity"] in {"info", "warning", "critical"}
 
 
+def test_each_alert_has_a_case_that_raises_no_other() -> None:
+    """An alert that never comes by itself says nothing that another does not."""
+    alone = set()
+    for test in yaml.safe_load(RULE_TESTS.read_text())["tests"]:
+        for case in test.get("promql_expr_test", []):
+            if "ALERTS{" in case["expr"] and "alertname=" not in case["expr"]:
+                labels = " ".join(sample["labels"] for sample in case["exp_samples"])
+                raised = set(re.findall(r'alertname="(\w+)"', labels))
+                alone |= raised if len(raised) == 1 else set()
+    assert alone == {rule["alert"] for rule in alerts()}
+
+
 def test_a_runbook_is_its_impact_a_query_that_can_be_asked_and_a_command(tmp_path: Path) -> None:
     """In place of an address that nobody can know."""
     queries = []
@@ -121,6 +133,7 @@ LOST = [
     ('unless sglang_weight_tensors_altered_total{during="serving",kind="buffer"}', ""),
     ("sglang_weight_reference_match == 0", "sglang_weight_reference_match"),
     ("for: 2m", "for: 0m"),
+    ("keep_firing_for: 5m", "keep_firing_for: 15m"),
     ("and on (cluster, namespace, job, model_name)\n", "or\n"),
     ("sglang_kv_cache_stale > 0", "sglang_kv_cache_stale"),
     ("0.9 * max by", "2 * max by"),
@@ -363,6 +376,67 @@ def test_labels_that_a_scrape_adds_stay_on_every_alert(tmp_path: Path) -> None:
 
 def test_a_cluster_with_equal_addresses_changes_nothing(tmp_path: Path) -> None:
     check(tmp_path, [with_a_twin(in_a_cluster(each), minutes=7) for each in scenarios()])
+
+
+# --- scrapes that are lost ----------------------------------------------------------------------
+
+
+def samples(notation: str) -> list[str]:
+    """Each sample of promtool's notation by itself."""
+    found: list[str] = []
+    for part in notation.split():
+        parsed = re.fullmatch(r"([\d.]+|_|stale)(?:\+([\d.]+))?(?:x(\d+))?", part)
+        assert parsed is not None, part
+        start, step, more = parsed.groups()
+        found += [
+            f"{float(start) + float(step) * number:.17g}" if step else start
+            for number in range(int(more or 0) + 1)
+        ]
+    return found
+
+
+def losing_a_scrape(scenario: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    """The scenario, in which no target answers in the minute after the alert, and all do again in
+    the next. That the alert fires in both."""
+    at = int(case["eval_time"].removesuffix("m"))
+    targets = {
+        "{" + ",".join(re.findall(r'\b(?:cluster|namespace|job|instance)="[^"]*"', each["series"]))
+        for each in scenario["input_series"]
+        if "instance=" in each["series"]
+    }
+    known = {each["series"] for each in scenario["input_series"]}
+    series = [{"series": f"up{each}}}", "values": f"1x{at + 2}"} for each in sorted(targets)]
+    series = [each for each in series if each["series"] not in known] + scenario["input_series"]
+    lost = []
+    for each in series:
+        values = [*samples(each["values"]), *"___"][: at + 3] + ["_"] * (at + 3)
+        # What a rule of the user's records is not scraped.
+        if ":" not in each["series"].partition("{")[0] and values[at + 1] not in "_stale":
+            values[at + 1] = "0" if each["series"].startswith("up{") else "stale"
+        lost.append({**each, "values": " ".join(values[: at + 3])})
+    expected = []
+    for alert in case["exp_alerts"]:
+        labels = {"alertname": case["alertname"], "alertstate": "firing", **alert["exp_labels"]}
+        firing = "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}"
+        expected.append(
+            {
+                "expr": f"count_over_time(ALERTS{firing}[90s])",
+                "eval_time": f"{at + 2}m",
+                "exp_samples": [{"labels": firing, "value": 2}],
+            }
+        )
+    return {"interval": "1m", "input_series": lost, "promql_expr_test": expected}
+
+
+def test_a_scrape_that_is_lost_ends_no_alert(tmp_path: Path) -> None:
+    """Which would come again with the next one: two notifications more of one fault."""
+    lost = [
+        (case["alertname"], losing_a_scrape(scenario, case))
+        for scenario in yaml.safe_load(RULE_TESTS.read_text())["tests"]
+        for case in scenario.get("alert_rule_test", [])
+    ]
+    assert {name for name, _ in lost} == {rule["alert"] for rule in alerts()}
+    check(tmp_path, [scenario for _, scenario in lost])
 
 
 def test_graphs_see_the_first_update_of_a_source(tmp_path: Path) -> None:
