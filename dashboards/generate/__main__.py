@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import DOCUMENTS, engine, fleet
+from . import DOCUMENTS, engine, fleet, perses
 
 HERE = Path(__file__).parents[1]
 RULES = "sglang-weights.rules.yml"
@@ -58,6 +58,7 @@ def files(documents: str = "") -> dict[str, str]:
         "sglang-fleet.json": fleet.board(documents),
         "sglang-engine.json": engine.board(),
     }
+    boards |= {f"perses/{name}": perses.dashboard(board) for name, board in boards.items()}
     made = {name: json.dumps(linked(b, documents), indent=2) + "\n" for name, b in boards.items()}
     if documents:
         made[RULES] = with_runbooks((HERE / RULES).read_text(), documents)

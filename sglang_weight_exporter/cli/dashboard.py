@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""``dashboard``: the Grafana dashboards and the Prometheus rules, from the installed package."""
+"""``dashboard``: dashboards for Grafana and Perses, and the Prometheus rules, from the package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Prints a Grafana dashboard (JSON, to import into Grafana 10 or later): the "
         "fleet on one screen, or the detail of its engines. The two link to each other. With "
         "--rules it prints the Prometheus recording and alert rules (YAML, for rule_files). With "
-        "--output all three are written as files."
+        "--output all three are written as files. With --perses the dashboards are Perses' (JSON, "
+        "for `percli apply`)."
     )
     parser.add_argument(
         "board",
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the dashboard to print (default: %(default)s)",
     )
     parser.add_argument("--rules", action="store_true", help="print the rules, not a dashboard")
+    parser.add_argument("--perses", action="store_true", help="dashboards for Perses")
     parser.add_argument(
         "--output",
         metavar="DIR",
@@ -39,14 +41,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit status: 0, or 1 when a file cannot be written."""
+    folder = "perses/" if arguments.perses else ""
+    boards = {name: folder + file for name, file in BOARDS.items()}
     if arguments.output is None:
-        sys.stdout.write(content(RULES if arguments.rules else BOARDS[arguments.board]))
+        sys.stdout.write(content(RULES if arguments.rules else boards[arguments.board]))
         return 0
     try:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        for name in (*BOARDS.values(), RULES):
-            (arguments.output / name).write_text(content(name), encoding="utf-8")
-            print(arguments.output / name)
+        for name in (*boards.values(), RULES):
+            path = arguments.output / Path(name).name
+            path.write_text(content(name), encoding="utf-8")
+            print(path)
     except OSError as error:
         print(
             f"{error.filename or arguments.output} cannot be written: {error.strerror}. "
