@@ -62,6 +62,10 @@ class Endpoint:
         self._logged = ""
         self._announce(None, "")
 
+    def is_ours(self, record: ExporterEndpoint) -> bool:
+        """Whether it is what this process has said of itself."""
+        return (record.pid, record.started_at) == (os.getpid(), self._started_at)
+
     async def serve(self) -> None:
         """Serve until the task that runs this is cancelled."""
         predecessor_may_leave = True

@@ -170,6 +170,7 @@ class Exporter:
             metadata=MetadataFollower(snapshots, settings.metadata_dir, guard),
             read=host.read,
             guard=guard,
+            is_ours=self._endpoint.is_ours,
         )
         self._stop = asyncio.Event()
 

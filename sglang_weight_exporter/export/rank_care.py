@@ -12,11 +12,13 @@ from collections.abc import Callable
 from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.metadata import MetadataFollower
 from sglang_weight_exporter.export.otlp.pipeline import OtlpPipeline
+from sglang_weight_exporter.records.endpoint import ExporterEndpoint
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.reader import (
     RankDirectory,
     keep_from_cleaners,
     rank_directories,
+    read_endpoint,
 )
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir, RuntimeDirError
 
@@ -49,6 +51,7 @@ class RankCare:
 
     ``lock``: the exporter's. ``ends_with_ranks``: whether ranks have started this process.
     ``read``: makes a view of the host; the most in use of a GPU is what these have seen.
+    ``is_ours``: whether it is this process that says so of itself.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class RankCare:
         metadata: MetadataFollower,
         read: Callable[[], object],
         guard: Guard,
+        is_ours: Callable[[ExporterEndpoint], bool],
     ) -> None:
         self._runtime_dir = runtime_dir
         self._lock = lock
@@ -69,6 +73,8 @@ class RankCare:
         self._metadata = metadata
         self._read = read
         self._guard = guard
+        self._is_ours = is_ours
+        self._strange_lock = False
         self._touched_at = -TOUCH_SECONDS
 
     async def run(self) -> None:
@@ -139,6 +145,19 @@ class RankCare:
         self._lock.close()
         try:
             RuntimeDir.open(self._runtime_dir.path, {})
-            return self._lock.acquire()
+            if self._lock.acquire():
+                self._strange_lock = False
+                return True
         except (OSError, RuntimeDirError):
             return True  # Not now, perhaps later; nobody else can have it either.
+        other = read_endpoint(self._runtime_dir)
+        if other is not None and not self._is_ours(other):
+            return False
+        if not self._strange_lock:
+            self._strange_lock = True
+            logger.warning(
+                "%s is locked by something that is no exporter, such as a rank whose lock was "
+                "linked or moved there. This process serves as before. Remove that file.",
+                self._runtime_dir.exporter_lock,
+            )
+        return True

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,14 +18,21 @@ import pytest
 from engines import Scrape
 from ranks import Rank, rows
 from serving import Exporter
-from waiting import eventually
+from waiting import LIMIT, eventually
 
 from sglang_weight_exporter.export import rank_care
 from sglang_weight_exporter.export.guard import Guard
+from sglang_weight_exporter.records.endpoint import ExporterEndpoint
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import UpdateInProgress
 from sglang_weight_exporter.records.weights import WeightUsage
-from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
+from sglang_weight_exporter.store.locks import FileLock, is_held
+from sglang_weight_exporter.store.reader import (
+    RankDirectory,
+    SnapshotReader,
+    read_endpoint,
+    write_endpoint,
+)
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 
@@ -136,6 +144,7 @@ def test_a_sidecar_that_sees_no_rank_says_so_once(
         metadata=cast(Any, SimpleNamespace(follow=lambda: None)),
         read=read,
         guard=Guard(),
+        is_ours=lambda endpoint: True,
     )
     with contextlib.suppress(asyncio.CancelledError):
         asyncio.run(care.run())
@@ -143,6 +152,39 @@ def test_a_sidecar_that_sees_no_rank_says_so_once(
     said = [each for each in caplog.messages if "No rank has published" in each]
     assert len(said) == lines
     assert all("PYTHONPATH" in each and str(runtime_dir.path) in each for each in said)
+
+
+def test_a_lock_that_is_no_exporters_in_place_of_its_own_ends_nothing(
+    runtime_dir: RuntimeDir, serve: Callable[..., Exporter]
+) -> None:
+    """As where somebody links or moves a living rank's there."""
+    living = Rank(runtime_dir.path, tp=0)
+    exporter = serve()
+    eventually(lambda: is_held(runtime_dir.exporter_lock), what="its own")
+    runtime_dir.exporter_lock.unlink()
+    os.link(living.store.path / "lock", runtime_dir.exporter_lock)
+    exporter.line("is locked by something that is no exporter")
+    assert scrape(exporter).one("sglang_weight_exporter_ranks") == 1
+    runtime_dir.exporter_lock.unlink()
+    eventually(lambda: is_held(runtime_dir.exporter_lock), what="its own again")
+    assert scrape(exporter).one("sglang_weight_exporter_ranks") == 1
+    living.store.close()
+
+
+def test_another_exporter_in_place_of_it_ends_it(
+    runtime_dir: RuntimeDir, serve: Callable[..., Exporter]
+) -> None:
+    before = serve()
+    eventually(
+        lambda: (said := read_endpoint(runtime_dir)) and said.url, what="what it says of itself"
+    )
+    write_endpoint(runtime_dir, ExporterEndpoint(pid=1, started_at=1.0, version="0"))
+    lock = FileLock(runtime_dir.path / "other.lock")
+    assert lock.acquire()
+    lock.path.replace(runtime_dir.exporter_lock)
+    before.line("was removed, so this process ends")
+    assert before.process.wait(LIMIT) == 0
+    lock.close()
 
 
 def test_of_dead_ranks_each_is_asked_once(
