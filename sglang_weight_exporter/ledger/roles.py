@@ -19,6 +19,7 @@ from sglang_weight_exporter.records.updates import (
     Source,
     Update,
     UpdateCounts,
+    UpdateInProgress,
     add_bytes,
     add_phases,
 )
@@ -52,8 +53,15 @@ class RoleAccount:
     def open(self) -> tuple[OpenUpdate, ...]:
         return tuple(each for each in (self.update, self.rebalance) if each is not None)
 
+    @property
+    def _going_on(self) -> tuple[UpdateInProgress | None, UpdateInProgress | None]:
+        """For readers: one that is idle may be over for them, and a rebalance beside it is not."""
+        first, second, *_ = (*(each.in_progress for each in self.open), None, None)
+        return first, second
+
     def describe(self, record: Role) -> Role:
         """A record of the role, completed by this account."""
+        in_progress, rebalance = self._going_on
         return msgspec.structs.replace(
             record,
             model_path=self.model_path,
@@ -64,16 +72,19 @@ class RoleAccount:
             updates=dict(self.updates),
             moved=self.moved,
             changes=dict(self.changes),
-            in_progress=self.open[0].in_progress if self.open else None,
+            in_progress=in_progress,
+            rebalance=rebalance,
             last_update=self.last_update,
         )
 
     def progress(self) -> RoleProgress | None:
         """What changes while an update goes on; ``None``: none does."""
-        if not self.open:
+        in_progress, rebalance = self._going_on
+        if in_progress is None:
             return None
         return RoleProgress(
-            in_progress=self.open[0].in_progress,
+            in_progress=in_progress,
+            rebalance=rebalance,
             # Of every source: a session may have had calls of several.
             calls={source: each.calls for source, each in self.updates.items() if each.calls},
         )

@@ -68,7 +68,15 @@ class Role(Record, frozen=True, kw_only=True):
     #: exporter process has found; ranks do not know. ``None``: there is no other to compare with.
     reference_match: bool | None = None
     in_progress: UpdateInProgress | None = None
+    #: Experts that move beside that update; alone they are ``in_progress``.
+    rebalance: UpdateInProgress | None = None
     last_update: Update | None = None
+
+    @property
+    def going_on(self) -> tuple[UpdateInProgress, ...]:
+        """Updates that nobody has reported the end of."""
+        both = self.in_progress, self.rebalance
+        return tuple(each for each in both if each is not None)
 
     @property
     def released(self) -> bool:
@@ -83,7 +91,7 @@ class Role(Record, frozen=True, kw_only=True):
         if progress is None or not progress.is_over(now):
             return self
         if progress.source is None:
-            return msgspec.structs.replace(self, in_progress=None)
+            return msgspec.structs.replace(self, in_progress=self.rebalance, rebalance=None)
         counts = self.updates.get(progress.source, UpdateCounts())
         ended = msgspec.structs.replace(
             counts,
@@ -98,7 +106,8 @@ class Role(Record, frozen=True, kw_only=True):
         )
         return msgspec.structs.replace(
             self,
-            in_progress=None,
+            in_progress=self.rebalance,
+            rebalance=None,
             updated_at=self.updated_at if progress.failed else progress.last_call_at,
             update_started_at=(self.update_started_at if progress.failed else progress.started_at),
             updates={**self.updates, progress.source: ended},
@@ -162,7 +171,7 @@ class Snapshot(Record, frozen=True, kw_only=True):
             roles=tuple(
                 _with_progress(role, progress.roles[role.name])
                 if role.name in progress.roles
-                else msgspec.structs.replace(role, in_progress=None)
+                else msgspec.structs.replace(role, in_progress=None, rebalance=None)
                 for role in self.roles
             ),
         )
@@ -172,6 +181,7 @@ class RoleProgress(Record, frozen=True, kw_only=True):
     """What changes of a role while an update goes on."""
 
     in_progress: UpdateInProgress
+    rebalance: UpdateInProgress | None = None
     #: Totals, of sources that it has come through.
     calls: dict[Source, Count] = {}
 
@@ -196,4 +206,6 @@ def _with_progress(role: Role, progress: RoleProgress) -> Role:
     updates = dict(role.updates)
     for source, calls in progress.calls.items():
         updates[source] = msgspec.structs.replace(updates.get(source, UpdateCounts()), calls=calls)
-    return msgspec.structs.replace(role, in_progress=progress.in_progress, updates=updates)
+    return msgspec.structs.replace(
+        role, in_progress=progress.in_progress, rebalance=progress.rebalance, updates=updates
+    )

@@ -179,11 +179,11 @@ class TableReader:
                     f"read. `sglang-weight-exporter status` says more."
                 )
             # With the table lock in hand no call of an update is running.
-            progress = role.in_progress
-            if progress is not None and not progress.is_over(time.time()):
-                return None, self._busy()
-            if progress is not None and role.table.captured_at < progress.last_call_at:
-                return None, self._unseen()
+            for progress in role.going_on:
+                if not progress.is_over(time.time()):
+                    return None, self._busy()
+                if role.table.captured_at < progress.last_call_at:
+                    return None, self._unseen()
             last = self._last_columns
             if last is None or last[0] != role.table:
                 last = (role.table, self.directory.table(role.table.file))
@@ -272,9 +272,8 @@ class _Waiting:
 
 def _state(role: Role) -> tuple[object, ...]:
     """What is different after anything has touched the weights or begun to."""
-    progress = role.in_progress
     return (
-        None if progress is None else (progress.started_at, progress.calls),
+        tuple((progress.started_at, progress.calls) for progress in role.going_on),
         None if role.last_update is None else role.last_update.sequence,
         None if role.table is None else role.table.sha256,
         role.resident,

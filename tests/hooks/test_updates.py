@@ -409,6 +409,22 @@ def test_a_rebalance_is_one_update(rank: Rank) -> None:
     assert rank.totals() == {"eplb": (1, 0, 3)}
 
 
+def test_a_rebalance_goes_on_beside_an_update_that_nobody_ends(rank: Rank) -> None:
+    runner = rank.runner()
+    runner.weight_updater.update_weights_from_tensor([])  # More might come.
+    chunks = rank.balancers(lambda: None, 2).rebalance()
+    next(chunks)
+    next(chunks)
+    assert rank.in_progress().source == "tensor"
+    settled = rank.role().settled(rank.clock.now + 2 * IDLE_SECONDS)
+    assert settled.updates["tensor"].updates == 1
+    assert settled.in_progress is not None
+    assert settled.in_progress.source == "eplb"
+    assert list(chunks) == []
+    assert rank.role().settled(rank.clock.now + 2 * IDLE_SECONDS).in_progress is None
+    assert rank.totals()["eplb"] == (1, 0, 2)
+
+
 def test_missing_experts_from_disk_belong_to_the_rebalance(rank: Rank) -> None:
     runner = rank.runner()
     rebalanced(rank, lambda: runner.weight_updater.update_weights_from_disk("tiny", "auto"))
