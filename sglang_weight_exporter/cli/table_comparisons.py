@@ -112,7 +112,7 @@ def against_checkpoint(tables: Sequence[Table], path: Path, tp_size: int | None)
 def _tp_size(table: Table, tables: Sequence[Table]) -> int:
     """As the engine's settings have it: some of its ranks may be on other hosts."""
     return table.engine.tp_size or 1 + max(
-        other.ranks.tp for other in tables if other.engine.instance == table.engine.instance
+        other.ranks.tp for other in tables if other.engine.identity == table.engine.identity
     )
 
 

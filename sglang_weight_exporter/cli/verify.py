@@ -267,13 +267,13 @@ def _tables(arguments: argparse.Namespace, asked_at: float) -> list[Table]:
     deadline = time.monotonic() + (0.0 if arguments.recorded else OTHER_RANKS_SECONDS)
     while True:
         tables = _read(arguments)
-        fresh = {each.engine.instance for each in tables if _captured_at(each) >= asked_at}
+        fresh = {each.engine.identity for each in tables if _captured_at(each) >= asked_at}
         late = [
             each
             for each in tables
             if _has_fingerprint(each)
             and _captured_at(each) < asked_at
-            and each.engine.instance in fresh
+            and each.engine.identity in fresh
         ]
         if not late or time.monotonic() > deadline:
             return tables

@@ -56,6 +56,9 @@ class Engine(Record, frozen=True, kw_only=True):
     url: str = ""
     #: The same for all ranks of the engine, on however many hosts; empty until they have agreed.
     group: str = ""
+    #: Where ranks of several hosts meet, as settings have it from the beginning; empty where there
+    #: is one host. Other engines meet there too, one after the other.
+    meets_at: str = ""
     #: Which of the engine's hosts this is, and of how many; ``None``: the settings do not say.
     node_rank: Count | None = None
     nodes: Count | None = None
@@ -64,6 +67,19 @@ class Engine(Record, frozen=True, kw_only=True):
     #: (0.5.23). Attention that is data-parallel is inside the tensor-parallel group and adds none.
     #: ``None``: the settings do not say.
     expected_ranks: Count | None = None
+
+    @property
+    def identity(self) -> str:
+        """The same for all ranks of the engine that are known to be its."""
+        return self.group or self.instance
+
+    def is_part_of(self, other: Engine) -> bool:
+        """Whether both are of one engine, also before its hosts have agreed on a group."""
+        if self.group and other.group:
+            return self.group == other.group
+        meets = self.meets_at != "" and self.meets_at == other.meets_at
+        another_host = self.nodes == other.nodes and self.node_rank != other.node_rank
+        return self.instance == other.instance or (meets and another_host)
 
 
 class Ranks(Record, frozen=True, kw_only=True):

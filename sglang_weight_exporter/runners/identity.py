@@ -154,12 +154,16 @@ def group_of(owner: Any, engine: Engine) -> str:
     if (engine.nodes or 1) == 1 and not placement_group:
         return engine.instance
     seed = getattr(owner, "random_seed", None)
-    meet_at = _decided(owner, "get_parallel", "dist_init_addr")
-    if placement_group:
-        meet_at = f"{placement_group}|{server_setting(owner, 'port')}"
-    if seed is None or not meet_at:
+    meets_at = _meets_at(owner, placement_group)
+    if seed is None or not meets_at:
         return ""
-    return hashlib.sha256(f"{meet_at}|{seed}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{meets_at}|{seed}".encode()).hexdigest()[:16]
+
+
+def _meets_at(owner: Any, placement_group: str) -> str:
+    if placement_group:
+        return f"{placement_group}|{server_setting(owner, 'port')}"
+    return str(_decided(owner, "get_parallel", "dist_init_addr") or "")
 
 
 def _decided(owner: Any, bag: str, name: str) -> Any:
@@ -199,6 +203,7 @@ def engine_of(runner: Any) -> Engine:
     name = str(server_setting(runner, "port") or "0")
     if role_of(runner) == _WEIGHT_CACHE:
         name = "weight-cache"  # It serves no HTTP; its settings are those of an engine beside it.
+    nodes = _size(runner, "nnodes")
     return Engine(
         name=name,
         instance=instance_of(runner),
@@ -211,8 +216,9 @@ def engine_of(runner: Any) -> Engine:
         ep_size=_size(runner, "ep_size"),
         load_settings=_load_settings(runner),
         url=_url(runner),
+        meets_at="" if (nodes or 1) == 1 else _meets_at(runner, _placement_group()),
         node_rank=_size(runner, "node_rank"),
-        nodes=_size(runner, "nnodes"),
+        nodes=nodes,
         expected_ranks=_expected_ranks(runner),
     )
 

@@ -23,8 +23,9 @@ def claim_engine_name(runtime_dir: RuntimeDir, engine: Engine, ranks: Ranks) -> 
     """The engine's name, or the name with ``-2``, ``-3``… behind it.
 
     A name is free for this rank if no other engine that is alive has it, nor a living rank with
-    the same ranks: no two living ranks ever publish the same series. The rank writes its first
-    snapshot inside the ``with`` block, so that the next one sees it.
+    the same ranks: no two living ranks ever publish the same series. Ranks of an engine on several
+    hosts that share a directory have one name. The rank writes its first snapshot inside the
+    ``with`` block, so that the next one sees it.
     """
     lock = FileLock(runtime_dir.engines_lock)
     deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -37,7 +38,7 @@ def claim_engine_name(runtime_dir: RuntimeDir, engine: Engine, ranks: Ranks) -> 
         name = engine.name
         while any(
             other.engine.name == name
-            and (other.engine.instance != engine.instance or other.ranks == ranks)
+            and (not engine.is_part_of(other.engine) or other.ranks == ranks)
             for other in alive
         ):
             further += 1

@@ -513,6 +513,36 @@ def test_engines_of_one_port_get_names_of_their_own(runtime_dir: RuntimeDir) -> 
     assert join("one", Ranks(tp=0))[0] == "30000"  # Started again: the same name as before.
 
 
+def test_an_engine_of_several_hosts_that_share_a_directory_has_one_name(
+    runtime_dir: RuntimeDir,
+) -> None:
+    """Ranks are named before they have met, and each host has a launcher of its own."""
+    alive: list[RankStore] = []
+
+    def join(node_rank: int, pp: int, *, nodes: int = 2, **facts: str) -> str:
+        engine = Engine(
+            name="30000", instance=os.urandom(8).hex(), node_rank=node_rank, nodes=nodes, **facts
+        )
+        with claim_engine_name(runtime_dir, engine, Ranks(pp=pp)) as name:
+            rank = RankStore(runtime_dir, os.urandom(4).hex())
+            named = msgspec.structs.replace(engine, name=name)
+            rank.write_snapshot(snapshot(rank.rank_id, engine=named, ranks=Ranks(pp=pp)))
+        alive.append(rank)
+        return name
+
+    first, other = "10.0.0.1:5000", "10.0.0.2:5000"
+    assert join(0, 0, meets_at=first) == "30000"
+    assert join(1, 1, meets_at=first) == "30000"
+    assert join(1, 1, meets_at=other) == "30000-2"
+    assert join(0, 0, meets_at=other) == "30000-2"
+    # Of one that is replaced while it ends, and that met at the same address.
+    assert join(0, 2, meets_at=first, group="a") == "30000-3"
+    assert join(1, 3, meets_at=first, group="b") == "30000-4"
+    # Where nobody knows where they meet, ranks of two launchers are two engines.
+    assert join(0, 4, meets_at="") == "30000-5"
+    assert join(1, 5, meets_at="") == "30000-6"
+
+
 def test_a_lock_tells_the_living_from_the_dead(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     assert not is_held(path)
