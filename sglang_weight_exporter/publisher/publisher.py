@@ -77,6 +77,8 @@ class Publisher:
         self._events: deque[_Waiting] = deque()
         self._dropped = 0
         self._retrying = False
+        #: Whether a thread writes down what memory was read.
+        self._leaving = False
         #: Whether a thread looks after the exporter process, where it is this rank's to do so.
         self._supervised = False
         #: What is left of the time that the update which is under way may wait for readers.
@@ -134,15 +136,36 @@ class Publisher:
         if self._store is not None:
             self._store.withdraw()
 
-    def leave_memory(self, read: Callable[[], MemoryDump | None]) -> None:
-        """Leave the memory of the GPUs, if somebody has asked for it."""
+    def leave_memory(self, read: Callable[[], Callable[[], MemoryDump] | None]) -> None:
+        """Leave the memory of the GPUs, if somebody has asked for it: read now, and written down by
+        a thread that ends with that. The engine's own would take seconds for a long history."""
         with self._lock:
             store = self._store
+            if store is None or self._leaving:
+                return
             try:
-                if store is not None and store.memory_is_wanted:
-                    store.leave_memory(read())
+                if store.memory_is_wanted:
+                    write_down = read()
+                    if write_down is None:
+                        store.leave_memory(None)
+                    else:
+                        self._leaving = self._has_started("memory", self._leaver(write_down).start)
             except Exception as error:
                 self._report("memory", error)
+
+    def _leaver(self, write_down: Callable[[], MemoryDump]) -> threading.Thread:
+        def leave() -> None:
+            try:
+                dump = write_down()
+                with self._lock:
+                    if self._store is not None:
+                        self._store.leave_memory(dump)
+            except Exception as error:
+                self._leaving = False  # The next step tries again.
+                self._report("memory", error)
+            self._leaving = False
+
+        return threading.Thread(target=leave, name="sglang-weight-exporter-memory", daemon=True)
 
     def lock_tables(self) -> None:
         """Weights are about to be written, and the snapshot says so already.

@@ -204,7 +204,7 @@ class Captures:
             self._pools(role, held, segments)
         except Exception as error:
             held.kv_pools, held.kv_outside_saver, held.lora = None, None, ()
-            held.kv_storages, held.lora_storages, held.table_storages = (), (), ()
+            held.kv_storages, held.lora_storages = (), ()
             self._report("kv_pool", error)
 
     def _pools(self, role: RunnerRole, held: RoleCapture, segments: Callable[[], Segments]) -> None:
@@ -217,10 +217,17 @@ class Captures:
             held.kv_pools, held.kv_outside_saver, held.kv_storages = None, None, ()
             return
         held.kv_storages = tuple(storages)
-        pools = frozenset(storage.address for storage in self.pool_storages)
-        held.table_storages = tuple(runner_pools.table_storages(runner, pools))
         held.kv_pools = runner_pools.kv_usage(runner, storages)
         held.kv_outside_saver = _outside_saver(storages, segments())
+
+    def capture_tables(self) -> None:
+        """What keeps the pools' books, of all roles: a flush makes lists of free slots anew, and
+        so does each request that ends."""
+        pools = frozenset(storage.address for storage in self.pool_storages)
+        for role, held in self._captures.items():
+            held.table_storages = ()
+            if held.kv_pools is not None and role.runner is not None:
+                held.table_storages = tuple(runner_pools.table_storages(role.runner, pools))
 
     def _earlier(self, role: RunnerRole) -> list[RoleCapture]:
         earlier = []

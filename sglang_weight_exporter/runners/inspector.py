@@ -243,8 +243,9 @@ class ModelRunnerInspector:
         except Exception as error:
             self._report("memory", error)
 
-    def dump_memory(self) -> MemoryDump | None:
-        """torch's memory as it is now, with the names of what is known; ``None``: no GPU."""
+    def dump_memory(self) -> Callable[[], MemoryDump] | None:
+        """torch's memory as it is now, with the names of what is known, to be written down on any
+        thread; ``None``: no GPU."""
         return dump_memory(self._captures, at=self._clock())
 
 

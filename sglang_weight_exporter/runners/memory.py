@@ -4,15 +4,15 @@
 
 torch's counters are read at every capture, which takes 0.03 ms. Its segments with their blocks take
 half a millisecond where the blocks are 1,000, and 10 where they are 20,000. An update leaves them
-alone while what is reserved is what it was: the parts still sum to it, and how the allocator's own
-share is split (other tensors, rounding, free inside and outside of segments) is as of the last
-time.
+alone while what is reserved is what it was. What has changed inside of it since, the counters say:
+a flush makes lists of free slots anew, and a batch leaves results, in what was free before.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -25,6 +25,39 @@ from sglang_weight_exporter.capture.object_tensors import Storage
 from sglang_weight_exporter.capture.weights import StorageRanges
 from sglang_weight_exporter.records.memory import DeviceMemory, MemoryPart
 from sglang_weight_exporter.runners.pools import graph_pools
+
+
+@dataclass(frozen=True)
+class _Counters:
+    """torch's, of one device, in bytes."""
+
+    reserved: int
+    #: Blocks in use, those that are free and that the device may still use included; without them.
+    active: int
+    allocated: int
+    #: Of blocks in use what was asked for.
+    requested: int
+    #: Free blocks in segments that are in use.
+    inactive_split: int
+
+    @classmethod
+    def of(cls, stats: dict[str, Any]) -> _Counters:
+        names = cls.__annotations__
+        return cls(**{name: int(stats[f"{name}_bytes"]["all"]["current"]) for name in names})
+
+    def shift(self, parts: dict[MemoryPart, int], before: _Counters) -> dict[MemoryPart, int] | None:
+        """Parts that were found with the counters ``before``, as they are now with as much
+        reserved; ``None``: more has happened than the allocator's own share can explain."""
+        active = self.active - before.active
+        requested = self.requested - before.requested
+        awaited = active - (self.allocated - before.allocated)
+        fragments = self.inactive_split - before.inactive_split
+        shifted = parts.copy()
+        shifted["other_tensors"] += requested + awaited
+        shifted["rounding"] += active - awaited - requested
+        shifted["fragments"] += fragments
+        shifted["cached"] -= active + fragments
+        return shifted if min(shifted.values()) >= 0 else None
 
 
 class Memory:
@@ -41,6 +74,10 @@ class Memory:
         self._released = released
         self._stats = stats or _cuda_stats
         self._devices: dict[int, DeviceMemory] = {}
+        #: As of the last capture.
+        self._counters: dict[int, _Counters] = {}
+        #: Devices with segments that grow: of these torch counts free blocks in another way.
+        self._expandable: set[int] = set()
         self._before_update: dict[int, int] = {}
 
     def devices(self) -> tuple[DeviceMemory, ...]:
@@ -84,18 +121,27 @@ class Memory:
         owners: list[OwnedStorages] | None = None
         for device, stats in found.items():
             before = self._devices.get(device)
-            same = (
-                before is not None
-                and before.parts is not None
-                and before.reserved == _reserved(stats)
-            )
-            if before is not None and same and not thorough:
-                taken = Account(before.parts, before.released), before.mapped
+            parts = None if thorough else self._parts_now(device, stats)
+            if before is not None and parts is not None:
+                taken = Account(parts, before.released), before.mapped
             else:
                 owners = list(known()) if owners is None else owners
                 taken = self._account(device, segments, owners, pools)
+            self._counters[device] = _Counters.of(stats)
             self._devices[device] = self._record(device, stats, *taken)
         self._devices = {device: self._devices[device] for device in found}
+
+    def _parts_now(self, device: int, stats: dict[str, Any]) -> dict[MemoryPart, int] | None:
+        """Without reading segments; ``None``: that cannot be known."""
+        before, counters = self._devices.get(device), self._counters.get(device)
+        if before is None or before.parts is None or counters is None:
+            return None
+        now = _Counters.of(stats)
+        if now == counters:
+            return before.parts
+        if now.reserved != counters.reserved or device in self._expandable:
+            return None
+        return now.shift(before.parts, counters)
 
     def _account(
         self,
@@ -112,6 +158,8 @@ class Memory:
             return Account(
                 None, reason=f"torch's allocator does not show its segments ({error})"
             ), 0
+        growing = bool(found.expandable[found.device == device].any())
+        (self._expandable.add if growing else self._expandable.discard)(device)
         taken = account(found, known, device=device, released=released, graph_pools=graph_pools())
         mine = [pool for pool in pools if pool.device == f"cuda:{device}"]
         mapped = elsewhere(found, *_columns(mine))

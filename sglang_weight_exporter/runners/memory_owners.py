@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import msgspec
 import torch
@@ -21,7 +22,8 @@ from sglang_weight_exporter.weight_table import table_rows
 
 
 def owned_storages(captures: Captures) -> list[OwnedStorages]:
-    """Storages by what they are part of."""
+    """Storages by what they are part of, as of now."""
+    captures.capture_tables()
     owned: list[OwnedStorages] = []
     for _, held in captures:
         if held.weights is not None:
@@ -30,19 +32,31 @@ def owned_storages(captures: Captures) -> list[OwnedStorages]:
     return owned
 
 
-def dump_memory(captures: Captures, *, at: float) -> MemoryDump | None:
-    """torch's memory as it is now, with the names of what is known; ``None``: no GPU."""
+def dump_memory(captures: Captures, *, at: float) -> Callable[[], MemoryDump] | None:
+    """torch's memory as it is now, with the names of what is known; ``None``: no GPU.
+
+    What is called to have it written down takes a hundred times as long as reading it, and may run
+    on another thread.
+    """
     if not torch.cuda.is_initialized():
         return None
-    return MemoryDump(
-        at=at,
-        segments=msgspec.json.encode(memory_segments(traces=True)),
-        owners=tuple(memory_owners(captures)),
-        graph_pools=tuple(runner_pools.graph_pools() or ()),
-    )
+    segments = memory_segments(traces=True)
+    captures.capture_tables()
+    held = [(role, replace(each)) for role, each in captures]
+    graph_pools = tuple(runner_pools.graph_pools() or ())
+
+    def write_down() -> MemoryDump:
+        # Segment by segment: other threads run between two of them.
+        encoded = b",".join(map(msgspec.json.encode, segments))
+        owners = tuple(memory_owners(held))
+        return MemoryDump(
+            at=at, segments=b"[%b]" % encoded, owners=owners, graph_pools=graph_pools
+        )
+
+    return write_down
 
 
-def memory_owners(captures: Captures) -> Iterator[MemoryOwner]:
+def memory_owners(captures: Iterable[tuple[RunnerRole, RoleCapture]]) -> Iterator[MemoryOwner]:
     """What is known of the memory, a storage each, with a name."""
     for role, held in captures:
         yield from _weight_owners(role, held)

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ import pytest
 pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 
 from standins import ModelRunner, Rank, Request
+from waiting import eventually
 
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.hooks.targets import RUNNER, SCHEDULER
@@ -58,14 +60,12 @@ class Gpu:
     def stats(self) -> dict[int, dict[str, Any]]:
         if self.fails:
             raise RuntimeError("the driver is gone")
-        count = {"all": {"current": 2, "peak": 2}}
-        reserved = {"all": {"current": self.cached + 500, "peak": self.cached + 500}}
+        counters = dict.fromkeys(("allocated", "active", "requested", "inactive_split"), 0)
+        counters["reserved"] = self.cached + 500
         return {
             0: {
-                "allocated_bytes": {"all": {"current": 0, "peak": 0}},
-                "reserved_bytes": reserved,
-                "active": count,
-                "segment": count,
+                f"{name}_bytes": {"all": {"current": value, "peak": value}}
+                for name, value in counters.items()
             }
         }
 
@@ -148,6 +148,12 @@ def test_a_driver_that_fails_costs_the_account_and_no_update(rank: Rank, gpu: Gp
     assert role.updates["disk"].updates == 1
 
 
+def left_by(rank: Rank) -> MemoryDump:
+    """What was asked for, as soon as it is there."""
+    eventually(lambda: not directory(rank).memory_is_wanted, what="the rank has left its memory")
+    return directory(rank).memory()
+
+
 def test_memory_is_left_once_for_each_time_that_it_was_asked_for(
     rank: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +162,13 @@ def test_memory_is_left_once_for_each_time_that_it_was_asked_for(
         segments=b"[]",
         owners=(MemoryOwner(address=1, nbytes=2, part="weights", name="w (target)"),),
     )
-    monkeypatch.setattr(ModelRunnerInspector, "dump_memory", lambda inspector: left)
+    threads: list[str] = []
+
+    def write_down() -> MemoryDump:
+        threads.append(threading.current_thread().name)
+        return left
+
+    monkeypatch.setattr(ModelRunnerInspector, "dump_memory", lambda inspector: write_down)
     runner = rank.runner()
     scheduler = rank.scheduler(runner)
     scheduler.update_weights_from_disk(Request())
@@ -164,15 +176,15 @@ def test_memory_is_left_once_for_each_time_that_it_was_asked_for(
         directory(rank).memory()
     directory(rank).ask_for_memory()
     scheduler.update_weights_from_disk(Request())
-    assert directory(rank).memory() == left
-    assert not directory(rank).memory_is_wanted
+    assert left_by(rank) == left
+    assert threads == ["sglang-weight-exporter-memory"]  # And the engine goes on meanwhile.
 
 
 def test_a_flush_leaves_the_memory_that_was_asked_for(
     rank: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = MemoryDump(at=1.0, segments=b"[]", owners=())
-    monkeypatch.setattr(ModelRunnerInspector, "dump_memory", lambda inspector: left)
+    monkeypatch.setattr(ModelRunnerInspector, "dump_memory", lambda inspector: lambda: left)
 
     class Scheduler:
         def __init__(self, make: Callable[[], object]) -> None:
@@ -184,7 +196,22 @@ def test_a_flush_leaves_the_memory_that_was_asked_for(
     scheduler = rank.hook(SCHEDULER, Scheduler)(rank.runner)
     directory(rank).ask_for_memory()
     scheduler.flush_cache()
-    assert directory(rank).memory() == left
+    assert left_by(rank) == left
+
+
+def test_memory_that_cannot_be_written_down_costs_nothing_else(
+    rank: Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_down() -> MemoryDump:
+        raise ValueError("a name that is no text")
+
+    monkeypatch.setattr(ModelRunnerInspector, "dump_memory", lambda inspector: write_down)
+    scheduler = rank.scheduler(rank.runner())
+    directory(rank).ask_for_memory()
+    assert scheduler.update_weights_from_disk(Request()).success
+    eventually(lambda: rank.installation.errors.get("memory"), what="the error is counted")
+    monkeypatch.setattr(ModelRunnerInspector, "dump_memory", lambda inspector: None)
+    assert scheduler.update_weights_from_disk(Request()).success
     assert not directory(rank).memory_is_wanted
 
 
