@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from sglang_weight_exporter.capture.allocations import Segments
+from sglang_weight_exporter.capture.references import Registrations
 from sglang_weight_exporter.capture.regions import merge_spans
 from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
 from sglang_weight_exporter.cli import formats
@@ -98,9 +99,18 @@ def steps_for(model: torch.nn.Module, directory: Path) -> dict[str, Callable[[],
 
     def again(previous: WeightCapture) -> WeightCapture:
         """As after an update: derived weights hang where they hung."""
-        return capture_weights(model, role="target", captured_at=1.0, previous=previous)
+        return capture_weights(
+            model,
+            role="target",
+            captured_at=1.0,
+            previous=previous,
+            registrations=registrations,
+        )
 
-    before = capture_weights(model, role="target", captured_at=0.0)
+    registrations = Registrations()
+    before = capture_weights(
+        model, role="target", captured_at=0.0, registrations=registrations
+    )
     table = before.table
     moved = msgspec.structs.replace(
         before.table,

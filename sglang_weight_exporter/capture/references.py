@@ -25,7 +25,10 @@ SHARE = 500
 
 
 class Registrations:
-    """How often torch has registered something in any module of the process."""
+    """How often torch has registered something in any module of the process.
+
+    torch's hooks are the process's, so one of these is made for it and handed on. They go with it.
+    """
 
     def __init__(self) -> None:
         self._next = itertools.count(1).__next__
@@ -34,24 +37,32 @@ class Registrations:
 
     def watch(self) -> None:
         """From now on. Between two loads there are next to none."""
-        if not self._watching:
-            self._watching = True
-            torch_module.register_module_parameter_registration_hook(self._registered)
-            torch_module.register_module_buffer_registration_hook(self._registered)
-            torch_module.register_module_module_registration_hook(self._registered)
+        if self._watching:
+            return
+        self._watching = True
+        this = weakref.ref(self)
 
-    def _registered(self, module: object, name: str, registered: object) -> None:
-        """``None`` says that what is registered stays what it is."""
-        self.count = self._next()
+        def registered(module: object, name: str, what: object) -> None:
+            """``None`` says that what is registered stays what it is."""
+            if (registrations := this()) is not None:
+                registrations.count = registrations._next()
 
-
-REGISTRATIONS = Registrations()
+        for register in (
+            torch_module.register_module_parameter_registration_hook,
+            torch_module.register_module_buffer_registration_hook,
+            torch_module.register_module_module_registration_hook,
+        ):
+            weakref.finalize(self, register(registered).remove).atexit = False
 
 
 class References:
-    """The tensors of a walk and their modules, without keeping them alive."""
+    """The tensors of a walk and their modules, without keeping them alive.
 
-    def __init__(self) -> None:
+    ``registrations``: without them only a walk can say what hangs where.
+    """
+
+    def __init__(self, registrations: Registrations | None) -> None:
+        self._registrations = registrations
         self._model: Callable[[], torch.nn.Module | None] = lambda: None
         self._tensors: list[weakref.ref[torch.Tensor]] = []
         self._holders: list[weakref.ref[torch.nn.Module]] = []
@@ -60,6 +71,13 @@ class References:
         self._turn = 0
         #: Whether a tensor was found to hang elsewhere.
         self._moved = True
+
+    def begin_walk(self) -> int:
+        """A walk is about to begin. How much was registered before it."""
+        if self._registrations is None:
+            return 0
+        self._registrations.watch()
+        return self._registrations.count
 
     def learn(
         self,
@@ -71,6 +89,8 @@ class References:
         """A walk has ended. ``modules``: in its order; ``tensors``: parameters, buffers and then
         others, in their order; ``registered``: registrations before it began. What has a reference
         gets no second one: there are few new objects in an update."""
+        if self._registrations is None:
+            return
         known = None if self._moved or self._model() is not model else self._alive()
         if known is not None and list(map(id, known)) == list(map(id, tensors)):
             self._registered = registered
@@ -90,7 +110,10 @@ class References:
 
     def tensors(self, model: torch.nn.Module) -> list[torch.Tensor] | None:
         """All of them, in their order; ``None``: only a walk can say what hangs there now."""
-        if self._registered != REGISTRATIONS.count or self._model() is not model:
+        registrations = self._registrations
+        if registrations is None or self._registered != registrations.count:
+            return None
+        if self._model() is not model:
             return None
         tensors = self._alive()
         if tensors is None or not self._share_hangs(tensors):

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from sglang_weight_exporter.capture.references import REGISTRATIONS, References
+from sglang_weight_exporter.capture.references import References, Registrations
 
 #: How a derived weight is found: the module's number in the order of the walk, its name with a dot
 #: behind, and attribute, then index or key in the containers there.
@@ -280,18 +280,18 @@ class PreviousCapture:
         dtype: list[torch.dtype],
         storage_ptr: list[int],
         storage_nbytes: list[int],
+        registrations: Registrations | None,
     ) -> PreviousCapture | None:
         """The columns: of each tensor that was found; equal shapes are one object, for the
         collector's sake. ``None``: what hangs under the names are wrappers of what was found."""
-        REGISTRATIONS.watch()
-        registered = REGISTRATIONS.count
+        references = References(registrations)
+        registered = references.begin_walk()
         limit = None if found.shared else found.modules
         modules, keys, absent, present, tensors = _held(model, derived.paths, limit)
         ids = list(map(id, tensors))
         if ids != list(map(id, found.tensors)):
             return None
         contiguous = list(map(torch.Tensor.is_contiguous, tensors))
-        references = References()
         references.learn(model, modules, tensors, registered)
         return cls(
             derived=derived,
@@ -317,7 +317,7 @@ class PreviousCapture:
         known = self.references.tensors(model)
         if known is not None and self._is_current(known) and self._has_derived():
             return self
-        registered = REGISTRATIONS.count
+        registered = self.references.begin_walk()
         modules, keys, absent, _, tensors = _held(model, self.derived.paths, self.limit)
         if keys != self.keys or absent != self.absent:
             return None

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from sglang_weight_exporter.capture.allocations import Segments
+from sglang_weight_exporter.capture.references import Registrations
 from sglang_weight_exporter.capture.regions import Regions, merge_spans
 from sglang_weight_exporter.capture.tensors import (
     DerivedPaths,
@@ -85,6 +86,7 @@ def capture_weights(
     segments: Callable[[], Segments] = Segments.none,
     previous: WeightCapture | None = None,
     derived: DerivedPaths | None = None,
+    registrations: Registrations | None = None,
 ) -> WeightCapture:
     """Read the table of a model.
 
@@ -95,6 +97,7 @@ def capture_weights(
     ``previous``, because that costs more than the table itself.
     ``derived``: where derived weights hang; ``None``: where ``previous`` has them, or wherever
     there is a tensor. Nothing is read again if nothing has changed.
+    ``registrations``: of the process; without them the modules are walked each time.
     """
     if derived is None:
         derived = DerivedPaths.of(model) if previous is None else previous.derived
@@ -114,7 +117,11 @@ def capture_weights(
         not_persistent = found.not_persistent
         columns, values, unreadable = _columns(found)
         fields = _fields(columns, values)
-        remembered = None if unreadable else _remembered(model, found, derived, columns, values)
+        remembered = (
+            None
+            if unreadable
+            else _remembered(model, found, derived, columns, values, registrations)
+        )
     sha256 = table_sha256(fields)
     if (
         previous is not None
@@ -186,6 +193,7 @@ def _remembered(
     derived: DerivedPaths,
     columns: dict[str, npt.NDArray[Any]],
     values: dict[str, Any],
+    registrations: Registrations | None,
 ) -> PreviousCapture | None:
     return PreviousCapture.of(
         model,
@@ -196,6 +204,7 @@ def _remembered(
         dtype=_decoded(columns["dtype"], values["dtype"]),
         storage_ptr=columns["storage_ptr"].tolist(),
         storage_nbytes=columns["storage_nbytes"].tolist(),
+        registrations=registrations,
     )
 
 

@@ -13,6 +13,7 @@ import torch
 
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.object_tensors import Storage
+from sglang_weight_exporter.capture.references import Registrations
 from sglang_weight_exporter.capture.tensors import DerivedPaths
 from sglang_weight_exporter.capture.weights import (
     WeightCapture,
@@ -62,7 +63,7 @@ class RoleCapture:
 class Captures:
     """The captures of all roles of a process, in the roles' order.
 
-    ``report`` is called with what could not be read.
+    ``report`` is called with what could not be read; ``registrations``: the process's.
     """
 
     def __init__(
@@ -71,8 +72,10 @@ class Captures:
         *,
         report: Callable[[str, BaseException], None],
         clock: Callable[[], float],
+        registrations: Registrations,
     ) -> None:
         self._roles = roles
+        self._registrations = registrations
         self._report = report
         self._clock = clock
         self._captures: dict[RunnerRole, RoleCapture] = {}
@@ -190,6 +193,7 @@ class Captures:
             segments=segments,
             previous=before,
             derived=held.derived,
+            registrations=self._registrations,
         )
         for usage in capture.usage:
             self._roles.describe(usage.device)

@@ -13,6 +13,7 @@ import torch
 
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.arrival import Arrival, arrival
+from sglang_weight_exporter.capture.references import Registrations
 from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
 from sglang_weight_exporter.records.costs import LiveRequests
 from sglang_weight_exporter.records.memory import MemoryDump
@@ -32,7 +33,8 @@ class ModelRunnerInspector:
 
     ``report`` is called with what could not be read; ``allocations`` is where one allocation ends
     and the next begins, by device, in place of torch's allocator; ``fingerprinter``: takes
-    fingerprints, if they are to be taken; ``memory``: keeps the account of the GPUs.
+    fingerprints, if they are to be taken; ``memory``: keeps the account of the GPUs;
+    ``registrations``: what torch has registered in modules of the process.
     """
 
     def __init__(
@@ -44,13 +46,16 @@ class ModelRunnerInspector:
         allocations: Callable[[str], Segments] | None = None,
         fingerprinter: Fingerprinter | None = None,
         memory: Memory | None = None,
+        registrations: Registrations | None = None,
     ) -> None:
         self._report = report
         self._clock = clock
         self._allocations = allocations
         #: What torch's allocator has of the GPUs.
         self.memory = memory or Memory(clock=clock)
-        self._captures = Captures(roles, report=report, clock=clock)
+        self._captures = Captures(
+            roles, report=report, clock=clock, registrations=registrations or Registrations()
+        )
         #: How long the last capture took.
         self.seconds: float | None = None
         self._fingerprints = (

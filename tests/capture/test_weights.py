@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator  # noqa: E402
 from typing import Any  # noqa: E402
 
 from sglang_weight_exporter.capture.allocations import Segments  # noqa: E402
-from sglang_weight_exporter.capture.references import SHARE  # noqa: E402
+from sglang_weight_exporter.capture.references import SHARE, Registrations  # noqa: E402
 from sglang_weight_exporter.capture.tensors import DerivedPaths, named_tensors  # noqa: E402
 from sglang_weight_exporter.capture.weights import (  # noqa: E402
     WeightCapture,
@@ -29,8 +29,14 @@ from sglang_weight_exporter.capture.weights import (  # noqa: E402
 from sglang_weight_exporter.weight_table import Row, compare_tables, table_regions, table_rows  # noqa: E402
 
 
+#: As a process has one.
+REGISTRATIONS = Registrations()
+
+
 def capture(model: Any, **options: Any) -> WeightCapture:
-    return capture_weights(model, role="target", captured_at=1.0, **options)
+    return capture_weights(
+        model, role="target", captured_at=1.0, registrations=REGISTRATIONS, **options
+    )
 
 
 def rows(model: Any) -> dict[str, Row]:
@@ -547,6 +553,24 @@ class Walked(dict[str, Any]):
     def values(self) -> Any:
         self.walks += 1
         return super().values()
+
+
+def test_what_watches_torch_goes_with_whoever_wanted_it() -> None:
+    from torch.nn.modules import module as of_torch
+
+    hooks = [
+        getattr(of_torch, f"_global_{kind}_registration_hooks")
+        for kind in ("parameter", "buffer", "module")
+    ]
+    before = [len(each) for each in hooks]
+    registrations = Registrations()
+    registrations.watch()
+    registrations.watch()
+    assert [len(each) for each in hooks] == [number + 1 for number in before]
+    module(weight=parameter(1), scale=torch.ones(1)).inner = torch.nn.ReLU()
+    assert registrations.count == 3
+    del registrations
+    assert [len(each) for each in hooks] == before
 
 
 def test_modules_are_walked_where_something_was_registered_and_not_else() -> None:

@@ -237,12 +237,16 @@ class Probe:
         """Median milliseconds of the package's own functions, and of how much."""
         from sglang_weight_exporter.capture.account import account
         from sglang_weight_exporter.capture.allocations import Segments
+        from sglang_weight_exporter.capture.references import Registrations
         from sglang_weight_exporter.capture.tensors import named_tensors
         from sglang_weight_exporter.capture.weights import capture_weights
         from sglang_weight_exporter.runners.memory import of_weights
 
         model = self._runner(draft=False).model
-        first = capture_weights(model, role="x", captured_at=0.0, segments=Segments.of_cuda)
+        capture = functools.partial(
+            capture_weights, model, role="x", captured_at=0.0, registrations=Registrations()
+        )
+        first = capture(segments=Segments.of_cuda)
 
         def milliseconds(call: Callable[[], object]) -> float:
             seconds = []
@@ -252,7 +256,6 @@ class Probe:
                 seconds.append(time.perf_counter() - started)
             return 1000 * statistics.median(seconds)
 
-        capture = functools.partial(capture_weights, model, role="x", captured_at=0.0)
         segments = self.segments()
         return {
             "tensors": len(first.table.names.split()),

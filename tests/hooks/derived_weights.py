@@ -17,8 +17,11 @@ from typing import Any
 import torch
 from build_pools import publish
 
+from sglang_weight_exporter.capture.references import Registrations
 from sglang_weight_exporter.capture.weights import WeightCapture, capture_weights
 from sglang_weight_exporter.weight_table import compare_tables, table_rows
+
+REGISTRATIONS = Registrations()
 
 #: What SGLang's loaders bind to `self_attn` beside its parameters.
 ATTRIBUTES = ("w_kc", "w_vc", "w_scale", "w_scale_k", "w_scale_v")
@@ -143,7 +146,9 @@ def bound(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def captured(model: torch.nn.Module, previous: WeightCapture | None = None) -> WeightCapture:
-    return capture_weights(model, role="target", captured_at=0.0, previous=previous)
+    return capture_weights(
+        model, role="target", captured_at=0.0, previous=previous, registrations=REGISTRATIONS
+    )
 
 
 def measure(build: Callable[[], torch.nn.Module], *, reloads: bool) -> dict[str, Any]:
