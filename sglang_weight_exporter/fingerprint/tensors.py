@@ -10,6 +10,7 @@ arithmetic in blocks. Only the 16 bytes of each tensor come to the host.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -269,11 +270,13 @@ def _wait_for_ours() -> None:
     done.synchronize()
 
 
+@functools.cache
 def _kernels() -> Any:
-    """The module of kernels, or None where Triton is not."""
+    """The module of kernels, or None where Triton is not, or is broken: asked once, because a
+    failed import is made anew each time."""
     try:
         from sglang_weight_exporter.fingerprint import kernel
-    except ImportError:
+    except Exception:
         return None
     return kernel
 

@@ -30,6 +30,7 @@ from sglang_weight_exporter.fingerprint.tensors import (  # noqa: E402
     FingerprintError,
     FingerprintTimeoutError,
     _Bytes,
+    _kernels,
     has_memory,
     in_memory_order,
 )
@@ -227,6 +228,30 @@ def test_the_kernels_give_the_same_in_tritons_interpreter() -> None:
 def test_the_kernels_compile_for_gpus_and_read_sixteen_bytes_a_thread(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="needs Triton, which comes with SGLang")
     in_a_process(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
+
+
+def test_a_triton_that_cannot_be_imported_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broken one may take seconds to fail, and an update would wait for it each time."""
+    tried = []
+
+    class Finder:
+        def find_spec(self, name: str, *more: Any) -> None:
+            if name == "triton":
+                tried.append(name)
+                raise RuntimeError("0 active drivers")
+
+    for name in ("triton", "sglang_weight_exporter.fingerprint.kernel"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr(fingerprint, "kernel", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    fingerprinter = Fingerprinter()
+    _kernels.cache_clear()
+    try:
+        for _ in range(3):
+            assert not fingerprinter.has_kernels(torch.device("cuda"))
+    finally:
+        _kernels.cache_clear()
+    assert tried == ["triton"]
 
 
 # --- on a GPU that is not there -------------------------------------------------------------------
