@@ -128,6 +128,9 @@ class Installation:
         self.states.installed(target)
 
     def _wrap(self, target: Target, original: Callable[..., Any]) -> Callable[..., Any]:
+        # A generator that is left behind is closed by an interpreter that ends, in which there is
+        # nothing left to be done: no thread, no file, not even this module's names.
+        ends = sys.is_finalizing
         if inspect.iscoroutinefunction(original):
 
             @functools.wraps(original)
@@ -149,7 +152,8 @@ class Installation:
                 try:
                     result = yield from original(*args, **kwargs)
                 except BaseException as error:
-                    self._end(target, around, Outcome(error=error))
+                    if not ends():
+                        self._end(target, around, Outcome(error=error))
                     raise
                 self._end(target, around, Outcome(result=result))
                 return result

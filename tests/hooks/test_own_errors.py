@@ -7,6 +7,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from standins import ModelRunner, Rank, Request, model, session
+from waiting import LIMIT
 
 from sglang_weight_exporter.hooks.install import Installation
 from sglang_weight_exporter.hooks.targets import RUNNER, SCHEDULER, TARGETS
@@ -315,3 +318,30 @@ def test_a_runner_that_is_made_anew_is_the_target_although_the_old_one_is_not_co
         assert rank.installation.translator._rank.ledger.counters.released == {"weights"}
     finally:
         gc.enable()
+
+
+# The interpreter ends.
+
+ENDS_INSIDE_A_REBALANCE = """
+import sys, threading
+from pathlib import Path
+from standins import Rank
+
+rank = Rank(Path(sys.argv[1]))
+rank.runner()
+chunks = rank.balancers(lambda: None, 3).rebalance()
+next(chunks)
+next(chunks)
+threading.held = chunks  # Of a module that is cleared later than ours.
+"""
+
+
+def test_a_process_that_ends_inside_a_rebalance_says_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS_INSIDE_A_REBALANCE, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
