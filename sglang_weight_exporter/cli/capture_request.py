@@ -66,7 +66,7 @@ def request_capture(
 
 def _request(url: str, api_key: str, part: int, parts: int) -> tuple[str, object]:
     """Why it was not done, or nothing, and what was answered. SGLang has no settings of these
-    names: it says so in one line of its log, and does nothing."""
+    names, and does nothing."""
     request = urllib.request.Request(  # noqa: S310 -- the engine's own address, or one given
         f"{url}/set_internal_state",
         data=json.dumps({"server_args": {PART: part, PARTS: parts}}).encode(),

@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator
 
 from sglang_weight_exporter.capture import update_bytes
 from sglang_weight_exporter.hooks.holds import Holds
+from sglang_weight_exporter.hooks.unlogged import unlogged
 from sglang_weight_exporter.hooks.wrapped_call import Around, Call, Outcome, effect_of, verdict_on
 from sglang_weight_exporter.ledger import CallToken, EndsWith, Ledger, Verdict
 from sglang_weight_exporter.rank import Rank
@@ -412,7 +413,8 @@ class Translator:
         return self._verify(int(requested[PART]), int(requested.get(PARTS, 1)))
 
     def _verify(self, part: int, parts: int) -> Around:
-        yield
+        with unlogged(PART):
+            yield
         complete = [self._rank.read_again(role, part, parts) for role in self._rank.roles]
         if any(complete):
             self._rank.step(lambda ledger: None)

@@ -199,6 +199,19 @@ def test_parts_of_two_updates_are_no_whole(rank: Rank) -> None:
     assert counts(rank).modified == {}
 
 
+def test_who_asks_leaves_no_line_in_sglangs_log(
+    rank: Rank, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A watch would leave one for each part of each round."""
+    rank.runner()
+    scheduler = rank.hook(SCHEDULER, Scheduler)(lambda: None)
+    asks(scheduler, 0, 2)
+    asks(scheduler, 1, 2)
+    assert caplog.messages == []
+    scheduler.set_internal_state(Request(server_args={"page_size": 8}))
+    assert caplog.messages == ["Updating page_size is not supported."]
+
+
 def test_what_else_is_set_is_no_question(rank: Rank, counting: Counting) -> None:
     rank.runner()
     scheduler = rank.hook(SCHEDULER, Scheduler)(lambda: None)

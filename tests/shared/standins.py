@@ -10,6 +10,7 @@ engines.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from sglang_weight_exporter.hooks.install import Installation
 from sglang_weight_exporter.hooks.targets import (
     EPLB_MANAGER,
     RUNNER,
+    SCHEDULER,
     SCHEDULER_COMPONENT,
     TARGETS,
     UPDATER,
@@ -245,6 +247,9 @@ class Scheduler:
 
     def set_internal_state(self, recv_req: Any) -> Any:
         """Refuses whatever it does not know, and does nothing."""
+        for key in recv_req.server_args:
+            logging.getLogger(SCHEDULER).warning(f"Updating {key} is not supported.")
+            break
         return SimpleNamespace(updated=False)
 
 
