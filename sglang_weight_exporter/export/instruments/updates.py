@@ -83,7 +83,8 @@ INSTRUMENTS = (
         "sglang_weight_update_calls",
         "counter",
         "{call}",
-        "Calls that wrote weights: one a bucket, several an update.",
+        "Calls that wrote weights, or failed to: one a bucket of an update and one a chunk of a "
+        "rebalance. What SGLang refused before it called the model's runner is none.",
         ("source",),
         by_source(lambda counts: counts.calls),
         preset="full",
