@@ -347,3 +347,42 @@ def test_a_host_that_cannot_be_reached_is_missing_until_it_can(
     update(parts, checkpoints / "a")
     updates_come_to(parts, (4, 0), (3, 1))
     trace(backend, "sglang.weights.update", 4)
+
+
+def test_two_hosts_that_share_a_directory_are_one_engine_in_it(
+    newest: Installation, tmp_path: Path
+) -> None:
+    """As containers on one machine do, or hosts with a shared volume: ranks have their name before
+    they have met."""
+    tiny_model.write(tmp_path / "model", 0)
+    port, exporter_port, meeting = free_port(engine=True), free_port(), free_port()
+    flags = ["--pp-size", "2", "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{meeting}"]
+    engines = [
+        Engine(
+            newest,
+            tmp_path / "model",
+            flags=[*flags, "--node-rank", str(number)],
+            variables={
+                "SGLANG_NCCL_SO_PATH": "none",
+                "GLOO_SOCKET_IFNAME": "lo",
+                "SGLANG_CPU_OMP_THREADS_BIND": "0|1",
+                "SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR": str(tmp_path / "runtime"),
+                "SGLANG_WEIGHT_EXPORTER_ADDRESS": "127.0.0.1",
+            },
+            port=port,
+            exporter_port=exporter_port,
+            address=f"127.0.0.{1 + number}",
+        )
+        for number in range(2)
+    ]
+    try:
+        for engine in engines:
+            engine.start()
+        engines[0].wait_until_ready(peers=engines[1:])
+        infos = [each.labels for each in engines[0].scrape().series("sglang_weight_engine_info")]
+        assert sorted(info["pp_rank"] for info in infos) == ["0", "1"]
+        assert {info["engine"] for info in infos} == {str(port)}
+        assert len({info["engine_group"] for info in infos}) == 1
+    finally:
+        for engine in engines:
+            engine.stop()
