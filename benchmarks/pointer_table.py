@@ -108,9 +108,7 @@ def steps_for(model: torch.nn.Module, directory: Path) -> dict[str, Callable[[],
         )
 
     registrations = Registrations()
-    before = capture_weights(
-        model, role="target", captured_at=0.0, registrations=registrations
-    )
+    before = capture_weights(model, role="target", captured_at=0.0, registrations=registrations)
     table = before.table
     moved = msgspec.structs.replace(
         before.table,

@@ -45,7 +45,9 @@ class _Counters:
         names = cls.__annotations__
         return cls(**{name: int(stats[f"{name}_bytes"]["all"]["current"]) for name in names})
 
-    def shift(self, parts: dict[MemoryPart, int], before: _Counters) -> dict[MemoryPart, int] | None:
+    def shift(
+        self, parts: dict[MemoryPart, int], before: _Counters
+    ) -> dict[MemoryPart, int] | None:
         """Parts that were found with the counters ``before``, as they are now with as much
         reserved; ``None``: more has happened than the allocator's own share can explain."""
         active = self.active - before.active

@@ -49,9 +49,7 @@ def dump_memory(captures: Captures, *, at: float) -> Callable[[], MemoryDump] | 
         # Segment by segment: other threads run between two of them.
         encoded = b",".join(map(msgspec.json.encode, segments))
         owners = tuple(memory_owners(held))
-        return MemoryDump(
-            at=at, segments=b"[%b]" % encoded, owners=owners, graph_pools=graph_pools
-        )
+        return MemoryDump(at=at, segments=b"[%b]" % encoded, owners=owners, graph_pools=graph_pools)
 
     return write_down
 

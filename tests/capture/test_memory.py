@@ -149,9 +149,7 @@ def test_segments_are_read_again_only_when_something_has_come_or_gone() -> None:
 
 
 @given(
-    st.lists(
-        st.tuples(st.booleans(), st.integers(1, 9_999)) | st.none(), min_size=1, max_size=60
-    )
+    st.lists(st.tuples(st.booleans(), st.integers(1, 9_999)) | st.none(), min_size=1, max_size=60)
 )
 def test_what_comes_and_goes_in_segments_is_known_without_reading_them(
     steps: list[tuple[bool, int] | None],

@@ -28,7 +28,6 @@ from sglang_weight_exporter.capture.weights import (  # noqa: E402
 )
 from sglang_weight_exporter.weight_table import Row, compare_tables, table_regions, table_rows  # noqa: E402
 
-
 #: As a process has one.
 REGISTRATIONS = Registrations()
 
