@@ -519,9 +519,14 @@ def test_an_engine_of_several_hosts_that_share_a_directory_has_one_name(
     """Ranks are named before they have met, and each host has a launcher of its own."""
     alive: list[RankStore] = []
 
-    def join(node_rank: int, pp: int, *, nodes: int = 2, **facts: str) -> str:
+    def join(node_rank: int, pp: int, *, meets_at: str, group: str = "") -> str:
         engine = Engine(
-            name="30000", instance=os.urandom(8).hex(), node_rank=node_rank, nodes=nodes, **facts
+            name="30000",
+            instance=os.urandom(8).hex(),
+            node_rank=node_rank,
+            nodes=2,
+            meets_at=meets_at,
+            group=group,
         )
         with claim_engine_name(runtime_dir, engine, Ranks(pp=pp)) as name:
             rank = RankStore(runtime_dir, os.urandom(4).hex())
