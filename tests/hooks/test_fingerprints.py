@@ -205,6 +205,7 @@ def test_who_asks_leaves_no_line_in_sglangs_log(
     """A watch would leave one for each part of each round."""
     rank.runner()
     scheduler = rank.hook(SCHEDULER, Scheduler)(lambda: None)
+    caplog.clear()
     asks(scheduler, 0, 2)
     asks(scheduler, 1, 2)
     assert caplog.messages == []

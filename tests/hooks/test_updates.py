@@ -26,10 +26,12 @@ from standins import (
     model,
     rebalanced,
     session,
+    update_expert_location_with_recovery,
 )
 
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.hooks.targets import (
+    EPLB_MANAGER,
     EXPORTER,
     IPC_LOADER,
     LOADER,
@@ -412,7 +414,8 @@ def test_a_rebalance_is_one_update(rank: Rank) -> None:
 def test_a_rebalance_goes_on_beside_an_update_that_nobody_ends(rank: Rank) -> None:
     runner = rank.runner()
     runner.weight_updater.update_weights_from_tensor([])  # More might come.
-    chunks = rank.balancers(lambda: None, 2).rebalance()
+    function = rank.hook(EPLB_MANAGER, update_expert_location_with_recovery)
+    chunks = rank.balancers(lambda: function(move=lambda: None), 2).rebalance()
     next(chunks)
     next(chunks)
     assert rank.in_progress().source == "tensor"
