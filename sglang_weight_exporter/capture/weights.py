@@ -106,7 +106,7 @@ def capture_weights(
         known = previous.remembered
     now = None if known is None else _capture_again(known, model)
     unreadable: tuple[str, ...] = ()
-    remembered: PreviousCapture | None
+    remembered: PreviousCapture | None = None
     if previous is not None and now is not None:
         if now is known and previous.counted_elsewhere == counted_elsewhere:
             return _again(previous, captured_at)
@@ -117,11 +117,8 @@ def capture_weights(
         not_persistent = found.not_persistent
         columns, values, unreadable = _columns(found)
         fields = _fields(columns, values)
-        remembered = (
-            None
-            if unreadable
-            else _remembered(model, found, derived, columns, values, registrations)
-        )
+        if not unreadable:
+            remembered = _remembered(model, found, derived, columns, values, registrations)
     sha256 = table_sha256(fields)
     if (
         previous is not None
