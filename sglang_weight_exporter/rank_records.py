@@ -137,6 +137,7 @@ class RankRecords:
             kv_pools=capture.kv_pools,
             kv_resident=_resident(capture.kv_pools, capture.kv_outside_saver, KV_CACHE in released),
             lora=capture.lora,
+            adapters=self._inspector.adapters(role),
             fingerprints=fingerprints,
         )
         return self._ledger.describe(role.name, record)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
+from sglang_weight_exporter.cli import adapters
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.cli.terminal import print_line
 from sglang_weight_exporter.export.references import beside_reference
@@ -181,6 +182,9 @@ def _print_role(role: Role, now: float) -> None:
     for pool in role.kv_pools or ():
         tokens = "" if pool.tokens is None else f" for {pool.tokens:,} tokens"
         print_line(f"    kv pool {pool.nbytes:,} bytes{tokens} ({pool.pool})")
+    if role.adapters is not None:
+        for number, line in enumerate(adapters.status_lines(role.adapters)):
+            print_line(f"    {'' if number else 'lora':<7} {line}")
     if role.in_progress is not None:
         print_line(f"    update  in progress for {_progress_line(role.in_progress, now)}")
     if role.last_update is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sglang_weight_exporter.cli import formats, table_at, table_diff, table_text
+from sglang_weight_exporter.cli import adapters, formats, table_at, table_diff, table_text
 from sglang_weight_exporter.cli.choice import (
     CommandError,
     add_choice,
@@ -97,6 +97,11 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "weight_update_summary_*.json into DIR",
     )
     instead.add_argument(
+        "--adapters",
+        action="store_true",
+        help="the LoRA adapters that are loaded; a slot is the one of when the rank wrote last",
+    )
+    instead.add_argument(
         "--at",
         type=table_at.address,
         metavar="ADDRESS",
@@ -125,6 +130,8 @@ def _run(arguments: argparse.Namespace) -> int:
         )
         return table_diff.print_differences(before, after)
     tables = _read(arguments)
+    if arguments.adapters:
+        return adapters.print_adapters(tables)
     if arguments.at is not None:
         return table_at.print_owners(
             arguments.at, [(each, _owners(each, arguments)) for each in tables]
@@ -174,6 +181,8 @@ def _check(arguments: argparse.Namespace) -> None:
         )
     if arguments.regions and arguments.format in formats.OF_ROWS:
         raise CommandError(f"--format {arguments.format} is made of tensors. Leave --regions out.")
+    if arguments.from_trace and arguments.adapters:
+        raise CommandError("Spans carry no adapters. Ask on the engine's host.")
     if arguments.from_trace and of_regions:
         raise CommandError("Spans carry tensors and no regions. Print tensors.")
     if arguments.by and arguments.format != "text":

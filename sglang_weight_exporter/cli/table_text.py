@@ -34,7 +34,7 @@ def print_tables(
         if table.released:
             print_line("The memory is released: nothing is behind these addresses for now.")
         if arguments.regions:
-            _print_columns(
+            print_columns(
                 ("address", "bytes", "device"),
                 [
                     (hex(region.data_ptr), f"{region.nbytes:,}", region.device)
@@ -45,7 +45,7 @@ def print_tables(
         elif arguments.by:
             _print_totals(rows, arguments.by)
         else:
-            _print_columns(
+            print_columns(
                 ("name", "kind", "dtype", "shape", "bytes", "address", "device"),
                 [
                     (
@@ -95,7 +95,7 @@ def _print_totals(rows: Iterable[Row], by: str) -> None:
     for row in rows:
         groups.setdefault(GROUPS[by](row), []).append(row)
     seen: set[tuple[str, int]] = set()
-    _print_columns(
+    print_columns(
         (by, "tensors", "bytes"),
         [
             (name, f"{len(members):,}", f"{_unique_bytes(members, seen):,}")
@@ -126,7 +126,7 @@ def _unique_bytes(rows: Iterable[Row], seen: set[tuple[str, int]] | None = None)
     return total
 
 
-def _print_columns(header: Sequence[str], lines: Sequence[Sequence[str]], right: set[int]) -> None:
+def print_columns(header: Sequence[str], lines: Sequence[Sequence[str]], right: set[int]) -> None:
     widths = [
         max(len(title), *(len(line[index]) for line in lines)) if lines else len(title)
         for index, title in enumerate(header)

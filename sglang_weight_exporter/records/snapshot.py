@@ -8,6 +8,7 @@ from typing import Annotated
 
 import msgspec
 
+from sglang_weight_exporter.records.adapters import Adapters
 from sglang_weight_exporter.records.base import (
     FEW,
     SCHEMA_VERSION,
@@ -52,6 +53,8 @@ class Role(Record, frozen=True, kw_only=True):
     kv_pools: Annotated[tuple[KvPoolUsage, ...], FEW] | None = None
     kv_resident: Annotated[dict[DeviceName, Count], FEW] | None = None
     lora: Annotated[tuple[LoraUsage, ...], FEW] = ()
+    #: ``None``: LoRA is off, or they could not be read.
+    adapters: Adapters | None = None
     loaded_at: Seconds | None = None
     load_seconds: Seconds | None = None
     #: When weights last changed, also by an update that failed half-way.

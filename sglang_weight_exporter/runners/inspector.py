@@ -15,9 +15,11 @@ from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.arrival import Arrival, arrival
 from sglang_weight_exporter.capture.references import Registrations
 from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
+from sglang_weight_exporter.records.adapters import Adapters
 from sglang_weight_exporter.records.costs import LiveRequests
 from sglang_weight_exporter.records.memory import MemoryDump
 from sglang_weight_exporter.runners import fingerprints
+from sglang_weight_exporter.runners.adapters import LoadedAdapters
 from sglang_weight_exporter.runners.captures import Captures, RoleCapture
 from sglang_weight_exporter.runners.memory import Memory
 from sglang_weight_exporter.runners.memory_owners import dump_memory, owned_storages
@@ -63,6 +65,10 @@ class ModelRunnerInspector:
             if fingerprinter is None
             else fingerprints.RoleFingerprints(fingerprinter, report=report)
         )
+        self._fingerprinter = fingerprinter
+        self._adapters: weakref.WeakKeyDictionary[RunnerRole, LoadedAdapters] = (
+            weakref.WeakKeyDictionary()
+        )
         #: Whether tensors may be read, and not only where they are.
         self.memory_is_there = True
         self._scheduler: Callable[[], Any] = lambda: None
@@ -74,6 +80,16 @@ class ModelRunnerInspector:
     def of(self, role: RunnerRole) -> RoleCapture:
         """What is known of a role, without a new capture."""
         return self._captures.of(role)
+
+    def adapters(self, role: RunnerRole) -> Adapters | None:
+        """LoRA adapters that are loaded, and the slots that they are in now; ``None``: there are
+        none to load, or they could not be read."""
+        loaded = self._adapters.get(role)
+        try:
+            return None if loaded is None else loaded.described(role.runner)
+        except Exception as error:
+            self._report("adapters", error)
+            return None
 
     def start_over(self, role: RunnerRole, *, known: bool) -> None:
         """Later captures are compared with the last one, or, unless ``known``, with none until the
@@ -172,9 +188,18 @@ class ModelRunnerInspector:
                 self._captures.known(role).passes = self._passes()
             if pools:
                 self._captures.capture_pools(role, segments)
+                self._capture_adapters(role)
         self._captures.drop_collected()
         self.read_memory(on_gpu, thorough=loaded or pools)
         self.seconds = time.perf_counter() - started
+
+    def _capture_adapters(self, role: RunnerRole) -> None:
+        loaded = self._adapters.get(role)
+        if loaded is None:
+            loaded = self._adapters[role] = LoadedAdapters(
+                fingerprinter=self._fingerprinter, report=self._report, clock=self._clock
+            )
+        loaded.capture(role.runner)
 
     def read_part(
         self, role: RunnerRole, part: int, parts: int, fingerprint_seconds: float

@@ -16,6 +16,7 @@ from serving import Exporter
 from sglang_weight_exporter.export.instruments import GROUPS, INSTRUMENTS, chosen
 from sglang_weight_exporter.export.instruments.base import Sample
 from sglang_weight_exporter.export.views import HostView, role_views
+from sglang_weight_exporter.records.adapters import Adapters, Aspect
 from sglang_weight_exporter.records.engine import Engine, HookState
 from sglang_weight_exporter.records.pools import LoraUsage
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
@@ -160,7 +161,8 @@ def read(name: str, snapshot: Snapshot, metrics: str) -> list[Sample]:
 
 def a_rank(**more: Any) -> Snapshot:
     engine = Engine(name="1", instance="one", group="g", expected_ranks=16)
-    role = Role(name="target", device="cuda:0", lora=more.pop("lora", ()))
+    found = {name: more.pop(name) for name in ("lora", "adapters") if name in more}
+    role = Role(name="target", device="cuda:0", **found)
     return Snapshot(rank_id="a", pid=1, started_at=0.0, engine=engine, roles=(role,), **more)
 
 
@@ -189,3 +191,29 @@ def test_operations_come_with_their_first_call_and_those_of_adapters_before() ->
     slots = (LoraUsage(device="cuda:0", nbytes=1, adapters=0),)
     known = {each.labels[0]: each.value for each in read(name, a_rank(lora=slots), "default")}
     assert known == {"load_lora_adapter": 0, "load_lora_adapter_from_tensors": 0}
+
+
+def test_adapters_are_counted_where_lora_is_on_from_their_first_load_to_those_that_fail() -> None:
+    names = ("bytes", "last_change_timestamp_seconds", "changes", "failures")
+    of_adapters = [f"sglang_lora_adapter_{name}" for name in names] + ["sglang_lora_adapters_hash"]
+
+    def values(snapshot: Snapshot) -> list[list[float]]:
+        return [
+            [cast(float, each.value) for each in read(name, snapshot, "full")]
+            for name in of_adapters
+        ]
+
+    calls = {
+        "load_lora_adapter": OperationCounts(calls=5, failures=2),
+        "load_lora_adapter_from_tensors": OperationCounts(calls=3, failures=1),
+        "unload_lora_adapter": OperationCounts(calls=4, failures=1),
+        "save_remote_model": OperationCounts(calls=7, failures=7),
+    }
+    assert values(a_rank(operations=calls)) == [[], [], [], [], []]
+    assert values(a_rank(adapters=Adapters())) == [[0], [], [0], [0], []]
+    hashes: dict[Aspect, str] = {"names": f"{1:032x}", "settings": "f" * 32}
+    loaded = Adapters(count=2, nbytes=64, changed_at=5.0, hashes=hashes)
+    assert values(a_rank(adapters=loaded, operations=calls)) == [
+        *([64], [5.0], [3 + 2 + 3], [2 + 1]),
+        [0, 2**53 - 1],
+    ]

@@ -207,9 +207,11 @@ def _write_tensors(directory: Path, shapes: dict[str, tuple[int, ...]], seed: in
     (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
 
 
-def safetensors_header(directory: Path) -> dict[str, tuple[tuple[int, ...], int]]:
+def safetensors_header(
+    directory: Path, name: str = "model.safetensors"
+) -> dict[str, tuple[tuple[int, ...], int]]:
     """Name → (shape, bytes) of every tensor in a checkpoint, read from its safetensors header."""
-    with (directory / "model.safetensors").open("rb") as file:
+    with (directory / name).open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)

@@ -148,13 +148,14 @@ def write(model: Model, directory: Path, seed: int) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **model.added}))
 
 
-def write_adapter(checkpoint: Path, directory: Path, projections: Sequence[str]) -> None:
+def write_adapter(
+    checkpoint: Path, directory: Path, projections: Sequence[str], *, rank: int = 8
+) -> None:
     """A LoRA adapter of these projections of a checkpoint, as PEFT writes it. Needs safetensors."""
     import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    rank = 8
     parts = {}
     with safe_open(str(checkpoint / "model.safetensors"), "pt") as file:
         for name in file.keys():  # noqa: SIM118 -- it is no mapping

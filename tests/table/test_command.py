@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from engines import PREFIX, clean_environment
 from published import ROWS, Command, PublishedRank
 
+from sglang_weight_exporter.records.adapters import Adapter, Adapters
 from sglang_weight_exporter.records.engine import Ranks
 from sglang_weight_exporter.records.memory import MemoryDump, MemoryOwner
 from sglang_weight_exporter.records.weights import TableChanges
@@ -356,3 +358,32 @@ def test_no_torch_is_needed(rank: PublishedRank, runtime_dir: Path) -> None:
         capture_output=True,
     )
     assert ran.returncode == 0, ran.stderr
+
+
+def test_adapters_are_named_with_what_is_known_of_them(
+    rank: PublishedRank, command: Command
+) -> None:
+    none = command("table", "--adapters")
+    assert none.returncode == 2
+    assert b"--enable-lora" in none.stderr
+    named = tuple(
+        Adapter(name=f"step-{number}", rank=8, nbytes=4096, loaded_at=float(number), slot=slot)
+        for number, slot in enumerate((None, 1, None, None, None, 0))
+    )
+    held = Adapters(count=7, nbytes=7 * 4096, changed_at=5.0, named=named)
+    rank.role = msgspec.structs.replace(rank.role, adapters=held)
+    rank.publish()
+    shown = [line.split() for line in lines(command("table", "--adapters"))]
+    assert shown[1] == ["name", "rank", "bytes", "slot", "loaded", "fingerprint"]
+    assert shown[2] == ["step-0", "8", "4,096", "-", "1970-01-01T00:00:00+00:00", "-"]
+    assert shown[3] == ["step-1", "8", "4,096", "1", "1970-01-01T00:00:01+00:00", "-"]
+    assert (
+        b"7 adapters, 28,672 bytes in the host's memory; 1 that were loaded before"
+        in command("table", "--adapters").stdout
+    )
+    status = command("status").stdout.decode()
+    assert "lora    7 adapters, 28,672 bytes in the host's memory" in status
+    assert re.findall(r"step-(\d)  rank 8, 4,096 bytes, (\w+ ?\w* ?\w*),", status) == [
+        *(("1", "slot 1"), ("2", "in no slot"), ("3", "in no slot"), ("4", "in no slot")),
+        ("5", "slot 0"),
+    ]

@@ -72,7 +72,7 @@ class ModelInARank:
 
         def read(checkpoint: Path) -> Callable[[], str]:
             request = disk(model_path=str(checkpoint), load_format="auto")
-            return functools.partial(self._ask, request)
+            return functools.partial(self.ask, request)
 
         self._step("load", None, self.first)
         self._beside(self.second)
@@ -84,7 +84,7 @@ class ModelInARank:
         steps: tuple[tuple[str, Callable[[], str], Path], ...] = (
             ("the same", read(self.first), self.first),
             ("another", read(self.second), self.second),
-            ("tokens", self._generate, self.second),
+            ("tokens", self.generate, self.second),
         )
         if next(self.model.parameters()).is_cuda:
             # On a CPU SGLang waits for a GPU there, and fails.
@@ -98,7 +98,7 @@ class ModelInARank:
     def _wait_until_scraped(self, prometheus: str) -> None:
         """What the rank came to is what the rules have to judge, and not how it was on the way."""
         pid = os.getpid()
-        (reader,) = [each for each in self._readers() if each.directory.snapshot().pid == pid]
+        (reader,) = [each for each in self.readers() if each.directory.snapshot().pid == pid]
         labels = f'model_name="{reader.engine.model_name}",tp_rank="{reader.ranks.tp}"'
         settled = f"timestamp(sglang_weight_update_in_progress{{{labels}}} == 0) > {time.time()}"
         question = f"{prometheus}/api/v1/query?{urllib.parse.urlencode({'query': settled})}"
@@ -108,7 +108,7 @@ class ModelInARank:
                     return
             time.sleep(0.2)
 
-    def _ask(self, request: Any) -> str:
+    def ask(self, request: Any) -> str:
         import torch
 
         with torch.inference_mode():  # As SGLang's event loop has it.
@@ -121,8 +121,8 @@ class ModelInARank:
         """Nothing is freed without torch_memory_saver; SGLang puts buffers back all the same."""
         from sglang.srt.managers import io_struct
 
-        released = self._ask(io_struct.ReleaseMemoryOccupationReqInput())
-        resumed = released or self._ask(io_struct.ResumeMemoryOccupationReqInput())
+        released = self.ask(io_struct.ReleaseMemoryOccupationReqInput())
+        resumed = released or self.ask(io_struct.ResumeMemoryOccupationReqInput())
         self._capture_again()
         return resumed
 
@@ -130,16 +130,16 @@ class ModelInARank:
         from sglang.srt.managers import io_struct
 
         adapter = {"lora_name": "zoo", "lora_id": "zoo", "lora_path": str(path)}
-        loaded = self._ask(io_struct.LoadLoRAAdapterReqInput(**adapter))
-        return loaded or self._generate("zoo")  # It comes into its slot with the first request.
+        loaded = self.ask(io_struct.LoadLoRAAdapterReqInput(**adapter))
+        return loaded or self.generate("zoo")  # It comes into its slot with the first request.
 
     def _unload_adapter(self) -> str:
         from sglang.srt.managers import io_struct
 
-        unloaded = self._ask(io_struct.UnloadLoRAAdapterReqInput(lora_name="zoo", lora_id="zoo"))
-        return unloaded or self._generate()
+        unloaded = self.ask(io_struct.UnloadLoRAAdapterReqInput(lora_name="zoo", lora_id="zoo"))
+        return unloaded or self.generate()
 
-    def _generate(self, adapter: str | None = None) -> str:
+    def generate(self, adapter: str | None = None) -> str:
         """Four tokens, as the event loop of SGLang's scheduler makes them."""
         import torch
         from sglang.srt.managers import io_struct
@@ -181,7 +181,7 @@ class ModelInARank:
         """As `verify` asks for it."""
         from sglang.srt.managers import io_struct
 
-        self._ask(io_struct.CheckWeightsReqInput(action="checksum", skip_tensor_list=[""]))
+        self.ask(io_struct.CheckWeightsReqInput(action="checksum", skip_tensor_list=[""]))
 
     def _step(self, name: str, act: Callable[[], str] | None, checkpoint: Path) -> bool:
         """Whether SGLang did it."""
@@ -199,7 +199,7 @@ class ModelInARank:
             return False
         (table,) = [
             reader.read(10.0)
-            for reader in self._readers()
+            for reader in self.readers()
             if reader.directory.snapshot().pid == os.getpid()
         ]
         comparison, expected = self._compare(table, checkpoint)
@@ -234,7 +234,7 @@ class ModelInARank:
         self._write()
         return True
 
-    def _readers(self) -> Any:
+    def readers(self) -> Any:
         from sglang_weight_exporter.store.tables import open_tables
 
         return open_tables(self.runtime_dir.path, role="target")
@@ -263,7 +263,7 @@ class ModelInARank:
         """Beside a checkpoint that it is not."""
         (table,) = [
             reader.read(10.0)
-            for reader in self._readers()
+            for reader in self.readers()
             if reader.directory.snapshot().pid == os.getpid()
         ]
         comparison, _ = self._compare(table, checkpoint)
