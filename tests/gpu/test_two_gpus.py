@@ -72,7 +72,8 @@ def test_an_update_is_one_on_every_rank(two_gpu_engine: GpuEngine, gpu_engines: 
     status, answer = two_gpu_engine.engine.update_weights_from_disk(gpu_engines.checkpoints["b"])
     assert (status, answer["success"]) == (200, True), answer
     # Rank 0 answers for both, and rank 1 may still write what it counts.
-    assert eventually(lambda: two_gpu_engine.engine.scrape().sum("sglang_weight_updates_total") == 2)
+    counted = "sglang_weight_updates_total"
+    assert eventually(lambda: two_gpu_engine.engine.scrape().sum(counted) == 2)
     scrape, ranks = two_gpu_engine.engine.scrape(), two_gpu_engine.ranks()
     for rank in ("0", "1"):
         assert scrape.one("sglang_weight_updates_total", tp_rank=rank, source="disk") == 1
