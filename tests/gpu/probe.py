@@ -228,6 +228,21 @@ class Probe:
             sum(blocks[address] for address in tables - kv if address),
         )
 
+    def adapters(self) -> dict[str, tuple[int, int | None]]:
+        """Name → bytes in the host's memory and slot of each LoRA adapter that is loaded."""
+        manager = self._runner(draft=False).lora_manager
+        slots = manager.memory_pool.uid_to_buffer_id
+        found = {}
+        for identifier, reference in manager.lora_refs.items():
+            layers = manager.loras[identifier].layers
+            storages = {
+                storage.data_ptr(): storage.nbytes()
+                for layer in layers
+                for storage in (each.untyped_storage() for each in layer.weights.values())
+            }
+            found[reference.lora_name] = sum(storages.values()), slots.get(identifier)
+        return found
+
     def uuid(self) -> str:
         import torch
 

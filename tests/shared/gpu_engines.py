@@ -61,7 +61,8 @@ KINDS = {
     "offload_engine": EngineKind("--cpu-offload-gb 1"),
     "lora_engine": EngineKind(
         "--enable-lora --max-lora-rank 16 --lora-target-modules q_proj v_proj"
-        " --max-loras-per-batch 2"
+        " --max-loras-per-batch 2",
+        variables=FINGERPRINTS,
     ),
     "graph_engine": EngineKind("", graphs=True),
     "saver_graph_engine": EngineKind(
