@@ -31,7 +31,7 @@ from sglang_weight_exporter.cli.table_comparisons import (
 from sglang_weight_exporter.cli.terminal import print_line
 from sglang_weight_exporter.store.decoding import UnreadableError
 from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
-from sglang_weight_exporter.store.tables import Table, TableError
+from sglang_weight_exporter.store.tables import Table, TableError, TableReader
 from sglang_weight_exporter.verification.checkpoint import CheckpointError
 from sglang_weight_exporter.verification.comparison import Comparison
 from sglang_weight_exporter.verification.manifest import ManifestError
@@ -43,6 +43,7 @@ _PART_SECONDS = 0.002
 _MOST_PARTS = 1_000
 #: For which the other ranks of an engine are waited for, once one has captured.
 OTHER_RANKS_SECONDS = 10.0
+_POLL_SECONDS = 0.05
 #: The share of the time between two captures that the parts of one are spread over.
 _ROUND = 0.9
 
@@ -156,10 +157,36 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
+    if not arguments.recorded:
+        _wait_for_updates(arguments)
     asked_at = time.time()
     if not arguments.recorded:
         _request_capture(arguments)
     return _compare(arguments, asked_at)
+
+
+def _wait_for_updates(arguments: argparse.Namespace) -> None:
+    """Until none is open: in the middle of one the engine takes no fingerprints."""
+    deadline = time.monotonic() + arguments.wait
+    for reader in chosen_tables(arguments):
+        while (since := _updating_since(reader)) is not None:
+            if time.monotonic() > deadline:
+                raise CommandError(
+                    f"An update of engine {reader.engine.name}, {reader.ranks}, has been open for "
+                    f"{max(0.0, time.time() - since):.0f} s and did not end in the "
+                    f"{arguments.wait:g} s that this waited, so some tensors may be new and some "
+                    "old. Ask again when it is over, or wait longer (--wait)."
+                )
+            time.sleep(_POLL_SECONDS)
+
+
+def _updating_since(reader: TableReader) -> float | None:
+    """When an update of any model of this rank began that has not ended."""
+    with contextlib.suppress(OSError, UnreadableError):  # It has just ended; that is said later.
+        for role in reader.directory.snapshot().roles:
+            if role.in_progress is not None and not role.in_progress.is_over(time.time()):
+                return role.in_progress.started_at
+    return None
 
 
 def _compare(arguments: argparse.Namespace, asked_at: float) -> int:
@@ -277,7 +304,7 @@ def _tables(arguments: argparse.Namespace, asked_at: float) -> list[Table]:
         ]
         if not late or time.monotonic() > deadline:
             return tables
-        time.sleep(0.05)
+        time.sleep(_POLL_SECONDS)
 
 
 def _read(arguments: argparse.Namespace) -> list[Table]:

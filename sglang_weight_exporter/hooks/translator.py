@@ -399,8 +399,7 @@ class Translator:
             self._holds.end()
         else:
             outcome = yield
-            role = self._rank.role(call.owner)
-            if role is not None and outcome.error is None:
+            if outcome.error is None and (role := self._rank.role(call.owner)) is not None:
                 self._rank.read_again(role)
         self._end_operation(call, outcome)
 
@@ -415,6 +414,7 @@ class Translator:
     def _verify(self, part: int, parts: int) -> Around:
         with unlogged(PART):
             yield
+        self._rank.step(lambda ledger: ledger.updates.finish_idle(), then="")
         complete = [self._rank.read_again(role, part, parts) for role in self._rank.roles]
         if any(complete):
             self._rank.step(lambda ledger: None)

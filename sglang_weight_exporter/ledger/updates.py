@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sglang_weight_exporter.ledger.open_update import (
-    IDLE_SECONDS,
     CallToken,
     EndsWith,
     OpenUpdate,
@@ -199,10 +198,17 @@ class Updates:
     def _finish_other(self, name: str, open_: OpenUpdate | None, source: Source) -> None:
         """End an update that a call of this source is no part of, because nobody reports its
         end."""
-        if open_ is not None and not open_.session and not open_.running:
-            idle = not open_.bounded and self._clock() - open_.last_call_at > IDLE_SECONDS
-            if idle or open_.source != source:
-                self._roles.finish(name, open_)
+        if open_ is None or open_.session or open_.running:
+            return
+        if open_.source != source or open_.is_idle(self._clock()):
+            self._roles.finish(name, open_)
+
+    def finish_idle(self) -> None:
+        """End those that count as ended, and that no further call has ended."""
+        with self._lock:
+            for name, role in self._roles.by_name.items():
+                if role.update is not None and role.update.is_idle(self._clock()):
+                    self._roles.finish(name, role.update)
 
     def _open(
         self,

@@ -10,19 +10,17 @@ attention that can be built without a GPU.
 
 from __future__ import annotations
 
-import base64
 import tempfile
 from collections.abc import Iterator
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_model
 import torch
-import torch.multiprocessing
 from engines import Engine
 from monitoring import Monitoring
+from serialized import serialized
 from waiting import eventually
 
 NORM = "model.norm.weight"
@@ -50,13 +48,10 @@ def post(engine: Engine, path: str, **body: Any) -> None:
 
 
 def send(engine: Engine, selector: str, value: float) -> None:
-    """A tensor for one of the two models, as SGLang's ``MultiprocessingSerializer`` writes it. A
-    file in shared memory: the other way of torch's needs a common parent."""
-    torch.multiprocessing.set_sharing_strategy("file_system")
+    """A tensor for one of the two models."""
     tensor = torch.full((tiny_model.HIDDEN,), value, dtype=torch.bfloat16)
-    serialized = base64.b64encode(bytes(ForkingPickler.dumps([(NORM, tensor)]))).decode()
     post(engine, "/begin_weight_update", selector=selector)
-    body = {"serialized_named_tensors": [serialized], "selector": selector}
+    body = {"serialized_named_tensors": [serialized(NORM, tensor)], "selector": selector}
     post(engine, "/update_weights_from_tensor", **body)
     post(engine, "/end_weight_update")
 

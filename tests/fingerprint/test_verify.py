@@ -324,6 +324,54 @@ def test_a_rank_that_captures_nothing_is_waited_for_no_longer_than_it_may_take(
     assert "tp 1 pp 0  target  since its load: not captured again" in said.err
 
 
+def test_an_update_that_stays_open_is_said_after_ten_seconds(tmp_path: Path) -> None:
+    """No fingerprints are taken inside one; nobody is asked, and nothing is called different."""
+    alone = rank(tmp_path)
+    alone.publish(table=holding("a"))
+    alone.begin_update(started_at=time.time() - 60.0)
+    with checker(lambda: None) as (url, asked):
+        status, text = run("verify", tmp_path, "--url", url, "--wait", "0.2")
+    assert status == 2, text
+    assert "engine 30000, tp 0 pp 0, has been open for 6" in text
+    assert "did not end in the 0.2 s that this waited" in text
+    assert (asked, text.count("\n")) == ([], 1)
+    assert "default: 10" in run("verify", tmp_path, "--help")[1]
+
+
+@pytest.mark.parametrize("ends", ["with its session", "for want of calls"])
+def test_the_end_of_an_open_update_is_awaited_before_the_engine_is_asked(
+    tmp_path: Path,
+    ends: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That nobody will report is over after ten seconds without a call, as everywhere else."""
+    alone, seen = rank(tmp_path), list[float | None]()
+    alone.publish(table=holding("a"))
+    if ends == "with its session":
+        alone.begin_update()
+    else:
+        last = {"last_call_at": time.time() - 9.5, "idle_seconds": 10.0}
+        alone.begin_update(started_at=time.time() - 60.0, calls=3, **last)
+        alone.store.unlock_table()
+    updating_since = verify._updating_since
+
+    def see(reader: TableReader) -> float | None:
+        seen.append(updating_since(reader))
+        if ends == "with its session" and len(seen) == 1:
+            alone.publish(table=holding("b"))
+        return seen[-1]
+
+    monkeypatch.setattr(verify, "_updating_since", see)
+    with checker(lambda: alone.publish(table=holding("b"))) as (url, asked):
+        status = cli.main(["verify", "--runtime-dir", str(tmp_path), "--url", url])
+    said = capsys.readouterr()
+    assert status == 0, said
+    assert (len(asked), said.err) == (1, "")
+    assert seen[0] is not None
+    assert seen[-1] is None
+
+
 def parts(asked: list[BaseHTTPRequestHandler]) -> list[list[int]]:
     """Which part of how many each request was for."""
     return [list(request.body["server_args"].values()) for request in asked]  # type: ignore[attr-defined]

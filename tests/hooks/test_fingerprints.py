@@ -22,6 +22,7 @@ from sglang_weight_exporter.fingerprint.tensors import (
     FingerprintTimeoutError,
 )
 from sglang_weight_exporter.hooks.targets import SCHEDULER
+from sglang_weight_exporter.ledger import IDLE_SECONDS
 from sglang_weight_exporter.records.fingerprints import FingerprintCounts
 from sglang_weight_exporter.records.weights import Kind
 from sglang_weight_exporter.store.reader import SnapshotReader
@@ -182,6 +183,24 @@ def test_whoever_asks_for_all_parts_learns_what_is_there(
     assert after is not None
     assert after.captured_at > before.captured_at
     assert rank.snapshot().operations == {}
+
+
+def test_an_update_whose_end_nobody_reports_is_over_for_who_asks_later(rank: Rank) -> None:
+    """slime's pattern until 0.5.20: no bucket asks for a flush, and there is no session."""
+    runner = rank.runner(answers={})
+    runner.answers["tensor"] = writes(runner)
+    scheduler = rank.hook(SCHEDULER, Scheduler)(lambda: None)
+    loaded = of(rank)
+    for _ in range(3):
+        rank.scheduler(runner).update_weights_from_tensor(Request(flush_cache=False))
+    asks(scheduler, 0, 1)
+    assert (rank.in_progress().calls, of(rank)) == (3, loaded)  # A fourth may come.
+    rank.clock.now += IDLE_SECONDS + 1
+    asks(scheduler, 0, 1)
+    assert rank.role().in_progress is None
+    assert of(rank) == expected(runner) != loaded
+    assert rank.totals() == {"tensor": (1, 0, 3)}
+    assert counts(rank).modified == {"serving": {}}
 
 
 def test_parts_of_two_updates_are_no_whole(rank: Rank) -> None:

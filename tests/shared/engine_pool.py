@@ -103,7 +103,7 @@ KINDS = {
         NEWEST, ("--enable-metrics",), (("SGLANG_WEIGHT_EXPORTER_DISABLED", "1"),)
     ),
     "engine": EngineKind(NEWEST, ("--dp-size", "2", "--enable-metrics"), (FINGERPRINT,)),
-    "old_engine": EngineKind(OLDEST, variables=FOR_READERS),
+    "old_engine": EngineKind(OLDEST, variables=(FINGERPRINT, *FOR_READERS)),
 }
 
 
