@@ -35,6 +35,7 @@ from sglang_weight_exporter.export.references import (  # noqa: E402
 )
 from sglang_weight_exporter.records.engine import Device  # noqa: E402
 from sglang_weight_exporter.records.event import Event  # noqa: E402
+from sglang_weight_exporter.records.updates import UpdateCounts  # noqa: E402
 from sglang_weight_exporter.store.reader import SnapshotReader  # noqa: E402
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir  # noqa: E402
 from sglang_weight_exporter.store.tables import Table, open_tables  # noqa: E402
@@ -235,6 +236,26 @@ def test_a_reference_of_other_settings_says_nothing_of_other_bytes(fleet: Fleet)
     )
     assert status == 0, text
     assert f"cannot be compared  {NORM}: the reference is of another release" in text
+
+
+def test_experts_that_were_moved_since_the_load_are_not_compared(fleet: Fleet) -> None:
+    """By EPLB, by the engine's own load: what they hold is another expert's, and right."""
+    experts = "model.layers.0.mlp.experts.w13_weight"
+    loaded = {**HELD, experts: noise(1, 4)}
+    run = fleet.host("one", loaded)
+    assert fleet.follow(run) == [None]
+    run = fleet.host("two", {**loaded, experts: noise(1, 4)})
+    arguments = ("--runtime-dir", run, "--recorded", "--manifest", fleet.references)
+    status, text = command("verify", *arguments, "--require", "0.3")
+    assert status == 1, text
+    assert text.count("different  ") == text.count(f"different  {experts}") == 1
+    rank = fleet.ranks[-1]
+    moved = {"eplb": UpdateCounts(updates=1, calls=1)}
+    rank.role = msgspec.structs.replace(rank.role, updates=moved)
+    rank.write_again()
+    status, text = command("verify", *arguments, "--require", "0.3")
+    assert status == 0, text
+    assert f"cannot be compared  {experts}: EPLB places experts" in text
 
 
 def test_a_reference_is_found_by_its_key_among_many(fleet: Fleet) -> None:

@@ -406,6 +406,26 @@ def test_experts_that_each_engine_places_by_its_own_load(
     assert ("EPLB places experts" in text) == bool(settings)
 
 
+@pytest.mark.parametrize("settings", [{"enable_eplb": "True"}, {}])
+def test_such_experts_beside_a_manifest_of_another_host(
+    place: Place, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    experts, manifest = LAYER + "mlp.experts.w13_weight", tmp_path / "manifest.json"
+    for _ in range(2):
+        place.serve({NORM: WHOLE[NORM], experts: noise(1, 4)})
+        rank = place.ranks[-1]
+        rank.engine = msgspec.structs.replace(rank.engine, load_settings=settings)
+        rank.write_again()
+        if not manifest.exists():
+            chosen = ("--runtime-dir", place.path / "run", "--rank", "0")
+            assert command("manifest", *chosen, "-o", manifest) == (0, "")
+            rank.store.close()
+    status, text = place.verify("--manifest", str(manifest))
+    assert status == (0 if settings else 1), text
+    assert ("EPLB places experts" in text) == bool(settings)
+    assert ("different  " in text) != bool(settings)
+
+
 def test_engines_that_pack_weights_in_their_own_way_are_no_replicas(place: Place) -> None:
     """Prefill and decode engines with other back ends for experts."""
     for backend in ("triton", "cutlass"):
