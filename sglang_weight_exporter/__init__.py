@@ -9,7 +9,7 @@ programs is imported on first use:
 * inside the engine, :func:`record_update` and :func:`updating` announce changes of weights that
   SGLang does not make itself;
 * anywhere on the host, :func:`open_tables` reads the pointer tables;
-* in a trainer, :func:`fingerprint_tensors` and :func:`write_manifest` say what was sent.
+* in a trainer, :func:`sum_tensors` and :func:`write_manifest` say what was sent.
 """
 
 __version__ = "0.1.0"
@@ -26,12 +26,16 @@ if TYPE_CHECKING:
         UpdateInProgressError,
         open_tables,
     )
-    from sglang_weight_exporter.trainer import fingerprint_tensors
+    from sglang_weight_exporter.trainer import (
+        Sharded,
+        fingerprint_tensors,
+        sum_tensors,
+        write_manifest,
+    )
     from sglang_weight_exporter.verification.manifest import (
         Manifest,
         ManifestError,
         read_manifest,
-        write_manifest,
     )
     from sglang_weight_exporter.weight_table import Region, Row
 
@@ -42,6 +46,7 @@ __all__ = [
     "RankGoneError",
     "Region",
     "Row",
+    "Sharded",
     "Table",
     "TableError",
     "TableReader",
@@ -50,6 +55,7 @@ __all__ = [
     "open_tables",
     "read_manifest",
     "record_update",
+    "sum_tensors",
     "updating",
     "write_manifest",
 ]
@@ -62,9 +68,8 @@ def __getattr__(name: str) -> object:
 
     home = {"record_update": "hooks.manual_updates", "updating": "hooks.manual_updates"}
     home |= {"Region": "weight_table", "Row": "weight_table"}
-    home |= dict.fromkeys(
-        ("Manifest", "ManifestError", "read_manifest", "write_manifest"), "verification.manifest"
-    )
-    home |= {"fingerprint_tensors": "trainer", "FingerprintError": "fingerprint.tensors"}
+    home |= dict.fromkeys(("Manifest", "ManifestError", "read_manifest"), "verification.manifest")
+    of_trainer = ("Sharded", "fingerprint_tensors", "sum_tensors", "write_manifest")
+    home |= dict.fromkeys(of_trainer, "trainer") | {"FingerprintError": "fingerprint.tensors"}
     module = import_module(f"{__name__}.{home.get(name, 'store.tables')}")
     return getattr(module, name)

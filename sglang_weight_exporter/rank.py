@@ -408,6 +408,7 @@ def make_rank(
         clock=clock,
         allocations=allocations,
         fingerprinter=fingerprinter,
+        shares=settings.manifest_dir is not None,
         memory=Memory(clock=clock, released=lambda: ledger.counters.released),
     )
     records = RankRecords(
@@ -445,6 +446,5 @@ def _table(weights: WeightCapture | None) -> WeightTable | None:
 
 
 def _same_bytes(before: WeightCapture | None, after: WeightCapture | None) -> bool:
-    if before is None or after is None:
-        return False
-    return "" != before.table.fingerprint == after.table.fingerprint
+    old, new = _table(before), _table(after)
+    return old is not None and new is not None and "" != old.fingerprint == new.fingerprint

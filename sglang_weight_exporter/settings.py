@@ -140,6 +140,12 @@ class Settings:
         "directory, which hosts may share, of what the first load of each checkpoint and "
         "configuration left; later loads are compared with it, where fingerprints are on",
     )
+    manifest_dir: Path | None = _setting(
+        None,
+        _path,
+        "directory, which hosts may share, in which a trainer leaves manifest_VERSION.json of what "
+        "it sent; each update is compared with its version's, where fingerprints are on",
+    )
     table: str = _setting(
         "span_events", _table, "how OTLP carries the pointer table: span_events, logs or both"
     )

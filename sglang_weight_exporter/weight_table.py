@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import msgspec
 
 from sglang_weight_exporter.records.base import SCHEMA_VERSION, Count, Fingerprint, Record, Seconds
+from sglang_weight_exporter.records.shares import ShareTable
 from sglang_weight_exporter.records.weights import NAMED_CHANGES, Kind, TableChanges
 
 
@@ -105,6 +106,9 @@ class WeightTable(Record, frozen=True, kw_only=True):
     fingerprints: bytes = b""
     fingerprint: Fingerprint = ""
     fingerprint_seconds: Seconds | None = None
+    #: Which shares of the model's logical tensors the rows hold, with sums over them; ``None``:
+    #: they were not taken.
+    shares: ShareTable | None = None
 
 
 #: Stands for a tensor without bytes that could be read.
@@ -187,7 +191,7 @@ def with_names(table: WeightTable, chosen: Callable[[str], bool]) -> WeightTable
 
 def without_fingerprints(table: WeightTable) -> WeightTable:
     return msgspec.structs.replace(
-        table, fingerprints=b"", fingerprint="", fingerprint_seconds=None
+        table, fingerprints=b"", fingerprint="", fingerprint_seconds=None, shares=None
     )
 
 

@@ -62,7 +62,7 @@ def named_tensors(model: torch.nn.Module, paths: Iterable[AttributePath] = ()) -
     subclasses (DTensor, torchao's quantized tensors) own no memory themselves and are replaced by
     the tensors inside them, named ``NAME.INNER``.
     """
-    prefixes, modules = _walk(model)
+    prefixes, modules = walk(model)
     own: list[tuple[list[str], list[torch.Tensor]]] = [([], []), ([], [])]
     not_persistent: list[str] = []
     for prefix, module in zip(prefixes, modules, strict=True):
@@ -100,7 +100,7 @@ def _name(prefix: str, path: tuple[Any, ...]) -> str:
     return (prefix + ".".join(map(str, path))).replace("\n", "\\n")
 
 
-def _walk(model: torch.nn.Module) -> tuple[list[str], list[torch.nn.Module]]:
+def walk(model: torch.nn.Module) -> tuple[list[str], list[torch.nn.Module]]:
     """Every module under each name that a module gives it, with a dot behind. Below a module that
     was met before nothing is met again: by all their names, layers that hold one another are more
     than can be counted."""
@@ -167,7 +167,7 @@ class DerivedPaths:
 
         ``foreign``: whether a module's attributes are somebody else's, as adapter slots are.
         """
-        prefixes, modules = _walk(model)
+        prefixes, modules = walk(model)
         held = {
             id(tensor)
             for module in modules
@@ -191,7 +191,7 @@ class DerivedPaths:
     def renamed(self, model: torch.nn.Module) -> DerivedPaths:
         """The same attributes of the same modules, as they are called in the model now: modules
         that adapters wrap have another name."""
-        prefixes, modules = _walk(model)
+        prefixes, modules = walk(model)
         places: dict[int, int] = {}
         for place, module in enumerate(modules):
             places.setdefault(id(module), place)

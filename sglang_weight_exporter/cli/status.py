@@ -7,13 +7,14 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
 from sglang_weight_exporter.cli import adapters
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.cli.terminal import print_line
+from sglang_weight_exporter.export.manifests import beside_manifest, of_engine
 from sglang_weight_exporter.export.references import beside_reference
 from sglang_weight_exporter.records.costs import DISCARDED, FATES, UpdateCost
 from sglang_weight_exporter.records.engine import HookState
@@ -22,9 +23,10 @@ from sglang_weight_exporter.records.updates import Update, UpdateInProgress
 from sglang_weight_exporter.store.locks import is_held
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader, read_endpoint
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
-from sglang_weight_exporter.store.tables import TableError, TableReader
+from sglang_weight_exporter.store.tables import Table, TableError, TableReader
 from sglang_weight_exporter.verification.checkpoint import CheckpointError
 from sglang_weight_exporter.verification.manifest import ManifestError
+from sglang_weight_exporter.verification.sent_comparison import SentComparison
 
 #: Names of tensors that are other than the reference's.
 _NAMED = 20
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "For each engine and rank of this user on this host: hooked or not and why, "
         "the last update, and where the endpoint is. Exit status 0 only when all is well."
     )
-    add_flags(parser, "runtime_dir", "reference_dir")
+    add_flags(parser, "runtime_dir", "reference_dir", "manifest_dir")
     parser.add_argument("-v", "--verbose", action="store_true", help="list every hook")
     parser.set_defaults(run=run)
 
@@ -75,6 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
         print()
         for directory, snapshot in found:
             problems += _print_references(directory, snapshot, settings.reference_dir)
+    if settings.manifest_dir is not None:
+        print()
+        problems += _print_manifests(found, settings.manifest_dir)
     for problem in problems:
         print_line(f"! {problem}")
     return 1 if problems else 0
@@ -156,6 +161,49 @@ def _print_references(
                 "the same checkpoint and configuration. Load it again; if it stays, compare the "
                 "checkpoint's files with another host's."
             )
+
+
+def _print_manifests(
+    found: Iterable[tuple[RankDirectory, Snapshot]], manifests: Path
+) -> Iterator[str]:
+    """A line for each target whose version has a manifest; problems are given back."""
+    engines: dict[tuple[str, str], list[tuple[Table, SentComparison]]] = {}
+    for directory, snapshot in found:
+        name = f"engine {snapshot.engine.name}, {snapshot.ranks}"
+        try:
+            table = TableReader(directory, "target", snapshot.engine, snapshot.ranks).read()
+            beside = beside_manifest(table, manifests)
+        except TableError:
+            continue  # It is being updated, or has no target.
+        except (ManifestError, OSError) as error:
+            yield f"{name}: it cannot be compared with a manifest: {error}"
+            continue
+        if beside is None:
+            continue
+        of_engine_so_far = engines.setdefault((table.engine.instance, table.weight_version), [])
+        of_engine_so_far.append((table, beside))
+        counts = beside.comparison
+        print_line(
+            f"manifest  version {table.weight_version}: {name}: {len(counts.equal):,} equal, "
+            f"{len(counts.differing):,} different, {len(counts.unverifiable):,} that cannot be "
+            "compared"
+        )
+        for each in counts.differing[:_NAMED]:
+            print_line(f"          {each}")
+        if counts.differing:
+            more = f" and {len(counts.differing) - 1:,} more" if counts.differing[1:] else ""
+            yield (
+                f"{name}: {counts.differing[0]}{more} is not what the trainer sent as version "
+                f"{table.weight_version}. Send it again; if it stays, see whether SGLang's log "
+                "names it."
+            )
+    for (_, version), ranks in engines.items():
+        together = of_engine(ranks)
+        if together.unheld:
+            more = f" and {len(together.unheld) - 1:,} more" if together.unheld[1:] else ""
+            print_line(f"manifest  version {version}: no rank holds {together.unheld[0]}{more}")
+        for name, meant in together.renamed.items():
+            yield f"{name} was sent as version {version}, and no rank knows it: was {meant} meant?"
 
 
 def _hook_line(hook: HookState) -> str:

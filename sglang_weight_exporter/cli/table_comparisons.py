@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
+from sglang_weight_exporter.export.manifests import compare_with_sent, of_engine
 from sglang_weight_exporter.export.references import (
     bytes_by_name,
     compare_with_reference,
@@ -35,7 +37,11 @@ from sglang_weight_exporter.verification.manifest import (
     ReferenceKey,
     Shard,
     read_manifest,
+    read_parts,
+    whole_of,
 )
+from sglang_weight_exporter.verification.sent import SentTensor
+from sglang_weight_exporter.verification.sent_comparison import SentComparison
 from sglang_weight_exporter.weight_table import table_fingerprints
 
 
@@ -45,8 +51,11 @@ class Comparisons:
 
     #: Which rank, and how it compares.
     results: list[tuple[str, Comparison]] = field(default_factory=list)
-    #: What was to be compared and is held by no rank here.
+    #: What was to be compared and is held by no rank here, and of what was sent the name that it
+    #: was probably meant to have, and what ranks hold and nobody sent.
     unheld: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    unsent: tuple[str, ...] = ()
 
 
 def title(table: Table) -> str:
@@ -152,7 +161,15 @@ def read_manifests(paths: Iterable[Path]) -> list[Manifest]:
         files += sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
         raise ManifestError("There is no manifest in what --manifest names.")
-    return [read_manifest(file) for file in files]
+    return [_read(path) for path in dict.fromkeys(map(whole_of, files))]
+
+
+def _read(path: Path) -> Manifest:
+    """In one file, or in the parts that a trainer's processes wrote."""
+    manifest = read_manifest(path) if path.exists() else read_parts(path)
+    if manifest is None:
+        raise ManifestError(f"{path} is not there, and not all of its parts are.")
+    return manifest
 
 
 def against_manifests(tables: Sequence[Table], manifests: Sequence[Manifest]) -> Comparisons:
@@ -160,6 +177,7 @@ def against_manifests(tables: Sequence[Table], manifests: Sequence[Manifest]) ->
     found = Comparisons()
     held: set[str] = set()
     named: dict[str, None] = {}
+    results: list[tuple[Table, SentComparison]] = []
     for table in tables:
         chosen = _chosen(table, manifests)
         if not chosen:
@@ -169,19 +187,45 @@ def against_manifests(tables: Sequence[Table], manifests: Sequence[Manifest]) ->
                 file=sys.stderr,
             )
         for manifest in chosen:
-            result = _with_aliases(table, _against_manifest(table, manifest))
-            if _moves_experts(table, manifest):
-                result = _without_experts(result)
-            found.results.append((title(table), result))
-            held |= table_fingerprints(table.columns).keys()
-            named |= dict.fromkeys(manifest.tensors)
+            if manifest.sent is not UNSET:
+                results.append((table, _against_sent(table, manifest.sent)))
+                found.results.append((title(table), results[-1][1].comparison))
+                held |= results[-1][1].held
+            else:
+                result = _with_aliases(table, _against_manifest(table, manifest))
+                if _moves_experts(table, manifest):
+                    result = _without_experts(result)
+                found.results.append((title(table), result))
+                held |= table_fingerprints(table.columns).keys()
+            named |= dict.fromkeys(manifest.names)
     if not found.results:
         places = (_place(each.shard) for each in manifests if each.shard is not None)
         raise ManifestError(
             "No rank here holds what a manifest is of, which is: " + "; ".join(places) + "."
         )
     found.unheld = tuple(name for name in named if name not in held)
+    found.unsent = tuple(dict.fromkeys(name for _, one in results for name in one.unsent))
+    engines: dict[str, list[tuple[Table, SentComparison]]] = {}
+    for table, each in results:
+        engines.setdefault(table.engine.instance, []).append((table, each))
+    found.renamed = {
+        name: meant
+        for of_one in engines.values()
+        for name, meant in of_engine(of_one).renamed.items()
+    }
     return found
+
+
+def _against_sent(table: Table, sent: Mapping[str, SentTensor]) -> SentComparison:
+    result = compare_with_sent(table, sent)
+    if result is None:
+        raise ManifestError(
+            f"{title(table)}: this rank has taken no sums to compare with what was sent. Start "
+            "SGLang with SGLANG_WEIGHT_EXPORTER_FINGERPRINT=on and "
+            "SGLANG_WEIGHT_EXPORTER_MANIFEST_DIR; they are absent too where taking them failed, "
+            "which SGLang's log says."
+        )
+    return result
 
 
 def _chosen(table: Table, manifests: Sequence[Manifest]) -> list[Manifest]:

@@ -200,12 +200,11 @@ def _compare(arguments: argparse.Namespace, asked_at: float) -> int:
                     file=sys.stderr,
                 )
     found = _comparisons(arguments, tables)
+    _print_names(found)
     for name, result in found.results:
         _print(name, result, arguments.require)
-    if found.unheld:
-        more = f" and {len(found.unheld) - 1:,} more" if found.unheld[1:] else ""
-        print_line(f"no rank here holds  {found.unheld[0]}{more}")
     statuses = {_status(result, arguments.require) for _, result in found.results}
+    statuses |= {1 for _ in found.renamed}
     statuses |= {1 for table in tables if _print_modified(table)}
     if arguments.checkpoint is None and not arguments.manifest:
         known = [table for table in captured if _modified(table) is not None]
@@ -364,6 +363,16 @@ def _print_modified(table: Table) -> bool:
     if count > _NAMED:
         print(f"  changed without an update  and {count - _NAMED:,} more")
     return True
+
+
+def _print_names(found: Comparisons) -> None:
+    """What has no counterpart: nothing else tells that a tensor came under a name of no use."""
+    for name, meant in list(found.renamed.items())[:_NAMED]:
+        print_line(f"sent under a name that no rank holds  {name}: was {meant} meant?")
+    for what, names in (("no rank here holds", found.unheld), ("nobody sent", found.unsent)):
+        if names:
+            more = f" and {len(names) - 1:,} more" if names[1:] else ""
+            print_line(f"{what}  {names[0]}{more}")
 
 
 def _print(name: str, result: Comparison, required: float) -> None:

@@ -16,8 +16,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from prometheus_client import ProcessCollector
 
 from sglang_weight_exporter.export.endpoint import Endpoint
+from sglang_weight_exporter.export.following import Followers
 from sglang_weight_exporter.export.gpu_account import GpuAccount, GpuAccounts
 from sglang_weight_exporter.export.guard import Guard
+from sglang_weight_exporter.export.manifests import ManifestFollower
 from sglang_weight_exporter.export.metadata import MetadataFollower
 from sglang_weight_exporter.export.nvml import GpuMemory, GpuWatch, Nvml
 from sglang_weight_exporter.export.otlp.pipeline import OtlpPipeline
@@ -49,7 +51,7 @@ class HostReader:
         gpus: Callable[[], Iterable[GpuMemory]],
         spans: SpanCounts,
         guard: Guard,
-        references: ReferenceFollower,
+        followers: Followers,
         simulated: bool,
     ) -> None:
         self._snapshots = snapshots
@@ -57,7 +59,7 @@ class HostReader:
         self._accounts = GpuAccounts()
         self._spans = spans
         self._guard = guard
-        self._references = references
+        self._followers = followers
         self._simulated = simulated
         self._started_at = time.time()
         self._reading = threading.Lock()
@@ -90,7 +92,7 @@ class HostReader:
     def _annotated(self, snapshot: Snapshot) -> Snapshot:
         """With what this process knows of it: the same object as long as that is the same, so that
         its text is kept."""
-        annotated = self._references.annotated(snapshot)
+        annotated = self._followers.annotated(snapshot)
         kept = self._served.get(snapshot.rank_id)
         if kept != annotated:
             kept = self._served[snapshot.rank_id] = annotated
@@ -136,13 +138,16 @@ class Exporter:
             watch.start(FIRST_READING_SECONDS)
             gpus = watch.read
         snapshots = SnapshotReader(runtime_dir, on_unreadable=logger.warning)
-        self._references = ReferenceFollower(snapshots, settings.reference_dir, environ, guard)
+        self._followers = Followers(
+            ReferenceFollower(snapshots, settings.reference_dir, environ, guard),
+            ManifestFollower(snapshots, settings.manifest_dir, guard),
+        )
         host = HostReader(
             snapshots,
             gpus=gpus,
             spans=spans,
             guard=guard,
-            references=self._references,
+            followers=self._followers,
             simulated=simulated_gpus is not None,
         )
         self._pipeline = pipeline = OtlpPipeline(
@@ -152,7 +157,7 @@ class Exporter:
             read=host.read,
             counts=spans,
             guard=guard,
-            references=self._references,
+            followers=self._followers,
         )
         exposition = Exposition(
             host.read,
@@ -180,7 +185,7 @@ class Exporter:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         self._pipeline.start()
-        self._references.start()
+        self._followers.start()
         tasks = [
             asyncio.create_task(run)
             for run in (self._endpoint.serve(), self._care.run(), self._stop.wait())

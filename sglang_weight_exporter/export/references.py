@@ -8,21 +8,17 @@ may take as long as the network wants.
 
 from __future__ import annotations
 
-import logging
 import socket
-import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
+from sglang_weight_exporter.export.following import Finding, TableFollower, is_left_by
 from sglang_weight_exporter.export.guard import Guard
-from sglang_weight_exporter.records.event import Event
-from sglang_weight_exporter.records.snapshot import Role, Snapshot
-from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
-from sglang_weight_exporter.store.tables import Table, TableError, TableReader
+from sglang_weight_exporter.store.reader import SnapshotReader
+from sglang_weight_exporter.store.tables import Table
 from sglang_weight_exporter.verification.checkpoint import CheckpointError
 from sglang_weight_exporter.verification.comparison import Comparison, compare
 from sglang_weight_exporter.verification.confirmed_loaders import host_device_kind
@@ -41,22 +37,6 @@ from sglang_weight_exporter.verification.reference import (
     key_of,
 )
 from sglang_weight_exporter.weight_table import table_fingerprints
-
-logger = logging.getLogger("sglang_weight_exporter")
-
-_LOOK_EVERY = 1.0
-#: How long the span of a load waits for the reference's files.
-_SPAN_WAITS_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A load beside its reference."""
-
-    #: ``None``: there was none, or it could not be read.
-    match: bool | None = None
-    #: Names of tensors that hold other bytes, in their order.
-    differing: tuple[str, ...] = ()
 
 
 def bytes_by_name(table: Table) -> dict[str, int]:
@@ -130,11 +110,13 @@ def compare_with_reference(
     return compare(served, expected, bytes_by_name(table), doubted=doubts)
 
 
-class ReferenceFollower:
-    """Compares each load of a runtime directory's ranks with its reference, or leaves the first.
+class ReferenceFollower(TableFollower):
+    """Compares each load of a runtime directory's ranks with its reference, or leaves the first."""
 
-    In a thread of its own, that nobody waits for.
-    """
+    attribute = "reference_match"
+    action = "load"
+    sentence = "A load is compared with no reference"
+    hopeless = (CheckpointError, ManifestError)
 
     def __init__(
         self,
@@ -143,73 +125,9 @@ class ReferenceFollower:
         environ: Mapping[str, str],
         guard: Guard,
     ) -> None:
-        self._snapshots = snapshots
+        super().__init__(snapshots, guard, is_on=directory is not None)
         self._references = None if directory is None else References(directory)
         self._environ = environ
-        self._guard = guard
-        #: Rank and role → the load that was compared, and what came of it.
-        self._found: dict[tuple[str, str], tuple[object, Finding]] = {}
-        self._logged: set[str] = set()
-
-    def start(self) -> None:
-        if self._references is not None:
-            threading.Thread(target=self._run, name="references", daemon=True).start()
-
-    def _run(self) -> None:
-        while True:
-            with self._guard.step("Comparing loads with references"):
-                self.follow()
-            time.sleep(_LOOK_EVERY)
-
-    def follow(self) -> None:
-        """Never raises for a single rank."""
-        living = set()
-        for rank, snapshot in self._snapshots.read():
-            for role in snapshot.roles:
-                living.add((snapshot.rank_id, role.name))
-                self._follow(rank, snapshot, role)
-        self._found = {key: found for key, found in self._found.items() if key in living}
-
-    def annotated(self, snapshot: Snapshot) -> Snapshot:
-        """With what was found, as long as the weights are what the load left."""
-        if self._references is None:
-            return snapshot
-        roles = []
-        for role in snapshot.roles:
-            load, finding = self._found.get((snapshot.rank_id, role.name), (None, Finding()))
-            current = load is not None and load == _load(role)
-            match = finding.match if current else None
-            roles.append(msgspec.structs.replace(role, reference_match=match))
-        return msgspec.structs.replace(snapshot, roles=tuple(roles))
-
-    def of_event(self, event: Event) -> Finding | None:
-        """What came of comparing this load; ``None``: nothing yet, and it is soon enough to ask
-        again. An update is compared with nothing."""
-        update, table = event.update, event.table
-        if self._references is None or table is None or not table.fingerprint:
-            return Finding()
-        if update.action != "load" or not update.succeeded:
-            return Finding()
-        load, finding = self._found.get((event.rank_id, event.role), (None, Finding()))
-        if load == (update.sequence, table.sha256, table.fingerprint):
-            return finding
-        return Finding() if time.time() > update.ended_at + _SPAN_WAITS_SECONDS else None
-
-    def _follow(self, rank: RankDirectory, snapshot: Snapshot, role: Role) -> None:
-        key, load = (snapshot.rank_id, role.name), _load(role)
-        if load is None or self._found.get(key, (None,))[0] == load:
-            return
-        try:
-            table = TableReader(rank, role.name, snapshot.engine, snapshot.ranks).read()
-            if _load(table.role) == load:
-                self._found[key] = (load, self._compare(table))
-        except TableError:
-            return  # In the middle of an update: it is read again soon.
-        except (CheckpointError, ManifestError) as error:
-            self._found[key] = (load, Finding())
-            self._log(str(error))
-        except OSError as error:
-            self._log(f"{error}; it is tried again every second")
 
     def _compare(self, table: Table) -> Finding:
         assert self._references is not None  # `start` and `follow` are for a directory.
@@ -229,32 +147,16 @@ class ReferenceFollower:
             match=False, differing=compare(held, expected, bytes_by_name(table)).differing
         )
 
-    def _log(self, sentence: str) -> None:
-        if sentence not in self._logged:
-            self._logged.add(sentence)
-            logger.warning("A load is compared with no reference (%s).", sentence)
-
 
 def beside_reference(
     table: Table, directory: Path, environ: Mapping[str, str]
 ) -> tuple[Reference, tuple[str, ...]] | None:
     """The reference of what this rank has loaded, and the names of tensors that hold something
     else; ``None``: there is none. Raises CheckpointError, ManifestError and OSError."""
-    if _load(table.role) is None:
+    if not is_left_by(table.role, "load"):
         return None
     key = own_key(table, environ)
     there = None if key is None else References(directory).find(key)
     if there is None or there.reference is None:
         return None
     return there.reference, compare_with_reference(table, there, environ).differing
-
-
-def _load(role: Role) -> object:
-    """What distinguishes a load from another one; ``None`` where the weights are not what a load
-    left, or are not known."""
-    last, table = role.last_update, role.table
-    if last is None or last.action != "load" or not last.succeeded or role.in_progress is not None:
-        return None
-    if table is None or not table.fingerprint or table.modified:
-        return None
-    return last.sequence, table.sha256, table.fingerprint

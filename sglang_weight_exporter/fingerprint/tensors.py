@@ -180,7 +180,7 @@ class Fingerprinter:
             for half in range(2):
                 sums[half, place] = definition.chunk_sums(words, rows, starts[half], half)
             if device.type == "cuda":
-                _wait_for_ours()
+                wait_for_ours()
 
         def on_device(array: NDArray[Any]) -> torch.Tensor:
             return torch.from_numpy(array).to(device, copy=True)
@@ -263,7 +263,7 @@ def _refuse(tensors: Sequence[torch.Tensor]) -> NoReturn:
     )
 
 
-def _wait_for_ours() -> None:
+def wait_for_ours() -> None:
     """For what was just put into the current stream; other threads run meanwhile."""
     done = torch.cuda.Event(blocking=True)
     done.record()
@@ -291,7 +291,7 @@ class _Bytes:
     tensor: torch.Tensor
 
     def __getitem__(self, piece: slice) -> torch.Tensor:
-        tensor = _plain(self.tensor)
+        tensor = integers(self.tensor)
         if tensor.is_contiguous():
             # A single element may have any stride and is contiguous all the same.
             return _as_bytes(tensor.as_strided((tensor.numel(),), (1,)))[piece]
@@ -317,7 +317,7 @@ def _gathered(tensor: torch.Tensor, first: int, after: int) -> torch.Tensor:
     return tensor.as_strided((span,), (1,))[offset]
 
 
-def _plain(tensor: torch.Tensor) -> torch.Tensor:
+def integers(tensor: torch.Tensor) -> torch.Tensor:
     """With integers for elements, in the same memory: not every dtype can be indexed."""
     tensor = tensor.detach()
     if tensor.is_conj() or tensor.is_neg():
@@ -375,7 +375,7 @@ class _AddressTable:
     def taken(self) -> NDArray[np.uint64]:
         """What was launched, as soon as it is there; other threads run meanwhile."""
         self._on_host.copy_(self.fingerprints, non_blocking=True)
-        _wait_for_ours()
+        wait_for_ours()
         halves: NDArray[np.uint64] = self._on_host.numpy().view(np.uint64).copy()
         return halves
 

@@ -70,6 +70,9 @@ class Role(Record, frozen=True, kw_only=True):
     #: Whether the load left what the reference of its checkpoint and configuration holds, as the
     #: exporter process has found; ranks do not know. ``None``: there is no other to compare with.
     reference_match: bool | None = None
+    #: Whether the last update left what the manifest of its version says, as the exporter process
+    #: has found. ``None``: there is no manifest, or too little could be compared.
+    manifest_match: bool | None = None
     in_progress: UpdateInProgress | None = None
     #: Experts that move beside that update; alone they are ``in_progress``.
     rebalance: UpdateInProgress | None = None

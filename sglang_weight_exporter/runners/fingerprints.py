@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,6 +22,7 @@ from sglang_weight_exporter.fingerprint.tensors import (
 from sglang_weight_exporter.records.fingerprints import Skip
 from sglang_weight_exporter.runners.captures import RoleCapture
 from sglang_weight_exporter.runners.roles import RunnerRole
+from sglang_weight_exporter.runners.shares import RoleShares
 from sglang_weight_exporter.weight_table import (
     modified_tensors,
     table_rows,
@@ -34,9 +36,14 @@ class RoleFingerprints:
     """Puts fingerprints into a role's capture, or why there are none."""
 
     def __init__(
-        self, fingerprinter: Fingerprinter, *, report: Callable[[str, BaseException], None]
+        self,
+        fingerprinter: Fingerprinter,
+        *,
+        report: Callable[[str, BaseException], None],
+        shares: RoleShares | None = None,
     ) -> None:
         self._tables = TableFingerprints(fingerprinter)
+        self._shares = shares
         self._report = report
         self._logged: set[Skip] = set()
 
@@ -75,6 +82,7 @@ class RoleFingerprints:
     ) -> None:
         weights = held.weights
         assert weights is not None
+        started = time.perf_counter()
         try:
             table = self._tables.take(
                 weights.table,
@@ -90,6 +98,27 @@ class RoleFingerprints:
         except Exception as error:
             held.skipped = "error"
             self._report("fingerprint", error)
+        else:
+            self._take_shares(role, held, limit_seconds - (time.perf_counter() - started))
+
+    def _take_shares(self, role: RunnerRole, held: RoleCapture, limit_seconds: float) -> None:
+        """What was sent is compared by shares. Without them fingerprints are there all the same."""
+        weights = held.weights
+        if self._shares is None or weights is None:
+            return
+        try:
+            table = self._shares.take(
+                role.runner.model,
+                weights.table,
+                lambda: table_tensors(weights, role.runner.model),
+                skip=_no_weights(held),
+                limit_seconds=limit_seconds,
+            )
+            held.weights = replace(weights, table=table)
+        except FingerprintError as error:
+            self._log(_reason(error), error)
+        except Exception as error:
+            self._report("shares", error)
 
     def take_part(
         self,
@@ -122,6 +151,8 @@ class RoleFingerprints:
             return False
         if table is None:
             return False
+        if table.fingerprint != weights.table.fingerprint:
+            table = msgspec.structs.replace(table, shares=None)  # Their sums are of other bytes.
         held.weights = replace(
             weights, table=msgspec.structs.replace(table, captured_at=captured_at)
         )

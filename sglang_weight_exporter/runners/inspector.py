@@ -26,6 +26,7 @@ from sglang_weight_exporter.runners.memory_owners import dump_memory, owned_stor
 from sglang_weight_exporter.runners.prefix_cache import cached_tokens
 from sglang_weight_exporter.runners.requests import count_version_events, live_requests
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
+from sglang_weight_exporter.runners.shares import RoleShares
 
 _Made = TypeVar("_Made")
 
@@ -35,8 +36,8 @@ class ModelRunnerInspector:
 
     ``report`` is called with what could not be read; ``allocations`` is where one allocation ends
     and the next begins, by device, in place of torch's allocator; ``fingerprinter``: takes
-    fingerprints, if they are to be taken; ``memory``: keeps the account of the GPUs;
-    ``registrations``: what torch has registered in modules of the process.
+    fingerprints, if they are to be taken; ``shares``: of logical tensors too; ``memory``: keeps the
+    account of the GPUs; ``registrations``: what torch has registered in modules of the process.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class ModelRunnerInspector:
         clock: Callable[[], float] = time.time,
         allocations: Callable[[str], Segments] | None = None,
         fingerprinter: Fingerprinter | None = None,
+        shares: bool = False,
         memory: Memory | None = None,
         registrations: Registrations | None = None,
     ) -> None:
@@ -63,7 +65,9 @@ class ModelRunnerInspector:
         self._fingerprints = (
             None
             if fingerprinter is None
-            else fingerprints.RoleFingerprints(fingerprinter, report=report)
+            else fingerprints.RoleFingerprints(
+                fingerprinter, report=report, shares=RoleShares(fingerprinter) if shares else None
+            )
         )
         self._fingerprinter = fingerprinter
         self._adapters: weakref.WeakKeyDictionary[RunnerRole, LoadedAdapters] = (

@@ -22,6 +22,7 @@ import msgspec
 
 from sglang_weight_exporter.records.base import FEW, SCHEMA_VERSION, Record
 from sglang_weight_exporter.records.memory import MemoryDump
+from sglang_weight_exporter.records.shares import check_shares
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import UpdateInProgress
 from sglang_weight_exporter.store.files import read_file
@@ -257,6 +258,8 @@ def _check_table(table: WeightTable) -> None:
         _check_column(column, getattr(table, column), "I", table.rows, codes_of=values)
     if len(table.fingerprints) not in {0, 16 * table.rows}:
         raise ValueError(f"{len(table.fingerprints)} bytes of fingerprints for {table.rows} rows")
+    if table.shares is not None:
+        check_shares(table.shares, table.rows)
     regions = len(table.region_ptr) // 8
     _check_column("region_ptr", table.region_ptr, "Q", regions)
     _check_column("region_nbytes", table.region_nbytes, "Q", regions)

@@ -7,22 +7,31 @@ empty), ``fingerprint`` (of all tensors together), ``shard`` (which part of the 
 is that it was written from, or null), ``reference`` (what decides what a rank holds after a load,
 where SGLang's own loader left this, or null) and ``tensors``, name to ``fingerprint`` (32
 hexadecimal digits), ``dtype`` (as torch calls it) and ``shape``.
+
+Schema 2 has ``sent`` in place of what is in ``tensors``: sums, of which those of any rank's shares
+follow, and where several processes write one manifest ``part``: which of how many this is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from sglang_weight_exporter import fingerprint as _fingerprint
+from sglang_weight_exporter.fingerprint.sums import DEFINITION as SUMS_DEFINITION
 from sglang_weight_exporter.records.engine import Engine, Ranks
+from sglang_weight_exporter.verification.sent import JoinError, SentTensor, check, joined
 from sglang_weight_exporter.weight_table import WeightTable, table_fingerprints, table_rows
 
 SCHEMA_VERSION = 1
+#: Of a manifest with sums.
+SUMS_SCHEMA = 2
 #: Bytes of a file that is read: of a million tensors.
 _LARGEST = 1 << 28
 
@@ -118,20 +127,81 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     reference: Reference | None = None
     schema_version: int = SCHEMA_VERSION
     definition: int = _fingerprint.DEFINITION
+    #: What a trainer sent, and the definition of its sums.
+    sent: dict[str, SentTensor] | UnsetType = UNSET
+    sums: int | UnsetType = UNSET
+    part: tuple[int, int] | UnsetType = UNSET
+
+    @property
+    def names(self) -> Iterable[str]:
+        return self.tensors if self.sent is UNSET else self.sent
 
 
 def manifest_of(
-    tensors: Mapping[str, ManifestTensor], *, weight_version: str = "", shard: Shard | None = None
+    tensors: Mapping[str, ManifestTensor] | Mapping[str, SentTensor],
+    *,
+    weight_version: str = "",
+    shard: Shard | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Manifest:
     """The manifest of tensors by name, of a version as SGLang names it."""
-    return Manifest(
-        tensors=dict(sorted(tensors.items())),
+    sent = {name: each for name, each in tensors.items() if isinstance(each, SentTensor)}
+    whole = {name: each for name, each in tensors.items() if isinstance(each, ManifestTensor)}
+    if (sent and whole) or len(sent) + len(whole) < len(tensors):
+        raise ManifestError(
+            "A manifest is of what sum_tensors gave, or of what fingerprint_tensors gave."
+        )
+    manifest = Manifest(
+        tensors=dict(sorted(whole.items())),
         fingerprint=_fingerprint.of_rank(
-            {name: tensor.fingerprint for name, tensor in tensors.items()}
+            {name: tensor.fingerprint for name, tensor in whole.items()}
         ),
         weight_version=weight_version,
         shard=shard,
     )
+    if part is None and (whole or not tensors):
+        return manifest
+    return msgspec.structs.replace(
+        manifest,
+        schema_version=SUMS_SCHEMA,
+        sums=SUMS_DEFINITION,
+        sent=dict(sorted(sent.items())),
+        part=UNSET if part is None else part,
+    )
+
+
+_PART = re.compile(r"(?P<whole>.+)\.part-(?P<number>\d+)-of-(?P<parts>\d+)\.json")
+
+
+def part_of(path: str | os.PathLike[str], number: int, parts: int) -> Path:
+    """The file of one of so many processes that write one manifest."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.part-{number}-of-{parts}.json")
+
+
+def whole_of(path: Path) -> Path:
+    """The manifest that a file is a part of, or is."""
+    match = _PART.fullmatch(path.name)
+    return path.with_name(f"{match['whole']}.json") if match else path
+
+
+def read_parts(path: Path) -> Manifest | None:
+    """A manifest that is in one file or in several; ``None``: it is not there, or not all of it
+    yet. Raises ManifestError and OSError."""
+    if path.exists():
+        return read_manifest(path)
+    files = [each for each in path.parent.glob("*.json") if whole_of(each) == path]
+    parts = [read_manifest(each) for each in sorted(files)]
+    numbers = {each.part for each in parts if each.part is not UNSET}
+    if not parts or len(numbers) < max(count for _, count in numbers):
+        return None
+    if len({(each.part[1], each.weight_version) for each in parts if each.part is not UNSET}) > 1:
+        raise ManifestError(f"The parts of {path} are of several manifests.")
+    try:
+        sent = joined([each.sent for each in parts if each.sent is not UNSET])
+    except JoinError as error:
+        raise ManifestError(f"The parts of {path} make no manifest: {error}") from error
+    return msgspec.structs.replace(parts[0], sent=sent, part=UNSET)
 
 
 def manifest_of_table(
@@ -160,19 +230,24 @@ def manifest_of_table(
 
 def write_manifest(
     path: str | os.PathLike[str],
-    tensors: Mapping[str, ManifestTensor],
+    tensors: Mapping[str, ManifestTensor] | Mapping[str, SentTensor],
     *,
     weight_version: str = "",
     shard: Shard | None = None,
+    part: tuple[int, int] | None = None,
 ) -> Manifest:
-    """Write ``tensors`` to ``path``, whole or not at all; to a pipe or device as it is."""
-    manifest = manifest_of(tensors, weight_version=weight_version, shard=shard)
+    """Write ``tensors`` to ``path``, whole or not at all; to a pipe or device as it is. ``part``:
+    which of how many processes write one manifest together; each writes a file of its own, with
+    its number in the name, and whoever reads them adds them up."""
+    if part is not None:
+        path = part_of(path, *part)
+    manifest = manifest_of(tensors, weight_version=weight_version, shard=shard, part=part)
     save(path, manifest)
     return manifest
 
 
 def save(path: str | os.PathLike[str], manifest: Manifest) -> None:
-    """As ``write_manifest`` does."""
+    """Whole or not at all; to a pipe or device as it is."""
     path = Path(path)
     if path.exists() and not path.is_file():
         path.write_bytes(encode(manifest))
@@ -200,13 +275,16 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         if len(content) > _LARGEST:
             raise ManifestError(f"{os.fspath(path)} is longer than any manifest.")
         manifest = msgspec.json.decode(content, type=Manifest)
-    except (msgspec.DecodeError, RecursionError) as error:
+        for name, tensor in ({} if manifest.sent is UNSET else manifest.sent).items():
+            check(name, tensor)
+    except (msgspec.DecodeError, RecursionError, ValueError) as error:
         raise ManifestError(f"{os.fspath(path)} is no manifest: {error}") from error
     written = manifest.schema_version, manifest.definition
-    if written != (SCHEMA_VERSION, _fingerprint.DEFINITION):
+    known = {(SCHEMA_VERSION, _fingerprint.DEFINITION), (SUMS_SCHEMA, _fingerprint.DEFINITION)}
+    if written not in known or manifest.sums not in {UNSET, SUMS_DEFINITION}:
         raise ManifestError(
             f"{os.fspath(path)} has schema {written[0]} and fingerprints of definition "
-            f"{written[1]}; here are schema {SCHEMA_VERSION} and definition "
+            f"{written[1]}; here are schema {SUMS_SCHEMA} and definition "
             f"{_fingerprint.DEFINITION}, which do not compare. Write it again with this version."
         )
     return manifest

@@ -220,9 +220,57 @@ assert compile(source, target=GPUTarget("hip", "gfx942", 64), options=options).a
 """
 
 
-def test_the_kernels_give_the_same_in_tritons_interpreter() -> None:
+#: Shares of a matrix of each width, in rows and columns, and where they begin in it.
+SUMS_INTERPRETED = """
+import numpy as np, torch
+from sglang_weight_exporter.fingerprint.address_sums import AddressSums
+from sglang_weight_exporter.fingerprint.tensor_sums import Run, of_runs
+
+generator = torch.Generator().manual_seed(1)
+memory = torch.randint(-9, 9, (1 << 17,), generator=generator)  # A word in eighteen is zero.
+shapes = [(1, 1), (3, 1), (1, 7), (5, 1023), (5, 1024), (3, 1025), (40, 500), (2, 9000), (0, 4)]
+runs = [
+    Run(memory[offset : offset + rows * columns].view(rows, columns), row, column)
+    for rows, columns in shapes
+    for offset, row, column in ((0, 0, 0), (3, 70000, 5), (4, 1, 1 << 33))
+]
+table = AddressSums(
+    torch.device("cpu"),
+    rows=np.array([run.words.shape[0] for run in runs]),
+    columns=np.array([run.words.shape[1] for run in runs]),
+    first_row=np.array([run.row for run in runs]),
+    first_column=np.array([run.column for run in runs]),
+)
+taken = table.take(np.array([run.words.data_ptr() for run in runs]))
+assert (taken == of_runs(runs)).all()
+"""
+
+SUMS_COMPILED = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from sglang_weight_exporter.fingerprint import sum_kernel as kernels
+
+names = ("data_ptr", "words_ptr", "width_ptr", "row_ptr", "column_ptr")
+signature = dict.fromkeys(names, "*i64") | {"first_ptr": "*i32", "share_ptr": "*i32"}
+source = ASTSource(
+    fn=kernels.sum_kernel, signature=signature | {"sums_ptr": "*i64", "chunks": "i32"}
+)
+options = {"num_warps": kernels.WARPS}
+for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("cuda", 100, 32)):
+    assert compile(source, target=target, options=options).asm["ptx"]
+assert compile(source, target=GPUTarget("hip", "gfx942", 64), options=options).asm["amdgcn"]
+"""
+
+
+@pytest.mark.parametrize("code", [INTERPRETED, SUMS_INTERPRETED], ids=["fingerprints", "sums"])
+def test_the_kernels_give_the_same_in_tritons_interpreter(code: str) -> None:
     pytest.importorskip("triton", reason="needs Triton, which comes with SGLang")
-    in_a_process(INTERPRETED, TRITON_INTERPRET="1")
+    in_a_process(code, TRITON_INTERPRET="1")
+
+
+def test_the_kernel_of_sums_compiles_for_gpus(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="needs Triton, which comes with SGLang")
+    in_a_process(SUMS_COMPILED, TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_the_kernels_compile_for_gpus_and_read_sixteen_bytes_a_thread(tmp_path: Path) -> None:

@@ -159,6 +159,11 @@ LOST = [
     ('unless on (model_name) sglang_weights:opt_out{alert=~"|SGLangWeightReplicasDiffer"}', ""),
     ('unless sglang_weight_tensors_altered_total{during="serving",kind="buffer"}', ""),
     ("sglang_weight_reference_match == 0", "sglang_weight_reference_match"),
+    ("manifest_match[5m]) < 0.5\n", "manifest_match[5m]) < 1\n"),
+    (
+        "avg_over_time(sglang_weight_manifest_match[5m]) < 0.5\n",
+        "sglang_weight_manifest_match == 0\n",
+    ),
     ("for: 2m", "for: 0m"),
     ("keep_firing_for: 5m", "keep_firing_for: 15m"),
     ("and on (cluster, namespace, job, model_name)\n", "or\n"),

@@ -26,9 +26,9 @@ from published import PublishedRank  # noqa: E402
 from ranks import ExporterProcess  # noqa: E402
 from waiting import eventually  # noqa: E402
 
+from sglang_weight_exporter.export.following import Finding  # noqa: E402
 from sglang_weight_exporter.export.guard import Guard  # noqa: E402
 from sglang_weight_exporter.export.references import (  # noqa: E402
-    Finding,
     ReferenceFollower,
     own_key,
     reference_of,

@@ -31,10 +31,10 @@ from ports import free_port
 from ranks import Rank, rows
 from waiting import eventually
 
+from sglang_weight_exporter.export.following import Followers
 from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.otlp.pipeline import OtlpPipeline
 from sglang_weight_exporter.export.otlp.settings import choose
-from sglang_weight_exporter.export.references import ReferenceFollower
 from sglang_weight_exporter.export.views import HostView, SpanCounts
 from sglang_weight_exporter.process_log import HIDDEN, HidingFormatter, Secrets
 from sglang_weight_exporter.publisher.exporter_process import Supervisor
@@ -171,7 +171,7 @@ def test_no_secret_is_in_the_log_whatever_a_collector_says(
                     read=lambda: HostView(snapshots=()),
                     counts=SpanCounts(),
                     guard=Guard(),
-                    references=ReferenceFollower(snapshots, None, environ, Guard()),
+                    followers=Followers(),
                 )
                 for client in pipeline.clients:
                     client.take(b"")

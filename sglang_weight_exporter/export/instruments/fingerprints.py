@@ -37,6 +37,11 @@ def _reference_match(view: RoleView) -> Iterator[Sample]:
     return one(None if match is None else int(match))
 
 
+def _manifest_match(view: RoleView) -> Iterator[Sample]:
+    match = view.role.manifest_match
+    return one(None if match is None else int(match))
+
+
 def _skipped(view: RoleView) -> Iterator[Sample]:
     if view.role.fingerprints is not None:
         for reason in SKIPS:
@@ -69,6 +74,15 @@ INSTRUMENTS = (
         "left: 1 or 0. Absent where this is the first, after an update, and without "
         "SGLANG_WEIGHT_EXPORTER_REFERENCE_DIR.",
         read_role=_reference_match,
+    ),
+    Instrument(
+        "sglang_weight_manifest_match",
+        "gauge",
+        "",
+        "Whether the last update left what the trainer's manifest of its version says: 1 or 0. "
+        "Absent where there is none, where too little could be compared, after a load, and without "
+        "SGLANG_WEIGHT_EXPORTER_MANIFEST_DIR.",
+        read_role=_manifest_match,
     ),
     Instrument(
         "sglang_weight_fingerprint_skipped",

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from sglang_weight_exporter.export.following import Followers
 from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.instruments import chosen
 from sglang_weight_exporter.export.otlp.client import OtlpClient, Transport
@@ -25,7 +26,6 @@ from sglang_weight_exporter.export.otlp.settings import (
     metric_timeout,
     table_selection,
 )
-from sglang_weight_exporter.export.references import ReferenceFollower
 from sglang_weight_exporter.export.views import HostView, SpanCounts
 from sglang_weight_exporter.process_log import Secrets
 from sglang_weight_exporter.settings import Settings
@@ -107,7 +107,7 @@ class OtlpPipeline:
         read: Callable[[], HostView],
         counts: SpanCounts,
         guard: Guard,
-        references: ReferenceFollower,
+        followers: Followers,
     ) -> None:
         self._environ = environ
         self._secrets = Secrets(environ)
@@ -121,7 +121,7 @@ class OtlpPipeline:
                 read=read,
                 counts=counts,
                 guard=guard,
-                references=references,
+                followers=followers,
             )
         except ImportError as error:
             logger.warning(
@@ -138,7 +138,7 @@ class OtlpPipeline:
         read: Callable[[], HostView],
         counts: SpanCounts,
         guard: Guard,
-        references: ReferenceFollower,
+        followers: Followers,
     ) -> None:
         """Raises ``ImportError`` where OpenTelemetry is not installed."""
         environ = self._environ
@@ -167,7 +167,7 @@ class OtlpPipeline:
                 names=names,
                 logs=logs,
                 in_spans=settings.table != "logs",
-                references=references,
+                followers=followers,
                 limits=Limits(settings.span_event_bytes, settings.span_bytes),
             )
         if (config := choose(environ, "metrics")) is not None:

@@ -24,6 +24,7 @@ from typing import TypeVar
 
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 
+from sglang_weight_exporter.export.following import Finding, Followers
 from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.otlp.client import ExportResult, OtlpClient
 from sglang_weight_exporter.export.otlp.notes import ExportNotes
@@ -33,7 +34,6 @@ from sglang_weight_exporter.export.otlp.spans import (
     event_spans,
     selected,
 )
-from sglang_weight_exporter.export.references import Finding, ReferenceFollower
 from sglang_weight_exporter.export.views import SpanCounts
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.store.decoding import UnreadableError
@@ -112,7 +112,7 @@ class SpanSender:
         names: re.Pattern[str] | None = None,
         logs: OtlpClient | None = None,
         in_spans: bool = True,
-        references: ReferenceFollower | None = None,
+        followers: Followers | None = None,
         limits: Limits = DEFAULT_LIMITS,
         dead_bytes: int = DEAD_BYTES,
     ) -> None:
@@ -124,7 +124,7 @@ class SpanSender:
         self._names = names
         self._logs = logs
         self._in_spans = in_spans
-        self._references = references
+        self._followers = followers
         self._limits = limits
         self._dead_bytes = dead_bytes
         destination = f"{collector.destination}|{names.pattern if names else ''}"
@@ -341,13 +341,13 @@ class SpanSender:
             logger.warning("%s Its load or update is missing among the spans.", error)
             self._drop(path, "unreadable")
             return None
-        reference: Finding | None = Finding()
-        if self._references is not None:
-            reference = self._references.of_event(event)
-        if reference is None:
+        finding: Finding | None = Finding()
+        if self._followers is not None:
+            finding = self._followers.of_event(event)
+        if finding is None:
             raise _NotYetError
         try:
-            built = self._spans(directory, event, reference)
+            built = self._spans(directory, event, finding)
             return _Prepared(event.role, tuple(self._messages(built)), built.sent)
         except OSError:
             raise
@@ -389,8 +389,8 @@ class SpanSender:
             while len(self._prepared) > PREPARED_EVENTS:
                 del self._prepared[next(iter(self._prepared))]
 
-    def _spans(self, directory: RankDirectory, event: Event, reference: Finding) -> EventSpans:
-        spans = functools.partial(event_spans, event, reference=reference)
+    def _spans(self, directory: RankDirectory, event: Event, finding: Finding) -> EventSpans:
+        spans = functools.partial(event_spans, event, finding=finding)
         if not self._table:
             return spans(None, state="disabled")
         if event.table is None:

@@ -28,7 +28,7 @@ from opentelemetry.trace import Link, SpanContext, TraceFlags
 from opentelemetry.trace.status import Status, StatusCode
 
 from sglang_weight_exporter import __version__
-from sglang_weight_exporter.export.references import Finding
+from sglang_weight_exporter.export.following import Finding
 from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
 from sglang_weight_exporter.records.costs import DISCARDED, FATES, UpdateCost
 from sglang_weight_exporter.records.event import Event
@@ -96,13 +96,14 @@ def event_spans(
     *,
     state: TableState,
     unchanged_since: SentTable | None = None,
-    reference: Finding = Finding(),  # noqa: B008
+    finding: Finding = Finding(),  # noqa: B008
     limits: Limits = DEFAULT_LIMITS,
 ) -> EventSpans:
     """The spans of an event, the same for the same arguments.
 
     ``table``: to be sent with it, for state "included". ``unchanged_since``: the span that has the
-    rows already, for state "unchanged". ``reference``: the load beside it.
+    rows already, for state "unchanged". ``finding``: the load beside its reference, the update
+    beside its manifest.
     ``limits``: of the message that a span is.
     """
     held = "" if event.table is None else event.table.fingerprint
@@ -122,7 +123,7 @@ def event_spans(
     failed = Status(StatusCode.ERROR, update.message or "The update failed.")
     context = _context(event, 0)
     attributes = _attributes(event, state, unchanged_since)
-    attributes |= _beside_reference(reference, names=state != "disabled")
+    attributes |= _found(event, finding, names=state != "disabled")
     main = partial(
         ReadableSpan,
         f"sglang.weights.{update.action}",
@@ -208,16 +209,22 @@ def _attributes(
     return attributes
 
 
-def _beside_reference(found: Finding, *, names: bool) -> Attributes:
+def _found(event: Event, found: Finding, *, names: bool) -> Attributes:
     if found.match is None:
         return {}
+    beside = "sglang.weights.reference" if event.update.action == "load" else _MANIFEST
     attributes: Attributes = {
-        "sglang.weights.reference.match": found.match,
-        "sglang.weights.reference.differing": len(found.differing),
+        f"{beside}.match": found.match,
+        f"{beside}.differing": len(found.differing),
     }
     if names and found.differing:
-        attributes["sglang.weights.reference.differing.names"] = found.differing[:NAMED_CHANGES]
+        attributes[f"{beside}.differing.names"] = found.differing[:NAMED_CHANGES]
+    if names and found.renamed:
+        attributes[f"{beside}.renamed.names"] = [name for name, _ in found.renamed[:NAMED_CHANGES]]
     return attributes
+
+
+_MANIFEST = "sglang.weights.manifest"
 
 
 def _context(event: Event, part: int) -> SpanContext:

@@ -1,0 +1,127 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Under which names what an engine holds may have been sent."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from sglang_weight_exporter.verification.checkpoint_layout import FUSED
+
+#: Of ``q``, ``k``, ``v`` and of merged parts, which one it is (``stacked_params_mapping``).
+_NUMBER = {"q": 0, "k": 1, "v": 2}
+#: What a layer's experts are called (``make_expert_params_mapping``): Hugging Face's names, and
+#: those of Mixtral's first checkpoint.
+_EXPERT = {"w1": ("gate_proj", "w1"), "w2": ("down_proj", "w2"), "w3": ("up_proj", "w3")}
+#: How alike a name has to be to be called the nearest, of difflib's ratio.
+_ALIKE = 0.6
+
+
+class Candidate(NamedTuple):
+    """A name, and whether the part is one of several that are sent in one tensor."""
+
+    name: str
+    is_fused: bool = False
+
+
+def candidates(row: str, part: str) -> list[Candidate]:
+    """Names of the logical tensor that a row's part is, the likeliest first."""
+    row = row.replace(".base_layer.", ".")
+    if not part:
+        return [Candidate(row)]
+    expert, _, weight = part.rpartition(".")
+    if expert:
+        layer = row.rpartition(".")[0]
+        return [Candidate(f"{layer}.{expert}.{name}.weight") for name in _EXPERT[weight]]
+    match = re.fullmatch(r"(.*\.)([^.]+)(\.[^.]+)", row)
+    parts = FUSED.get(match[2], ()) if match else ()
+    number = _NUMBER[part] if part in _NUMBER else int(part)
+    found = []
+    if match and number < len(parts):
+        found.append(Candidate(f"{match[1]}{parts[number]}{match[3]}"))
+    return [*found, Candidate(row, is_fused=True)]
+
+
+class Names:
+    """Finds what was sent under names that the engine's differ from by a prefix.
+
+    A wrapper of a multimodal model, or of a trainer, puts components in front of all names or
+    changes them (``model.language_model.layers`` and ``language_model.model.layers``). A prefix
+    stands for the one that most names of the engine say, and for no other.
+    """
+
+    def __init__(self, sent: Collection[str], held: Iterable[str]) -> None:
+        self._sent = sent if isinstance(sent, Mapping | set | frozenset) else set(sent)
+        by_end: dict[tuple[str, ...], list[str]] = {}
+        for name in sent:
+            by_end.setdefault(_end(name), []).append(name)
+        votes: Counter[tuple[str, str]] = Counter()
+        for name in held:
+            if name not in self._sent:
+                votes.update(
+                    prefixes
+                    for other in by_end.get(_end(name), ())
+                    if (prefixes := _prefixes(name, other)) is not None
+                )
+        self._prefixes: dict[str, str] = {}
+        for (own, theirs), _ in votes.most_common():
+            self._prefixes.setdefault(own, theirs)
+
+    def sent_as(self, name: str) -> str | None:
+        """The name that it was sent under; ``None``: under none."""
+        if name in self._sent:
+            return name
+        return next((found for found in self._otherwise(name) if found in self._sent), None)
+
+    def below(self, module: str) -> set[str]:
+        """What was sent of a module."""
+        fronts = tuple(f"{each}." for each in (module, *self._otherwise(module)))
+        return {name for name in self._sent if name.startswith(fronts)}
+
+    def _otherwise(self, name: str) -> Iterator[str]:
+        """With another prefix, the longest first."""
+        components = name.split(".")
+        for end in range(len(components) - 1, -1, -1):
+            theirs = self._prefixes.get(".".join(components[:end]))
+            if theirs is not None:
+                yield ".".join(filter(None, [theirs, *components[end:]]))
+
+
+def made_of(row: str, names: Names) -> set[str]:
+    """Names of what was sent that a row is made of in a way that is not known."""
+    row = row.replace(".base_layer.", ".")
+    match = re.fullmatch(r"(.*\.)([^.]+)(\.[^.]+)", row)
+    if match is None:
+        return set()
+    parts = [f"{match[1]}{part}{match[3]}" for part in FUSED.get(match[2], ())]
+    found = {name for each in parts if (name := names.sent_as(each)) is not None}
+    if match[2] == "experts":
+        found |= names.below(f"{match[1]}experts")
+    return found
+
+
+def _end(name: str) -> tuple[str, ...]:
+    return tuple(name.rsplit(".", 2)[-2:])
+
+
+def _prefixes(own: str, theirs: str) -> tuple[str, str] | None:
+    """What is in front of the longest end that two names share; ``None`` where a layer's number is
+    in it."""
+    one, other = own.split("."), theirs.split(".")
+    same = 0
+    while same < min(len(one), len(other)) and one[-1 - same] == other[-1 - same]:
+        same += 1
+    fronts = one[: len(one) - same], other[: len(other) - same]
+    if any(component.isdigit() for front in fronts for component in front):
+        return None
+    return ".".join(fronts[0]), ".".join(fronts[1])
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name that is most like it, if one is."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=_ALIKE)
+    return found[0] if found else None

@@ -1,0 +1,173 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""What a rank holds beside what was sent to it.
+
+Equal sums are proof. Others are a difference where it is known that the loader takes such a tensor
+as it is: by what the zoo has confirmed, or because another layer's tensor of the same name is equal
+in this rank, or this one was equal at an earlier update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sglang_weight_exporter.fingerprint import sums
+from sglang_weight_exporter.records.shares import Share, reasons_of, shares_of, sums_of
+from sglang_weight_exporter.verification.comparison import Comparison
+from sglang_weight_exporter.verification.confirmed_loaders import pattern
+from sglang_weight_exporter.verification.names import Candidate, Names, candidates, made_of, nearest
+from sglang_weight_exporter.verification.sent import SentTensor, UnknownShareError
+from sglang_weight_exporter.weight_table import Row, WeightTable, table_rows
+
+_OTHER = "the rank holds something else, and what its loader makes of this is confirmed by nothing"
+
+
+@dataclass(frozen=True)
+class SentComparison:
+    """By the names under which tensors were sent; what was not sent by the engine's."""
+
+    comparison: Comparison
+    sent: Mapping[str, SentTensor]
+    #: Names of what this rank holds of what was sent.
+    held: frozenset[str]
+    #: What it holds and nobody sent: name → its dtype, and rows and words where they are known.
+    unsent: Mapping[str, Row]
+    #: Patterns of names of which one was equal.
+    proved: frozenset[str]
+
+
+@dataclass
+class _Found:
+    """What is known of one name that was sent."""
+
+    equal: bool = True
+    nbytes: int = 0
+    reasons: list[str] = field(default_factory=list)
+    rows: list[str] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+
+
+def compare_sent(
+    table: WeightTable,
+    sent: Mapping[str, SentTensor],
+    *,
+    confirmed: Callable[[str, bool], bool] = lambda row, whole: False,
+    proved: Collection[str] = (),
+) -> SentComparison | None:
+    """``None``: the rank has taken no sums, or others. ``confirmed``: whether the loader is known
+    to take the tensor of this name in the engine, whole or a share, as it is; ``proved``: patterns
+    of names that were equal before."""
+    if table.shares is None or not table.shares.sums:
+        return None
+    if table.shares.definition != sums.DEFINITION:
+        return None
+    rows = list(table_rows(table))
+    shares = list(shares_of(table.shares))
+    held = [candidates(rows[share.row].name, share.part) for share in shares]
+    names = Names(sent, [each[0].name for each in held])
+    found: dict[str, _Found] = {}
+    unsent: dict[str, Row] = {}
+    whole: dict[str, bool] = {}
+    before = _before(shares)
+    for share, own, there, first in zip(shares, held, sums_of(table.shares), before, strict=True):
+        row = rows[share.row]
+        chosen = _chosen(own, names)
+        if chosen is None:
+            unsent[own[0].name] = row
+            continue
+        name, is_fused = chosen
+        one = found.setdefault(name, _Found())
+        one.rows.append(row.name)
+        one.places.append((row.data_ptr, share.offset))
+        one.nbytes += share.rows * share.columns * sums.WORD_BYTES
+        whole[name] = whole.get(name, True) and share.axis == "whole"
+        reason = _beside(share, row, sent[name], there, first if is_fused else 0)
+        if reason:
+            one.reasons.append(reason)
+        elif reason is None:
+            one.equal = False
+    unknown: set[str] = set()
+    for number, reason in reasons_of(table.shares).items():
+        name = names.sent_as(rows[number].name) or rows[number].name
+        found.setdefault(name, _Found(nbytes=rows[number].nbytes)).reasons.append(reason)
+        unknown.update(made_of(rows[number].name, names))
+    comparison, now_proved = _verdicts(
+        found,
+        lambda name: (
+            pattern(name) in proved or all(confirmed(row, whole[name]) for row in found[name].rows)
+        ),
+    )
+    return SentComparison(
+        comparison,
+        sent,
+        held=frozenset(found).union(unknown).intersection(sent),
+        unsent=unsent,
+        proved=now_proved,
+    )
+
+
+def _verdicts(
+    found: Mapping[str, _Found], is_proved: Callable[[str], bool]
+) -> tuple[Comparison, frozenset[str]]:
+    """And patterns of the names that are equal."""
+    equal = [name for name, one in found.items() if one.equal and not one.reasons]
+    proved = frozenset(map(pattern, equal))
+    same_place = {place for name in equal for place in found[name].places}
+    differing, unverifiable = [], {}
+    for name, one in found.items():
+        if one.reasons:
+            unverifiable[name] = one.reasons[0]
+        elif one.equal:
+            continue
+        elif same_place.issuperset(one.places):
+            unverifiable[name] = "it shares memory with a tensor that is what was sent"
+        elif pattern(name) in proved or is_proved(name):
+            differing.append(name)
+        else:
+            unverifiable[name] = _OTHER
+    nbytes = {name: one.nbytes for name, one in found.items()}
+    return Comparison(tuple(equal), tuple(differing), unverifiable, nbytes), proved
+
+
+def _chosen(own: Sequence[Candidate], names: Names) -> tuple[str, bool] | None:
+    for candidate in own:
+        name = names.sent_as(candidate.name)
+        if name is not None:
+            return name, candidate.is_fused
+    return None
+
+
+def _before(shares: Sequence[Share]) -> list[int]:
+    """Of each share, how many rows the parts of its row before it have in the logical tensor."""
+    found, at, row = [], 0, -1
+    for share in shares:
+        at = at if share.row == row else 0
+        row = share.row
+        found.append(at)
+        at += share.total if share.axis == "rows" else 0
+    return found
+
+
+def _beside(share: Share, row: Row, tensor: SentTensor, there: str, first_row: int) -> str | None:
+    """Why it cannot be compared; empty: it is equal; ``None``: it is not."""
+    if tensor.dtype != row.dtype:
+        return f"it was sent as {tensor.dtype} and is held as {row.dtype}"
+    try:
+        return "" if tensor.of(share, first_row) == there else None
+    except UnknownShareError as why:
+        return str(why)
+
+
+def renamed(
+    unheld: Collection[str], unsent: Mapping[str, Row], sent: Mapping[str, SentTensor]
+) -> dict[str, str]:
+    """Names that were sent and no rank holds → the name that they were meant to have: one that is
+    like it, is held, and was not sent."""
+    found = {}
+    for name in unheld:
+        alike = [each for each, row in unsent.items() if row.dtype == sent[name].dtype]
+        meant = nearest(name, alike)
+        if meant is not None:
+            found[name] = meant
+    return found
