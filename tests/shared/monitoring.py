@@ -215,19 +215,27 @@ class Monitoring:
         found: list[dict[str, Any]] = self._api("query_range", parameters)["result"]
         return found
 
+    def exemplars(self, selector: str, start: float, end: float) -> list[dict[str, Any]]:
+        """All that it has kept of these series."""
+        parameters = {"query": selector, "start": str(start), "end": str(end)}
+        return [
+            each
+            for found in self._api("query_exemplars", parameters)
+            for each in found["exemplars"]
+        ]
+
     def active_alerts(self, name: str, **labels: str) -> list[dict[str, Any]]:
         """Alerts that Prometheus holds now, with their labels and annotations."""
         alerts: list[dict[str, Any]] = self._api("alerts", {})["alerts"]
         wanted = {"alertname": name, **labels}
         return [alert for alert in alerts if wanted.items() <= alert["labels"].items()]
 
-    def _api(self, path: str, parameters: dict[str, str]) -> dict[str, Any]:
+    def _api(self, path: str, parameters: dict[str, str]) -> Any:
         address = f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
         _, _, body = http_get(address)
         answer = json.loads(body)
         assert answer["status"] == "success", f"{answer['error']} in {parameters}"
-        data: dict[str, Any] = answer["data"]
-        return data
+        return answer["data"]
 
     def stop(self) -> None:
         """End both, and remove what they wrote."""
