@@ -57,6 +57,16 @@ def test_lean_has_all_that_dashboards_and_rules_ask_for(file: str) -> None:
     assert asked <= {each.name for each in chosen(("lean",))}
 
 
+def test_what_is_deprecated_says_what_takes_its_place_and_can_be_left_out() -> None:
+    instruments = {each.name: each for each in INSTRUMENTS}
+    deprecated = [each for each in INSTRUMENTS if each.replaced_by]
+    assert deprecated == [each for each in INSTRUMENTS if "eprecated" in each.description]
+    for each in deprecated:
+        successor = instruments[each.replaced_by]
+        assert each.replaced_by in each.description
+        assert (each.preset, successor.preset) in {("default", "lean"), ("full", "lean")}
+
+
 @pytest.mark.parametrize("text", ["core,everything", "everything", ","])
 def test_what_is_no_group_is_named(text: str) -> None:
     settings, complaints = Settings.from_environ({"SGLANG_WEIGHT_EXPORTER_METRICS": text})
@@ -108,7 +118,15 @@ def test_a_scrape_chooses_a_preset(serve: Callable[..., Exporter], rank: RankSto
 @pytest.mark.parametrize(
     ("accept", "openmetrics"),
     [
-        # As Prometheus 3 and one that offers OpenMetrics 2 ask.
+        # As Prometheus 3 asks, one that takes native histograms, and one that offers OpenMetrics 2.
+        (
+            "application/vnd.google.protobuf;proto=io.prometheus.client.MetricFamily;"
+            "encoding=delimited;q=0.6,"
+            "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,"
+            "application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=1.0.0;q=0.3,"
+            "text/plain;version=0.0.4;q=0.2,*/*;q=0.1",
+            True,
+        ),
         (
             "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,"
             "application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=1.0.0;q=0.3,"

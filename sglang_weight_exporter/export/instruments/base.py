@@ -72,7 +72,7 @@ class Instrument:
     read_host: HostReader | None = None
     #: It is the rank's and no role's: a rank of which no role is known yet has it too.
     of_rank: bool = False
-    #: What takes its place; it goes with the next release.
+    #: What takes its place. It is in ``default`` where that is new, then in ``full``, then gone.
     replaced_by: str = ""
     #: The smallest preset that has it. ``lean``: a panel or a rule of ours asks for it.
     #: ``default``: none does, but it is seldom there, or one a host.
