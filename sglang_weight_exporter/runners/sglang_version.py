@@ -4,17 +4,21 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 
 def sglang_version() -> str:
-    version = getattr(sys.modules.get("sglang"), "__version__", "")
-    if not version:
-        from importlib.metadata import PackageNotFoundError
-        from importlib.metadata import version as installed
+    """As the package says it, or else what is installed."""
+    return str(getattr(sys.modules.get("sglang"), "__version__", "") or _installed())
 
-        try:
-            version = installed("sglang")
-        except (PackageNotFoundError, OSError):
-            version = ""
-    return str(version)
+
+@functools.cache
+def _installed() -> str:
+    """Read once: that takes longer than all else that is asked of a release."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("sglang")
+    except (PackageNotFoundError, OSError):
+        return ""

@@ -43,8 +43,9 @@ class Source:
         """A new module. ``names``: what stands for things that it imports from SGLang; of a
         structure (``…Output``) its fields are kept, and of all else nothing is expected."""
         module = ModuleType(self.name)
+        nothing = MagicMock()  # Each is a class of its own, which takes time.
         for name in self._names:
-            setattr(module, name, SimpleNamespace if name.endswith("Output") else MagicMock())
+            setattr(module, name, SimpleNamespace if name.endswith("Output") else nothing)
         vars(module).update(names)
         before = sys.modules.get(self.name)
         sys.modules[self.name] = module  # Data classes ask for their module.
