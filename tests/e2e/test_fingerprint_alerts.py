@@ -100,7 +100,7 @@ def test_the_second_load_is_what_the_first_was(pair: Pair) -> None:
     eventually(lambda: match(pair, pair[1]) == [1], what="the second is compared")
     assert match(pair, pair[0]) == []
     status = pair[1].exporter_cli("status").stdout
-    assert f"engine {pair[1].port}, tp 0 pp 0 dp 0, target: the same" in status, status
+    assert f"engine {pair[1].port}, tp 0 pp 0, target: the same" in status, status
 
 
 def test_a_reload_of_the_same_checkpoint_is_an_update_that_changed_nothing(
