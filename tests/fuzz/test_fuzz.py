@@ -103,6 +103,14 @@ ROLE_OF_HUGE_NUMBERS = json.loads(
 )
 
 
+#: Of whose lists no entry may count twice.
+TWICE = {name: value * 2 if isinstance(value, list) else value for name, value in SNAPSHOT.items()}
+ROLE_TWICE = {
+    name: value * 2 if isinstance(value, list) else value
+    for name, value in SNAPSHOT["roles"][0].items()
+}
+
+
 def test_what_is_changed_is_valid_before() -> None:
     assert len(decode_snapshot(packed(SNAPSHOT), PATH).roles) == 1
     assert decode(packed(EVENT), Event, PATH).update.trace_id == "a" * 32
@@ -112,6 +120,8 @@ def test_what_is_changed_is_valid_before() -> None:
 @fuzzed
 @given(st.one_of(changed_values(SNAPSHOT).map(packed), changed_bytes(packed(SNAPSHOT))))
 @example(content=packed({**SNAPSHOT, "roles": [ROLE_OF_HUGE_NUMBERS]}))
+@example(content=packed(TWICE))
+@example(content=packed({**SNAPSHOT, "roles": [ROLE_TWICE]}))
 @example(
     content=packed(SNAPSHOT).replace(b"a" * 32 + b"\xb3fingerprint", b"x" * 32 + b"\xb3fingerprint")
 )
@@ -125,8 +135,10 @@ def test_a_snapshot_is_refused_or_can_be_scraped_sent_and_printed(content: bytes
         lambda: view, CollectorRegistry(), exemplars=lambda: True, guard=Guard()
     )
     text = asyncio.run(exposition.scrape(openmetrics=True, gzip=False)).decode()
-    families = {family.name for family in text_string_to_metric_families(text)}
-    assert "sglang_weight_exporter_ranks" in families
+    samples = [each for family in text_string_to_metric_families(text) for each in family.samples]
+    assert "sglang_weight_exporter_ranks" in {each.name for each in samples}
+    series = [(each.name, *sorted(each.labels.items())) for each in samples]
+    assert len(series) == len(set(series))
     for message in messages(view, Resource({}), Totals("cumulative", since=0.0)):
         assert encode_metrics(message).SerializeToString()
     with contextlib.redirect_stdout(io.StringIO()) as printed:

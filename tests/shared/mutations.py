@@ -70,13 +70,17 @@ def _with(node: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 @st.composite
 def changed_values(draw: st.DrawFn, valid: Any) -> Any:
-    """A document with a few of its values replaced by odd ones, or by others of its own."""
+    """A document with a few of its values replaced by odd ones, or by others of its own, or a list
+    with its entries twice."""
     document = valid
     for _ in range(draw(st.integers(0, MOST_CHANGES))):
         paths = _paths(document)
         path = draw(st.sampled_from(paths))
         borrowed = _at(document, draw(st.sampled_from(paths)))
-        document = _with(document, path, draw(st.sampled_from((*ODD_VALUES, borrowed))))
+        here = _at(document, path)
+        twice = [here * 2] if isinstance(here, list) else []
+        values = st.sampled_from((*ODD_VALUES, borrowed, *twice))
+        document = _with(document, path, draw(values))
     return document
 
 
