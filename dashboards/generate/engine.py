@@ -10,7 +10,7 @@ from . import variables
 from .grafana import Json
 from .layout import board as made
 from .queries import ENGINES
-from .rows import dcgm, exporter, fingerprints, memory, ranks, sglang, updates
+from .rows import costs, dcgm, exporter, fingerprints, memory, ranks, sglang, updates
 
 
 def board() -> Json:
@@ -25,6 +25,7 @@ def board() -> Json:
         rows={
             "Memory over time": memory.over_time(),
             "Updates": updates.panels(),
+            "What updates cost": costs.panels(),
             "Fingerprints": fingerprints.panels(),
             "Ranks": ranks.panels(),
             "With SGLang's own metrics": sglang.panels(),

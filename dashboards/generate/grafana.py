@@ -132,6 +132,7 @@ def timeseries(
     height: int = 8,
     stacked: bool = False,
     bars: bool = False,
+    minimum: float | None = 0,
     maximum: float | None = None,
     decimals: int | None = None,
     explained_by_updates: bool = False,
@@ -155,7 +156,7 @@ def timeseries(
         fieldConfig={
             "defaults": {
                 "unit": unit,
-                "min": 0,
+                **({} if minimum is None else {"min": minimum}),
                 **({} if maximum is None else {"max": maximum}),
                 **({} if decimals is None else {"decimals": decimals}),
                 "noValue": no_value,

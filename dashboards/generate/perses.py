@@ -162,7 +162,7 @@ def time_series(one: Json) -> tuple[str, Json]:
         },
         "yAxis": {
             "format": shown_as(defaults["unit"], defaults.get("decimals")),
-            "min": defaults["min"],
+            **({"min": defaults["min"]} if "min" in defaults else {}),
             **({"max": defaults["max"]} if "max" in defaults else {}),
         },
         "visual": {

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
-from sglang_weight_exporter.cli import adapters
+from sglang_weight_exporter.cli import adapters, room
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.cli.terminal import print_line
 from sglang_weight_exporter.export.manifests import beside_manifest, of_engine
@@ -73,6 +73,10 @@ def run(arguments: argparse.Namespace) -> int:
     now = time.time()
     for snapshot in sorted(snapshots, key=lambda each: each.order):
         problems += _print_rank(snapshot, now, verbose=arguments.verbose)
+    for number, line in enumerate(room.lines(snapshots)):
+        if number == 0:
+            print()
+        print_line(line)
     if settings.reference_dir is not None:
         print()
         for directory, snapshot in found:

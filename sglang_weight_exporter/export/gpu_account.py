@@ -62,6 +62,22 @@ class GpuAccount:
     #: ``None`` where the driver does not say what is in use.
     most_used: int | None
 
+    @property
+    def free(self) -> int | None:
+        """Bytes that nobody has now; ``None`` where the driver does not say what is in use."""
+        gpu = self.gpu
+        if gpu.total_bytes is None or gpu.used_bytes is None:
+            return None
+        return gpu.total_bytes - gpu.used_bytes - (gpu.reserved_bytes or 0)
+
+    @property
+    def resume(self) -> int | None:
+        """What ranks will take when they resume; ``None`` where one of them does not know what it
+        has released."""
+        if not self.ranks or any(rank.memory.parts is None for rank in self.ranks):
+            return None
+        return sum(rank.memory.released for rank in self.ranks)
+
 
 @dataclass
 class _Most:

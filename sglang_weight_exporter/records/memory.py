@@ -53,6 +53,10 @@ class DeviceMemory(Record, frozen=True, kw_only=True):
     #: ``reserved`` before and after the last update; ``None`` before the first.
     before_update: Count | None = None
     after_update: Count | None = None
+    #: The most that an update was seen to need beyond what was reserved when it began, and what of
+    #: the memory was released then; ``None`` before the first.
+    update_peak: Count | None = None
+    update_peak_released: Count = 0
     #: What was left of ``reserved`` after the last release.
     after_release: Count | None = None
 

@@ -263,6 +263,13 @@ class ModelRunnerInspector:
         except Exception as error:
             self._report("memory", error)
 
+    def note_update(self) -> None:
+        """Memory is about to be given back, maybe in the middle of an update."""
+        try:
+            self.memory.note_update()
+        except Exception as error:
+            self._report("memory", error)
+
     def read_memory(
         self, segments: Callable[[], Segments] | None = None, *, thorough: bool = True
     ) -> None:

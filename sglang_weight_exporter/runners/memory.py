@@ -80,7 +80,9 @@ class Memory:
         self._counters: dict[int, _Counters] = {}
         #: Devices with segments that grow: of these torch counts free blocks in another way.
         self._expandable: set[int] = set()
-        self._before_update: dict[int, int] = {}
+        #: Of the update that goes on, by device: what was reserved when it began, the peak that
+        #: torch knew by then, and the most that was seen since.
+        self._update: dict[int, _Update] = {}
 
     def devices(self) -> tuple[DeviceMemory, ...]:
         """What was found last, by index of the device."""
@@ -88,16 +90,26 @@ class Memory:
 
     def begin_update(self) -> None:
         """An update is about to begin."""
-        self._before_update = {device: _reserved(each) for device, each in self._stats().items()}
+        self._update = {device: _Update(each) for device, each in self._stats().items()}
+
+    def note_update(self) -> None:
+        """Memory is about to be given back, maybe in the middle of one."""
+        if self._update:
+            for device, stats in self._stats().items():
+                if device in self._update:
+                    self._update[device].note(stats)
 
     def end_update(self) -> None:
         """It has ended, and memory was read after it."""
-        for device, before in self._before_update.items():
-            if device in self._devices:
-                self._change(
-                    device, before_update=before, after_update=self._devices[device].reserved
-                )
-        self._before_update = {}
+        for device, update in self._update.items():
+            found = self._devices.get(device)
+            if found is None:
+                continue
+            most = update.most_of(found.reserved, found.reserved_peak)
+            self._change(device, before_update=update.before, after_update=found.reserved)
+            if found.update_peak is None or most > found.update_peak:
+                self._change(device, update_peak=most, update_peak_released=found.released)
+        self._update = {}
 
     def end_release(self) -> None:
         """Memory has been given back, and was read after that."""
@@ -182,15 +194,39 @@ class Memory:
             allocated=stats["allocated_bytes"]["all"]["current"],
             reserved=_reserved(stats),
             allocated_peak=stats["allocated_bytes"]["all"]["peak"],
-            reserved_peak=stats["reserved_bytes"]["all"]["peak"],
+            reserved_peak=_reserved_peak(stats),
             released=taken.released,
             mapped=mapped,
             parts=taken.parts,
             reason=taken.reason,
             before_update=None if before is None else before.before_update,
             after_update=None if before is None else before.after_update,
+            update_peak=None if before is None else before.update_peak,
+            update_peak_released=0 if before is None else before.update_peak_released,
             after_release=None if before is None else before.after_release,
         )
+
+
+class _Update:
+    """What torch has reserved of a device while an update goes on.
+
+    torch's peak is the process's; others read it, so nobody resets it here. Where it is higher
+    after the update than before, the update made it. Else what is known is what was reserved when
+    it was looked at, at last before a flush gives back what is free: until then torch keeps what
+    it has reserved.
+    """
+
+    def __init__(self, stats: dict[str, Any]) -> None:
+        self.before = self._most = _reserved(stats)
+        self._peak = _reserved_peak(stats)
+
+    def note(self, stats: dict[str, Any]) -> None:
+        self._most = max(self._most, _reserved(stats))
+
+    def most_of(self, reserved: int, peak: int) -> int:
+        """Beyond what was reserved before; what is given are torch's counts after it."""
+        most = max(self._most, reserved, peak if peak > self._peak else 0)
+        return most - self.before
 
 
 def of_storages(part: MemoryPart, storages: Iterable[Storage]) -> OwnedStorages:
@@ -217,6 +253,10 @@ def _columns(storages: Iterable[Storage]) -> tuple[Any, Any]:
 
 def _reserved(stats: dict[str, Any]) -> int:
     return int(stats["reserved_bytes"]["all"]["current"])
+
+
+def _reserved_peak(stats: dict[str, Any]) -> int:
+    return int(stats["reserved_bytes"]["all"]["peak"])
 
 
 def _cuda_stats() -> dict[int, dict[str, Any]]:

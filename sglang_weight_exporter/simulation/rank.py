@@ -51,6 +51,8 @@ _TORCH_BYTES: dict[MemoryPart, int] = {
     "cached": 300_000_000,
 }
 _OUTSIDE_BYTES, _DRIVER_BYTES = 1_000_000_000, 640_000_000
+#: What an update needs beside what torch has.
+_BUCKET_BYTES = 2 * 2**30
 _NOTHING = DeviceMemory(
     device=_DEVICE, at=0.0, allocated=0, reserved=0, allocated_peak=0, reserved_peak=0
 )
@@ -217,6 +219,7 @@ class SimulatedRank:
             parts=parts,
             before_update=updated and reserved,
             after_update=updated and reserved,
+            update_peak=updated and _BUCKET_BYTES,
             after_release=self._memory.after_release if not released else reserved - released,
         )
 

@@ -25,6 +25,7 @@ class Allocator:
 
     def __init__(self, reserved: int = 1000) -> None:
         self.reserved, self.reads = reserved, 0
+        self.peak = 0
         self.shows_segments = True
 
     def stats(self) -> dict[int, dict[str, Any]]:
@@ -33,7 +34,10 @@ class Allocator:
 
         names = ("allocated", "active", "requested", "inactive_split")
         counters = {f"{name}_bytes": counter(0) for name in names}
-        return {0: counters | {"reserved_bytes": counter(self.reserved)}}
+        reserved = counter(self.reserved)
+        if self.peak:
+            self.peak = reserved["all"]["peak"] = max(self.peak, self.reserved)
+        return {0: counters | {"reserved_bytes": reserved}}
 
     def segments(self) -> Segments:
         self.reads += 1
@@ -222,3 +226,51 @@ def test_the_last_update_and_the_last_release_are_remembered() -> None:
     allocator.reserved = 1400
     found = read(memory, allocator)
     assert (found.before_update, found.after_update, found.after_release) == (1000, 1300, 1250)
+
+
+#: What torch has reserved in an update that begins with 1000 of a peak of 5000 → what it needed.
+UPDATES: list[tuple[list[int | str], int]] = [
+    ([1300], 300),  # Kept.
+    ([1300, "flush", 1000], 300),  # Given back by the flush at its end.
+    ([6100, 1000], 5100),  # Given back unseen, but torch has a new peak.
+    ([900], 0),  # Less than before.
+    ([1000, "flush", 800, 1100], 100),  # Flushed at its beginning.
+]
+
+
+@pytest.mark.parametrize(("steps", "needed"), UPDATES)
+def test_what_an_update_has_needed_beyond_what_was_reserved(
+    steps: list[int | str], needed: int
+) -> None:
+    allocator = Allocator()
+    allocator.peak = 5000
+    memory = Memory(stats=allocator.stats)
+    assert read(memory, allocator).update_peak is None
+    memory.begin_update()
+    for step in steps:
+        if isinstance(step, int):
+            allocator.reserved = step
+            allocator.peak = max(allocator.peak, step)
+        else:
+            memory.note_update()
+    read(memory, allocator)
+    memory.end_update()
+    (found,) = memory.devices()
+    assert found.update_peak == needed
+
+
+def test_the_most_of_all_updates_is_kept_with_what_was_released_then() -> None:
+    allocator = Allocator()
+    allocator.peak = 10_000
+    memory = Memory(stats=allocator.stats)
+    for reserved in (1400, 1500):
+        read(memory, allocator)
+        memory.begin_update()
+        allocator.reserved = reserved
+        read(memory, allocator)
+        memory.end_update()
+    (found,) = memory.devices()
+    assert (found.update_peak, found.update_peak_released) == (400, 0)
+    allocator.reserved = 9000  # Not in an update.
+    memory.note_update()
+    assert read(memory, allocator).update_peak == 400

@@ -191,6 +191,45 @@ LOST = [
     ("unless on (renamed) vector(0)", ""),
     ('or sglang_weight_updates_total{exported_source!=""}', ""),
     ("max by (UUID) (DCGM", "sum by (UUID) (DCGM"),
+    ("and changes(sglang_weight_loaded_timestamp_seconds[10m]) == 0", ""),
+    ("resets(sglang_weight_version[10m]) > 0", "sglang_weight_version > 0"),
+    (
+        'unless on (model_name) sglang_weights:opt_out{alert=~"|SGLangWeightVersionWentBackwards"}',
+        "",
+    ),
+    ("and on (model_name) sglang_weights:updates_keep_requests", ""),
+    ('fate=~"kept|retracted"', 'fate=~".+"'),
+    (
+        '                == sglang_weight_update_requests_total{fate="aborted"} offset 1h\n',
+        "                > vector(9e99)\n",
+    ),
+    (
+        'unless sglang_weight_update_requests_total{fate="aborted"}\n'
+        '                == sglang_weight_update_requests_total{fate="aborted"} offset 10m',
+        "",
+    ),
+    (
+        "+ on (model_name) group_left () min by (model_name) "
+        "(sglang_weights:room_to_resume_within_seconds)",
+        "+ 1800",
+    ),
+    (
+        "gpu:sglang_gpu_memory_resume_short_timestamp_seconds:min\n          and max",
+        "vector(0) - vector(0)\n          and max",
+    ),
+    (
+        "> max without (gpu) (sglang_gpu_memory_total_bytes) "
+        "- max without (gpu) (sglang_gpu_memory_used_bytes)",
+        ">= 0",
+    ),
+    ("unless max without (gpu) (max_over_time(sglang_gpu_memory_resume_bytes[2m])) > 0", ""),
+    ("offset 2h)\n            > clamp_min", "offset 2h)\n            > -9 * clamp_min"),
+    ("offset 3h)\n            > clamp_min", "offset 3h)\n            > -9 * clamp_min"),
+    ("used_bytes:serving) / 6, 5e7)", "used_bytes:serving) / 6, 0)"),
+    ("used_bytes:serving) / 6, 5e7)", "used_bytes:serving) / 600, 5e7)"),
+    ("> 0.5 * (\n              min_over", "> 0 * (\n              min_over"),
+    ("          and gpu:sglang_gpu_memory_used_bytes:serving offset 4h\n", ""),
+    (") > 14400", ") > -1"),
     ('sglang_weight_resident_bytes{gpu_uuid=""}', "vector(0)"),
 ]
 

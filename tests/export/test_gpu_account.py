@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import msgspec
 import pytest
 
 from sglang_weight_exporter.export.gpu_account import (
@@ -171,6 +172,27 @@ def test_in_a_container_as_many_processes_as_ranks_are_theirs() -> None:
     assert [each.used for each in account.ranks] == [None, None]
     assert named(account)["outside_torch"] == 900
     assert named(account)["unattributed"] == 100
+
+
+def test_what_ranks_take_when_they_resume_and_what_is_free() -> None:
+    """Of two engines on a GPU; not known where one of them cannot tell what it has released."""
+    (memory,) = rank(7).memory
+    gone = msgspec.structs.replace(memory, reserved=3000, released=3000)
+    ranks = [
+        msgspec.structs.replace(rank(7), memory=(gone,)),
+        msgspec.structs.replace(
+            rank(8, weights=500),
+            memory=(msgspec.structs.replace(gone, reserved=2500, released=2000),),
+        ),
+    ]
+    account = read(GpuAccounts(HOST_PIDS), ranks, gpu(7000, {7: 100, 8: 600, 99: 6300}), 0.0)
+    assert (account.resume, account.free) == (5000, 10_000 - 400 - 7000)
+    assert read(GpuAccounts(HOST_PIDS), [rank(7, weights=9)], gpu(100, {7: 100}), 0.0).resume == 0
+    unknown = msgspec.structs.replace(gone, parts=None, reason="no pools")
+    ranks[0] = msgspec.structs.replace(ranks[0], memory=(unknown,))
+    assert read(GpuAccounts(HOST_PIDS), ranks, gpu(7000, {7: 100, 8: 600}), 0.0).resume is None
+    shared = dataclasses.replace(gpu(0, None), total_bytes=None, used_bytes=None)
+    assert read(GpuAccounts(HOST_PIDS), [rank(7, weights=9)], shared, 0.0).free is None
 
 
 def test_without_a_list_of_processes_the_rest_is_nobodys() -> None:

@@ -107,6 +107,31 @@ def test_a_load_has_an_account_and_an_update_its_growth(rank: Rank, gpu: Gpu) ->
     assert found.physical == 2000 == sum((found.parts or {}).values())
 
 
+def test_what_a_flush_gives_back_in_an_update_was_needed(rank: Rank, gpu: Gpu) -> None:
+    class Scheduler:
+        def __init__(self, make: Callable[[], object]) -> None:
+            self.tree_cache = SimpleNamespace(evictable_size=int, protected_size=int)
+            self.running_batch, self.waiting_queue = SimpleNamespace(reqs=[]), list[Any]()
+            make()
+
+        def flush_cache(self, empty_cache: bool = True) -> bool:
+            gpu.cached -= 300
+            return True
+
+    def load() -> tuple[bool, str]:
+        gpu.cached += 300
+        scheduler.flush_cache()
+        return True, "Success"
+
+    scheduler = rank.hook(SCHEDULER, Scheduler)(lambda: rank.runner(answers={"disk": load}))
+    assert memory(rank).update_peak is None
+    rank.scheduler(rank.workers[0]).update_weights_from_disk(Request())
+    found = memory(rank)
+    assert (found.before_update, found.after_update, found.update_peak) == (1500, 1500, 300)
+    scheduler.flush_cache()  # Outside of an update.
+    assert memory(rank).update_peak == 300
+
+
 @pytest.mark.parametrize(
     ("variable", "tags", "released"),
     [

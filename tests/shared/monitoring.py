@@ -360,11 +360,23 @@ def shaped_like_others(name: str, value: float) -> Sequence[tuple[str, float]]:
     return []
 
 
+#: Bytes in use on one of its GPUs while nothing was released.
+MOST_USED = 105_756_884_992.0
+
+
 def accounted_for(name: str, value: float) -> Sequence[tuple[str, float]]:
     """An account of the ranks of engine 30000, of the size that one was measured with; the other
     engine has none, as with an older exporter."""
     if name.startswith("sglang_gpu_memory_used_bytes{"):
-        return [(name.replace("_used_", "_used_max_"), value)]
+        back = max(0.0, MOST_USED - value)
+        return [
+            (name.replace("_used_", "_used_max_"), value),
+            (name.replace("_used_", "_resume_"), back),
+        ]
+    if name.startswith("sglang_weight_updates_total{"):
+        paused = name.replace("_updates_", "_update_paused_seconds_")
+        requests = name.replace("_updates_", "_update_requests_").replace("{", '{fate="kept",')
+        return [(paused, 1.5 * value), (requests, 7 * value)]
     labels = dict(re.findall(r'(\w+)="([^"]*)"', name))
     kept = name.removeprefix("sglang_kv_pool_resident_bytes{")
     if kept == name or labels["engine"] != "30000" or labels["role"] != "target":

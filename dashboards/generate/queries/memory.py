@@ -99,6 +99,16 @@ def room(selection: Selection) -> str:
     return on_selected(selection, f"{whole} - {used}")
 
 
+def room_after_resume(selection: Selection) -> str:
+    """What is free now less what ranks take when they resume, of GPUs on which something is
+    released."""
+    whole, used, back = (
+        selection.of_targets(f"sglang_gpu_memory_{each}_bytes")
+        for each in ("total", "used", "resume")
+    )
+    return on_selected(selection, f"{whole} - {used} - {back}")
+
+
 def least_room(selection: Selection) -> dict[str, str]:
     """The GPUs with the least, and how much more it is in an hour at the pace of the range."""
     least = f"bottomk({TOP}, {room(selection)})"

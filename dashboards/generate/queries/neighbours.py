@@ -23,6 +23,15 @@ def of_sglang(metric: str) -> str:
     return f"max by ({JOIN}) ({by_port})"
 
 
+def tokens_a_second() -> str:
+    """Of all engines. The gauge keeps its value while the scheduler is held, a counter does not."""
+    counted = (
+        '{__name__=~"sglang[:_]realtime_tokens_total", mode="decode", cluster=~"$cluster",'
+        ' namespace=~"$namespace", model_name=~"$model"}'
+    )
+    return f"sum(rate({counted}[$__rate_interval])) or sum({of_sglang('gen_throughput')})"
+
+
 def pool(selection: Selection) -> str:
     return f"sum by ({JOIN}) ({address(selection.series('sglang_kv_pool_resident_bytes', TARGET))})"
 

@@ -112,6 +112,27 @@ def slowest(selection: Selection) -> str:
     return together({"slowest": f"max({taken} > 0)", "median": f"quantile(0.5, {taken} > 0)"})
 
 
+def paused(selection: Selection) -> str:
+    """Seconds in which schedulers made no tokens, as each engine's first rank counts them."""
+    held = since_the_first(selection, "sglang_weight_update_paused_seconds_total", "", FIRST)
+    return f"sum by (source) ({held})"
+
+
+def requests(selection: Selection) -> str:
+    """What became of those that waited, as each engine's first rank counts them."""
+    of_it = since_the_first(selection, "sglang_weight_update_requests_total", "fate", FIRST)
+    return f"sum by (fate) ({of_it})"
+
+
+def held(selection: Selection) -> str:
+    """The share of the engines that are paused, and that are being updated."""
+    series = {
+        "paused": selection.series("sglang_kv_cache_paused"),
+        "updating": selection.series("sglang_weight_update_in_progress"),
+    }
+    return together({name: f"avg(max by ({ENGINE}) ({each}))" for name, each in series.items()})
+
+
 def changes(selection: Selection) -> dict[str, str]:
     moved = happened(selection.series("sglang_weight_tensors_moved_total"))
     changed = since_the_first(selection, "sglang_weight_table_changes_total", "change, source")

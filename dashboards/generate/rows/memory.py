@@ -277,6 +277,19 @@ def over_time() -> list[Json]:
             explained_by_updates=True,
         ),
         timeseries(
+            "Room after a resume",
+            "What is free now less what ranks will take when they resume, on the GPU with the "
+            "least and on the one in the middle, of GPUs on which something is released. Below 0 "
+            "a resume fails. While a trainer has its turn that is as it should be: what counts is "
+            "the moment before the resume.",
+            [query(spread(memory.room_after_resume(ENGINES), worst="min"), "{{part}}")],
+            "bytes",
+            "Nothing was released in this time range",
+            minimum=None,
+            colours=SPREAD,
+            explained_by_updates=True,
+        ),
+        timeseries(
             "Room in tokens of KV",
             "The same room as tokens, at the bytes that a token takes in each engine's KV pools, "
             "the draft's included; of the rank with the least and the one in the middle. What a "

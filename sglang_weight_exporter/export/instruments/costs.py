@@ -52,7 +52,6 @@ INSTRUMENTS = (
         "have run. Known when the update ends, and the rest with that batch.",
         ("source",),
         _by_source(_seconds),
-        preset="default",
     ),
     Instrument(
         "sglang_weight_update_requests",

@@ -59,6 +59,17 @@ INSTRUMENTS = (
         read_host=_gpu(lambda account: account.most_used),
     ),
     Instrument(
+        "sglang_gpu_memory_resume_bytes",
+        "gauge",
+        "By",
+        "What ranks will take of the GPU when they resume: weights, KV pool and graphs whose "
+        "memory they have released. Absent where it is not known of one of them; in lean and "
+        "default also while it is nothing.",
+        ("gpu_uuid", "gpu"),
+        read_host=_gpu(lambda account: account.resume),
+        lean_host=not_zero(_gpu(lambda account: account.resume)),
+    ),
+    Instrument(
         "sglang_gpu_memory_bytes",
         "gauge",
         "By",

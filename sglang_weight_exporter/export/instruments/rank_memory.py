@@ -127,6 +127,15 @@ INSTRUMENTS = (
         read_role=_memory(_growth),
     ),
     Instrument(
+        "sglang_rank_memory_update_peak_bytes",
+        "gauge",
+        "By",
+        "The most that an update was seen to need beyond what torch's allocator had reserved when "
+        "it began. Absent before the first.",
+        read_role=_memory(lambda memory: memory.update_peak),
+        preset="full",
+    ),
+    Instrument(
         "sglang_rank_memory_process_bytes",
         "gauge",
         "By",
