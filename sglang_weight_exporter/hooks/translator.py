@@ -312,8 +312,7 @@ class Translator:
 
     def flush(self, call: Call) -> Around:
         """``Scheduler.flush_cache``, which refuses while requests run or wait."""
-        tokens = self._rank.inspector.cached_tokens()
-        self._rank.inspector.note_update()
+        tokens = self._rank.inspector.begin_flush()
         self._rank.step(Ledger.begin_flush, then="")
         outcome = yield
         succeeded = outcome.error is None and bool(outcome.result)

@@ -263,12 +263,14 @@ class ModelRunnerInspector:
         except Exception as error:
             self._report("memory", error)
 
-    def note_update(self) -> None:
-        """Memory is about to be given back, maybe in the middle of an update."""
+    def begin_flush(self) -> int | None:
+        """The prefix cache is about to be flushed, and with it what torch has cached, maybe in the
+        middle of an update. As :meth:`cached_tokens`."""
         try:
             self.memory.note_update()
         except Exception as error:
             self._report("memory", error)
+        return self.cached_tokens()
 
     def read_memory(
         self, segments: Callable[[], Segments] | None = None, *, thorough: bool = True
