@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sglang_weight_exporter.trainer import (
         Sharded,
         fingerprint_tensors,
+        megatron_tensors,
         sum_tensors,
         write_manifest,
     )
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
         ManifestError,
         read_manifest,
     )
+    from sglang_weight_exporter.verification.megatron import Cut
     from sglang_weight_exporter.weight_table import Region, Row
 
 __all__ = [
+    "Cut",
     "FingerprintError",
     "Manifest",
     "ManifestError",
@@ -52,6 +55,7 @@ __all__ = [
     "TableReader",
     "UpdateInProgressError",
     "fingerprint_tensors",
+    "megatron_tensors",
     "open_tables",
     "read_manifest",
     "record_update",
@@ -67,9 +71,11 @@ def __getattr__(name: str) -> object:
     from importlib import import_module
 
     home = {"record_update": "hooks.manual_updates", "updating": "hooks.manual_updates"}
-    home |= {"Region": "weight_table", "Row": "weight_table"}
+    home |= {"Region": "weight_table", "Row": "weight_table", "Cut": "verification.megatron"}
     home |= dict.fromkeys(("Manifest", "ManifestError", "read_manifest"), "verification.manifest")
-    of_trainer = ("Sharded", "fingerprint_tensors", "sum_tensors", "write_manifest")
-    home |= dict.fromkeys(of_trainer, "trainer") | {"FingerprintError": "fingerprint.tensors"}
+    of_trainer = ("Sharded", "fingerprint_tensors", "megatron_tensors", "sum_tensors")
+    home |= dict.fromkeys((*of_trainer, "write_manifest"), "trainer") | {
+        "FingerprintError": "fingerprint.tensors"
+    }
     module = import_module(f"{__name__}.{home.get(name, 'store.tables')}")
     return getattr(module, name)

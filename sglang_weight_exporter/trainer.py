@@ -26,6 +26,7 @@ from sglang_weight_exporter.fingerprint.tensors import Fingerprinter, Fingerprin
 from sglang_weight_exporter.verification import manifest
 from sglang_weight_exporter.verification.checkpoint_layout import FusedTensor, fuse
 from sglang_weight_exporter.verification.manifest import Manifest, ManifestTensor, Shard
+from sglang_weight_exporter.verification.megatron import Cut, hugging_face
 from sglang_weight_exporter.verification.sent import CUTS, SentTensor, grid
 
 
@@ -59,6 +60,18 @@ def sum_tensors(
         if block is not None:
             found[name] = _sums(name, block, cuts)
     return found
+
+
+def megatron_tensors(
+    named_parameters: Iterable[tuple[str, torch.Tensor]], cut: Cut
+) -> dict[str, Sharded]:
+    """The shards of a Megatron-Core GPT that are here, under the names of Hugging Face under which
+    they are sent. ``cut``: how they are cut. Raises UnknownParameterError."""
+    return {
+        block.name: Sharded(block.local, block.shape, block.offset)
+        for name, tensor in named_parameters
+        for block in hugging_face(name, tensor.detach(), cut)
+    }
 
 
 def _block(name: str, tensor: torch.Tensor | Sharded) -> Sharded | None:
