@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,31 +72,37 @@ def of_runs(
                     f"Sums of {len(runs)} parts of tensors on {device} took longer than they may."
                 )
             some = numbers[at : at + together]
-            taken = _together([runs[number] for number in some], most)
-            found[some] = taken.cpu().numpy().view(np.uint64)
+            found[some] = _together([runs[number] for number in some], most)
     return found
 
 
-def _together(runs: Sequence[Run], most: int) -> torch.Tensor:
-    """Sums of runs of one shape and device, int64 ``[runs, 2]``."""
+def _together(runs: Sequence[Run], most: int) -> NDArray[np.uint64]:
+    """Sums of runs of one shape and device, ``[runs, 2]``. On a CPU with NumPy: torch's operations
+    would have a thread a core each, and wait for all of them where others are busy there."""
     device, (rows, columns) = runs[0].words.device, runs[0].words.shape
+    words = [run.words for run in runs]
+    library: Any = np if device.type == "cpu" else torch
+    on_device: dict[str, Any] = {} if device.type == "cpu" else {"device": device}
+    held = [each.numpy() for each in words] if device.type == "cpu" else words
     first_row, first_column = (
-        torch.tensor([getattr(run, name) for run in runs], device=device)[:, None, None]
+        library.asarray([getattr(run, name) for run in runs], **on_device)[:, None, None]
         for name in ("row", "column")
     )
-    column = first_column + torch.arange(columns, device=device)
-    total = torch.zeros((len(runs), 2), dtype=torch.int64, device=device)
+    column = first_column + library.arange(columns, **on_device)
+    total = library.zeros((len(runs), 2), dtype=library.int64, **on_device)
     step = max(1, most // (len(runs) * columns))
     for at in range(0, rows, step):
         after = min(at + step, rows)
-        row = first_row + torch.arange(at, after, device=device)[:, None]
-        words = [run.words[at:after] for run in runs]
-        stacked = words[0][None] if len(words) == 1 else torch.stack(words)
+        row = first_row + library.arange(at, after, **on_device)[:, None]
+        some = [each[at:after] for each in held]
+        stacked = some[0][None] if len(some) == 1 else library.stack(some)
         for half, each in enumerate(sums.terms(stacked, sums.keys(row, column))):
             total[:, half] += each.sum((1, 2))
         if device.type == "cuda":
             wait_for_ours()
-    return total
+    taken = total if device.type == "cpu" else total.cpu().numpy()
+    found: NDArray[np.uint64] = taken.view(np.uint64)
+    return found
 
 
 def grid(

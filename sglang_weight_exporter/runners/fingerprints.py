@@ -46,6 +46,7 @@ class RoleFingerprints:
         self._shares = shares
         self._report = report
         self._logged: set[Skip] = set()
+        self._logged_shares = False
 
     def take(
         self,
@@ -116,7 +117,15 @@ class RoleFingerprints:
             )
             held.weights = replace(weights, table=table)
         except FingerprintError as error:
-            self._log(_reason(error), error)
+            if not self._logged_shares:
+                self._logged_shares = True
+                logger.warning(
+                    "sglang_weight_exporter: no sums of shares were taken (%s: %s), so this update "
+                    "is compared with no manifest. SGLang is not affected. Further ones are not "
+                    "logged.",
+                    _reason(error),
+                    error,
+                )
         except Exception as error:
             self._report("shares", error)
 
