@@ -32,7 +32,7 @@ OTHER_PYTHONS := 3.10 3.13
 LIGHT := tests/bootstrap tests/docs tests/store tests/export tests/fuzz tests/test_ledger.py \
 	tests/test_weight_table.py \
 	tests/test_contracts.py \
-	$(addprefix tests/table/test_,command.py readers.py status.py weight_table_events.py weights_metadata.py)
+	$(addprefix tests/table/test_,command.py readers.py status.py status_last.py weight_table_events.py weights_metadata.py)
 PARTS := oldest pythons launches alerts hosts rules boards stores deployments image distribution \
 	fuzz files soak manifests $(if $(wildcard tests/zoo/test_*.py),zoo)
 DEBIAN_PACKAGES := gcc libc6-dev binutils e2fsprogs libibverbs1 libnuma1 prometheus \

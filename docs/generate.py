@@ -28,7 +28,7 @@ SECTIONS = {
     "Weights": ("sglang_weight_",),
     "KV pool and LoRA slots": ("sglang_kv_", "sglang_lora_"),
     "GPUs": ("sglang_gpu_",),
-    "Memory of a rank": ("sglang_rank_memory_",),
+    "Memory of a rank": ("sglang_rank_memory_", "sglang_rank_out_of_memory"),
     "The exporter itself": ("sglang_weight_exporter_",),
 }
 

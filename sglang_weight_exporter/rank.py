@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
+from sglang_weight_exporter.black_box import BlackBoxRecorder
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.arrival import Arrival
-from sglang_weight_exporter.capture.weights import WeightCapture
+from sglang_weight_exporter.capture.weights import WeightCapture, same_bytes
 from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
 from sglang_weight_exporter.ledger import FinishedUpdate, Ledger
 from sglang_weight_exporter.publisher.publisher import Publisher
-from sglang_weight_exporter.rank_records import CUDA_GRAPH, KV_CACHE, WEIGHTS, RankRecords
+from sglang_weight_exporter.rank_records import CUDA_GRAPH, KV_CACHE, WEIGHTS, RankRecords, trace_id
 from sglang_weight_exporter.records.engine import HookState
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.records.fingerprints import During
@@ -43,6 +43,9 @@ Storages = frozenset[int]
 LOAD_FINGERPRINT_SECONDS = 30.0
 UPDATE_FINGERPRINT_SECONDS = 2.0
 
+#: How long a scheduler that ends waits for a capture that another thread has begun.
+CRASH_SECONDS = 1.0
+
 
 class Rank:
     """The account of one process, published after every step.
@@ -60,6 +63,7 @@ class Rank:
         inspector: ModelRunnerInspector,
         records: RankRecords,
         publisher: Publisher,
+        black_box: BlackBoxRecorder,
         report: Callable[[str, BaseException], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -68,6 +72,7 @@ class Rank:
         self.inspector = inspector
         self._records = records
         self._publisher = publisher
+        self._black_box = black_box
         self.report = report
         self._clock = clock
         self._lock = threading.RLock()
@@ -92,6 +97,7 @@ class Rank:
                 role = self.roles.add(owner)
                 if role is not None:
                     self.ledger.add_role(role.name)
+                    self._black_box.watch()
             return role
 
     # Steps.
@@ -113,7 +119,7 @@ class Rank:
             finished = self._that_arrived(self.ledger.take_finished(), arrived_at)
             if self._arriving:
                 return result
-            written = {each.role for each in finished if _wrote(each)}
+            written = {each.role for each in finished if each.wrote}
             events = {}
             for index, each in enumerate(finished):
                 with self._reported("event"):
@@ -161,7 +167,7 @@ class Rank:
         """What has ended on the device too. The rest does so later, and nobody waits for it but a
         thread of its own: until then readers see an update in progress."""
         waiting, self._arriving = self._arriving, []
-        if self._arrival is None or not (waiting or any(map(_received, finished))):
+        if self._arrival is None or not (waiting or any(each.received for each in finished)):
             late = [dataclasses.replace(each, arrived_at=arrived_at) for each in waiting]
             return late + finished
         if not waiting:
@@ -189,7 +195,7 @@ class Rank:
             return None
         before = self.inspector.of(role).weights
         changes = TableChanges()
-        if _wrote(finished):
+        if finished.wrote:
             with self._reported("capture"):
                 self._capture_after_update(role, written)
                 changes = compare_tables(_table(before), _table(self.inspector.of(role).weights))
@@ -197,7 +203,7 @@ class Rank:
             finished,
             model_path=role.model_path,
             changes=changes,
-            same_bytes=_same_bytes(before, self.inspector.of(role).weights),
+            same_bytes=same_bytes(before, self.inspector.of(role).weights),
         )
         return None if update is None else self._records.event(role, update)
 
@@ -260,6 +266,17 @@ class Rank:
             self._find_unexpected_writes(*known, during="serving")
             return began_at
         return None
+
+    def crash(self, error: BaseException) -> None:
+        """SGLang's scheduler is about to end by an exception. Its device may never answer again,
+        so nothing is asked of it, and nobody is waited for who may be asking."""
+        message = self._black_box.record_crash(error)
+        if self._lock.acquire(timeout=CRASH_SECONDS):
+            try:
+                self._arrival, self.inspector.memory_is_there = None, False
+                self.step(lambda ledger: ledger.updates.abort(message))
+            finally:
+                self._lock.release()
 
     def lock_tables(self) -> None:
         """Weights are about to be written. Not inside a step: it may wait for readers."""
@@ -414,37 +431,17 @@ def make_rank(
     records = RankRecords(
         roles=roles, ledger=ledger, inspector=inspector, hooks=hooks, errors=errors, clock=clock
     )
-    return Rank(
-        roles=roles,
-        ledger=ledger,
-        inspector=inspector,
-        records=records,
-        publisher=Publisher(settings, environ, report=report),
-        report=report,
-        clock=clock,
-    )
-
-
-def trace_id(engine: str, number: int) -> str:
-    """Of an update's span: the same on all ranks that have ``engine`` in common, unasked."""
-    return hashlib.sha256(f"{engine}|{number}".encode()).hexdigest()[:32]
-
-
-def _received(finished: FinishedUpdate) -> bool:
-    """Whether an update has ended whose bytes a device receives by itself."""
-    return finished.update is not None and finished.update.source == "distributed"
-
-
-def _wrote(finished: FinishedUpdate) -> bool:
-    """Whether an update or a session has ended, and no load; nor one that SGLang refused."""
-    update = finished.update
-    return update is None or (update.action == "update" and update.calls > 0)
+    parts: dict[str, Any] = {
+        "roles": roles,
+        "ledger": ledger,
+        "inspector": inspector,
+        "records": records,
+        "publisher": Publisher(settings, environ, report=report),
+        "report": report,
+        "clock": clock,
+    }
+    return Rank(black_box=BlackBoxRecorder(**parts), **parts)
 
 
 def _table(weights: WeightCapture | None) -> WeightTable | None:
     return None if weights is None else weights.table
-
-
-def _same_bytes(before: WeightCapture | None, after: WeightCapture | None) -> bool:
-    old, new = _table(before), _table(after)
-    return old is not None and new is not None and "" != old.fingerprint == new.fingerprint

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from typing import Any
@@ -101,6 +102,7 @@ class RankRecords:
             costs=self._ledger.costs.totals,
             last_cost=self._ledger.costs.last,
             snapshot_seconds=self._inspector.seconds,
+            out_of_memory=self._ledger.counters.out_of_memory,
             running=self._ledger.counters.running,
         )
 
@@ -114,6 +116,7 @@ class RankRecords:
             costs=self._ledger.costs.totals,
             last_cost=self._ledger.costs.last,
             running=self._ledger.counters.running,
+            out_of_memory=self._ledger.counters.out_of_memory,
         )
 
     def _role(self, role: RunnerRole) -> Role:
@@ -164,6 +167,11 @@ class RankRecords:
             scratch=len(capture.scratch),
             scratch_names=capture.scratch[:NAMED_CHANGES],
         )
+
+
+def trace_id(engine: str, number: int) -> str:
+    """Of an update's span: the same on all ranks that have ``engine`` in common, unasked."""
+    return hashlib.sha256(f"{engine}|{number}".encode()).hexdigest()[:32]
 
 
 def _resident(

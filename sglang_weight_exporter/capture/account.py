@@ -94,6 +94,42 @@ def account(
     )
 
 
+@dataclass(frozen=True)
+class Rest:
+    """What of one GPU's segments is no owner's."""
+
+    #: Of each segment of all GPUs, whether CUDA graphs are captured into its pool.
+    of_graphs: Mask
+    #: The largest free block that a tensor outside of private pools could have; 0: there is none.
+    largest_free: int
+    #: Address and bytes of the largest live block that is of no known storage, if there is one.
+    largest_live: tuple[int, int] | None
+
+
+def rest(
+    segments: Segments,
+    known: Iterable[OwnedStorages],
+    *,
+    device: int,
+    graph_pools: Collection[tuple[int, int]] | None = None,
+) -> Rest:
+    """``graph_pools``: as in :func:`account`."""
+    owned = _owners(segments, known)
+    of_graphs = _graph_segments(segments, owned, graph_pools)
+    place = segments.block_segment
+    here = (segments.device == device)[place]
+    free = here & ~segments.block_active & ~segments.private[place]
+    live = here & segments.block_active & ~of_graphs[place] & (_of_all(owned) == 0)
+    largest = int(np.argmax(np.where(live, segments.block_nbytes, 0))) if live.any() else None
+    return Rest(
+        of_graphs=of_graphs,
+        largest_free=int(segments.block_nbytes[free].max(initial=0)),
+        largest_live=None
+        if largest is None
+        else (int(segments.block_start[largest]), int(segments.block_nbytes[largest])),
+    )
+
+
 def elsewhere(segments: Segments, start: Addresses, nbytes: Addresses) -> int:
     """Bytes of storages that lie in none of the allocator's segments."""
     order = np.argsort(segments.start)

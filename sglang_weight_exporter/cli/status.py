@@ -13,6 +13,7 @@ from pathlib import Path
 
 from sglang_weight_exporter.cli import adapters, room
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
+from sglang_weight_exporter.cli.status_last import print_last
 from sglang_weight_exporter.cli.terminal import print_line
 from sglang_weight_exporter.export.manifests import beside_manifest, of_engine
 from sglang_weight_exporter.export.references import beside_reference
@@ -39,12 +40,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_flags(parser, "runtime_dir", "reference_dir", "manifest_dir")
     parser.add_argument("-v", "--verbose", action="store_true", help="list every hook")
+    parser.add_argument(
+        "--last",
+        action="store_true",
+        help="what is known of the last engine here that ended by an exception, in the middle of "
+        "an update, or ran out of GPU memory; exit status 1 where there is none",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     settings = settings_from(arguments, os.environ)
     runtime_dir = RuntimeDir.find(settings.runtime_dir, os.environ)
+    if arguments.last:
+        return print_last(runtime_dir)
     problems: list[str] = []
     endpoint = read_endpoint(runtime_dir)
     if endpoint is not None and endpoint.url is not None:
@@ -117,6 +126,11 @@ def _print_rank(snapshot: Snapshot, now: float, *, verbose: bool) -> list[str]:
         print_line(f"  version   {snapshot.weight_version}")
     if snapshot.last_cost is not None:
         print_line(f"  cost      {_cost_line(snapshot.last_cost)}")
+    if snapshot.out_of_memory:
+        print_line(
+            f"  memory    {snapshot.out_of_memory:,} CUDA out-of-memory errors; `status --last` "
+            "has the last"
+        )
     for operation, since in snapshot.running.items():
         print_line(f"  runs      {operation} for {now - since:.1f} s")
     if not any(role.loaded_at is not None for role in snapshot.roles):

@@ -25,8 +25,9 @@ from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.cli.trace_reader import TraceError, tables_from_trace
 from sglang_weight_exporter.records.memory import MemoryOwner
 from sglang_weight_exporter.store.decoding import UnreadableError
+from sglang_weight_exporter.store.ended import ended_ranks, read_black_box
 from sglang_weight_exporter.store.reader import RankDirectory
-from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+from sglang_weight_exporter.store.runtime_dir import NoRuntimeDirError, RuntimeDir
 from sglang_weight_exporter.store.tables import Table, TableError
 from sglang_weight_exporter.store.weights_metadata import owners, write_files
 from sglang_weight_exporter.weight_table import Row
@@ -105,8 +106,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--at",
         type=table_at.address,
         metavar="ADDRESS",
-        help="whose memory it is: the tensor, or what else a rank has left with `snapshot --ask`; "
-        "exit status 1 where it is nobody's",
+        help="whose memory it is, or was where a rank has ended: the tensor, or what else the rank "
+        "has left, with `snapshot --ask` or at its end; exit status 1 where it is nobody's",
     )
 
 
@@ -129,13 +130,11 @@ def _run(arguments: argparse.Namespace) -> int:
             table_diff.only(table_diff.load(Path(name)), name) for name in arguments.diff
         )
         return table_diff.print_differences(before, after)
+    if arguments.at is not None:
+        return table_at.print_owners(arguments.at, _places(arguments))
     tables = _read(arguments)
     if arguments.adapters:
         return adapters.print_adapters(tables)
-    if arguments.at is not None:
-        return table_at.print_owners(
-            arguments.at, [(each, _owners(each, arguments)) for each in tables]
-        )
     if arguments.diff is not None:
         if not arguments.diff:
             return table_diff.print_last_changes(tables)
@@ -215,14 +214,40 @@ def _read(arguments: argparse.Namespace) -> list[Table]:
     return tables
 
 
-def _owners(table: Table, arguments: argparse.Namespace) -> Sequence[MemoryOwner] | None:
-    """What else is in the rank's memory, as it has left it."""
+def _places(arguments: argparse.Namespace) -> list[table_at.Place]:
+    """Of ranks that live, and of those that have left something when they ended. Raises
+    :class:`CommandError` and :class:`TableError` where there are none."""
     if arguments.from_trace:
-        return None
-    path = settings_from(arguments, os.environ).runtime_dir
-    ranks = RuntimeDir.find(path, os.environ).ranks
+        return [table_at.Place.of_table(table, None, None) for table in _read(arguments)]
     try:
-        return RankDirectory(ranks / table.rank_id).memory().owners
+        path = settings_from(arguments, os.environ).runtime_dir
+        runtime_dir = RuntimeDir.find(path, os.environ)
+    except NoRuntimeDirError as error:
+        raise CommandError(str(error)) from error
+    ended = [
+        place
+        for each in ended_ranks(runtime_dir)
+        for place in table_at.ended_places(each)
+        if is_chosen(arguments, place.engine, place.ranks, place.role or None)
+    ]
+    try:
+        tables = _read(arguments)
+    except (CommandError, TableError):
+        if not ended:
+            raise
+        return ended
+    living = []
+    for table in tables:
+        directory = RankDirectory(runtime_dir.ranks / table.rank_id)
+        box = read_black_box(directory)
+        living.append(table_at.Place.of_table(table, _owners(directory), box))
+    return living + ended
+
+
+def _owners(directory: RankDirectory) -> Sequence[MemoryOwner] | None:
+    """What else is in the rank's memory, as it has left it."""
+    try:
+        return directory.memory().owners
     except (OSError, UnreadableError):
         return None
 

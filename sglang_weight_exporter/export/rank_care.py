@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.metadata import MetadataFollower
 from sglang_weight_exporter.export.otlp.pipeline import OtlpPipeline
 from sglang_weight_exporter.records.endpoint import ExporterEndpoint
+from sglang_weight_exporter.store.ended import keep, read_ended
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.reader import (
     RankDirectory,
@@ -130,10 +132,20 @@ class RankCare:
             if directory.is_alive():
                 return True
             if self._pipeline.is_done_with(directory):
-                directory.remove()
+                self._put_away(directory)
         except FileNotFoundError:
             pass  # It has gone meanwhile.
         return False
+
+    def _put_away(self, directory: RankDirectory) -> None:
+        """What a dead rank left goes; unless it tells of an end that somebody will ask about."""
+        ended = read_ended(directory)
+        if ended is not None:
+            logger.warning("%s. `sglang-weight-exporter status --last` says more.", ended)
+            with contextlib.suppress(OSError):
+                keep(self._runtime_dir, directory)
+                return
+        directory.remove()
 
     def _owns_the_directory(self) -> bool:
         """Whether the lock that is held is the one that others would take. After the directory

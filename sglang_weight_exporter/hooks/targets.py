@@ -147,6 +147,9 @@ TARGETS: tuple[Target, ...] = (
     Target("load_lora_adapter", RUNNER, "ModelRunner.load_lora_adapter", "lora", "0.4.9.post6"),
     Target("load_lora_adapter_from_tensors", RUNNER, "ModelRunner.load_lora_adapter_from_tensors", "lora", "0.5.8.post1"),
     Target("unload_lora_adapter", RUNNER, "ModelRunner.unload_lora_adapter", "lora", "0.4.9.post6"),
+    # What ends a scheduler: its process asks for the text of the exception, logs it, and then
+    # signals its parent, which kills it.
+    Target("scheduler.exception", SCHEDULER, "get_exception_traceback", "crash", "0.4.1"),
     # Experts that move between ranks.
     Target("rebalance", OLD_EPLB_MANAGER, "EPLBManager.rebalance", "rebalance", "0.4.6.post5", "0.4.8.post1"),
     Target("rebalance", EPLB_MANAGER, "EPLBManager.rebalance", "rebalance", "0.4.9.post6"),

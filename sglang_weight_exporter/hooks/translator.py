@@ -10,6 +10,7 @@ reads no tensor: it notifies the rank. Exceptions are caught by the caller.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Generator
 
 from sglang_weight_exporter.capture import update_bytes
@@ -70,7 +71,7 @@ class Translator:
             lambda ledger: ledger.loads.end(
                 role.name,
                 started_at,
-                error=_error(outcome),
+                error=outcome.described,
                 placeholders=role.has_placeholders,
                 model_path=role.model_path,
                 weight_version=role.weight_version,
@@ -84,7 +85,9 @@ class Translator:
         if (role := self._rank.roles.find(call.owner)) is not None:
             complete = not self._rank.ledger.loads.starting
             self._rank.capture(role, loaded=True, complete=complete, pools=True)
-            self._rank.step(lambda ledger: ledger.loads.finalize(role.name, error=_error(outcome)))
+            self._rank.step(
+                lambda ledger: ledger.loads.finalize(role.name, error=outcome.described)
+            )
 
     def allocate_kv_pool(self, call: Call) -> Around:
         """Allocation of the KV pool, and its resize once CUDA graphs are captured."""
@@ -365,6 +368,11 @@ class Translator:
             self._rank.resume(call.requested("tags"))
         self._end_operation(call, outcome)
 
+    def crash(self, call: Call) -> None:
+        """``get_exception_traceback``, where the scheduler's process handles what ends it."""
+        if (error := sys.exc_info()[1]) is not None:
+            self._rank.crash(error)
+
     # What surrounds an update. It may wait for others, so it has a beginning as well.
 
     def group(self, call: Call) -> Around:
@@ -428,23 +436,14 @@ class Translator:
         self._end_operation(call, outcome)
 
     def _begin_operation(self, call: Call) -> None:
-        operation = _operation(call)
+        operation = call.operation
         self._rank.step(lambda ledger: ledger.counters.begin_operation(operation), then="note")
 
     def _end_operation(self, call: Call, outcome: Outcome, *, failed: bool = False) -> None:
-        operation, failed = _operation(call), failed or not verdict_on(outcome)[0]
+        operation, failed = call.operation, failed or not verdict_on(outcome)[0]
         self._rank.step(lambda ledger: ledger.counters.end_operation(operation, failed=failed))
-
-
-def _operation(call: Call) -> str:
-    """Its name, wherever a release has it."""
-    return call.target.name.removeprefix("scheduler.")
 
 
 def _verdict(source: Source | None, outcome: Outcome) -> Verdict:
     succeeded, message = verdict_on(outcome)
     return Verdict(succeeded, effect_of(source, outcome, succeeded, message), message)
-
-
-def _error(outcome: Outcome) -> str:
-    return "" if outcome.error is None else repr(outcome.error)

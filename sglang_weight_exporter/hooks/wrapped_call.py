@@ -33,6 +33,11 @@ class Outcome:
         except Exception:
             return type(self.error).__name__
 
+    @property
+    def described(self) -> str:
+        """The exception with its class; empty if it returned."""
+        return "" if self.error is None else repr(self.error)
+
 
 #: What an observer's method returns for a call: it runs to its ``yield`` before SGLang's code
 #: and goes on with the outcome after it.
@@ -56,6 +61,11 @@ class Call:
     def owner(self) -> Any:
         """``self`` of a method."""
         return self._args[0]
+
+    @property
+    def operation(self) -> str:
+        """The name of what it does, wherever a release has it."""
+        return self.target.name.removeprefix("scheduler.")
 
     def requested(self, name: str) -> Any:
         """A field of the request that the scheduler serves; ``None`` where it has none."""

@@ -24,6 +24,8 @@ class Counters:
         self._running: dict[str, list[float]] = {}
         self._groups: set[str] = set()
         self._released: set[str] = set()
+        #: ``None``: torch does not tell of them.
+        self._out_of_memory: int | None = None
         #: By role; they belong to the process and outlive its runners.
         self._skipped: dict[str, Counter[Skip]] = {}
         self._modified: dict[str, dict[During, Counter[Kind]]] = {}
@@ -80,6 +82,20 @@ class Counters:
         """Tags of the memory saver whose physical memory is given back now."""
         with self._lock:
             return frozenset(self._released)
+
+    def watch_out_of_memory(self) -> None:
+        """From now on torch tells of its out-of-memory errors."""
+        with self._lock:
+            self._out_of_memory = self._out_of_memory or 0
+
+    def count_out_of_memory(self) -> None:
+        with self._lock:
+            self._out_of_memory = (self._out_of_memory or 0) + 1
+
+    @property
+    def out_of_memory(self) -> int | None:
+        """CUDA out-of-memory errors that torch has raised; ``None``: nobody would know."""
+        return self._out_of_memory
 
     def count_skipped(self, role: str, reason: Skip) -> None:
         """A fingerprint was not taken."""

@@ -54,6 +54,17 @@ class FinishedUpdate:
     #: When the device had all of it, where that was later.
     arrived_at: float | None = None
 
+    @property
+    def received(self) -> bool:
+        """Whether a device receives its bytes by itself."""
+        return self.update is not None and self.update.source == "distributed"
+
+    @property
+    def wrote(self) -> bool:
+        """Whether it is an update or a session, and no load; nor an update that SGLang refused."""
+        update = self.update
+        return update is None or (update.action == "update" and update.calls > 0)
+
 
 @dataclass(eq=False)
 class OpenUpdate:
@@ -76,6 +87,9 @@ class OpenUpdate:
     refused: bool = False
     effect: Effect = "unchanged"
     message: str = ""
+    failed_in: Phase | None = None
+    #: Of a call that is running: it is not known yet whether it will have written anything.
+    coming: Source | None = None
     weight_version: str = ""
     #: What it is about now and since when; seconds of what it has been about before.
     phase: Phase = "wait"
@@ -116,6 +130,8 @@ class OpenUpdate:
         """A call has ended."""
         self.calls += 1
         self.last_call_at = at
+        if not verdict.succeeded:
+            self.failed_in = self.phase
         self.set_phase("wait", at)
         if verdict.succeeded:  # Of others nobody knows what came.
             self.nbytes = add_bytes(self.nbytes, self.incoming_bytes)
@@ -135,11 +151,18 @@ class OpenUpdate:
         if self.effect == "changed":
             self.effect = "undefined"
 
+    def abort(self, message: str) -> None:
+        """The process ends in the middle of it."""
+        self.failed_in = self.failed_in or self.phase
+        self.miss(self.message or message)
+        if self.running:
+            self.effect = "undefined"
+
     @property
     def in_progress(self) -> UpdateInProgress:
         """For readers, as long as it goes on."""
         return UpdateInProgress(
-            source=self.source,
+            source=self.source or self.coming,
             started_at=self.started_at,
             last_call_at=self.last_call_at,
             calls=self.calls,
@@ -163,6 +186,7 @@ class OpenUpdate:
             succeeded=not self.failed,
             effect=self.effect,
             message=self.message,
+            failed_in=self.failed_in,
             weight_version=self.weight_version or weight_version,
             trace_id=trace_id,
             phases=self.phases,

@@ -153,8 +153,11 @@ class Updates:
         """Tensors arrive, to be loaded by further calls; of this role or, where it is in no
         session, perhaps of others alone."""
         with self._lock:
-            self._finish_other(name, self._roles[name].update, source)
+            open_ = self._roles[name].update
+            self._finish_other(name, open_, source)
             self.set_phase("receive", name)
+            if open_ is not None:
+                open_.coming = source
 
     def fail_receiving(self, name: str, source: Source, message: str) -> None:
         """They did not arrive."""
@@ -191,6 +194,7 @@ class Updates:
             open_ = self._open(role, source, now, bounded=bounded, since=since)
         self._note_call(open_)
         open_.running += 1
+        open_.coming = source
         open_.set_phase("load", now)
         self._running.setdefault(self._thread(), []).append(open_)
         return CallToken(name, source, ends_with, opened, open_, moves)
@@ -412,6 +416,14 @@ class Updates:
             for role in self._roles.by_name.values():
                 if role.update is not None:
                     role.update.weight_version = version
+
+    def abort(self, message: str) -> None:
+        """The process is about to end, whatever goes on."""
+        with self._lock:
+            for name, role in self._roles.by_name.items():
+                for open_ in role.open:
+                    open_.abort(message)
+                    self._roles.finish(name, open_, at=self._clock())
 
     # Experts that move between ranks.
 

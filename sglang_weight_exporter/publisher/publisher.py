@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import msgspec
 
 from sglang_weight_exporter.publisher.exporter_process import Supervisor
+from sglang_weight_exporter.records.black_box import BlackBox
 from sglang_weight_exporter.records.engine import Engine
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.records.memory import MemoryDump
@@ -33,6 +34,9 @@ from sglang_weight_exporter.weight_table import WeightTable
 #: Between two tries at what could not be written: from, to, each twice the one before.
 FIRST_RETRY_SECONDS = 1.0
 LONGEST_RETRY_SECONDS = 30.0
+
+#: How long a rank that may be dying waits for a thread that writes.
+PATIENCE_SECONDS = 0.05
 
 #: How many events may wait in memory for a file system that takes none.
 WAITING_EVENTS = 100
@@ -166,6 +170,23 @@ class Publisher:
             self._leaving = False
 
         return threading.Thread(target=leave, name="sglang-weight-exporter-memory", daemon=True)
+
+    def leave_black_box(self, box: BlackBox, event: BlackBox | None, progress: Progress) -> None:
+        """Write what outlives this process, and beside the snapshot what has changed. ``event``:
+        what is new in it, for a span."""
+        if not self._lock.acquire(timeout=PATIENCE_SECONDS):
+            return
+        try:
+            mine = {"rank_id": self._rank_id, "engine": self._engine(box.engine)}
+            self._open().leave_black_box(
+                msgspec.structs.replace(box, **mine),
+                None if event is None else msgspec.structs.replace(event, **mine),
+            )
+            self.note(progress)
+        except Exception as error:
+            self._report("black_box", error)
+        finally:
+            self._lock.release()
 
     def lock_tables(self) -> None:
         """Weights are about to be written, and the snapshot says so already.
@@ -327,4 +348,4 @@ class Publisher:
         )
 
     def _engine(self, engine: Engine) -> Engine:
-        return msgspec.structs.replace(engine, name=self._name)
+        return msgspec.structs.replace(engine, name=self._name or engine.name)

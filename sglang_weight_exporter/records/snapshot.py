@@ -149,6 +149,8 @@ class Snapshot(Record, frozen=True, kw_only=True):
     last_cost: UpdateCost | None = None
     #: Seconds the engine spent on the last capture and on writing it.
     snapshot_seconds: Seconds | None = None
+    #: CUDA out-of-memory errors that torch has raised in the process; ``None``: not known.
+    out_of_memory: Count | None = None
     events_dropped: Count = 0
     #: Counts the snapshots of the rank; 0 where nobody counts.
     number: Count = 0
@@ -174,6 +176,7 @@ class Snapshot(Record, frozen=True, kw_only=True):
             costs=progress.costs,
             last_cost=progress.last_cost,
             running=progress.running,
+            out_of_memory=progress.out_of_memory,
             roles=tuple(
                 _with_progress(role, progress.roles[role.name])
                 if role.name in progress.roles
@@ -206,6 +209,7 @@ class Progress(Record, frozen=True, kw_only=True):
     costs: dict[Source, UpdateCost] = {}
     last_cost: UpdateCost | None = None
     running: dict[str, Seconds] = {}
+    out_of_memory: Count | None = None
 
 
 def _with_progress(role: Role, progress: RoleProgress) -> Role:

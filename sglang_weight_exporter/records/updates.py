@@ -118,8 +118,9 @@ class Update(Record, frozen=True, kw_only=True):
     calls: Count = 1
     succeeded: bool
     effect: Effect
-    #: SGLang's message, or the exception; empty where there was none.
+    #: SGLang's message, or the exception; empty where there was none; and what it was about then.
     message: str = ""
+    failed_in: Phase | None = None
     model_path: str = ""
     weight_version: str = ""
     trace_id: TraceId = ""

@@ -16,13 +16,19 @@ from sglang_weight_exporter.capture.arrival import Arrival, arrival
 from sglang_weight_exporter.capture.references import Registrations
 from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
 from sglang_weight_exporter.records.adapters import Adapters
+from sglang_weight_exporter.records.black_box import OutOfMemory, Segment
 from sglang_weight_exporter.records.costs import LiveRequests
-from sglang_weight_exporter.records.memory import MemoryDump
+from sglang_weight_exporter.records.memory import MemoryDump, MemoryOwner
 from sglang_weight_exporter.runners import fingerprints
 from sglang_weight_exporter.runners.adapters import LoadedAdapters
 from sglang_weight_exporter.runners.captures import Captures, RoleCapture
 from sglang_weight_exporter.runners.memory import Memory
-from sglang_weight_exporter.runners.memory_owners import dump_memory, owned_storages
+from sglang_weight_exporter.runners.memory_owners import (
+    dump_memory,
+    owned_storages,
+    pool_owners,
+)
+from sglang_weight_exporter.runners.out_of_memory import describe_out_of_memory
 from sglang_weight_exporter.runners.prefix_cache import cached_tokens
 from sglang_weight_exporter.runners.requests import count_version_events, live_requests
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
@@ -285,6 +291,24 @@ class ModelRunnerInspector:
             )
         except Exception as error:
             self._report("memory", error)
+
+    def describe_out_of_memory(
+        self, *, device: int, requested: int, limit: int, free: int
+    ) -> tuple[OutOfMemory, tuple[Segment, ...]]:
+        """What held a GPU's memory when an allocation failed, and what torch had of it."""
+        return describe_out_of_memory(
+            self._captures,
+            self.memory,
+            at=self._clock(),
+            device=device,
+            requested=requested,
+            limit=limit,
+            free=free,
+        )
+
+    def pool_owners(self) -> tuple[MemoryOwner, ...]:
+        """Pools, adapter slots and tables by address, as of the last captures."""
+        return tuple(pool_owners(self._captures))
 
     def dump_memory(self) -> Callable[[], MemoryDump] | None:
         """torch's memory as it is now, with the names of what is known, to be written down on any

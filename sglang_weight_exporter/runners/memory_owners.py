@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import msgspec
+import numpy as np
 import torch
 
 from sglang_weight_exporter.capture.account import OwnedStorages
@@ -58,14 +59,76 @@ def memory_owners(captures: Iterable[tuple[RunnerRole, RoleCapture]]) -> Iterato
     """What is known of the memory, a storage each, with a name."""
     for role, held in captures:
         yield from _weight_owners(role, held)
+        yield from _pool_owners(role, held)
+
+
+def pool_owners(captures: Captures) -> Iterator[MemoryOwner]:
+    """The same without weights, whose names are in their table."""
+    for role, held in captures:
+        yield from _pool_owners(role, held)
+
+
+def largest_owners(captures: Captures, device: str, count: int) -> list[MemoryOwner]:
+    """What of a device has the most memory: weights by tensor, pools as a whole. Of the names of
+    20,000 tensors only those are made that are among them."""
+    found: list[MemoryOwner] = []
+    for role, held in captures:
+        found += _largest_weights(role, held, device, count)
         for part, storages in _groups(held):
-            for number, each in enumerate(storages):
-                yield MemoryOwner(
-                    address=each.address,
-                    nbytes=each.nbytes,
-                    part=part,
-                    name=f"{each.label} {number} ({role.name})",
+            labels: dict[str, list[Storage]] = {}
+            for each in storages:
+                if each.device == device:
+                    labels.setdefault(each.label, []).append(each)
+            for label, group in labels.items():
+                more = f", {len(group):,} buffers" if len(group) > 1 else ""
+                found.append(
+                    MemoryOwner(
+                        address=group[0].address,
+                        nbytes=sum(each.nbytes for each in group),
+                        part=part,
+                        name=f"{label} ({role.name}){more}",
+                    )
                 )
+    once = {owner.address: owner for owner in reversed(found)}  # A draft has some of its target's.
+    return sorted(once.values(), key=lambda owner: -owner.nbytes)[:count]
+
+
+def _pool_owners(role: RunnerRole, held: RoleCapture) -> Iterator[MemoryOwner]:
+    for part, storages in _groups(held):
+        for number, each in enumerate(storages):
+            yield MemoryOwner(
+                address=each.address,
+                nbytes=each.nbytes,
+                part=part,
+                name=f"{each.label} {number} ({role.name})",
+            )
+
+
+def _largest_weights(
+    role: RunnerRole, held: RoleCapture, device: str, count: int
+) -> Iterator[MemoryOwner]:
+    if held.weights is None or not held.weights.table.rows:
+        return
+    table = held.weights.table
+    storages = np.frombuffer(table.storage_ptr, np.uint64)
+    sizes = np.frombuffer(table.storage_nbytes, np.uint64)
+    devices = np.frombuffer(table.device, np.uint32)
+    here = np.zeros(table.rows, dtype=bool)
+    if device in table.device_values:
+        here = devices == table.device_values.index(device)
+    # Each storage once, under its first name.
+    _, first = np.unique(storages, return_index=True)
+    first = first[here[first]]
+    names = table.names.decode().split("\n")
+    kinds = np.frombuffer(table.kind, np.uint32)
+    for row in first[np.argsort(sizes[first])[::-1][:count]].tolist():
+        derived = table.kind_values[int(kinds[row])] == "derived"
+        yield MemoryOwner(
+            address=int(storages[row]),
+            nbytes=int(sizes[row]),
+            part="derived_weights" if derived else "weights",
+            name=f"{names[row]} ({role.name})",
+        )
 
 
 def _weight_owners(role: RunnerRole, held: RoleCapture) -> Iterator[MemoryOwner]:

@@ -10,6 +10,9 @@ import os
 import time
 from collections.abc import Iterator
 
+import msgspec
+
+from sglang_weight_exporter.records.black_box import BlackBox
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.records.memory import MemoryDump
 from sglang_weight_exporter.records.snapshot import Progress, Snapshot
@@ -23,6 +26,9 @@ from sglang_weight_exporter.weight_table import WeightTable
 
 #: A capture of torch's memory, and the request for one.
 MEMORY, MEMORY_WANTED = "memory", "memory.wanted"
+
+#: What outlives the rank, and how large it may be.
+BLACK_BOX, BLACK_BOX_BYTES = "black_box", 2**20
 
 #: Longer than a tick of the kernel's clock, which times of files are of.
 _TICK_NANOSECONDS = 50_000_000
@@ -162,6 +168,16 @@ class RankStore:
         if table is not None and (file := table_file(table)) in self._tables:
             beside = (self._directory, file)
         self._events.append(event, table, beside=beside)
+
+    def leave_black_box(self, box: BlackBox, event: BlackBox | None) -> None:
+        """Replace the black box, and queue what is new in it."""
+        self._come_back()
+        content = encode(box)
+        if len(content) > BLACK_BOX_BYTES:
+            content = encode(msgspec.structs.replace(box, owners=(), segments=()))
+        self._write(BLACK_BOX, content)
+        if event is not None:
+            self._events.append_black_box(event)
 
     @property
     def memory_is_wanted(self) -> bool:

@@ -94,6 +94,12 @@ class RankDirectory:
             if lock.acquire():
                 ranks.remove_all(self.path.name)
 
+    def move(self, into: Path) -> None:
+        """The same, for later; in the place of its being removed. Raises ``OSError``."""
+        with FileLock(self.path / "lock", create=False) as lock:
+            if lock.acquire():
+                self.path.rename(into / self.path.name)
+
 
 def rank_directories(runtime_dir: RuntimeDir) -> Iterator[RankDirectory]:
     """Every rank's directory, alive or dead, in a stable order. A link is none: what it leads to

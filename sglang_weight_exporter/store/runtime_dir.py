@@ -105,6 +105,11 @@ class RuntimeDir:
         return self.path / "ranks"
 
     @property
+    def ended(self) -> Path:
+        """What ranks left that ended in the middle of something."""
+        return self.path / "ended"
+
+    @property
     def exporter_lock(self) -> Path:
         return self.path / "exporter.lock"
 

@@ -6,6 +6,7 @@
 
     NUMBER-SHA256.event    records.event.Event; sorts by number and names the table it belongs to
                            ("none" without one; the first 16 digits)
+    NUMBER-black_box.event records.black_box.BlackBox, with what is new in it
     SHA256.table           a table that events here refer to, kept while any of them may
 
 The rank appends and bounds the queue (:class:`SpoolWriter`), the exporter process takes events out
@@ -21,6 +22,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
+from sglang_weight_exporter.records.black_box import BlackBox
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.store.decoding import read
 from sglang_weight_exporter.store.encoding import encode
@@ -38,6 +40,9 @@ _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EX
 
 def _event_file(number: int, table: str) -> str:
     return f"{number:012d}-{table or 'none'}.event"
+
+
+_BLACK_BOX = "-black_box.event"
 
 
 def _table_file(table: str) -> str:
@@ -105,6 +110,16 @@ class SpoolWriter:
         self._nbytes += queued.nbytes
         self._make_room()
 
+    def append_black_box(self, box: BlackBox) -> None:
+        """Queue what is new in the rank's black box."""
+        encoded = encode(box)
+        queued = _Queued(f"{box.number:012d}{_BLACK_BOX}", len(encoded), "")
+        self._directory.write(queued.file, encoded)
+        self._queue.append(queued)
+        self._references[""] += 1
+        self._nbytes += queued.nbytes
+        self._make_room()
+
     def _keep_table(
         self, file: str, table: WeightTable, beside: tuple[Directory, str] | None
     ) -> int:
@@ -166,6 +181,11 @@ class SpoolReader:
     def event(self, file: Path) -> Event:
         """Raises ``OSError`` and ``UnreadableError``."""
         return read(file, Event)
+
+    def black_box(self, file: Path) -> BlackBox | None:
+        """What is new in the rank's black box, where the file has that; ``None``: it has an event.
+        Raises ``OSError`` and ``UnreadableError``."""
+        return read(file, BlackBox) if file.name.endswith(_BLACK_BOX) else None
 
     def table(self, event: Event) -> WeightTable | None:
         """The table that an event came with. Raises ``OSError`` and ``UnreadableError``."""

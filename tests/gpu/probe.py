@@ -36,6 +36,9 @@ MOMENTS: list[tuple[str, int, int | None]] = []
 LEAK: dict[str, Any] = {"bytes": 0, "tensors": []}
 
 
+#: What `Probe.fill` has taken.
+FILLED: list[Any] = []
+
 #: The model runners of this process. (Captures of CUDA graphs freeze Python's garbage, and what is
 #: frozen is in no list of objects.)
 RUNNERS: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -159,6 +162,47 @@ class Probe:
                 if isinstance(value, torch.Tensor) and value.is_cuda:
                     found.add(value.untyped_storage().data_ptr())
         return sum(requested[address] for address in found - kv if address)
+
+    def fill(self, leave: int, blocks: int = 0) -> tuple[int, int]:
+        """Take the GPU's free memory but for so much, after so many small blocks; address and bytes
+        of the tensor that takes it."""
+        import torch
+
+        FILLED.extend(torch.empty(1024, dtype=torch.uint8, device="cuda") for _ in range(blocks))
+        torch.cuda.empty_cache()
+        size = torch.cuda.mem_get_info()[0] - leave
+        FILLED.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        return FILLED[-1].data_ptr(), size
+
+    def drain(self) -> None:
+        import torch
+
+        FILLED.clear()
+        torch.cuda.empty_cache()
+
+    def fail(self, size: int, times: int = 1) -> dict[str, Any]:
+        """Ask torch for more than there is, and catch what it raises."""
+        import torch
+
+        def allocations() -> int:
+            return int(torch.cuda.memory_stats()["allocation.all.allocated"])
+
+        before, seconds, messages = allocations(), [], []
+        for _ in range(times):
+            began = time.perf_counter()
+            try:
+                torch.empty(size, dtype=torch.uint8, device="cuda")
+            except torch.cuda.OutOfMemoryError as error:
+                messages.append(str(error))
+            seconds.append(time.perf_counter() - began)
+        return {
+            "messages": messages,
+            "seconds": seconds,
+            "allocations": allocations() - before,
+            "num_ooms": torch.cuda.memory_stats()["num_ooms"],
+            "free": torch.cuda.mem_get_info()[0],
+            "total": torch.cuda.mem_get_info()[1],
+        }
 
     def segments(self) -> list[tuple[int, int, list[tuple[int, int]]]]:
         """Address, bytes and blocks in use (address, bytes) of the allocator's segments."""

@@ -15,59 +15,16 @@ import pytest
 
 pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 
+from made_up_gpu import Gpu
 from standins import ModelRunner, Rank, Request
 from waiting import eventually
 
-from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.hooks.targets import RUNNER, SCHEDULER
-from sglang_weight_exporter.records.engine import Device
 from sglang_weight_exporter.records.memory import DeviceMemory, MemoryDump, MemoryOwner
 from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
 from sglang_weight_exporter.runners.memory_owners import memory_owners
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
-
-GRAPHS = (0, 3)
-
-
-class Gpu:
-    """A segment that is free, and one of a graph's pool."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.cached = 1000
-        self.fails = False
-        monkeypatch.setattr("sglang_weight_exporter.runners.memory._cuda_stats", self.stats)
-        monkeypatch.setattr(Segments, "of_cuda", self.segments)
-        monkeypatch.setattr(
-            "sglang_weight_exporter.capture.devices.describe", lambda name: Device(name=name)
-        )
-        monkeypatch.setattr(
-            "sglang_weight_exporter.runners.memory.graph_pools", lambda: frozenset({GRAPHS})
-        )
-
-    def segments(self) -> Segments:
-        return Segments.of_snapshot(
-            {
-                "address": address,
-                "device": 0,
-                "total_size": size,
-                "segment_pool_id": pool,
-                "blocks": [{"size": size, "state": "inactive"}],
-            }
-            for address, size, pool in ((2**40, self.cached, (0, 0)), (2**41, 500, GRAPHS))
-        )
-
-    def stats(self) -> dict[int, dict[str, Any]]:
-        if self.fails:
-            raise RuntimeError("the driver is gone")
-        counters = dict.fromkeys(("allocated", "active", "requested", "inactive_split"), 0)
-        counters["reserved"] = self.cached + 500
-        return {
-            0: {
-                f"{name}_bytes": {"all": {"current": value, "peak": value}}
-                for name, value in counters.items()
-            }
-        }
 
 
 @pytest.fixture

@@ -70,6 +70,8 @@ KINDS = {
         variables=(("SGLANG_MEMORY_SAVER_CUDA_GRAPH", "true"),),
         graphs=True,
     ),
+    # Of one test each, which runs it out of memory.
+    "doomed_engine": EngineKind("--context-length 16384"),
     "eagle_engine": EngineKind(
         "--speculative-algorithm EAGLE --speculative-draft-model-path {eagle} " + SPECULATIVE
     ),

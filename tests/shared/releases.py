@@ -131,7 +131,8 @@ class Release:
         return self._trees[module]
 
     def function(self, module: str, attribute: str) -> Definition | None:
-        """``Class.method``, inherited ones too, or ``function``; None where there is none."""
+        """``Class.method``, inherited ones too, or ``function``, imported ones too; None where
+        there is none."""
         path, _, name = attribute.rpartition(".")
         if path:
             return self._method(module, path, name)
@@ -139,7 +140,12 @@ class Release:
         for statement in _statements(tree.body if tree else []):
             if isinstance(statement, Function) and statement.name == name:
                 return _definition(module, name, statement)
-        return None
+        origin, name = self._origin(module, attribute)
+        if origin == module:
+            return None
+        if self._tree(origin) is None:  # Outside of the engine, and not in the archive.
+            return Definition(origin, name, frozenset(), coroutine=False)
+        return self.function(origin, name)
 
     def methods(self, module: str, class_name: str) -> Iterator[str]:
         """Names of the methods that a class itself defines."""

@@ -153,7 +153,10 @@ class Rank:
 
     def events(self) -> list[Event]:
         ((directory, _),) = SnapshotReader(RuntimeDir.open(self.directory, os.environ)).read()
-        return [directory.events.event(path) for path in directory.events.waiting()]
+        waiting = directory.events
+        return [
+            waiting.event(path) for path in waiting.waiting() if waiting.black_box(path) is None
+        ]
 
 
 class WeightCacheDaemon:

@@ -12,6 +12,7 @@ from sglang_weight_exporter.export.instruments.base import (
     Instrument,
     RoleReader,
     Sample,
+    once_a_rank,
 )
 from sglang_weight_exporter.export.views import IDENTITY, HostView, RoleView, identity
 from sglang_weight_exporter.records.memory import DeviceMemory
@@ -133,6 +134,16 @@ INSTRUMENTS = (
         "The most that an update was seen to need beyond what torch's allocator had reserved when "
         "it began. Absent before the first.",
         read_role=_memory(lambda memory: memory.update_peak),
+        preset="full",
+    ),
+    Instrument(
+        "sglang_rank_out_of_memory",
+        "counter",
+        "{error}",
+        "CUDA out-of-memory errors that torch has raised in the rank's process, also those that "
+        "somebody caught. Absent where torch does not tell of them: without a GPU, and with "
+        "cudaMallocAsync.",
+        read_role=once_a_rank(lambda snapshot: snapshot.out_of_memory),
         preset="full",
     ),
     Instrument(

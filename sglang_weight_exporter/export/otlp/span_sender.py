@@ -26,6 +26,7 @@ from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 
 from sglang_weight_exporter.export.following import Finding, Followers
 from sglang_weight_exporter.export.guard import Guard
+from sglang_weight_exporter.export.otlp.black_box_spans import black_box_spans
 from sglang_weight_exporter.export.otlp.client import ExportResult, OtlpClient
 from sglang_weight_exporter.export.otlp.notes import ExportNotes
 from sglang_weight_exporter.export.otlp.spans import (
@@ -332,6 +333,9 @@ class SpanSender:
         """The messages of an event; ``None``: it is gone, or dropped because it is none. Raises
         ``_NotYetError``."""
         try:
+            if (box := directory.events.black_box(path)) is not None:
+                message = encode_spans(list(black_box_spans(box))).SerializeToString()
+                return _Prepared("", ((self._collector, message),), None)
             event = directory.events.event(path)
         except FileNotFoundError:
             return None  # The rank has dropped it in this moment, and counts it.

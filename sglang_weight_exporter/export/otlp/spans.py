@@ -31,6 +31,7 @@ from sglang_weight_exporter import __version__
 from sglang_weight_exporter.export.following import Finding
 from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
 from sglang_weight_exporter.records.costs import DISCARDED, FATES, UpdateCost
+from sglang_weight_exporter.records.engine import Device, Engine
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.records.weights import NAMED_CHANGES
 from sglang_weight_exporter.weight_table import WeightTable, with_names, without_fingerprints
@@ -114,10 +115,10 @@ def event_spans(
     captured_at = 0.0 if event.table is None else event.table.captured_at
     update = event.update
     common: dict[str, Any] = {
-        "resource": _resource(event),
-        "start_time": _nanoseconds(update.started_at),
+        "resource": rank_resource(event.rank_id, event.pid, event.engine, event.device),
+        "start_time": nanoseconds(update.started_at),
         # A clock that was set back meanwhile makes no span that ends before it begins.
-        "end_time": _nanoseconds(max(update.started_at, update.ended_at)),
+        "end_time": nanoseconds(max(update.started_at, update.ended_at)),
         "instrumentation_scope": SCOPE,
     }
     failed = Status(StatusCode.ERROR, update.message or "The update failed.")
@@ -243,19 +244,18 @@ def _context(event: Event, part: int) -> SpanContext:
     )
 
 
-def _nanoseconds(seconds: float) -> int:
+def nanoseconds(seconds: float) -> int:
     return round(seconds * 1e9)
 
 
-def _resource(event: Event) -> Resource:
-    """The rank that the span is about; ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES``
+def rank_resource(rank_id: str, pid: int, engine: Engine, device: Device | None = None) -> Resource:
+    """The rank that a span is about; ``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES``
     win."""
-    engine, device = event.engine, event.device
     attributes: dict[str, AttributeValue] = {
         "service.name": "sglang",
         "service.version": engine.sglang_version,
-        "service.instance.id": event.rank_id,
-        "process.pid": event.pid,
+        "service.instance.id": rank_id,
+        "process.pid": pid,
         "sglang.engine.name": engine.name,
         "sglang.engine.instance": engine.instance,
         "sglang.engine.group": engine.group,
@@ -264,7 +264,7 @@ def _resource(event: Event) -> Resource:
         "sglang.engine.version": engine.sglang_version,
         "sglang.engine.torch_version": engine.torch_version,
     }
-    if device.uuid:
+    if device is not None and device.uuid:
         # Semantic conventions for hardware.
         attributes |= {"hw.id": device.uuid, "hw.type": "gpu", "hw.name": device.product}
     return resource(attributes)
@@ -300,6 +300,7 @@ def _summary(event: Event, *, names: bool) -> Attributes:
         "succeeded": update.succeeded,
         "effect": update.effect,
         "message": update.message or None,
+        "failed_phase": update.failed_in,
         "model_path": update.model_path or None,
         "version": update.weight_version or None,
         "bytes_brought": update.nbytes,
@@ -345,5 +346,5 @@ def _cost(cost: UpdateCost) -> Attributes:
 
 
 def _span_events(events: list[Attributes], captured_at: float) -> list[SpanEvent]:
-    timestamp = _nanoseconds(captured_at)
+    timestamp = nanoseconds(captured_at)
     return [SpanEvent(TABLE_EVENT, attributes=each, timestamp=timestamp) for each in events]
