@@ -159,15 +159,18 @@ class Publisher:
 
     def _leaver(self, write_down: Callable[[], MemoryDump]) -> threading.Thread:
         def leave() -> None:
+            failure: Exception | None = None
             try:
                 dump = write_down()
                 with self._lock:
                     if self._store is not None:
                         self._store.leave_memory(dump)
             except Exception as error:
-                self._leaving = False  # The next step tries again.
-                self._report("memory", error)
-            self._leaving = False
+                failure = error
+            with self._lock:  # Not before it was said that this has begun.
+                self._leaving = False
+            if failure is not None:
+                self._report("memory", failure)
 
         return threading.Thread(target=leave, name="sglang-weight-exporter-memory", daemon=True)
 
