@@ -17,11 +17,11 @@ import msgspec
 
 from sglang_weight_exporter.export.following import Finding, TableFollower, is_left_by
 from sglang_weight_exporter.export.guard import Guard
+from sglang_weight_exporter.records.engine import Device
 from sglang_weight_exporter.store.reader import SnapshotReader
 from sglang_weight_exporter.store.tables import Table
 from sglang_weight_exporter.verification.checkpoint import CheckpointError
 from sglang_weight_exporter.verification.comparison import Comparison, compare
-from sglang_weight_exporter.verification.confirmed_loaders import host_device_kind
 from sglang_weight_exporter.verification.manifest import (
     Manifest,
     ManifestError,
@@ -51,9 +51,12 @@ def bytes_by_name(table: Table) -> dict[str, int]:
 
 
 def device_kind(table: Table) -> str:
-    """What a loader may ask of the device: its product's name, or what a CPU can do."""
-    product = next((each.product for each in table.devices if each.name == table.role.device), "")
-    return product or host_device_kind(table.role.device)
+    """What a loader may ask of the device: its product's name; of a CPU what weights are packed
+    for."""
+    name = table.role.device
+    device = next((each for each in table.devices if each.name == name), Device(name=name))
+    packing = f" with {device.packing}" if device.packing else ""
+    return device.product or name.partition(":")[0] + packing
 
 
 def own_key(

@@ -23,6 +23,8 @@ class Device(Record, frozen=True, kw_only=True):
     uuid: str = ""
     product: str = ""
     pci_bus_id: str = ""
+    #: What SGLang packs weights for on a CPU (``AMX``); empty where it leaves them as they are.
+    packing: str = ""
 
 
 class HookState(Record, frozen=True, kw_only=True):

@@ -270,3 +270,10 @@ def budget_of(runner: Any, free_before_load: float | None) -> MemoryBudget:
         before_load=int(free * 2**30) if isinstance(free, float | int) else None,
         token_limit=limit if isinstance(limit, int) else None,
     )
+
+
+def cpu_packing() -> str:
+    """What SGLang packs weights for on this CPU, which takes its kernels for CPUs as well
+    (``cpu_has_amx_support``, by which ``layers/amx_utils.py`` goes)."""
+    has_amx = getattr(sys.modules.get("sglang.srt.utils"), "cpu_has_amx_support", None)
+    return "AMX" if has_amx is not None and has_amx() else ""

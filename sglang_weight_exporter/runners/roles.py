@@ -163,7 +163,10 @@ class Roles:
         """Which piece of hardware a torch device is."""
         if device not in self._devices:
             try:
-                self._devices[device] = devices.describe(device)
+                found = devices.describe(device)
+                if device == "cpu":
+                    found = msgspec.structs.replace(found, packing=identity.cpu_packing())
+                self._devices[device] = found
             except Exception as error:
                 self._devices[device] = Device(name=device)
                 self._report("device", error)

@@ -20,8 +20,6 @@ from sglang_weight_exporter.records.base import Record
 
 #: Written by tests/zoo.
 PATH = Path(__file__).with_name("confirmed_loaders.json")
-#: Packs weights where the CPU has it: ``layers/amx_utils.py``.
-_AMX = re.compile(r"^flags\s*:.*\bamx_tile\b", re.MULTILINE)
 
 
 class Confirmed(Record, frozen=True, kw_only=True):
@@ -43,25 +41,13 @@ def pattern(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
-def host_device_kind(device: str, cpu_info: Path = Path("/proc/cpuinfo")) -> str:
-    """The kind of torch's device, and of a CPU whether this host's packs weights."""
-    kind = device.partition(":")[0]
-    if kind != "cpu":
-        return kind
-    try:
-        packs = _AMX.search(cpu_info.read_text())
-    except OSError:
-        packs = None
-    return "cpu with AMX" if packs else "cpu"
-
-
 @functools.cache
 def loaders() -> Loaders:
     return msgspec.json.decode(PATH.read_bytes(), type=Loaders)
 
 
 def confirmed(release: str, device: str, architecture: str, quantization: str) -> Confirmed | None:
-    """What was confirmed of this loader, if anything was. ``device``: a GPU's product, or a CPU's
-    kind."""
+    """What was confirmed of this loader, if anything was. ``device``: a GPU's product, or ``cpu``
+    with what its weights are packed for."""
     of_release = loaders().get(release, {}).get(device, {})
     return of_release.get(architecture, {}).get(quantization)

@@ -48,11 +48,10 @@ class Place:
     def serve(self, tensors: Arrays, **more: Any) -> None:
         self.ranks.append(serve(self.path / "run", tensors, **more))
 
-    def run_on(self, product: str) -> None:
-        """Have the last rank run on that device, whatever this host's processor is: one with AMX
-        packs weights."""
+    def run_on(self, product: str = "", packing: str = "") -> None:
+        """Have the last rank run on that device."""
         rank = self.ranks[-1]
-        rank.devices = (Device(name="cpu", product=product),)
+        rank.devices = (Device(name="cpu", product=product, packing=packing),)
         rank.write_again()
 
     def verify(self, *arguments: str) -> tuple[int, str]:
@@ -226,7 +225,6 @@ def test_an_index_that_chooses_among_duplicates(place: Place) -> None:
     place.checkpoint({NORM: stale, "ple.weight": noise(4, 4)}, "b.safetensors")
     place.index({**dict.fromkeys(WHOLE, "a.safetensors"), "ple.weight": "b.safetensors"})
     place.serve({**WHOLE, NORM: stale}, architecture="LlamaForCausalLM")
-    place.run_on("cpu")
     text = place.assert_healthy(0)
     assert "it is in a.safetensors and in b.safetensors" in text
 
@@ -335,10 +333,11 @@ def test_a_confirmed_architecture_with_other_bytes(place: Place) -> None:
     table, norm = noise(64, 32), noise(32)
     place.checkpoint({EMBEDDINGS: table, NORM: norm}, architectures=["LlamaForCausalLM"])
     place.serve({EMBEDDINGS: table, NORM: noise(32)}, architecture="LlamaForCausalLM")
-    place.run_on("cpu")
     status, text = place.verify()
     assert status == 1, text
     assert f"different  {NORM}" in text
+    place.run_on(packing="AMX")
+    assert f"cannot be compared  {NORM}" in place.assert_healthy(0)
 
 
 def test_what_quantization_leaves_as_it_is(place: Place) -> None:

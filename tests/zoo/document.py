@@ -122,7 +122,7 @@ def page(seen: Mapping[str, Any]) -> str:
     for release, devices in sorted(seen.items()):
         for device, models in sorted(devices.items()):
             ran = {name: model for name, model in models.items() if "error" not in model}
-            where = device.replace("cpu", "a CPU")
+            where = "a CPU" if device == "cpu" else device
             lines += [f"## SGLang {release} on {where}", ""]
             lines += ["| model | architecture | equal | proved | not done, and why |"]
             lines += ["|---|---|---|---|---|"]

@@ -25,8 +25,6 @@ from ranks import ExporterProcess
 from zoo import document
 from zoo_models import MODELS
 
-from sglang_weight_exporter.verification.confirmed_loaders import host_device_kind
-
 RELEASE = "0.5.23"
 #: Loaders that add, transpose, tie, fuse, stack and prefix.
 SIX = ("llama", "qwen2_tied", "gemma", "gpt2", "mixtral", "ernie4_5")
@@ -49,10 +47,9 @@ NO_GPU = {
 
 
 def seen() -> dict[str, Any]:
-    """On this kind of processor: one with AMX packs weights."""
-    found: dict[str, Any] = json.loads(document.SEEN.read_bytes())[RELEASE]
-    models: dict[str, Any] = found[host_device_kind("cpu")]
-    return models
+    """On a CPU that no weights are packed for, which takes SGLang's kernels for CPUs."""
+    found: dict[str, Any] = json.loads(document.SEEN.read_bytes())[RELEASE]["cpu"]
+    return found
 
 
 def load(newest: Installation, directory: Path, names: Sequence[str]) -> dict[str, Any]:
