@@ -40,6 +40,8 @@ class Recording:
     scrape_seconds: int = 5
     fleets: int = 1
     names: frozenset[str] = frozenset()
+    preset: str = "full"
+    """Of the metrics that are served."""
     changed: Callable[[int, str, float, float], float | None] = lambda host, name, at, value: value
     """A sample of a host as it is to be kept, by its seconds since the start."""
 
@@ -87,7 +89,11 @@ async def scrapes(
     accounts = [GpuAccounts() for _ in range(HOSTS)]
     expositions = [
         Exposition(
-            partial(views.__getitem__, host), Nothing(), exemplars=lambda: False, guard=Guard()
+            partial(views.__getitem__, host),
+            Nothing(),
+            exemplars=lambda: False,
+            guard=Guard(),
+            metrics=(recording.preset,),
         )
         for host in range(HOSTS)
     ]
