@@ -275,3 +275,28 @@ def test_configuration_in_the_documentation_is_accepted(tmp_path: Path, block: i
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(fragment))
     agent = ["--agent"] if "remote_write" in fragment else []
     run("promtool", "check", "config", *agent, tmp_path / "prometheus.yml")
+
+
+# --- scrape configurations ----------------------------------------------------------------------
+
+
+def scrape_configurations() -> dict[str, dict[str, Any]]:
+    """Those that are shipped and those that documents show, by file and job."""
+    compose = DASHBOARDS / "compose" / "prometheus.yml"
+    texts = [(compose, compose.read_text())]
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        blocks = re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+        texts += [(page, block) for block in blocks if "scrape_configs:" in block]
+    return {
+        f"{path.name} {job['job_name']} {number}": job
+        for number, (path, text) in enumerate(texts)
+        for job in yaml.safe_load(text)["scrape_configs"]
+    }
+
+
+def test_what_a_scrape_adds_replaces_no_label_of_the_exporter() -> None:
+    """`role` of LeaderWorkerSet's examples, `version` of Istio's."""
+    found = scrape_configurations()
+    assert len(found) > 4
+    ours = {name: job for name, job in found.items() if "dcgm" not in name}
+    assert {name for name, job in ours.items() if job.get("honor_labels") is not True} == set()

@@ -469,7 +469,11 @@ def samples(notation: str) -> list[str]:
 def losing_a_scrape(scenario: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
     """The scenario, in which no target answers in the minute after the alert, and all do again in
     the next. That the alert fires in both."""
-    at = int(case["eval_time"].removesuffix("m"))
+    units = dict.fromkeys("hm", 0) | {
+        unit: int(number) for number, unit in re.findall(r"(\d+)([hm])", case["eval_time"])
+    }
+    at = 60 * units["h"] + units["m"]
+    step = int(scenario["interval"].removesuffix("m"))
     targets = {
         "{" + ",".join(re.findall(r'\b(?:cluster|namespace|job|instance)="[^"]*"', each["series"]))
         for each in scenario["input_series"]
@@ -480,7 +484,8 @@ def losing_a_scrape(scenario: dict[str, Any], case: dict[str, Any]) -> dict[str,
     series = [each for each in series if each["series"] not in known] + scenario["input_series"]
     lost = []
     for each in series:
-        values = [*samples(each["values"]), *"___"][: at + 3] + ["_"] * (at + 3)
+        # As if it were scraped each minute.
+        values = [one for one in samples(each["values"]) for _ in range(step)] + ["_"] * (at + 3)
         # What a rule of the user's records is not scraped.
         if ":" not in each["series"].partition("{")[0] and values[at + 1] not in "_stale":
             values[at + 1] = "0" if each["series"].startswith("up{") else "stale"
