@@ -297,6 +297,7 @@ class Rank:
         """Capture roles before the next step: something else than an update has changed them.
         ``loaded``: a load, just now; ``complete``: all is loaded that will be."""
         with self._lock, self._reported("capture"):
+            self._black_box.watch()
             seconds = self._fingerprint_seconds(load=True) if complete else None
             self._capture(*roles, loaded=loaded, pools=pools, fingerprint_seconds=seconds)
 
