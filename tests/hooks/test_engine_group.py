@@ -104,6 +104,7 @@ def test_two_hosts_of_an_engine_are_one_group_and_one_trace(tmp_path: Path) -> N
     assert [host.engine.nodes for host in (first, second)] == [2, 2]
     # Before the ranks have met nobody can know; a load that is told later has the right trace.
     assert first.before.group == second.before.group == ""
+    assert first.before.meets_at == second.before.meets_at == ADDRESS  # By which they have a name.
     assert first.traces() == second.traces()
 
 
@@ -124,6 +125,7 @@ def test_an_engine_whose_address_is_not_known_is_no_group(tmp_path: Path) -> Non
 def test_an_engine_on_one_host_is_a_group_at_once(tmp_path: Path) -> None:
     host = Host(tmp_path, 0, seed=7, nnodes=1, dist_init_addr=None)
     assert host.before.group == host.engine.group == host.engine.instance
+    assert host.engine.meets_at == ""
 
 
 @pytest.fixture
