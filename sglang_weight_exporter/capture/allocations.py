@@ -5,8 +5,9 @@ next begins, and what the memory saver has of them."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -119,15 +120,8 @@ class Segments:
     @classmethod
     def of_cuda(cls) -> Segments:
         """Those of all GPUs that this process uses."""
-        # The snapshot is thousands of dictionaries that are gone in a moment; counted as new ones
-        # they would have Python collect garbage, which takes an engine up to a second.
-        collecting = gc.isenabled()
-        gc.disable()
-        try:
+        with no_collections():
             return cls.of_snapshot(memory_segments())
-        finally:
-            if collecting:
-                gc.enable()
 
     @classmethod
     def of_snapshot(cls, snapshot: Iterable[dict[str, Any]]) -> Segments:
@@ -179,6 +173,19 @@ class Segments:
 
 #: torch's name of the pool that tensors come from unless somebody says otherwise.
 DEFAULT_POOL = (0, 0)
+
+
+@contextlib.contextmanager
+def no_collections() -> Iterator[None]:
+    """Around what makes thousands of dictionaries that are gone soon: counted as new ones they
+    would have Python collect garbage, which takes an engine up to a second."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def memory_segments(*, traces: bool = False) -> list[dict[str, Any]]:

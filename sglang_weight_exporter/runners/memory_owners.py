@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from sglang_weight_exporter.capture.account import OwnedStorages
-from sglang_weight_exporter.capture.allocations import memory_segments
+from sglang_weight_exporter.capture.allocations import memory_segments, no_collections
 from sglang_weight_exporter.capture.object_tensors import Storage
 from sglang_weight_exporter.records.memory import MemoryDump, MemoryOwner, MemoryPart
 from sglang_weight_exporter.runners import pools as runner_pools
@@ -41,7 +41,8 @@ def dump_memory(captures: Captures, *, at: float) -> Callable[[], MemoryDump] | 
     """
     if not torch.cuda.is_initialized():
         return None
-    segments = memory_segments(traces=True)
+    with no_collections():
+        segments = memory_segments(traces=True)
     captures.capture_tables()
     held = [(role, replace(each)) for role, each in captures]
     graph_pools = tuple(runner_pools.graph_pools() or ())

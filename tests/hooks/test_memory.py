@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import gc
+import json
 import os
 import threading
 from collections.abc import Callable
@@ -195,6 +197,30 @@ def test_memory_that_cannot_be_written_down_costs_nothing_else(
     monkeypatch.setattr(ModelRunnerInspector, "dump_memory", lambda inspector: None)
     assert scheduler.update_weights_from_disk(Request()).success
     assert not directory(rank).memory_is_wanted
+
+
+def test_memory_is_written_down_as_it_was_read(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = rank.runner()
+    inspector = rank.installation.translator._rank.inspector
+    collecting = []
+    blocks = [{"size": 512, "state": "inactive", "frames": []}]
+    segments = [{"address": address, "blocks": blocks} for address in range(3)]
+
+    def read(*, traces: bool) -> list[dict[str, Any]]:
+        collecting.append(gc.isenabled())
+        return segments
+
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("sglang_weight_exporter.runners.memory_owners.memory_segments", read)
+    write_down = inspector.dump_memory()
+    assert write_down is not None
+    assert collecting == [False]  # A history is thousands of objects.
+    assert gc.isenabled()
+    runner.model = None
+    rank.scheduler(runner).update_weights_from_disk(Request())  # And the engine goes on.
+    dump = write_down()
+    assert json.loads(dump.segments) == segments
+    assert len(dump.owners) == 2
 
 
 def test_names_of_weights_are_those_of_the_table(rank: Rank) -> None:
