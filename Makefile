@@ -172,7 +172,7 @@ demo-simulated: wheel
 benchmark: wheel
 	@$(environment) sglang $(NEWEST) $(MAIN)
 	$(call install-wheel,$(MAIN),--group test)
-	for program in startup pointer_table event_queue update update_steps reader_interference otlp scrape throughput; do
+	for program in startup pointer_table event_queue update update_steps waiting_requests reader_interference otlp scrape throughput; do
 	  $(call say,$$program)
 	  $(MAIN)/bin/python benchmarks/$$program.py
 	done

@@ -30,4 +30,10 @@ def describe(name: str) -> Device:
             f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}"
             f":{properties.pci_device_id:02X}.0"
         )
-    return Device(name=name, uuid=uuid, product=properties.name, pci_bus_id=bus)
+    return Device(
+        name=name,
+        uuid=uuid,
+        product=properties.name,
+        pci_bus_id=bus,
+        integrated=bool(getattr(properties, "is_integrated", False)),
+    )

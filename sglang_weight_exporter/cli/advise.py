@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
@@ -29,7 +29,7 @@ from sglang_weight_exporter.cli.worst_moment import (
 )
 from sglang_weight_exporter.export.gpu_account import GpuAccount, GpuAccounts, RankOnGpu
 from sglang_weight_exporter.export.guard import Guard
-from sglang_weight_exporter.export.nvml import Nvml
+from sglang_weight_exporter.export.nvml import GpuMemory, Nvml
 from sglang_weight_exporter.records.memory import DeviceMemory
 from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.reader import SnapshotReader
@@ -85,13 +85,15 @@ def run(arguments: argparse.Namespace) -> int:
     runtime_dir = RuntimeDir.find(settings.runtime_dir, os.environ)
     snapshots = [each for _, each in SnapshotReader(runtime_dir).read()]
     nvml = Nvml(Guard())
-    gpus = [each for each in nvml.read() if each.used_bytes is not None]
+    of_host = _of_host(snapshots)
+    gpus = [of_host.get(each.uuid, each) for each in nvml.read()]
+    gpus = [each for each in gpus if each.used_bytes is not None]
     accounts = GpuAccounts().read(snapshots, gpus, time.monotonic())
-    worst: Callable[[GpuAccount], Worst] = since_the_start
-    if arguments.prometheus:
 
-        def worst(account: GpuAccount) -> Worst:
-            return from_prometheus(arguments.prometheus, arguments.range, account, time.time())
+    def worst(account: GpuAccount) -> Worst:
+        if arguments.prometheus is None or account.gpu.uuid in of_host:
+            return since_the_start(account)
+        return from_prometheus(arguments.prometheus, arguments.range, account, time.time())
 
     advices: dict[str, list[Advice]] = {}
     for account in accounts:
@@ -127,8 +129,8 @@ def _source(prometheus: str | None) -> str:
     if prometheus:
         return (
             f"The worst moment is the most in use, looked at once a second, that {prometheus} has "
-            "seen since the engines of the GPU were started as they are, and while none of them "
-            "had its memory released."
+            "seen since the engines of the GPU were started as they are, while no other was on it "
+            "and none had its memory released."
         )
     return (
         "The worst moment is what torch's peaks since the start add to what is in use now, as if "
@@ -206,11 +208,18 @@ def lines(engine: str, advice: Advice, ranks: int, keep: int) -> list[str]:
         f"  worst rank      {rank.snapshot.ranks} on GPU {gpu.index}, {gpu.uuid}",
         f"  free at worst   {advice.room:,} bytes of {gpu.total_bytes:,}{seen}",
     ]
+    if _is_integrated(advice.rank.snapshot, gpu.uuid):
+        found.append(
+            "                  of the host's memory, which is this GPU's: SGLang reckons with what "
+            "the host has available when it starts, and so does this, with what it has now"
+        )
     together = len(advice.gpu.ranks)
     if together > 1:
+        engines = sorted({each.snapshot.engine.name for each in advice.gpu.ranks})
         found.append(
-            f"                  shared by {together} ranks, {advice.share:,} bytes each: what "
-            "follows holds if all are changed, and started in the same order"
+            f"                  shared by {together} ranks (of {' and '.join(engines)}), "
+            f"{advice.share:,} bytes each: what follows holds if all are changed, and started in "
+            "the same order"
         )
     if advice.token_bytes:
         found.append(
@@ -339,22 +348,43 @@ def _of_torch(snapshot: Snapshot, memory: DeviceMemory, problem: str) -> list[st
             f"  not known       what was free at worst: NVML cannot be read ({problem}). No "
             "fraction is advised.",
         ]
-    available = _available()
+    available = _host_memory()
     if available is not None:
-        found.append(f"  host's memory   {available:,} bytes available now")
+        found.append(f"  host's memory   {available[1]:,} bytes available now")
     found.append(
         "  not known       what was free at worst: the driver does not say how much memory this "
-        "GPU has in use, as where it shares the host's (GB10), or does not know this GPU here. No "
-        "fraction is advised."
+        "GPU has in use, or does not know this GPU here. No fraction is advised."
     )
     return found
 
 
-def _available() -> int | None:
-    """As the kernel reckons it. A GPU without memory of its own takes from that."""
+# GPUs whose memory is the host's.
+
+
+def _of_host(snapshots: Iterable[Snapshot]) -> dict[str, GpuMemory]:
+    """Each of them by its UUID, with the host's memory in place of what no driver says. SGLang does
+    the same: ``get_available_gpu_memory`` asks the host there (read in 0.5.23)."""
+    host = _host_memory()
+    if host is None:
+        return {}
+    total, available = host
+    return {
+        device.uuid: GpuMemory(device.uuid, 0, total, total - available)
+        for snapshot in snapshots
+        for device in snapshot.devices
+        if device.integrated
+    }
+
+
+def _is_integrated(snapshot: Snapshot, uuid: str) -> bool:
+    return any(each.integrated for each in snapshot.devices if each.uuid == uuid)
+
+
+def _host_memory() -> tuple[int, int] | None:
+    """All of it, and what is available, as the kernel reckons that."""
     try:
         with open("/proc/meminfo") as file:  # noqa: PTH123
-            found = re.search(r"^MemAvailable:\s+(\d+) kB$", file.read(), re.MULTILINE)
-    except OSError:
+            found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", file.read(), re.MULTILINE))
+        return int(found["MemTotal"]) * 1024, int(found["MemAvailable"]) * 1024
+    except (OSError, KeyError):
         return None
-    return None if found is None else int(found[1]) * 1024

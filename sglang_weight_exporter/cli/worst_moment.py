@@ -54,18 +54,26 @@ class _Answer(msgspec.Struct):
 
 
 def most_used_query(uuid: str, seconds: int) -> str:
-    """The most that was in use of a GPU while no rank on it had its memory released: what another
-    process takes meanwhile it gives back. The gauge is of the last minute, so what was released
-    within that counts too."""
+    """The most that was in use of a GPU while it had the engines that it has now, and none had its
+    memory released: what another process takes meanwhile it gives back. The gauge is of the last
+    minute, so what was so within that counts too."""
     gpu = f'{{gpu_uuid="{uuid}"}}'
+    there = f"sglang_weight_loaded_timestamp_seconds{gpu}"
+    count = "count(count by (engine, role, tp_rank, pp_rank, dp_rank)"
+    others = f"{count} (max_over_time({there}[2m]))) != {count} ({there} @ end()))"
+    released = " or ".join(
+        f"max(max_over_time({metric}{gpu}[2m])) > 0"
+        for metric in ("sglang_rank_memory_released_bytes", "sglang_gpu_memory_resume_bytes")
+    )
     return (
         f"max(max_over_time((max(sglang_gpu_memory_used_max_bytes{gpu}) unless on () "
-        f"(max(max_over_time(sglang_rank_memory_released_bytes{gpu}[2m])) > 0))[{seconds}s:30s]))"
+        f"({released}) unless on () ({others}))[{seconds}s:30s]))"
     )
 
 
 def from_prometheus(url: str, span: int, account: GpuAccount, now: float) -> Worst:
-    """Since the youngest engine of the GPU was started: before, it was shared in another way.
+    """Since the youngest engine of the GPU was started: before, it was shared in another way, and
+    whoever was there and left is told by what Prometheus has.
     Raises :class:`CommandError`."""
     started = max(rank.snapshot.started_at for rank in account.ranks)
     # The first minute still has what was there before.
@@ -91,7 +99,8 @@ def from_prometheus(url: str, span: int, account: GpuAccount, now: float) -> Wor
     if not most:
         raise CommandError(
             f"{url} has no sglang_gpu_memory_used_max_bytes of {account.gpu.uuid} in the last "
-            f"{duration(seconds)} in which no memory was released: does it scrape this exporter?"
+            f"{duration(seconds)} in which no memory was released and no other engine was there: "
+            "does it scrape this exporter?"
         )
     return Worst(int(most[0]), seconds)
 

@@ -32,7 +32,7 @@ class Holds:
     def end(self) -> None:
         """A call of an update has ended."""
         if self._rank.ledger.costs.holding:
-            waiting = self._waiting()
+            waiting = self._rank.inspector.has_requests()
             self._rank.step(
                 lambda ledger: ledger.costs.release(
                     waiting=waiting, in_progress=ledger.updates.in_progress
@@ -48,13 +48,10 @@ class Holds:
     def continue_generation(self) -> None:
         """Generation goes on."""
         if self._rank.ledger.costs.holding:
-            waiting = self._waiting()
+            waiting = self._rank.inspector.has_requests()
             self._rank.step(
                 lambda ledger: ledger.costs.continue_generation(waiting=waiting), then=""
             )
-
-    def _waiting(self) -> bool:
-        return bool(self._rank.inspector.requests())
 
     def _notify(self, notify: Callable[[Ledger], None]) -> None:
         self._rank.step(notify, then="")

@@ -25,6 +25,8 @@ class Device(Record, frozen=True, kw_only=True):
     pci_bus_id: str = ""
     #: What SGLang packs weights for on a CPU (``AMX``); empty where it leaves them as they are.
     packing: str = ""
+    #: Its memory is the host's (GB10).
+    integrated: bool = False
 
 
 class HookState(Record, frozen=True, kw_only=True):

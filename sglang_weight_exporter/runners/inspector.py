@@ -30,7 +30,11 @@ from sglang_weight_exporter.runners.memory_owners import (
 )
 from sglang_weight_exporter.runners.out_of_memory import describe_out_of_memory
 from sglang_weight_exporter.runners.prefix_cache import cached_tokens
-from sglang_weight_exporter.runners.requests import count_version_events, live_requests
+from sglang_weight_exporter.runners.requests import (
+    count_version_events,
+    has_live_requests,
+    live_requests,
+)
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
 from sglang_weight_exporter.runners.shares import RoleShares
 
@@ -144,6 +148,10 @@ class ModelRunnerInspector:
         """Requests that run or wait now; ``None`` where there is no scheduler, or it cannot be
         read."""
         return self._of_scheduler("requests", live_requests)
+
+    def has_requests(self) -> bool:
+        """Whether one runs or waits now, as far as that can be read."""
+        return self._of_scheduler("requests", has_live_requests) or False
 
     def version_events(self) -> int | None:
         """As :func:`~sglang_weight_exporter.runners.requests.count_version_events`."""

@@ -24,6 +24,12 @@ def live_requests(scheduler: Any) -> LiveRequests:
     return LiveRequests(running=running, queued=queued)
 
 
+def has_live_requests(scheduler: Any) -> bool:
+    """Whether there is one; the others are not asked for it."""
+    queued = scheduler.waiting_queue or _of_grammars(scheduler)
+    return bool(queued) or any(True for _ in _running(scheduler))
+
+
 def goes_on(request: Any) -> bool:
     """Whether a request is neither finished nor about to be, because it is aborted."""
     aborted = getattr(request, "to_finish", None) or getattr(request, "to_abort", False)

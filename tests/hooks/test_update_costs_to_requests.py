@@ -296,5 +296,5 @@ def test_target_and_draft_are_one_update_to_those_who_wait(engine: Engine) -> No
 def test_requests_of_another_form_cost_only_their_count(engine: Engine) -> None:
     engine.scheduler.waiting_queue = [object()]
     engine.update(seconds=3)
-    assert engine.rank.installation.errors == {"requests": 2}
+    assert engine.rank.installation.errors == {"requests": 1}
     assert engine.scheduler.run_batch(SimpleNamespace(reqs=[object()])) == "result"

@@ -14,12 +14,20 @@ from sglang_weight_exporter.cli.worst_moment import most_used_query
 
 def test_the_worst_moment_of_the_engine_alone(tmp_path: Path) -> None:
     """79 were in use under an earlier configuration, 20 to 30 since, and 78 while a trainer had the
-    memory that the engine had released; another GPU is none of its business."""
+    memory that the engine had released, of which only the exporter's default says so; another GPU
+    is none of its business. On a third another engine was there for 40 minutes."""
     used = {
         'gpu_uuid="GPU-1", instance="a"': "79x60 20x60 25x60 78x60 30x60",
         'gpu_uuid="GPU-1", instance="b"': "79x60 20x60 25x60 78x60 30x60",
         'gpu_uuid="GPU-2"': "80x300",
+        'gpu_uuid="GPU-3"': "79x164 40x136",
+        'gpu_uuid="GPU-4"': "78x240 60x60",
     }
+    loaded = {
+        'gpu_uuid="GPU-3", engine="30000", role="target"': "1x300",
+        'gpu_uuid="GPU-3", engine="30001", role="target"': "1x160 stale",
+    }
+    resume = {'gpu_uuid="GPU-4", gpu="0"': "30x237 stale"}
     released = {
         'gpu_uuid="GPU-1", tp_rank="0"': "0x177 18x66 0x57",
         'gpu_uuid="GPU-1", tp_rank="1"': "0x300",
@@ -29,6 +37,8 @@ def test_the_worst_moment_of_the_engine_alone(tmp_path: Path) -> None:
         for name, each in (
             ("sglang_gpu_memory_used_max_bytes", used),
             ("sglang_rank_memory_released_bytes", released),
+            ("sglang_weight_loaded_timestamp_seconds", loaded),
+            ("sglang_gpu_memory_resume_bytes", resume),
         )
         for labels, values in each.items()
     ]
@@ -38,6 +48,8 @@ def test_the_worst_moment_of_the_engine_alone(tmp_path: Path) -> None:
         (most_used_query("GPU-1", 59 * 60), 30),
         (most_used_query("GPU-1", 30 * 60), 30),
         (most_used_query("GPU-2", 30 * 60), 80),
+        (most_used_query("GPU-3", 74 * 60), 40),
+        (most_used_query("GPU-4", 74 * 60), 60),
     ]
     tests = {
         "evaluation_interval": "15s",
@@ -62,4 +74,6 @@ def test_the_worst_moment_of_the_engine_alone(tmp_path: Path) -> None:
 
 def repeated(piece: str) -> str:
     value, _, times = piece.partition("x")
+    if not times:
+        return value
     return f"{value}x{int(times) - 1}"

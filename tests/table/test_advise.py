@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 from published import Command, PublishedRank
 
@@ -121,7 +122,7 @@ def test_what_is_free_is_shared_by_the_engines_of_a_gpu() -> None:
     fraction, tokens = advise.suggested(advices["rank1"], 0) or (0, 0)
     assert fraction == pytest.approx(0.8, abs=0.001)
     assert tokens == pytest.approx(300_000, rel=0.002)
-    assert f"shared by 2 ranks, {10 * GIB:,} bytes" in said(found, most_used=60 * GIB)
+    assert f"shared by 2 ranks (of 30000), {10 * GIB:,} bytes" in said(found, most_used=60 * GIB)
 
 
 def test_costs_are_those_of_this_engine() -> None:
@@ -248,21 +249,46 @@ def test_durations() -> None:
         assert seconds_of(text) == seconds
 
 
-def test_a_gpu_that_shares_the_host_s_memory(
+#: NVML knows the GPU, and not its memory.
+GB10 = """
+class NVMLError(Exception): value = 3
+def _no(*_, **__): raise NVMLError('Not Supported')
+nvmlMemory_v2 = 0
+nvmlInit = lambda: None
+nvmlDeviceGetCount = lambda: 1
+nvmlDeviceGetHandleByIndex = lambda index: index
+nvmlDeviceGetUUID = lambda gpu: 'GPU-1'
+nvmlDeviceGetMemoryInfo = nvmlDeviceGetMigMode = _no
+nvmlDeviceGetComputeRunningProcesses = _no
+"""
+
+
+@pytest.mark.parametrize("arguments", [(), ("--prometheus", "http://127.0.0.1:9")])
+def test_a_gpu_whose_memory_is_the_host_s(
+    rank: PublishedRank, command: Command, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    """What is free is what the kernel says, less what torch once had more: 4 GiB."""
+    (tmp_path / "pynvml.py").write_text(GB10)
+    found = snapshot()
+    devices = (msgspec.structs.replace(found.devices[0], integrated=True),)
+    found = msgspec.structs.replace(found, rank_id=rank.store.rank_id, devices=devices)
+    rank.store.write_snapshot(found)
+    done = command("advise", *arguments, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    text = done.stdout.decode()
+    free = re.search(r"free at worst   (-?[\d,]+) bytes of ([\d,]+)", text)
+    assert free is not None, text
+    memory = psutil.virtual_memory()
+    assert int(free[2].replace(",", "")) == memory.total
+    assert int(free[1].replace(",", "")) == pytest.approx(memory.available - 4 * GIB, abs=GIB)
+    assert "of the host's memory, which is this GPU's" in text
+    assert "--mem-fraction-static" in text or "something else has to go first" in text
+
+
+def test_a_gpu_whose_memory_no_driver_says(
     rank: PublishedRank, command: Command, tmp_path: Path
 ) -> None:
-    """GB10: NVML knows the GPU, and not its memory."""
-    (tmp_path / "pynvml.py").write_text(
-        "class NVMLError(Exception): value = 3\n"
-        "def _no(*_, **__): raise NVMLError('Not Supported')\n"
-        "nvmlMemory_v2 = 0\n"
-        "nvmlInit = lambda: None\n"
-        "nvmlDeviceGetCount = lambda: 1\n"
-        "nvmlDeviceGetHandleByIndex = lambda index: index\n"
-        "nvmlDeviceGetUUID = lambda gpu: 'GPU-1'\n"
-        "nvmlDeviceGetMemoryInfo = nvmlDeviceGetMigMode = _no\n"
-        "nvmlDeviceGetComputeRunningProcesses = _no\n"
-    )
+    (tmp_path / "pynvml.py").write_text(GB10)
     rank.store.write_snapshot(msgspec.structs.replace(snapshot(), rank_id=rank.store.rank_id))
     done = command("advise", PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
