@@ -5,7 +5,7 @@
 By default 125 hosts of 8 ranks, 1,000 GPUs, scraped every 15 s for 240 s, as `serve --simulate 1x8`
 serves them, and the shipped rules as often. Five exporters that were started a few seconds apart
 stand for all hosts: each is scraped under many `instance` labels, and relabelling gives every host
-GPUs of its own. What one rank has is counted first. 1,250 hosts take 8 GB of memory.
+GPUs of its own. What one rank has is counted first. 1,250 hosts take 5 GB of memory.
 
   --interval SECONDS  between scrapes and between evaluations
   --drop REGEX        leaves series out by name at the scrape, as `metric_relabel_configs` do
