@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from sglang_weight_exporter.export.nvml import GpuMemory
+from sglang_weight_exporter.export.nvml import DEADLINE_SECONDS, GpuMemory
 from sglang_weight_exporter.records.memory import MEMORY_PARTS, DeviceMemory
 from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.store.namespaces import HOST_PIDS, pid_namespace
@@ -176,7 +176,8 @@ class GpuAccounts:
         ends = self._namespace == HOST_PIDS and any(
             pid in self._were_ranks and pid not in living for pid in gpu.processes or ()
         )
-        return gpu.changing or unsaid or ends
+        earlier = any(_is_earlier(gpu, memory) for _, memory in ranks)
+        return gpu.changing or unsaid or ends or earlier
 
     def _of_processes(self, gpu: GpuMemory, ranks: list[Snapshot]) -> dict[str, int]:
         """Rank → bytes of its process, where it is known which one that is.
@@ -223,10 +224,11 @@ class GpuAccounts:
         used: int,
         kept: dict[Hashable, int],
     ) -> int | None:
-        """What processes have beside torch's memory; ``None`` where captures are out of date."""
+        """What processes have beside torch's memory; ``None`` where it was read at another time
+        than theirs."""
         ranks = list(ranks)
         beside = used - sum(memory.physical for _, memory in ranks)
-        if beside < 0:
+        if beside < 0 or any(_is_earlier(gpu, memory) for _, memory in ranks):
             return None
         key = (gpu.uuid, *((snapshot.rank_id, memory.at) for snapshot, memory in ranks))
         least = min(beside, kept.get(key, beside))
@@ -280,6 +282,12 @@ class GpuAccounts:
             return sum(each for each in used if each is not None), others
         # Which is which is not known, but as many processes as ranks can be nobody else's.
         return (total, 0) if len(known) == ranks == len(gpu.processes) else (None, 0)
+
+
+def _is_earlier(gpu: GpuMemory, memory: DeviceMemory) -> bool:
+    """Whether the driver was asked before the rank read its memory, and so may not know of what it
+    has just taken or let go; no reading is as old as a clock that was set back would make it."""
+    return gpu.read_at is not None and 0 < memory.at - gpu.read_at < 2 * DEADLINE_SECONDS
 
 
 def ranks_on_gpus(accounts: Iterable[GpuAccount]) -> Iterator[RankOnGpu]:

@@ -37,6 +37,8 @@ class GpuMemory:
     processes: dict[int, int] | None = None
     #: Whether it had other bytes in use when its processes had been read than before.
     changing: bool = False
+    #: When it was read, in seconds since the epoch; ``None``: just now.
+    read_at: float | None = None
 
 
 #: So much may come and go while a GPU is read.
@@ -54,11 +56,12 @@ class Nvml:
     """Reads all GPUs, and takes hold of the driver anew after a failure. May block for as long as
     the driver does.
 
-    ``guard``: counts what goes wrong with one GPU, and logs it once.
+    ``guard``: counts what goes wrong with one GPU, and logs it once; ``clock``: that of the ranks.
     """
 
-    def __init__(self, guard: Guard) -> None:
+    def __init__(self, guard: Guard, clock: Callable[[], float] = time.time) -> None:
         self._guard = guard
+        self._clock = clock
         self._nvml: Any = None
         self._logged: set[str] = set()
         #: Why the last reading has no GPU; empty where it could be had.
@@ -114,6 +117,7 @@ class Nvml:
     def _gpu(self, handle: Any, index: int) -> GpuMemory:
         uuid = _text(self._nvml.nvmlDeviceGetUUID(handle))
         memory = processes = None
+        read_at = self._clock()
         with self._step(f"The memory of {uuid}"):
             memory = self._memory(handle)
         with self._step(f"Processes that have memory of {uuid}"):
@@ -129,6 +133,7 @@ class Nvml:
             reserved_bytes=getattr(memory, "reserved", None),
             processes=processes,
             changing=abs(grown) > _UNCHANGED_BYTES,
+            read_at=read_at,
         )
 
     def _memory(self, handle: Any) -> Any:

@@ -125,6 +125,22 @@ def test_an_account_is_absent_while_something_is_under_way_that_no_rank_has_said
     assert named(read(accounts, said, more, 4.0))["since_look"] == gigabytes  # And stays.
 
 
+def test_a_reading_from_before_a_capture_says_nothing_of_it() -> None:
+    """A resume takes 600 bytes; NVML was asked last when they were gone, and is asked again."""
+    accounts, resumed = GpuAccounts(HOST_PIDS), [rank(7, weights=1000, at=5.0)]
+    before = dataclasses.replace(gpu(700 + 600, {7: 700 + 600}), read_at=4.5)
+    found = read(accounts, resumed, before, 5.1)
+    assert found.parts is None
+    assert found.ranks[0].outside_torch is None
+    after = dataclasses.replace(gpu(1700, {7: 1700}), read_at=5.5)
+    found = read(accounts, resumed, after, 5.6)
+    assert (named(found)["outside_torch"], found.ranks[0].outside_torch) == (700, 700)
+    assert "since_look" not in named(found)
+    # A clock that was set back an hour says nothing of which came first.
+    set_back = dataclasses.replace(after, read_at=5.5 - 3600)
+    assert named(read(accounts, resumed, set_back, 6.0))["outside_torch"] == 700
+
+
 def test_a_rank_that_ends_is_not_taken_for_somebody_else() -> None:
     accounts, stays = GpuAccounts(HOST_PIDS), rank(8, weights=500)
     both = gpu(1900, {7: 1300, 8: 600})

@@ -122,22 +122,6 @@ def outside(
     return found
 
 
-def test_parts_follow_what_flushes_and_batches_leave_in_what_is_reserved(
-    engine: GpuEngine, gpu_engines: GpuEngines, record_property: Record
-) -> None:
-    """From the first flush after the start on, lists of free slots are made anew in what was free
-    before; nothing that is reserved changes then, and no segment is read."""
-    for round_ in range(6):
-        if round_ >= 2:
-            status, _ = engine.engine.post(
-                "/generate", {"text": "a b c", "sampling_params": {"max_new_tokens": 1 + round_}}
-            )
-            assert status == 200
-        if round_ % 2:
-            assert engine.engine.flush_cache()[0] == 200
-        closes(engine, gpu_engines.checkpoints["b"], record_property, f"round {round_}")
-
-
 def test_the_account_closes_at_every_moment(
     engine: GpuEngine, gpu_engines: GpuEngines, record_property: Record
 ) -> None:
@@ -174,6 +158,22 @@ def test_the_account_closes_at_every_moment(
         checkpoint = gpu_engines.checkpoints["a"] if "weights" in tags else None
         assert closes(engine, checkpoint, record_property, f"resumed {name}") == generated
         assert one(engine, "released") == 0
+
+
+def test_parts_follow_what_flushes_and_batches_leave_in_what_is_reserved(
+    engine: GpuEngine, gpu_engines: GpuEngines, record_property: Record
+) -> None:
+    """From the first flush after the start on, lists of free slots are made anew in what was free
+    before; nothing that is reserved changes then, and no segment is read."""
+    for round_ in range(6):
+        if round_ >= 2:
+            status, _ = engine.engine.post(
+                "/generate", {"text": "a b c", "sampling_params": {"max_new_tokens": 1 + round_}}
+            )
+            assert status == 200
+        if round_ % 2:
+            assert engine.engine.flush_cache()[0] == 200
+        closes(engine, gpu_engines.checkpoints["b"], record_property, f"round {round_}")
 
 
 def test_reserved_memory_grows_with_a_loader_that_leaks_and_with_no_other(

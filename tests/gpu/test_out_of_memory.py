@@ -70,6 +70,9 @@ def doomed(tmp_path: Path) -> Iterator[GpuEngine]:
     engines = GpuEngines(tmp_path)
     engines.install_probe()
     engines.checkpoints = {"a": write_checkpoint(tmp_path / "a", 0)}
+    config = tmp_path / "a" / "config.json"
+    longer = json.loads(config.read_text()) | {"max_position_embeddings": 16384}
+    config.write_text(json.dumps(longer))
     engines.start("doomed_engine")
     running = engines.engines["doomed_engine"]
     try:
