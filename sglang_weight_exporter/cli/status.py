@@ -21,6 +21,7 @@ from sglang_weight_exporter.records.costs import DISCARDED, FATES, UpdateCost
 from sglang_weight_exporter.records.engine import HookState
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import Update, UpdateInProgress
+from sglang_weight_exporter.store.ended import ended_ranks
 from sglang_weight_exporter.store.locks import is_held
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader, read_endpoint
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
@@ -79,6 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
             "SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR, with SGLANG_WEIGHT_EXPORTER_DISABLED, or with an "
             "SGLANG_PLUGINS that does not name sglang_weight_exporter."
         )
+        if ended := ended_ranks(runtime_dir):
+            problems.append(f"{ended[0]}. `status --last` says more.")
     now = time.time()
     for snapshot in sorted(snapshots, key=lambda each: each.order):
         problems += _print_rank(snapshot, now, verbose=arguments.verbose)
@@ -288,7 +291,8 @@ def _cost_line(cost: UpdateCost) -> str:
 def _update_line(update: Update, now: float) -> str:
     when = datetime.fromtimestamp(update.ended_at, tz=timezone.utc).isoformat(timespec="seconds")
     what = "load" if update.source is None else f"update from {update.source}"
-    outcome = "succeeded" if update.succeeded else f"failed (weights {update.effect})"
+    phase = "" if update.failed_in is None else f" in phase {update.failed_in}"
+    outcome = "succeeded" if update.succeeded else f"failed{phase} (weights {update.effect})"
     line = f"{what} {outcome} at {when}, {now - update.ended_at:.0f} s ago"
     if update.model_path:
         line += f", {update.model_path}"

@@ -37,8 +37,11 @@ from serving import Exporter
 from waiting import LIMIT
 
 from sglang_weight_exporter.cli.status import _print_rank
+from sglang_weight_exporter.cli.status_last import _rank as _lines_of
+from sglang_weight_exporter.cli.table_at import ended_places, print_owners
 from sglang_weight_exporter.cli.trace_reader import TraceError, tables_from_trace
 from sglang_weight_exporter.export.guard import Guard
+from sglang_weight_exporter.export.otlp.black_box_spans import black_box_spans
 from sglang_weight_exporter.export.otlp.metrics import messages
 from sglang_weight_exporter.export.otlp.spans import event_spans
 from sglang_weight_exporter.export.otlp.temporality import Totals
@@ -49,12 +52,15 @@ from sglang_weight_exporter.export.web_configuration import (
     WebConfigurationSource,
 )
 from sglang_weight_exporter.records.base import SCHEMA_VERSION
+from sglang_weight_exporter.records.black_box import BlackBox
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.records.snapshot import Snapshot
 from sglang_weight_exporter.records.updates import Histogram
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.decoding import UnreadableError, decode, decode_snapshot
+from sglang_weight_exporter.store.ended import EndedRank
 from sglang_weight_exporter.store.rank import RankStore
+from sglang_weight_exporter.store.reader import RankDirectory
 from sglang_weight_exporter.weight_table import (
     WeightTable,
     compare_tables,
@@ -95,13 +101,20 @@ def valid(kind: Any) -> Any:
     return mend(document)
 
 
-SNAPSHOT, EVENT = valid(Snapshot), valid(Event)
+SNAPSHOT, EVENT, BLACK_BOX = valid(Snapshot), valid(Event), valid(BlackBox)
 
 #: Each number is one that can be sent, and their sum is none.
 ROLE_OF_HUGE_NUMBERS = json.loads(
     json.dumps(SNAPSHOT["roles"][0]).replace('"nbytes": 1', f'"nbytes": {2**63 - 1}')
 )
 
+
+#: What is in use elsewhere is more than can be sent.
+HUGE_BLACK_BOX = json.loads(
+    json.dumps(BLACK_BOX)
+    .replace('"released": 1', f'"released": {2**63 - 1}')
+    .replace('"total": 1', f'"total": {2**63 - 1}')
+)
 
 #: Of whose lists no entry may count twice.
 TWICE = {name: value * 2 if isinstance(value, list) else value for name, value in SNAPSHOT.items()}
@@ -114,6 +127,7 @@ ROLE_TWICE = {
 def test_what_is_changed_is_valid_before() -> None:
     assert len(decode_snapshot(packed(SNAPSHOT), PATH).roles) == 1
     assert decode(packed(EVENT), Event, PATH).update.trace_id == "a" * 32
+    assert len(decode(packed(BLACK_BOX), BlackBox, PATH).errors) == 1
     assert decode(msgspec.msgpack.encode(TABLE), WeightTable, PATH) == TABLE
 
 
@@ -157,6 +171,23 @@ def test_an_event_is_refused_or_becomes_a_span(content: bytes) -> None:
     spans += event_spans(event, TABLE, state="included").spans
     for span in spans:
         assert encode_spans([span]).SerializeToString()
+
+
+@fuzzed
+@given(st.one_of(changed_values(BLACK_BOX).map(packed), changed_bytes(packed(BLACK_BOX))))
+@example(content=packed(HUGE_BLACK_BOX))
+def test_a_black_box_is_refused_or_becomes_spans_and_lines(content: bytes) -> None:
+    try:
+        box = decode(content, BlackBox, PATH)
+    except UnreadableError:
+        return
+    for span in black_box_spans(box):
+        assert encode_spans([span]).SerializeToString()
+    ended = EndedRank(RankDirectory(PATH), box, None, at=1.0)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        print(ended, *_lines_of(ended, time.time()), sep="\n")
+        print_owners(1, ended_places(ended))
+    printed.getvalue().encode()
 
 
 @fuzzed

@@ -102,6 +102,16 @@ def test_a_rank_that_was_killed_in_an_update_is_known_by_what_it_wrote_last(
     assert "during    an update of the target model from disk (load)" in text
 
 
+def test_where_nothing_runs_any_more_status_says_what_ended(
+    rank: PublishedRank, command: Command
+) -> None:
+    rank.store.leave_black_box(box(rank, crash=CRASH), None)
+    assert b"has ended" not in command("status").stdout
+    rank.store.close()
+    said = "! The rank tp 0 pp 0 of engine 30000 (process 4711) has ended: OutOfMemoryError: CUDA"
+    assert said in command("status").stdout.decode()
+
+
 def test_a_rank_that_was_killed_at_another_time_has_nothing_to_tell(
     rank: PublishedRank, command: Command
 ) -> None:
