@@ -30,7 +30,7 @@ OLDEST := 0.5.9
 # Rooms that need no SGLang and no torch: a part of the release runs them on these as well.
 OTHER_PYTHONS := 3.10 3.13
 LIGHT := tests/bootstrap tests/docs tests/store tests/export tests/fuzz tests/test_ledger.py \
-	tests/test_weight_table.py \
+	tests/test_layer_rounds.py tests/test_weight_table.py \
 	tests/test_contracts.py \
 	$(addprefix tests/table/test_,command.py readers.py status.py status_last.py weight_table_events.py weights_metadata.py)
 PARTS := oldest pythons launches alerts hosts rules boards stores deployments image distribution \

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar
 from sglang_weight_exporter.black_box import BlackBoxRecorder
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.arrival import Arrival
-from sglang_weight_exporter.capture.weights import WeightCapture, same_bytes
+from sglang_weight_exporter.capture.weights import WeightCapture
 from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
 from sglang_weight_exporter.ledger import FinishedUpdate, Ledger
 from sglang_weight_exporter.publisher.publisher import Publisher
@@ -194,16 +194,15 @@ class Rank:
         if role is None:
             return None
         before = self.inspector.of(role).weights
-        changes = TableChanges()
+        changes, contents = TableChanges(), None
         if finished.wrote:
             with self._reported("capture"):
                 self._capture_after_update(role, written)
                 changes = compare_tables(_table(before), _table(self.inspector.of(role).weights))
+                if not self.ledger.updates.is_in_progress(role.name):
+                    contents = self.inspector.changed_contents(role, before)
         update = self.ledger.complete(
-            finished,
-            model_path=role.model_path,
-            changes=changes,
-            same_bytes=same_bytes(before, self.inspector.of(role).weights),
+            finished, model_path=role.model_path, changes=changes, contents=contents
         )
         return None if update is None else self._records.event(role, update)
 

@@ -253,13 +253,6 @@ def _again(capture: WeightCapture, captured_at: float) -> WeightCapture:
     return replace(capture, table=table)
 
 
-def same_bytes(before: WeightCapture | None, after: WeightCapture | None) -> bool:
-    """Whether every tensor holds what it held before, as fingerprints say."""
-    if before is None or after is None:
-        return False
-    return "" != before.table.fingerprint == after.table.fingerprint
-
-
 def storages_of(model: torch.nn.Module) -> frozenset[int]:
     """Addresses of the storages behind a model's tensors, as ``WeightCapture.storages``."""
     found = named_tensors(model, DerivedPaths.of(model).paths)

@@ -17,6 +17,7 @@ from sglang_weight_exporter.cli.status_last import print_last
 from sglang_weight_exporter.cli.terminal import print_line
 from sglang_weight_exporter.export.manifests import beside_manifest, of_engine
 from sglang_weight_exporter.export.references import beside_reference
+from sglang_weight_exporter.records.contents import ContentChanges
 from sglang_weight_exporter.records.costs import DISCARDED, FATES, UpdateCost
 from sglang_weight_exporter.records.engine import HookState
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
@@ -258,6 +259,8 @@ def _print_role(role: Role, now: float) -> None:
         print_line(f"    update  in progress for {_progress_line(role.in_progress, now)}")
     if role.last_update is not None:
         print_line(f"    last    {_update_line(role.last_update, now)}")
+        if role.last_update.contents is not None:
+            print_line(f"    changed {_contents_line(role.last_update.contents)}")
         if role.last_update.phases:
             print_line(f"    took    {_time_line(role.last_update)}")
 
@@ -276,6 +279,15 @@ def _time_line(update: Update) -> str:
         f"{phase} {seconds:.3f}" for phase, seconds in parts
     )
     return line if update.nbytes is None else f"{line}; {update.nbytes:,} bytes came"
+
+
+def _contents_line(contents: ContentChanges) -> str:
+    """What the last update changed, and what it left as it was."""
+    tensors, nbytes = sum(contents.tensors.values()), sum(contents.nbytes.values())
+    parts = [f"{layer} {count:,}" for layer, count in contents.tensors.items() if count]
+    same = [layer for layer, count in contents.tensors.items() if not count]
+    line = f"{tensors:,} tensors, {nbytes:,} bytes" + (f": {', '.join(parts)}" if parts else "")
+    return line + (f"; nothing in {', '.join(same)}" if same else "")
 
 
 def _cost_line(cost: UpdateCost) -> str:

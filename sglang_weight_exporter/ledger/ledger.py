@@ -14,6 +14,7 @@ from sglang_weight_exporter.ledger.open_update import FinishedUpdate
 from sglang_weight_exporter.ledger.prefix_cache import PrefixCache
 from sglang_weight_exporter.ledger.roles import RoleAccounts
 from sglang_weight_exporter.ledger.updates import Updates
+from sglang_weight_exporter.records.contents import ChangedRows
 from sglang_weight_exporter.records.snapshot import Role, RoleProgress
 from sglang_weight_exporter.records.updates import Update
 from sglang_weight_exporter.records.weights import TableChanges
@@ -83,13 +84,13 @@ class Ledger:
         *,
         model_path: str,
         changes: TableChanges,
-        same_bytes: bool = False,
+        contents: ChangedRows | None = None,
     ) -> Update | None:
         """Complete what has ended by what the capture after it found, which is part of it.
-        ``same_bytes``: every tensor holds what it held before, as fingerprints say."""
+        ``contents``: which tensors hold other bytes, as fingerprints say."""
         with self._lock:
             return self._roles.complete(
-                finished, model_path=model_path, changes=changes, same_bytes=same_bytes
+                finished, model_path=model_path, changes=changes, contents=contents
             )
 
     def progress(self) -> dict[str, RoleProgress]:

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from sglang_weight_exporter.ledger.costs import Costs
+from sglang_weight_exporter.ledger.layers import LayerRounds
 from sglang_weight_exporter.ledger.open_update import FinishedUpdate, OpenUpdate, elapsed
+from sglang_weight_exporter.records.contents import ChangedRows
 from sglang_weight_exporter.records.snapshot import Role, RoleProgress
 from sglang_weight_exporter.records.updates import (
     SOURCES,
@@ -44,6 +46,7 @@ class RoleAccount:
     update: OpenUpdate | None = None
     rebalance: OpenUpdate | None = None
     last_update: Update | None = None
+    layers: LayerRounds = field(default_factory=LayerRounds)
     #: When a load began that has left placeholders, whose values come later.
     loading_since: float | None = None
     #: A load that is reported once the role's pools are allocated: its table changes till then.
@@ -75,6 +78,7 @@ class RoleAccount:
             in_progress=in_progress,
             rebalance=rebalance,
             last_update=self.last_update,
+            layers_missed=self.layers.missed,
         )
 
     def progress(self) -> RoleProgress | None:
@@ -88,6 +92,13 @@ class RoleAccount:
             # Of every source: a session may have had calls of several.
             calls={source: each.calls for source, each in self.updates.items() if each.calls},
         )
+
+    def count_contents(self, source: Source, contents: ChangedRows) -> None:
+        """What an update that succeeded has changed."""
+        if contents.same:
+            self.count(source, without_change=self.updates[source].without_change + 1)
+        if source != "eplb":  # Experts move, and nothing is trained.
+            self.layers.count(contents)
 
     def count(self, source: Source, **changes: object) -> None:
         """Replace counts of a source."""
@@ -182,14 +193,24 @@ class RoleAccounts:
         self._finished.append(FinishedUpdate(name, role.last_update, at))
 
     def complete(
-        self, finished: FinishedUpdate, *, model_path: str, changes: TableChanges, same_bytes: bool
+        self,
+        finished: FinishedUpdate,
+        *,
+        model_path: str,
+        changes: TableChanges,
+        contents: ChangedRows | None,
     ) -> Update | None:
         """Add what the capture after an update found. The capture is part of the update."""
         update = finished.update
         role = self[finished.role]
         if update is None or update.source is None:
             return update
-        complete = msgspec.structs.replace(update, model_path=model_path, changes=changes)
+        complete = msgspec.structs.replace(
+            update,
+            model_path=model_path,
+            changes=changes,
+            contents=None if contents is None else contents.changes,
+        )
         at = finished.at
         if finished.arrived_at is not None and finished.arrived_at > update.ended_at:
             late: dict[Phase, float] = {"receive": finished.arrived_at - update.ended_at}
@@ -205,8 +226,8 @@ class RoleAccounts:
             role.last_update = complete
         if update.effect != "unchanged":
             role.model_path = model_path
-        if same_bytes and update.succeeded and update.effect == "changed":
-            role.count(update.source, without_change=role.updates[update.source].without_change + 1)
+        if contents is not None and update.succeeded and update.effect == "changed":
+            role.count_contents(update.source, contents)
         role.moved += changes.moved
         for change in CHANGES:
             role.changes[change] += getattr(changes, change)

@@ -17,6 +17,7 @@ from sglang_weight_exporter.records.base import (
     Record,
     Seconds,
 )
+from sglang_weight_exporter.records.contents import Layer
 from sglang_weight_exporter.records.costs import UpdateCost
 from sglang_weight_exporter.records.engine import Device, Engine, HookState, Ranks
 from sglang_weight_exporter.records.fingerprints import FingerprintCounts
@@ -77,6 +78,9 @@ class Role(Record, frozen=True, kw_only=True):
     #: Experts that move beside that update; alone they are ``in_progress``.
     rebalance: UpdateInProgress | None = None
     last_update: Update | None = None
+    #: Classes of layers that updates have changed before and have left as they were since: how many
+    #: of them in a row; 0 where that is usual. With fingerprints.
+    layers_missed: dict[Layer, Count] = {}
 
     @property
     def going_on(self) -> tuple[UpdateInProgress, ...]:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_args
 import msgspec
 
 from sglang_weight_exporter.records.base import Count, Record, Seconds, TraceId
+from sglang_weight_exporter.records.contents import ContentChanges
 from sglang_weight_exporter.records.costs import UpdateCost
 from sglang_weight_exporter.records.weights import TableChanges
 
@@ -125,6 +126,8 @@ class Update(Record, frozen=True, kw_only=True):
     weight_version: str = ""
     trace_id: TraceId = ""
     changes: TableChanges = TableChanges()
+    #: What it has changed in the weights' bytes; ``None``: without fingerprints nobody knows.
+    contents: ContentChanges | None = None
     #: Seconds by what they went to, which sum to its duration, and the bytes that it brought;
     #: ``None``: nobody can tell.
     phases: dict[Phase, Seconds] = {}

@@ -14,14 +14,17 @@ import torch
 from sglang_weight_exporter.capture.allocations import Segments
 from sglang_weight_exporter.capture.arrival import Arrival, arrival
 from sglang_weight_exporter.capture.references import Registrations
+from sglang_weight_exporter.capture.weights import WeightCapture
 from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
 from sglang_weight_exporter.records.adapters import Adapters
 from sglang_weight_exporter.records.black_box import OutOfMemory, Segment
+from sglang_weight_exporter.records.contents import ChangedRows
 from sglang_weight_exporter.records.costs import LiveRequests
 from sglang_weight_exporter.records.memory import MemoryDump, MemoryOwner
 from sglang_weight_exporter.runners import fingerprints
 from sglang_weight_exporter.runners.adapters import LoadedAdapters
 from sglang_weight_exporter.runners.captures import Captures, RoleCapture
+from sglang_weight_exporter.runners.contents import RoleContents
 from sglang_weight_exporter.runners.memory import Memory
 from sglang_weight_exporter.runners.memory_owners import (
     dump_memory,
@@ -81,6 +84,9 @@ class ModelRunnerInspector:
         )
         self._fingerprinter = fingerprinter
         self._adapters: weakref.WeakKeyDictionary[RunnerRole, LoadedAdapters] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._contents: weakref.WeakKeyDictionary[RunnerRole, RoleContents] = (
             weakref.WeakKeyDictionary()
         )
         #: Whether tensors may be read, and not only where they are.
@@ -207,9 +213,28 @@ class ModelRunnerInspector:
             if pools:
                 self._captures.capture_pools(role, segments)
                 self._capture_adapters(role)
+                if fingerprint_seconds is not None:
+                    self._keep_contents(role)
         self._captures.drop_collected()
         self.read_memory(on_gpu, thorough=loaded or pools)
         self.seconds = time.perf_counter() - started
+
+    def _keep_contents(self, role: RunnerRole) -> None:
+        """What the first update of a role is compared with."""
+        weights = self.of(role).weights
+        if self._fingerprints is not None and weights is not None:
+            contents = self._contents.setdefault(role, RoleContents())
+            contents.begin(weights.table, role.runner.model)
+
+    def changed_contents(
+        self, role: RunnerRole, before: WeightCapture | None
+    ) -> ChangedRows | None:
+        """What an update has changed that has just been captured; ``None``: nobody knows."""
+        after = self.of(role).weights
+        if self._fingerprints is None or before is None or after is None:
+            return None
+        contents = self._contents.setdefault(role, RoleContents())
+        return contents.changes(before.table, after.table, role.runner.model)
 
     def _capture_adapters(self, role: RunnerRole) -> None:
         loaded = self._adapters.get(role)

@@ -1,8 +1,9 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters that come and go, in a real rank of SGLang on the CPU, and what it says of itself after
-each step: `changes_actor.py DIRECTORY`. A rank is SGLang's Scheduler without a server, as in
-``tests/zoo/load_models.py``, in a child of its own. What came of it is in ``NAME.json``.
+"""Adapters that come and go, and updates that leave experts out, each in a real rank of SGLang on
+the CPU, and what it says of itself after each step: `changes_actor.py DIRECTORY NAME`. A rank is
+SGLang's Scheduler without a server, as in ``tests/zoo/load_models.py``, in a child of its own. What
+came of it is in ``NAME.json``.
 """
 
 from __future__ import annotations
@@ -84,17 +85,50 @@ def adapters(directory: Path) -> None:
     script.step("two as one", load("two", "one"))
 
 
-SCENARIOS: tuple[Callable[[Path], None], ...] = (adapters,)
+def experts(directory: Path) -> None:
+    """Updates that bring all of a mixture of experts, and then all but its experts."""
+    from safetensors.torch import load_file
+    from sglang.srt.managers import io_struct
+    from sglang.srt.utils import MultiprocessingSerializer
+
+    checkpoints = [directory / "experts" / name for name in "ab"]
+    for seed, checkpoint in enumerate(checkpoints):
+        write(MODELS["qwen3_moe"], checkpoint, seed)
+    tensors = [load_file(checkpoint / "model.safetensors") for checkpoint in checkpoints]
+    make = make_schedulers(checkpoints[0], "cpu", 1, "")
+    rank = ModelInARank(make(0), (checkpoints[0], checkpoints[1]), directory / "experts.json")
+    script = Script(rank)
+
+    def bucket(number: int, *, dense: bool = False) -> Any:
+        named = [
+            (name, each)
+            for name, each in tensors[number % 2].items()
+            if not dense or ".experts." not in name
+        ]
+        serialized = [MultiprocessingSerializer.serialize(named)]
+        return io_struct.UpdateWeightsFromTensorReqInput(serialized_named_tensors=serialized)
+
+    # All at once: receiving changes how SGLang sends, and that needs a GPU then.
+    requests = {f"all {number}": bucket(number) for number in range(1, 5)}
+    requests["the same"] = bucket(4)
+    requests |= {f"dense {number}": bucket(number, dense=True) for number in range(1, 8)}
+    script.step("start", "")
+    for name, request in requests.items():
+        begun = rank.ask(io_struct.BeginWeightUpdateReqInput())
+        written = begun or rank.ask(request)
+        script.step(name, written or rank.ask(io_struct.EndWeightUpdateReqInput()))
+
+
+SCENARIOS: dict[str, Callable[[Path], None]] = {"adapters": adapters, "experts": experts}
 
 
 def main() -> None:
     import sglang.srt.managers.scheduler  # noqa: F401
     import transformers  # noqa: F401
 
-    directory = Path(sys.argv[1])
-    for scenario in SCENARIOS:
-        result = directory / f"{scenario.__name__}.json"
-        os.waitpid(in_child(functools.partial(scenario, directory), result), 0)
+    directory, name = Path(sys.argv[1]), sys.argv[2]
+    scenario = functools.partial(SCENARIOS[name], directory)
+    os.waitpid(in_child(scenario, directory / f"{name}.json"), 0)
 
 
 if __name__ == "__main__":

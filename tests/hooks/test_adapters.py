@@ -5,26 +5,20 @@ a real rank of SGLang on the CPU."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import msgspec
 import pytest
 import tiny_model
 import torch
-from engines import PREFIX, Installation
+from changed_ranks import run_scenario
+from engines import Installation
 from standins import ModelRunner, Rank, Request
-from waiting import LIMIT
 
 from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
 from sglang_weight_exporter.hooks.targets import RUNNER
 from sglang_weight_exporter.records.adapters import NAMED_ADAPTERS, Adapters
-from sglang_weight_exporter.records.snapshot import Snapshot
-from sglang_weight_exporter.records.updates import OperationCounts
 
 
 class Layer(torch.nn.Module):
@@ -233,53 +227,6 @@ def test_what_cannot_be_read_is_absent_and_costs_sglang_nothing(tmp_path: Path) 
     assert [each.name for each in adapters(rank).named] == ["three"]
 
 
-class Step(msgspec.Struct):
-    """What a real rank said after a request (``changes_actor.py``)."""
-
-    #: SGLang's message where it refused.
-    problem: str
-    snapshot: Snapshot
-    #: Name → slot, as SGLang's pool has it.
-    slots: dict[str, int]
-
-    @property
-    def adapters(self) -> Adapters:
-        (role,) = self.snapshot.roles
-        assert self.snapshot.hook_errors == {}
-        assert role.adapters is not None
-        return role.adapters
-
-    @property
-    def loads(self) -> tuple[int, int]:
-        """Calls and failures."""
-        counts = self.snapshot.operations.get("load_lora_adapter", OperationCounts())
-        return counts.calls, counts.failures
-
-
-@pytest.fixture(scope="module")
-def real(newest: Installation, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    directory = tmp_path_factory.mktemp("adapters")
-    variables = {"RUNTIME_DIR": str(directory / "runtime"), "SERVE": "off", "FINGERPRINT": "on"}
-    places = [str(Path(__file__).parents[1] / each) for each in ("shared", "")]
-    environment = newest.environment(
-        **{PREFIX + name: text for name, text in variables.items()},
-        PYTHONPATH=os.pathsep.join(places),
-    )
-    program = Path(__file__).with_name("changes_actor.py")
-    with (directory / "log").open("wb") as log:
-        subprocess.run(
-            [newest.python, program, directory],
-            env=environment,
-            stdout=log,
-            stderr=log,
-            check=True,
-            timeout=LIMIT,
-        )
-    steps = json.loads((directory / "adapters.json").read_text())
-    assert "error" not in steps, (steps, (directory / "adapters.log").read_text()[-6000:])
-    return directory, msgspec.convert(steps, dict[str, Step])
-
-
 def held(adapter: Path) -> int:
     """Bytes that SGLang holds of an adapter: what its file has, by its header, and as much again
     as the values' for the keys that are missing (``normalize_qkv_proj``)."""
@@ -289,8 +236,8 @@ def held(adapter: Path) -> int:
 
 
 @pytest.mark.release("launches")
-def test_in_a_real_rank_adapters_come_and_go(real: tuple[Path, dict[str, Step]]) -> None:
-    directory, steps = real
+def test_in_a_real_rank_adapters_come_and_go(newest: Installation, tmp_path: Path) -> None:
+    directory, steps = tmp_path, run_scenario(newest, tmp_path, "adapters")
     problems = {name for name, step in steps.items() if step.problem}
     assert problems == {"large", "missing"}
     named = {

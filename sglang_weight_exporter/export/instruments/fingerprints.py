@@ -48,6 +48,18 @@ def _skipped(view: RoleView) -> Iterator[Sample]:
             yield Sample((reason,), view.role.fingerprints.skipped.get(reason, 0))
 
 
+def _changed(view: RoleView) -> Iterator[Sample]:
+    update = view.role.last_update
+    if update is not None and update.contents is not None:
+        for layer, nbytes in update.contents.nbytes.items():
+            yield Sample((layer,), nbytes)
+
+
+def _missed(view: RoleView) -> Iterator[Sample]:
+    for layer, updates in view.role.layers_missed.items():
+        yield Sample((layer,), updates)
+
+
 INSTRUMENTS = (
     Instrument(
         "sglang_weight_fingerprint",
@@ -101,6 +113,25 @@ INSTRUMENTS = (
         "Logical updates that succeeded and left every byte of the weights as it was.",
         ("source",),
         _without_change,
+    ),
+    Instrument(
+        "sglang_weight_update_changed_bytes",
+        "gauge",
+        "By",
+        "Bytes of tensors that the last update changed, by class of layer: attention, mlp, "
+        "experts, embedding, norm, other. Absent where its fingerprints are missing.",
+        ("layer",),
+        _changed,
+        preset="full",
+    ),
+    Instrument(
+        "sglang_weight_updates_missed",
+        "gauge",
+        "{update}",
+        "Updates in a row that changed other layers and not these, which three or more before had "
+        "changed; 0 where that is usual: no more than three times what it had been before.",
+        ("layer",),
+        _missed,
     ),
     Instrument(
         "sglang_weight_tensors_altered",

@@ -30,6 +30,7 @@ from opentelemetry.trace.status import Status, StatusCode
 from sglang_weight_exporter import __version__
 from sglang_weight_exporter.export.following import Finding
 from sglang_weight_exporter.records.base import SCHEMA_VERSION, Record
+from sglang_weight_exporter.records.contents import ContentChanges
 from sglang_weight_exporter.records.costs import DISCARDED, FATES, UpdateCost
 from sglang_weight_exporter.records.engine import Device, Engine
 from sglang_weight_exporter.records.event import Event
@@ -328,12 +329,26 @@ def _summary(event: Event, *, names: bool) -> Attributes:
         }
     if event.previous_sha256:
         facts["previous_sha256"] = event.previous_sha256
+    if update.contents is not None:
+        facts |= _contents(update.contents, names=names)
     changes = update.changes
     for change in ("moved", "added", "removed", "resized", "device"):
         facts[f"changes.{change}"] = getattr(changes, change)
         if names and changes.names.get(change):
             facts[f"changes.{change}.names"] = changes.names[change]
     return {f"sglang.weights.{key}": value for key, value in facts.items() if value is not None}
+
+
+def _contents(contents: ContentChanges, *, names: bool) -> Attributes:
+    """Sums by class of layer as parallel arrays."""
+    attributes: Attributes = {
+        "changed.layers": list(contents.tensors),
+        "changed.tensors": list(contents.tensors.values()),
+        "changed.bytes": list(contents.nbytes.values()),
+    }
+    if names and contents.names:
+        attributes["changed.names"] = contents.names
+    return attributes
 
 
 def _cost(cost: UpdateCost) -> Attributes:
