@@ -71,7 +71,10 @@ KINDS = {
         graphs=True,
     ),
     # Of one test each, which runs it out of memory.
-    "doomed_engine": EngineKind("--context-length 16384"),
+    "doomed_engine": EngineKind(
+        "--context-length 16384",
+        variables=(("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", "1"),),
+    ),
     "eagle_engine": EngineKind(
         "--speculative-algorithm EAGLE --speculative-draft-model-path {eagle} " + SPECULATIVE
     ),
