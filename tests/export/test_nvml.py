@@ -173,7 +173,8 @@ def test_where_the_memory_is_the_host_s_what_can_be_said_is_said(
     assert "Not Supported" in exporter.line("The memory of GPU-0: the driver does not say it")
     exporter.line("metrics are at")
     found = scrape(exporter)
-    assert not [each for each in found.samples if each.name.startswith("sglang_gpu_memory")]
+    of_gpu = {each.name for each in found.samples if each.name.startswith("sglang_gpu_memory")}
+    assert of_gpu == {"sglang_gpu_memory_resume_bytes"}  # What ranks say themselves.
     of = {"gpu_uuid": "GPU-0"}
     assert found.one("sglang_rank_memory_process_bytes", **of) == 3 << 30
     assert found.one("sglang_rank_memory_outside_torch_bytes", **of) == 1 << 30
