@@ -125,6 +125,10 @@ MODELS = {
 }
 
 
+#: Of which an adapter is put in and taken out. It is of projections that are apart in the file.
+WITH_ADAPTERS = ("gemma", "granite", "llama", "mixtral", "qwen2", "qwen3", "qwen3_moe")
+
+
 def write(model: Model, directory: Path, seed: int) -> None:
     """Needs torch and transformers."""
     import torch

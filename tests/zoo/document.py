@@ -42,8 +42,8 @@ be compared, because the loader does more than the rules know ([fingerprints](fi
 *Proved* is how many names of tensors, layers taken together, may be called different with this
 release on this device. `verify --manifest` with a [reference](fingerprint.md#references) compares
 all of them, for every model. A model with `:2` is two tensor-parallel ranks, with `+fp8`
-quantized as it is loaded, with `+lora` loaded with room for adapters: one is put in, makes four tokens,
-and is taken out, in place of the reloads.
+quantized as it is loaded, with `+lora` loaded with room for adapters: one is put in, makes four
+tokens, and is taken out, in place of the reloads.
 """
 
 

@@ -23,7 +23,7 @@ from monitoring import Monitoring
 from published import PublishedRank
 from ranks import ExporterProcess
 from zoo import document
-from zoo_models import MODELS
+from zoo_models import MODELS, WITH_ADAPTERS
 
 RELEASE = "0.5.23"
 #: Loaders that add, transpose, tie, fuse, stack and prefix.
@@ -120,13 +120,14 @@ def test_six_models(newest: Installation, tmp_path: Path) -> None:
 
 
 @pytest.mark.release("zoo")
-@pytest.mark.parametrize("size", ["", ":2"], ids=["one rank", "two ranks"])
-def test_the_zoo(newest: Installation, tmp_path: Path, size: str) -> None:
+@pytest.mark.parametrize("how", ["", ":2", "+lora"], ids=["one rank", "two ranks", "adapters"])
+def test_the_zoo(newest: Installation, tmp_path: Path, how: str) -> None:
     """With two ranks those that one could load."""
     recorded = seen()
-    names = [name for name in MODELS if not size or "error" not in recorded[name]]
-    results = load(newest, tmp_path, [name + size for name in names])
-    assert results.keys() == {name + size for name in names}
+    loaded = [name for name in MODELS if not how or "error" not in recorded[name]]
+    names = WITH_ADAPTERS if how == "+lora" else loaded
+    results = load(newest, tmp_path, [name + how for name in names])
+    assert results.keys() == {name + how for name in names}
     assert [each for name, result in results.items() for each in check(name, result)] == []
 
 
