@@ -229,7 +229,7 @@ def test_adapters_are_counted_where_lora_is_on_from_their_first_load_to_those_th
     }
     assert values(a_rank(operations=calls)) == [[], [], [], [], []]
     assert values(a_rank(adapters=Adapters())) == [[0], [], [0], [0], []]
-    hashes: dict[Aspect, str] = {"names": f"{1:032x}", "settings": "f" * 32}
+    hashes: dict[Aspect, str] = {"names": f"{1:032x}", "settings": "f" * 32, "content": ""}
     loaded = Adapters(count=2, nbytes=64, changed_at=5.0, hashes=hashes)
     assert values(a_rank(adapters=loaded, operations=calls)) == [
         *([64], [5.0], [3 + 2 + 3], [2 + 1]),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from collectors import Backend, Rotel, attributes_of, table_rows_of
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
@@ -15,6 +16,8 @@ from ranks import ExporterProcess, Rank, rows
 from waiting import LIMIT, eventually
 
 from sglang_weight_exporter.cli.trace_reader import tables_from_trace
+from sglang_weight_exporter.export.otlp.spans import TableState, event_spans
+from sglang_weight_exporter.records.contents import ContentChanges
 from sglang_weight_exporter.weight_table import Row, table_rows
 
 StartExporter = Callable[..., ExporterProcess]
@@ -170,6 +173,30 @@ def test_an_update_in_place_refers_to_the_table_that_was_sent(
     start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=f"http://localhost:{backend.grpc_port}")
     rank.update()
     assert attributes_of(arrived(backend, 4)[3])["sglang.weights.table.state"] == "included"
+
+
+def test_a_span_says_what_an_update_changed_and_at_home_no_names(rank: Rank) -> None:
+    rank.load(rows(4))
+    event = rank.update()
+    contents = ContentChanges(
+        tensors={"mlp": 2, "experts": 0}, nbytes={"mlp": 8192, "experts": 0}, names=("a", "b")
+    )
+    update = msgspec.structs.replace(event.update, contents=contents)
+    event = msgspec.structs.replace(event, update=update)
+    expected: tuple[tuple[TableState, Any], ...] = (("missing", ("a", "b")), ("disabled", None))
+    for state, names in expected:
+        (span,) = event_spans(event, None, state=state).spans
+        attributes = dict(span.attributes or {})
+        found = {
+            name: attributes.get(f"sglang.weights.changed.{name}")
+            for name in ("layers", "tensors", "bytes", "names")
+        }
+        assert found == {
+            "layers": ["mlp", "experts"],
+            "tensors": [2, 0],
+            "bytes": [8192, 0],
+            "names": names,
+        }
 
 
 def test_the_table_can_be_kept_at_home(

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from published import Command, PublishedRank
 
+from sglang_weight_exporter.records.contents import ContentChanges, Layer
 from sglang_weight_exporter.records.engine import Device, Engine, Ranks
 from sglang_weight_exporter.records.memory import DeviceMemory
 from sglang_weight_exporter.records.pools import KvPoolUsage
@@ -69,6 +70,19 @@ def test_what_a_rank_waits_in_is_named_with_its_time(rank: PublishedRank, comman
     found = re.search(rb"\n  runs      init_weights_update_group for (\d+\.\d) s\n", shown)
     assert found is not None
     assert float(found[1]) >= 30
+
+
+def test_what_the_last_update_changed_is_summed_by_class_of_layer(
+    rank: PublishedRank, command: Command
+) -> None:
+    assert rank.role.last_update is not None
+    changed: dict[Layer, int] = {"attention": 3, "experts": 0, "norm": 1}
+    contents = ContentChanges(tensors=changed, nbytes={**changed, "attention": 4096, "norm": 8})
+    update = msgspec.structs.replace(rank.role.last_update, contents=contents)
+    rank.role = msgspec.structs.replace(rank.role, last_update=update)
+    rank.write_again()
+    line = "    changed 4 tensors, 4,104 bytes: attention 3, norm 1; nothing in experts"
+    assert line in command("status").stdout.decode().splitlines()
 
 
 #: A driver with a GPU of 80 GiB of which it keeps one itself; processes are not shown.

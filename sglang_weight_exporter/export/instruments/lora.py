@@ -36,7 +36,7 @@ def _adapters(read: Callable[[Adapters], float | None]) -> RoleReader:
 def _hashes(view: RoleView) -> Iterator[Sample]:
     hashes = {} if view.role.adapters is None else view.role.adapters.hashes
     for aspect in ASPECTS:
-        if aspect in hashes:
+        if hashes.get(aspect):
             yield Sample((aspect,), as_number(hashes[aspect]))
 
 
