@@ -136,6 +136,19 @@ def test_what_has_the_most_is_named(rank: Rank, cuda: Torch) -> None:
     assert largest_owners(inspector._captures, "cuda:0", 10) == []
 
 
+def test_more_blocks_than_can_be_read_in_time_leave_the_counters(
+    rank: Rank, cuda: Torch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rank.runner()
+    monkeypatch.setattr("sglang_weight_exporter.runners.memory.MOST_BLOCKS", -1)
+    cuda.run_out()
+    (error,) = black_box(rank).errors
+    assert error.memory is not None
+    assert (error.memory.parts, error.memory.reserved) == (None, 1500)
+    assert "blocks" in error.memory.reason
+    assert (error.largest_free, black_box(rank).segments) == (None, ())
+
+
 def test_an_error_inside_an_update_says_so(rank: Rank, cuda: Torch) -> None:
     def run_out() -> tuple[bool, str]:
         cuda.run_out()
