@@ -95,14 +95,14 @@ class BlackBoxRecorder:
             where=_frames(error.__traceback__),
             doing=self._doing(),
         )
-        self._leave((), self._crash)
-        doing = str(self._crash.doing)
-        logger.error(
-            "sglang_weight_exporter: %s ends the scheduler%s. %s",
-            self._crash.error,
-            f" in the middle of {doing}" if doing else "",
-            _MORE,
-        )
+        if self._leave((), self._crash):
+            doing = str(self._crash.doing)
+            logger.error(
+                "sglang_weight_exporter: %s ends the scheduler%s. %s",
+                self._crash.error,
+                f" in the middle of {doing}" if doing else "",
+                _MORE,
+            )
         return f"{self._crash.error}: {self._crash.message}"
 
     def _record_out_of_memory(self, device: int, requested: int, limit: int, free: int) -> None:
@@ -119,14 +119,16 @@ class BlackBoxRecorder:
         if len(self._errors) > KEPT_ERRORS:
             del self._errors[1]
         spans = began - self._queued_at >= SECONDS_BETWEEN_SPANS
-        self._leave((error,) if spans else (), None)
+        written = self._leave((error,) if spans else (), None)
         self._written_at = self._elapsed()
-        if spans:
+        if spans and written:
             self._queued_at = began
             logger.warning("sglang_weight_exporter: %s %s", error, _MORE)
 
-    def _leave(self, errors: tuple[OutOfMemory, ...], crash: Crash | None) -> None:
-        """Write the file, and queue a span of what is new."""
+    def _leave(self, errors: tuple[OutOfMemory, ...], crash: Crash | None) -> bool:
+        """Write the file, and queue a span of what is new; whether it could be written."""
+        if not self._roles.engine.instance:
+            return False  # It is not known yet whose it would be.
         box = BlackBox(
             rank_id="",
             pid=os.getpid(),
@@ -144,7 +146,7 @@ class BlackBoxRecorder:
             event = msgspec.structs.replace(
                 box, number=self._number, errors=errors, crash=crash, owners=(), segments=()
             )
-        self._publisher.leave_black_box(box, event, self._records.progress())
+        return self._publisher.leave_black_box(box, event, self._records.progress())
 
     def _doing(self) -> Doing:
         return Doing(

@@ -174,11 +174,11 @@ class Publisher:
 
         return threading.Thread(target=leave, name="sglang-weight-exporter-memory", daemon=True)
 
-    def leave_black_box(self, box: BlackBox, event: BlackBox | None, progress: Progress) -> None:
-        """Write what outlives this process, and beside the snapshot what has changed. ``event``:
-        what is new in it, for a span."""
+    def leave_black_box(self, box: BlackBox, event: BlackBox | None, progress: Progress) -> bool:
+        """Write what outlives this process, and beside the snapshot what has changed; whether that
+        was possible. ``event``: what is new in it, for a span."""
         if not self._lock.acquire(timeout=PATIENCE_SECONDS):
-            return
+            return False
         try:
             mine = {"rank_id": self._rank_id, "engine": self._engine(box.engine)}
             self._open().leave_black_box(
@@ -186,8 +186,10 @@ class Publisher:
                 None if event is None else msgspec.structs.replace(event, **mine),
             )
             self.note(progress)
+            return True
         except Exception as error:
             self._report("black_box", error)
+            return False
         finally:
             self._lock.release()
 

@@ -303,6 +303,12 @@ def test_an_exception_inside_a_call_keeps_what_the_call_says(rank: Rank) -> None
     assert rank.totals() == {"disk": (0, 1, 1)}
 
 
+def test_an_exception_before_the_first_model_is_nobody_s(rank: Rank) -> None:
+    crash(rank, RuntimeError("the port is taken"))
+    assert list(rank.directory.glob("ranks/*")) == []
+    assert rank.installation.errors == {}
+
+
 def test_what_asks_without_an_exception_is_no_end(rank: Rank) -> None:
     rank.runner()
     rank.hook(SCHEDULER, get_exception_traceback)()
