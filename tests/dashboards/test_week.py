@@ -46,6 +46,15 @@ def trained_in_step() -> Iterator[Engine]:
         s for day in range(7) for s in every(600, day * DAY + 6 * HOUR, day * DAY + 22 * HOUR, 20)
     ]
     nights = [(day * DAY - 2 * HOUR, day * DAY + 6 * HOUR - 300) for day in range(8)]
+
+    def used(second: float) -> float:
+        """The trainer takes more in each of its turns, others in the night hour by hour."""
+        night = next((second - begin for begin, end in nights if begin <= second < end), None)
+        if night is not None:
+            return (60 + night / 400) * GIB
+        turn = second % 600 >= 480  # Before a step.
+        return (138 + second / WEEK if turn else 130 + second % DAY / DAY) * GIB
+
     for number in range(4):
         yield Engine(
             f"c{number}:9400",
@@ -55,6 +64,7 @@ def trained_in_step() -> Iterator[Engine]:
             updates=steps,
             released=[*nights, *((begin - 120, begin) for begin, _ in steps)],
             version=after(steps),
+            used=used,
         )
 
 

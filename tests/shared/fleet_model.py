@@ -139,6 +139,8 @@ class Engine:
     source: str = "distributed"
     version: Callable[[float], str] = lambda second: "default"
     released: Sequence[Span] = ()
+    used: Value | None = None
+    """Bytes in use on its GPU, of 140 GiB."""
     weights: float = 34 * GIB
     tokens: float = 700_000
     stale: Sequence[Span] = ()
@@ -221,6 +223,20 @@ class Engine:
             put("sglang_weight_fingerprint", self.fingerprint)
         if role == self.roles[0]:
             self._serve_rank(put)
+            if self.used is not None:
+                gpu = {**target, "gpu": str(rank), "gpu_uuid": identity["gpu_uuid"]}
+                self._serve_gpu(fleet, gpu, self.used)
+
+    def _serve_gpu(self, fleet: Fleet, gpu: dict[str, str], used: Value) -> None:
+        """While memory is released, 90 GiB of it are to come back."""
+
+        def resume(second: float) -> float | None:
+            return 90.0 * GIB if inside(self.released, second) else None
+
+        self._put(fleet, "sglang_gpu_memory_total_bytes", gpu, lambda second: 140.0 * GIB)
+        self._put(fleet, "sglang_gpu_memory_used_bytes", gpu, used)
+        self._put(fleet, "sglang_gpu_memory_used_max_bytes", gpu, used)
+        self._put(fleet, "sglang_gpu_memory_resume_bytes", gpu, resume)
 
     def _serve_counters(self, put: Callable[..., None], updates: Sequence[Span]) -> None:
         """By source: its own, and experts that are moved, of which there are none."""
