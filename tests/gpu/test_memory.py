@@ -13,6 +13,7 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,7 +174,9 @@ def test_parts_follow_what_flushes_and_batches_leave_in_what_is_reserved(
             assert status == 200
         if round_ % 2:
             assert engine.engine.flush_cache()[0] == 200
-        closes(engine, gpu_engines.checkpoints["b"], record_property, f"round {round_}")
+        # A request's last tensor may be let go between the capture and what torch is asked.
+        checkpoint, moment = gpu_engines.checkpoints["b"], f"round {round_}"
+        eventually(partial(closes, engine, checkpoint, record_property, moment))
 
 
 def test_reserved_memory_grows_with_a_loader_that_leaks_and_with_no_other(

@@ -148,7 +148,8 @@ def test_two_engines_resume_into_room_that_another_process_had(
             record_property("resume, published", resume_bytes(first))
             record_property("resume, by nvidia-smi", gone)
             # What torch has cached beside the saver's segments goes with the flush, and stays gone.
-            assert -MIB <= gone - resume_bytes(first) <= APART, (gone, resume_bytes(first))
+            # nvidia-smi counts in MiB, and a driver maps two at a time.
+            assert -4 * MIB <= gone - resume_bytes(first) <= APART, (gone, resume_bytes(first))
             return True
 
         assert eventually(published)
