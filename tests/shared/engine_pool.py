@@ -62,6 +62,7 @@ KINDS = {
             ("GLOO_SOCKET_IFNAME", "lo"),
             ("SGLANG_CPU_OMP_THREADS_BIND", "0|1"),
             FINGERPRINT,
+            ("SGLANG_WEIGHT_EXPORTER_MANIFEST_DIR", "{directory}/sent"),
             *FOR_READERS,
         ),
     ),
