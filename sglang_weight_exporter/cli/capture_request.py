@@ -14,12 +14,14 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO
 
 from sglang_weight_exporter.records.fingerprints import PART, PARTS
 
 #: What SGLang's middleware says to a request without its key (``utils/auth.py``).
 _UNAUTHORIZED = {"error": "Unauthorized"}
-_LARGEST_ANSWER = 1 << 20
+#: Checksums of a hundred thousand tensors on some ranks.
+_LARGEST_ANSWER = 64 << 20
 
 
 def url(text: str) -> str:
@@ -45,16 +47,9 @@ def request_capture(
     engine's ranks, one of whose ancestors has to listen there before it is told the key; ``None``:
     the address was named by whoever has the key.
     """
-    reason, answer = _request(url, "", part, parts)
-    if reason and api_key and answer == _UNAUTHORIZED:
-        port = urllib.parse.urlsplit(url).port or (443 if url.startswith("https") else 80)
-        if pids is None or any(_listens(pid, port) for pid in pids):
-            reason, _ = _request(url, api_key, part, parts)
-        else:
-            reason = (
-                f"it wants a key, and what listens on port {port} is no process of this engine "
-                "that can be seen here, so it was not told the key"
-            )
+    # SGLang has no settings of these names, and does nothing.
+    body = {"server_args": {PART: part, PARTS: parts}}
+    reason, _ = ask_engine(url, api_key, pids, "/set_internal_state", body)
     if reason:
         print(
             f"{url} could not be asked to capture its weights again ({reason}). --url and "
@@ -64,12 +59,32 @@ def request_capture(
     return not reason
 
 
-def _request(url: str, api_key: str, part: int, parts: int) -> tuple[str, object]:
-    """Why it was not done, or nothing, and what was answered. SGLang has no settings of these
-    names, and does nothing."""
+def ask_engine(
+    url: str,
+    api_key: str,
+    pids: Iterable[int] | None,
+    path: str,
+    body: object,
+    *,
+    seconds: float = 60.0,
+) -> tuple[str, object]:
+    """Why it was not done, or nothing, and what was answered, as ``request_capture`` asks."""
+    reason, answer = _request(url + path, "", body, seconds)
+    if reason and api_key and answer == _UNAUTHORIZED:
+        port = urllib.parse.urlsplit(url).port or (443 if url.startswith("https") else 80)
+        if pids is None or any(_listens(pid, port) for pid in pids):
+            return _request(url + path, api_key, body, seconds)
+        reason = (
+            f"it wants a key, and what listens on port {port} is no process of this engine that "
+            "can be seen here, so it was not told the key"
+        )
+    return reason, answer
+
+
+def _request(address: str, api_key: str, body: object, seconds: float) -> tuple[str, object]:
     request = urllib.request.Request(  # noqa: S310 -- the engine's own address, or one given
-        f"{url}/set_internal_state",
-        data=json.dumps({"server_args": {PART: part, PARTS: parts}}).encode(),
+        address,
+        data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"}
         | ({"Authorization": f"Bearer {api_key}"} if api_key else {}),
     )
@@ -77,17 +92,20 @@ def _request(url: str, api_key: str, part: int, parts: int) -> tuple[str, object
     # it sends one to.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirect())
     try:
-        with opener.open(request, timeout=60):
-            return "", None
+        with opener.open(request, timeout=seconds) as response:
+            return "", _json(response)
     except urllib.error.HTTPError as error:
-        answer: object = None
-        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
-            answer = json.loads(error.read(_LARGEST_ANSWER))
-        return f"it answers with status {error.code}", answer
+        return f"it answers with status {error.code}", _json(error)
     except http.client.HTTPException as error:
         return f"it speaks no HTTP: {error!r}", None
     except OSError as error:
         return str(error), None
+
+
+def _json(response: IO[bytes]) -> object:
+    with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+        return json.loads(response.read(_LARGEST_ANSWER))
+    return None
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sglang_weight_exporter.cli import through_checker
 from sglang_weight_exporter.cli.capture_request import request_capture, url
 from sglang_weight_exporter.cli.choice import CommandError, add_choice, chosen_tables
 from sglang_weight_exporter.cli.flags import add_flags
@@ -32,8 +33,9 @@ from sglang_weight_exporter.cli.terminal import print_line
 from sglang_weight_exporter.store.decoding import UnreadableError
 from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
 from sglang_weight_exporter.store.tables import Table, TableError, TableReader
-from sglang_weight_exporter.verification.checkpoint import CheckpointError
+from sglang_weight_exporter.verification.checkpoint import Checkpoint, CheckpointError
 from sglang_weight_exporter.verification.comparison import Comparison
+from sglang_weight_exporter.verification.delta import read_delta
 from sglang_weight_exporter.verification.manifest import ManifestError
 
 #: Names that a text lists of each kind.
@@ -66,6 +68,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="what `manifest`, `reference` or a trainer wrote, or a directory of such files; "
         "several times for the ranks of another engine",
+    )
+    what.add_argument(
+        "--through-checker",
+        nargs="?",
+        const=through_checker.ACTIONS[0],
+        choices=through_checker.ACTIONS,
+        metavar="ACTION",
+        help="SGLang's /weights_checker, for quantized engines: `checksum` of what weights stand "
+        "for, between replicas (default); `snapshot`, and later `compare` with it, in a tolerance",
+    )
+    parser.add_argument(
+        "--delta",
+        type=Path,
+        metavar="DIR",
+        help="with --checkpoint: a trainer's delta, whose checksums the checkpoint's tensors are "
+        "to have",
     )
     add_choice(parser, role="target")
     parser.add_argument(
@@ -151,6 +169,8 @@ def _caught(do: Callable[[argparse.Namespace], int], arguments: argparse.Namespa
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.through_checker:
+        return through_checker.run(arguments)
     if arguments.watch is not None:
         return _watch(arguments)
     return _verify(arguments)
@@ -199,12 +219,13 @@ def _compare(arguments: argparse.Namespace, asked_at: float) -> int:
                     f"{title(table)}: not captured again, so this compares what was left then.",
                     file=sys.stderr,
                 )
+    of_delta = _beside_delta(arguments)
     found = _comparisons(arguments, tables)
     _print_names(found)
     for name, result in found.results:
         _print(name, result, arguments.require)
     statuses = {_status(result, arguments.require) for _, result in found.results}
-    statuses |= {1 for _ in found.renamed}
+    statuses |= {1 for _ in found.renamed} | of_delta
     statuses |= {1 for table in tables if _print_modified(table)}
     if arguments.checkpoint is None and not arguments.manifest:
         known = [table for table in captured if _modified(table) is not None]
@@ -220,6 +241,27 @@ def _compare(arguments: argparse.Namespace, asked_at: float) -> int:
     if not arguments.recorded and len(captured) < len(tables):
         statuses.add(2)  # What was left then is not what is there now.
     return 1 if 1 in statuses else 2 if 2 in statuses else 0
+
+
+def _beside_delta(arguments: argparse.Namespace) -> set[int]:
+    """What the files are to be, before what memory is beside them."""
+    if arguments.delta is None:
+        return set()
+    if arguments.checkpoint is None:
+        raise CommandError("--delta is of a --checkpoint: name that too.")
+    delta = read_delta(arguments.delta)
+    if delta.obstacle:
+        print_line(f"delta {delta.version}: cannot be compared: {delta.obstacle}")
+        return {2}
+    differing = delta.differing(Checkpoint(arguments.checkpoint))
+    held, count = len(delta.checksums) - len(differing), len(delta.checksums)
+    print_line(
+        f"delta {delta.version}: {held:,} of {count:,} tensors of the checkpoint have its "
+        f"checksums ({delta.kind})"
+    )
+    for name in differing[:_NAMED]:
+        print_line(f"  other bytes than the delta made  {name}")
+    return {1} if differing else set() if count else {2}
 
 
 def _captured_at(table: Table) -> float:
