@@ -68,9 +68,10 @@ def _between(cuts: Sequence[int], found: Sequence[str], start: int, stop: int, a
     try:
         first, after = cuts.index(start), cuts.index(stop)
     except ValueError:
+        parts = cuts[-1] // math.gcd(start, stop, cuts[-1])
         raise UnknownShareError(
             f"the engine has {axis} {start} to {stop} of {cuts[-1]}, and the manifest has no sum "
-            "of them: write it with this number of cuts"
+            f"of them: write it with {parts} among its cuts"
         ) from None
     return sums.added(found[first:after])
 

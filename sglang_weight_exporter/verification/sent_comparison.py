@@ -68,6 +68,7 @@ def compare_sent(
     names = Names(sent, [each[0].name for each in held])
     found: dict[str, _Found] = {}
     unsent: dict[str, Row] = {}
+    alone: dict[str, tuple[int, int]] = {}
     whole: dict[str, bool] = {}
     before = _before(shares)
     for share, own, there, first in zip(shares, held, sums_of(table.shares), before, strict=True):
@@ -75,6 +76,7 @@ def compare_sent(
         chosen = _chosen(own, names)
         if chosen is None:
             unsent[own[0].name] = row
+            alone[own[0].name] = row.data_ptr, share.offset
             continue
         name, is_fused = chosen
         one = found.setdefault(name, _Found())
@@ -98,11 +100,13 @@ def compare_sent(
             pattern(name) in proved or all(confirmed(row, whole[name]) for row in found[name].rows)
         ),
     )
+    places = {place for one in found.values() for place in one.places}
     return SentComparison(
         comparison,
         sent,
         held=frozenset(found).union(unknown).intersection(sent),
-        unsent=unsent,
+        # Tied weights have a name more than was sent.
+        unsent={name: row for name, row in unsent.items() if alone[name] not in places},
         proved=now_proved,
     )
 

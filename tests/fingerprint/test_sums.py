@@ -94,7 +94,9 @@ def test_a_vocabulary_that_was_filled_up() -> None:
 
 def test_what_was_not_cut_so_is_not_known() -> None:
     tensor = torch.randn((48, 64))
-    with pytest.raises(UnknownShareError, match="rows 0 to 20 of 48"):
+    with pytest.raises(
+        UnknownShareError, match=r"rows 0 to 20 of 48.* write it with 12 among its cuts"
+    ):
         sum_tensors({"t": tensor})["t"].of(share(tensor[:20]))
     with pytest.raises(UnknownShareError, match="24 rows of 16 words"):
         sum_tensors({"t": tensor})["t"].of(share(tensor[:24, :32]))

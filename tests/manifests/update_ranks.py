@@ -1,16 +1,16 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Real ranks that are sent what a trainer has, or almost: `update_ranks.py DIRECTORY JOB`.
+"""Real ranks that are sent what a trainer has, or almost: `update_ranks.py DIRECTORY JOBS`.
 
-JOB is JSON: ``model`` and ``changes`` (of the zoo, and what its configuration has otherwise),
-``ranks``, ``flags`` of SGLang, and ``steps``, each a list of sabotages. A rank is SGLang's
-Scheduler without a server. In each step every rank gets the same buckets of new tensors, as
-SGLang's tokenizer process would hand them to it, and compares what it holds with sums of what the
-trainer has. Writes ``DIRECTORY/results/RANK.json``: of each step what was said.
+JOBS is JSON, jobs by name, one after the other: ``model`` and ``changes`` (of the zoo, and what its
+configuration has otherwise), ``ranks``, ``flags`` of SGLang, ``cuts`` of the manifest, and
+``steps``, each a list of sabotages. A rank is SGLang's Scheduler without a server. In each step
+every rank gets the same buckets of new tensors, as SGLang's tokenizer process would hand them to
+it, and compares what it holds with sums of what the trainer has. Writes
+``DIRECTORY/NAME/results/RANK.json``: of each step what was said.
 
 Sabotages: ``drop NAME``: it comes in no bucket. ``rename NAME TO``: it comes under another name.
-``stale NAME``: it comes with the bytes of the step before. ``prefix WORD``: all names come with it,
-and so does the manifest say.
+``stale NAME``: it comes with the bytes of the step before.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def run_rank(make: Any, rank: int, job: dict[str, Any], checkpoint: Path, result
         state = state_of(checkpoint, number)
         update(scheduler, sabotaged(state, before, sabotages), str(number))
         table = reader.read(30.0).columns
-        found = compare_sent(table, sum_tensors(state), proved=proved)
+        found = compare_sent(table, sum_tensors(state, cuts=job["cuts"]), proved=proved)
         assert found is not None
         assert table.shares is not None
         proved |= found.proved
@@ -126,13 +126,10 @@ def run_rank(make: Any, rank: int, job: dict[str, Any], checkpoint: Path, result
         result.write_text(json.dumps(said))
 
 
-def main() -> None:
-    directory, job = Path(sys.argv[1]), json.loads(sys.argv[2])
+def run_job(directory: Path, job: dict[str, Any]) -> None:
+    """In a process of its own, which reads the settings once."""
+    os.environ["SGLANG_WEIGHT_EXPORTER_RUNTIME_DIR"] = str(directory / "run")
     results, checkpoint = directory / "results", directory / "model"
-    results.mkdir()
-    import sglang.srt.managers.scheduler  # noqa: F401
-    import transformers  # noqa: F401
-
     model = MODELS[job["model"]]
     model = replace(model, settings={**model.settings, **job.get("changes", {})})
     making = functools.partial(write, model, checkpoint, 0)
@@ -146,6 +143,18 @@ def main() -> None:
         pids.append(load_models.in_child(act, result))
     for pid in pids:
         os.waitpid(pid, 0)
+
+
+def main() -> None:
+    directory, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+    import sglang.srt.managers.scheduler  # noqa: F401
+    import transformers  # noqa: F401
+
+    for name, job in jobs.items():
+        results = directory / name / "results"
+        results.mkdir(parents=True)
+        act = functools.partial(run_job, directory / name, job)
+        os.waitpid(load_models.in_child(act, results / "job.json"), 0)
 
 
 if __name__ == "__main__":
