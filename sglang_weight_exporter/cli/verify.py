@@ -99,6 +99,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tensor-parallel size (default: the engine's)",
     )
+    _add_when(parser)
+    parser.set_defaults(run=run)
+
+
+def _add_when(parser: argparse.ArgumentParser) -> None:
     when = parser.add_argument_group("when the engine takes fingerprints")
     when.add_argument(
         "--recorded",
@@ -125,7 +130,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take them anew every so many seconds until interrupted, 2 ms at a time between "
         "batches, and print what is new",
     )
-    parser.set_defaults(run=run)
 
 
 def _seconds(text: str) -> float:

@@ -89,11 +89,7 @@ def compare_sent(
             one.reasons.append(reason)
         elif reason is None:
             one.equal = False
-    unknown: set[str] = set()
-    for number, reason in reasons_of(table.shares).items():
-        name = names.sent_as(rows[number].name) or rows[number].name
-        found.setdefault(name, _Found(nbytes=rows[number].nbytes)).reasons.append(reason)
-        unknown.update(made_of(rows[number].name, names))
+    unknown = _unexplained(table, rows, names, found)
     comparison, now_proved = _verdicts(
         found,
         lambda name: (
@@ -109,6 +105,19 @@ def compare_sent(
         unsent={name: row for name, row in unsent.items() if alone[name] not in places},
         proved=now_proved,
     )
+
+
+def _unexplained(
+    table: WeightTable, rows: Sequence[Row], names: Names, found: dict[str, _Found]
+) -> set[str]:
+    """Adds rows of which no share is known; names of what they may be made of."""
+    assert table.shares is not None
+    unknown: set[str] = set()
+    for number, reason in reasons_of(table.shares).items():
+        name = names.sent_as(rows[number].name) or rows[number].name
+        found.setdefault(name, _Found(nbytes=rows[number].nbytes)).reasons.append(reason)
+        unknown.update(made_of(rows[number].name, names))
+    return unknown
 
 
 def _verdicts(
