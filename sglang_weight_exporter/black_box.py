@@ -78,6 +78,7 @@ class BlackBoxRecorder:
         self._errors: list[OutOfMemory] = []
         self._segments: tuple[Segment, ...] = ()
         self._crash: Crash | None = None
+        self._crashed_by: Exception | None = None
         self._number = 0
         self._written_at = self._queued_at = float("-inf")
 
@@ -86,8 +87,12 @@ class BlackBoxRecorder:
         if not self._observer.attached and self._observer.attach():
             self._ledger.counters.watch_out_of_memory()
 
-    def record_crash(self, error: BaseException) -> str:
-        """An exception is about to end the scheduler; its kind and text, for what it ends too."""
+    def record_crash(self, error: BaseException | None) -> str | None:
+        """An exception is about to end the scheduler; its kind and text, for what it ends too.
+        ``None``: it is none, or is known."""
+        if not isinstance(error, Exception) or error is self._crashed_by:
+            return None
+        self._crashed_by = error
         self._crash = Crash(
             at=self._clock(),
             error=type(error).__name__,

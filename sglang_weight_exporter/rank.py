@@ -266,11 +266,12 @@ class Rank:
             return began_at
         return None
 
-    def crash(self, error: BaseException) -> None:
-        """SGLang's scheduler is about to end by an exception. Its device may never answer again,
+    def crash(self, error: BaseException | None) -> None:
+        """SGLang's scheduler is about to end by an exception; by none, or by one that asks it to,
+        is no crash. Its device may never answer again,
         so nothing is asked of it, and nobody is waited for who may be asking."""
         message = self._black_box.record_crash(error)
-        if self._lock.acquire(timeout=CRASH_SECONDS):
+        if message is not None and self._lock.acquire(timeout=CRASH_SECONDS):
             try:
                 self._arrival, self.inspector.memory_is_there = None, False
                 self.step(lambda ledger: ledger.updates.abort(message))

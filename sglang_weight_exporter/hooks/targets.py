@@ -150,6 +150,7 @@ TARGETS: tuple[Target, ...] = (
     # What ends a scheduler: its process asks for the text of the exception, logs it, and then
     # signals its parent, which kills it.
     Target("scheduler.exception", SCHEDULER, "get_exception_traceback", "crash", "0.4.1"),
+    Target("scheduler.run_event_loop", SCHEDULER, "Scheduler.run_event_loop", "run", "0.5.10.post1"),
     # Experts that move between ranks.
     Target("rebalance", OLD_EPLB_MANAGER, "EPLBManager.rebalance", "rebalance", "0.4.6.post5", "0.4.8.post1"),
     Target("rebalance", EPLB_MANAGER, "EPLBManager.rebalance", "rebalance", "0.4.9.post6"),

@@ -184,7 +184,9 @@ class Translator:
         with self._rank.receiving() if source == "distributed" else contextlib.nullcontext():
             outcome = yield
         if token is not None:
-            verdict = _verdict(None if announced else source, outcome)
+            succeeded, message = verdict_on(outcome)
+            effect = effect_of(None if announced else source, outcome, succeeded, message)
+            verdict = Verdict(succeeded, effect, message)
             # Where a request ends it, that is next.
             goes_on = token.ends_with == "later" or self._rank.ledger.updates.in_session
             self._rank.step(
@@ -370,8 +372,11 @@ class Translator:
 
     def crash(self, call: Call) -> None:
         """``get_exception_traceback``, where the scheduler's process handles what ends it."""
-        if (error := sys.exc_info()[1]) is not None:
-            self._rank.crash(error)
+        self._rank.crash(sys.exc_info()[1])
+
+    def run(self, call: Call) -> Around:
+        """``run_event_loop``: of Ray's actor nobody asks for the text of what ends it."""
+        self._rank.crash((yield).error)
 
     # What surrounds an update. It may wait for others, so it has a beginning as well.
 
@@ -442,8 +447,3 @@ class Translator:
     def _end_operation(self, call: Call, outcome: Outcome, *, failed: bool = False) -> None:
         operation, failed = call.operation, failed or not verdict_on(outcome)[0]
         self._rank.step(lambda ledger: ledger.counters.end_operation(operation, failed=failed))
-
-
-def _verdict(source: Source | None, outcome: Outcome) -> Verdict:
-    succeeded, message = verdict_on(outcome)
-    return Verdict(succeeded, effect_of(source, outcome, succeeded, message), message)

@@ -254,6 +254,11 @@ def get_exception_traceback() -> str:
     return "as SGLang logs it"
 
 
+class Scheduler:
+    def run_event_loop(self, error: BaseException) -> None:
+        raise error
+
+
 def crash(rank: Rank, error: BaseException) -> None:
     """As ``run_scheduler_process`` ends: it asks for the text of what it has caught."""
     ask = rank.hook(SCHEDULER, get_exception_traceback)
@@ -261,6 +266,25 @@ def crash(rank: Rank, error: BaseException) -> None:
         raise error
     except BaseException:
         assert ask() == "as SGLang logs it"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [(ValueError("shape"), True), (SystemExit(0), False), (KeyboardInterrupt(), False)],
+)
+def test_what_leaves_the_event_loop_is_an_end_if_it_is_an_error(
+    rank: Rank, error: BaseException, is_one: bool
+) -> None:
+    """Of Ray's actor; SGLang's own process then asks for its text as well."""
+    rank.runner()
+    scheduler = rank.hook(SCHEDULER, Scheduler)()
+    with pytest.raises(type(error)) as raised:
+        scheduler.run_event_loop(error)
+    assert raised.value is error
+    if is_one:
+        crash(rank, error)
+    assert len(queued(rank)) == is_one
+    assert (read_black_box(directory(rank)) is not None) == is_one
 
 
 def test_an_exception_between_the_calls_of_an_update_ends_it_as_failed(rank: Rank) -> None:

@@ -145,7 +145,7 @@ WAYS: dict[str, tuple[str, ...]] = {
         "send_weights_to_remote_instance",
     ),
     "version": ("record_weight_version_change",),
-    "end by an exception": ("scheduler.exception",),
+    "end by an exception": ("scheduler.exception", "scheduler.run_event_loop"),
 }
 
 
