@@ -123,6 +123,45 @@ assert there > 1.0
 assert rank.snapshot().hook_errors == {}
 """
 
+#: Buffers that are gone when an update ends: below torch's peak until then, and above it.
+PEAK = """
+from types import SimpleNamespace
+from sglang_weight_exporter.hooks.targets import SCHEDULER
+
+class Scheduler:
+    def __init__(self, make):
+        self.tree_cache = SimpleNamespace(evictable_size=int, protected_size=int)
+        self.running_batch, self.waiting_queue = SimpleNamespace(reqs=[]), []
+        make()
+    def flush_cache(self, empty_cache=True):
+        torch.cuda.empty_cache()
+        return True
+
+def take():
+    buffer = torch.empty(size, dtype=torch.uint8, device="cuda")
+    needed.append(torch.cuda.memory_reserved() - before)
+    del buffer
+    flush()
+    return True, "Success"
+
+needed = []
+rank, runner = made(200, disk=take)
+scheduler = rank.hook(SCHEDULER, Scheduler)(lambda: None)
+components = rank.scheduler(runner)
+torch.empty(6 << 30, dtype=torch.uint8, device="cuda")
+torch.cuda.empty_cache()
+peak = torch.cuda.max_memory_reserved()
+for size, flush in ((3 << 30, scheduler.flush_cache), (8 << 30, torch.cuda.empty_cache)):
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    assert components.update_weights_from_disk(Request()).success
+    (memory,) = rank.snapshot().memory
+    print(f"needed {needed[-1]}, seen {memory.update_peak}")
+    assert memory.update_peak == needed[-1] >= size
+    assert torch.cuda.memory_reserved() == before
+assert torch.cuda.max_memory_reserved() >= peak  # Which nobody has reset.
+"""
+
 
 def run(code: str, *, fingerprints: bool) -> str:
     if not nvidia_smi():
@@ -159,3 +198,7 @@ def test_fingerprints_by_address_are_those_of_the_tensors() -> None:
 def test_nobody_waits_for_a_late_sender(fingerprints: bool, record_property: Record) -> None:
     said = run(LATE, fingerprints=fingerprints)
     record_property("a late broadcast", said.strip())
+
+
+def test_what_an_update_needs_for_a_moment_is_seen(record_property: Record) -> None:
+    record_property("buffers", run(PEAK, fingerprints=False).strip())
