@@ -147,13 +147,13 @@ class OpenUpdate:
 
     def miss(self, message: str) -> None:
         """A bucket that was to come has not: SGLang failed before it got to this role."""
+        self.failed_in = self.failed_in or self.phase
         self.broken, self.message = True, message
         if self.effect == "changed":
             self.effect = "undefined"
 
     def abort(self, message: str) -> None:
         """The process ends in the middle of it."""
-        self.failed_in = self.failed_in or self.phase
         self.miss(self.message or message)
         if self.running:
             self.effect = "undefined"

@@ -382,7 +382,7 @@ class Updates:
                 wrote = request.wrote(open_)
                 if not succeeded and unflushed and wrote and not open_.broken:
                     open_.refused, open_.message = True, message
-                elif not succeeded and open_.session and request.missed(name, open_):
+                elif open_.session and (raised or (not succeeded and request.missed(name, open_))):
                     open_.miss(message)
                 if open_.session and not (raised and open_.calls):
                     continue
@@ -391,7 +391,8 @@ class Updates:
                     self._roles.weight_version = request.weight_version
                 if not succeeded or request.flush_cache or open_.source in {"disk", "ipc"}:
                     self._roles.finish(name, open_, at=now if wrote else None)
-            if not (succeeded or request.updates) and request.source is not None:
+            ended = raised and any(open_.session and open_.calls for _, open_ in open_updates)
+            if not (succeeded or request.updates or ended) and request.source is not None:
                 self._refuse(request, request.source, message, now)
 
     def _refuse(self, request: _Request, source: Source, message: str, now: float) -> None:

@@ -307,6 +307,25 @@ def test_an_exception_between_the_calls_of_an_update_ends_it_as_failed(rank: Ran
     assert event.crash == found
 
 
+def test_an_exception_of_a_request_that_comes_to_no_call_ends_the_session_as_failed(
+    rank: Rank,
+) -> None:
+    """As tensors that cannot be unpickled, in 0.5.21 and later: one bucket is in, and no more."""
+    runner = rank.runner()
+    scheduler = rank.scheduler(runner)
+    runner.weight_updater.begin_weight_update()
+    assert scheduler.update_weights_from_tensor(Request()).success
+    error = ValueError("no pickle")
+    scheduler._fan_out = fail(error)
+    with pytest.raises(ValueError, match="no pickle"):
+        scheduler.update_weights_from_tensor(Request())
+    crash(rank, error)
+    assert rank.totals() == {"tensor": (0, 1, 1)}
+    update = rank.last_update()
+    assert (update.effect, update.message, update.failed_in) == ("undefined", "no pickle", "wait")
+    assert rank.events()[-1].update == update
+
+
 def test_an_exception_at_another_time_is_no_update_s(rank: Rank) -> None:
     session(rank.runner(), loads=1)
     before = rank.last_update()
