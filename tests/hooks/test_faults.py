@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import disks
 import pytest
 from standins import (
     Rank,
@@ -40,31 +41,21 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 Fault = Callable[[Path], AbstractContextManager[None]]
 
-needs_mounts = pytest.mark.skipif(
-    os.getuid() != 0 or shutil.which("mount") is None,
-    reason="needs root, to mount a file system that can be filled or made read-only",
-)
-
-
-def mount(*arguments: str) -> None:
-    subprocess.run(["mount", *arguments], check=True)
-
 
 @pytest.fixture
 def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
     """A file system of its own, of 256 KiB; for what only some can, the one of all tests."""
     path = tmp_path / "disk"
-    path.mkdir()
     if "read-only" in request.node.name:
+        path.mkdir()
         tried = subprocess.run(["chattr", "+i", path], capture_output=True, text=True, check=False)
         if tried.returncode != 0:
             pytest.skip(f"needs a file system with immutable directories: {tried.stderr.strip()}")
         subprocess.run(["chattr", "-i", path], check=True)
         yield path
         return
-    mount("-t", "tmpfs", "-o", "size=256k,mode=0700", "tmpfs", str(path))
-    yield path
-    subprocess.run(["umount", "-l", str(path)], check=True)
+    with disks.disk(path, "256k") as mounted:
+        yield mounted
 
 
 @contextlib.contextmanager
@@ -176,7 +167,6 @@ def back(rank: Rank, holds: Callable[[Role], bool]) -> Role:
     return eventually(found)
 
 
-@needs_mounts
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize(("way", "source", "calls"), WAYS.values(), ids=WAYS)
 def test_an_update_during_a_fault_is_counted(
@@ -201,7 +191,6 @@ def test_an_update_during_a_fault_is_counted(
     assert back(rank, lambda role: role.updates[source].updates == 3).in_progress is None
 
 
-@needs_mounts
 @pytest.mark.parametrize(("way", "source", "calls"), WAYS.values(), ids=WAYS)
 def test_where_hard_links_are_refused_an_update_is_published_at_once(
     disk: Path, way: Callable[[Rank, Any], None], source: Source, calls: int
@@ -211,22 +200,18 @@ def test_where_hard_links_are_refused_an_update_is_published_at_once(
     runner = rank.runner()
     way(rank, runner)
     (queue,) = (disk / "runtime").rglob("events")
-    mount("-t", "tmpfs", "-o", "size=256k,mode=0700", "tmpfs", str(queue))
-    os.utime(queue.parent)  # A mount leaves no trace in the directory that it is in.
-    try:
+    with disks.disk(queue, "256k", in_place=True):
+        os.utime(queue.parent)  # A mount leaves no trace in the directory that it is in.
         way(rank, runner)
         assert rank.role().updates[source].updates == 2
         assert rank.role().updates[source].calls == 2 * calls
         assert [event.update.source for event in rank.events()] == [source]
-    finally:
-        subprocess.run(["umount", "-l", str(queue)], check=True)
 
 
 def roles_of(rank: Rank) -> list[Role]:
     return [role for snapshot in published(rank) for role in snapshot.roles]
 
 
-@needs_mounts
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 def test_a_rank_that_loads_during_a_fault_appears_when_it_is_over(disk: Path, fault: Fault) -> None:
     rank = Rank(disk / "runtime")
@@ -273,7 +258,6 @@ STEPS: dict[str, tuple[Callable[[Rank, Any], Iterator[None]], int, Source, int]]
 }
 
 
-@needs_mounts
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
 @pytest.mark.parametrize(
     ("way", "step", "source", "calls"),
@@ -308,7 +292,6 @@ def test_an_update_one_of_whose_steps_meets_a_fault(
     assert role.table is not None
 
 
-@needs_mounts
 def test_the_event_of_an_update_during_a_fault_is_delivered_after_it(disk: Path) -> None:
     rank = Rank(disk / "runtime")
     runner = rank.runner()
@@ -319,7 +302,6 @@ def test_the_event_of_an_update_during_a_fault_is_delivered_after_it(disk: Path)
     assert [event.update.source for event in rank.events()][-2:] == ["disk", "disk"]
 
 
-@needs_mounts
 def test_a_thread_that_cannot_be_had_is_started_with_the_next_fault(
     disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,10 +14,12 @@ import pytest
 
 
 @contextlib.contextmanager
-def disk(path: Path, size: str) -> Iterator[Path]:
+def disk(path: Path, size: str, *, in_place: bool = False) -> Iterator[Path]:
     """A file system of this size (as mount(8) writes it), in memory: mounted here where root may,
-    else in namespaces of its own, which need no rights and are looked into through /proc."""
-    path.mkdir()
+    else in namespaces of its own, which need no rights and are looked into through /proc.
+    ``in_place``: over a directory that is there, which only root can."""
+    if not in_place:
+        path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "tmpfs", str(path)]
     if os.getuid() == 0 and subprocess.run(mount, check=False).returncode == 0:
         try:
@@ -25,6 +27,8 @@ def disk(path: Path, size: str) -> Iterator[Path]:
         finally:
             subprocess.run(["umount", "-l", str(path)], check=True)
         return
+    if in_place:
+        _cannot_mount()
     isolated = ["unshare", "--user", "--map-root-user", "--mount"]
     script = ["sh", "-c", '"$@" && echo mounted && cat', "sh"]
     with subprocess.Popen(
