@@ -10,7 +10,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -20,6 +20,9 @@ from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import Update
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader
 from sglang_weight_exporter.store.tables import Table, TableError, TableReader
+
+#: Number of a load or update, the table's and the weights' fingerprints, and the version.
+Left: TypeAlias = tuple[int, str, str, str]
 
 logger = logging.getLogger("sglang_weight_exporter")
 
@@ -64,7 +67,7 @@ class TableFollower(ABC):
         self._guard = guard
         self._is_on = is_on
         #: Rank and role → what was compared, and what came of it.
-        self._found: dict[tuple[str, str], tuple[object, Finding]] = {}
+        self._found: dict[tuple[str, str], tuple[Left | None, Finding]] = {}
         self._living: set[tuple[str, str]] = set()
         self._logged: set[str] = set()
 
@@ -110,6 +113,8 @@ class TableFollower(ABC):
         left, finding = self._found.get((event.rank_id, event.role), (None, Finding()))
         if left == self._left_by(update, table.sha256, table.fingerprint, update.weight_version):
             return finding
+        if left is not None and left[0] > update.sequence:
+            return Finding()  # The next came before anybody had looked.
         return Finding() if time.time() > update.ended_at + _SPAN_WAITS_SECONDS else None
 
     def _follow(self, rank: RankDirectory, snapshot: Snapshot, role: Role) -> None:
@@ -134,7 +139,7 @@ class TableFollower(ABC):
     def _compare(self, table: Table) -> Finding | None:
         """``None``: not yet."""
 
-    def _left(self, role: Role, version: str) -> object:
+    def _left(self, role: Role, version: str) -> Left | None:
         """What distinguishes what was left from anything else; ``None`` where the weights are not
         what a load or an update left, or are not known."""
         last, table = role.last_update, role.table
@@ -142,8 +147,8 @@ class TableFollower(ABC):
             return None
         return self._left_by(last, table.sha256, table.fingerprint, version)
 
-    def _left_by(self, update: Update, sha256: str, fingerprint: str, version: str) -> object:
-        return update.sequence, sha256, fingerprint
+    def _left_by(self, update: Update, sha256: str, fingerprint: str, version: str) -> Left:
+        return update.sequence, sha256, fingerprint, ""
 
     def _log(self, sentence: str) -> None:
         if sentence not in self._logged:

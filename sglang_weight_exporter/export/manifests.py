@@ -16,7 +16,7 @@ from pathlib import Path
 
 from msgspec import UNSET
 
-from sglang_weight_exporter.export.following import Finding, TableFollower
+from sglang_weight_exporter.export.following import Finding, Left, TableFollower
 from sglang_weight_exporter.export.guard import Guard
 from sglang_weight_exporter.export.references import device_kind
 from sglang_weight_exporter.records.updates import Update
@@ -133,7 +133,7 @@ class ManifestFollower(TableFollower):
             if not ranks.intersection(known):
                 del self._results[engine]
 
-    def _left_by(self, update: Update, sha256: str, fingerprint: str, version: str) -> object:
+    def _left_by(self, update: Update, sha256: str, fingerprint: str, version: str) -> Left:
         return update.sequence, sha256, fingerprint, version
 
     def _compare(self, table: Table) -> Finding | None:

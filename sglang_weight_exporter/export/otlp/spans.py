@@ -222,7 +222,8 @@ def _found(event: Event, found: Finding, *, names: bool) -> Attributes:
     if names and found.differing:
         attributes[f"{beside}.differing.names"] = found.differing[:NAMED_CHANGES]
     if names and found.renamed:
-        attributes[f"{beside}.renamed.names"] = [name for name, _ in found.renamed[:NAMED_CHANGES]]
+        names_of = tuple(name for name, _ in found.renamed)
+        attributes[f"{beside}.renamed.names"] = names_of[:NAMED_CHANGES]
     return attributes
 
 
