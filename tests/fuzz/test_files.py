@@ -26,6 +26,7 @@ from mutations import ODD_VALUES, packed
 from ranks import ExporterProcess, Rank, rows
 from waiting import eventually
 
+from sglang_weight_exporter.records.black_box import BlackBox, Crash
 from sglang_weight_exporter.records.engine import Engine, Ranks
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.weights import WeightUsage
@@ -41,9 +42,13 @@ NAMES = (
     *("events", "target-aaaaaaaaaaaaaaaa.table", ".snapshot.0123", "x"),
     *("events/000000000001-none.event", "events/000000000002-aaaaaaaaaaaaaaaa.event"),
     *("events/aaaaaaaaaaaaaaaa.table", "events/x"),
+    *("black_box", "events/000000000001-black_box.event"),
 )
 #: What the runtime directory has.
-ROOT = ("exporter.json", "exporter.lock", "engines.lock", "x", "ranks/x", "ranks/.x", "ranks/lock")
+ROOT = (
+    *("exporter.json", "exporter.lock", "engines.lock", "x", "ranks/x", "ranks/.x", "ranks/lock"),
+    *("ended", "ended/x", "ended/x/snapshot", "ended/x/black_box"),
+)
 
 
 class Healthy:
@@ -88,6 +93,16 @@ class Vandal:
                         healthy[0].snapshot(),
                         rank_id="victim0",
                         engine=Engine(name="victim", instance="two"),
+                    )
+                )
+            ),
+            packed(
+                msgspec.to_builtins(
+                    BlackBox(
+                        rank_id="victim0",
+                        pid=1,
+                        engine=Engine(name="victim", instance="two"),
+                        crash=Crash(at=1.0, error="ValueError", message="x\x1b[31m"),
                     )
                 )
             ),
