@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``verify --through-checker``: what SGLang's ``/weights_checker`` answers, in words and statuses.
 
-The answers are those of SGLang 0.5.23; a real engine's are in ``tests/manifests``.
+The answers have the form of SGLang 0.5.23's; a real engine's are in ``tests/gpu``.
 """
 
 from __future__ import annotations
