@@ -100,8 +100,9 @@ def of_engine(
     held = frozenset().union(*(result.held for _, result in found))
     sent = found[0][1].sent
     unheld = tuple(name for name in sent if name not in held)
-    unsent = {name: row for _, result in found for name, row in result.unsent.items()}
-    return EngineComparison(unheld, renamed(unheld, unsent, sent))
+    unsent = {name: of for _, result in found for name, of in result.unsent.items()}
+    proved = frozenset().union(*(result.proved for _, result in found))
+    return EngineComparison(unheld, renamed(unheld, unsent, sent, proved))
 
 
 class ManifestFollower(TableFollower):

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from sglang_weight_exporter.verification.checkpoint_layout import FUSED
+from sglang_weight_exporter.verification.confirmed_loaders import pattern
 
 #: Of ``q``, ``k``, ``v`` and of merged parts, which one it is (``stacked_params_mapping``).
 _NUMBER = {"q": 0, "k": 1, "v": 2}
@@ -56,6 +57,7 @@ class Names:
 
     def __init__(self, sent: Collection[str], held: Iterable[str]) -> None:
         self._sent = sent if isinstance(sent, Mapping | set | frozenset) else set(sent)
+        self._patterns = set(map(pattern, sent))
         by_end: dict[tuple[str, ...], list[str]] = {}
         for name in sent:
             by_end.setdefault(_end(name), []).append(name)
@@ -76,6 +78,11 @@ class Names:
         if name in self._sent:
             return name
         return next((found for found in self._otherwise(name) if found in self._sent), None)
+
+    def pattern_of(self, name: str) -> str:
+        """In the trainer's names, where other layers' tensors of this name were sent."""
+        there = (pattern(each) for each in (name, *self._otherwise(name)))
+        return next((each for each in there if each in self._patterns), pattern(name))
 
     def below(self, module: str) -> set[str]:
         """What was sent of a module."""

@@ -31,9 +31,9 @@ class SentComparison:
     sent: Mapping[str, SentTensor]
     #: Names of what this rank holds of what was sent.
     held: frozenset[str]
-    #: What it holds and nobody sent: name → its dtype, and rows and words where they are known.
-    unsent: Mapping[str, Row]
-    #: Patterns of names of which one was equal.
+    #: What it holds and nobody sent: name → the pattern of the name that it would have.
+    unsent: Mapping[str, str]
+    #: Patterns of names of which one was equal, now or before.
     proved: frozenset[str]
 
 
@@ -67,7 +67,7 @@ def compare_sent(
     held = [candidates(rows[share.row].name, share.part) for share in shares]
     names = Names(sent, [each[0].name for each in held])
     found: dict[str, _Found] = {}
-    unsent: dict[str, Row] = {}
+    unsent: dict[str, str] = {}
     alone: dict[str, tuple[int, int]] = {}
     whole: dict[str, bool] = {}
     before = _before(shares)
@@ -75,7 +75,7 @@ def compare_sent(
         row = rows[share.row]
         chosen = _chosen(own, names)
         if chosen is None:
-            unsent[own[0].name] = row
+            unsent[own[0].name] = names.pattern_of(own[0].name)
             alone[own[0].name] = row.data_ptr, share.offset
             continue
         name, is_fused = chosen
@@ -102,8 +102,8 @@ def compare_sent(
         sent,
         held=frozenset(found).union(unknown).intersection(sent),
         # Tied weights have a name more than was sent.
-        unsent={name: row for name, row in unsent.items() if alone[name] not in places},
-        proved=now_proved,
+        unsent={name: of for name, of in unsent.items() if alone[name] not in places},
+        proved=now_proved.union(proved),
     )
 
 
@@ -173,14 +173,23 @@ def _beside(share: Share, row: Row, tensor: SentTensor, there: str, first_row: i
 
 
 def renamed(
-    unheld: Collection[str], unsent: Mapping[str, Row], sent: Mapping[str, SentTensor]
+    unheld: Collection[str],
+    unsent: Mapping[str, str],
+    sent: Mapping[str, SentTensor],
+    proved: Collection[str],
 ) -> dict[str, str]:
     """Names that were sent and no rank holds → the name that they were meant to have: one that is
-    like it, is held, and was not sent."""
+    like it, is held, and was not sent, while tensors of the same dtype and shape with its name in
+    other layers were sent and are held. A loader that has names of its own has them in all."""
+    kinds = {
+        pattern(name): (tensor.dtype, tensor.shape)
+        for name, tensor in sent.items()
+        if pattern(name) in proved
+    }
     found = {}
     for name in unheld:
-        alike = [each for each, row in unsent.items() if row.dtype == sent[name].dtype]
-        meant = nearest(name, alike)
+        kind = (sent[name].dtype, sent[name].shape)
+        meant = nearest(name, [each for each, of in unsent.items() if kinds.get(of) == kind])
         if meant is not None:
             found[name] = meant
     return found

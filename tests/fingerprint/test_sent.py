@@ -255,6 +255,22 @@ def test_what_is_sent_besides_is_no_difference(fleet: Fleet) -> None:
     assert fleet.matches() == [True, True]
 
 
+def test_names_that_a_loader_has_of_its_own_are_no_difference(fleet: Fleet) -> None:
+    """SGLang renames some tensors of all layers (Mamba's ``A_log``), and experts that are sent in
+    one tensor are like one expert's by their name, and not by their shape."""
+    state = a_state()
+    sent = {name.replace("gate_proj", "gate_prj"): array for name, array in state.items()}
+    stacked = "model.layers.0.mlp.experts.down_proj.weight"
+    expert = "model.layers.0.mlp.experts.1.down_proj.weight"
+    sent[stacked] = np.stack([sent.pop(expert)] * 4)
+    fleet.manifest(sent, "1")
+    fleet.update(state, "1")
+    assert fleet.matches() == [True, True]
+    status, text = verify(fleet)
+    assert (status, "meant?" in text) == (0, False), text
+    assert "no rank here holds  model.layers.0.mlp.experts.down_proj.weight and 2 more" in text
+
+
 @pytest.mark.parametrize(
     ("theirs", "own"),
     [
