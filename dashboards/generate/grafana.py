@@ -168,8 +168,9 @@ def timeseries(
                     "fillOpacity": 80 if bars else 45 if stacked else 0,
                     "showPoints": "always" if points else "never",
                     "spanNulls": points,
-                    # An axis of counts that are all 0 would go to 100.
-                    **({"axisSoftMax": 1} if decimals == 0 else {}),
+                    # An axis of counts that are all 0 would go to 100, and one of a digit leaves no
+                    # room for the half of a time that is below its end.
+                    **({"axisSoftMax": 1, "axisWidth": 45} if decimals == 0 else {}),
                     "stacking": {"mode": "normal" if stacked or bars else "none", "group": "A"},
                 },
             },

@@ -46,22 +46,60 @@ class Recording:
     """A sample of a host as it is to be kept, by its seconds since the start."""
 
 
+#: When the fleet of the story comes to rest.
+QUIET = 360
+#: What is then as it was when all had loaded; what stays as it is; what is not there at rest.
+AT_REST = (
+    "sglang_weight_resident_bytes",
+    "sglang_weight_update_in_progress",
+    "sglang_kv_pool_resident_bytes",
+    "sglang_kv_cache_paused",
+    "sglang_gpu_memory",
+    "sglang_rank_memory",
+)
+KEPT = (
+    "sglang_weight_last_update",
+    "sglang_weight_updates_total",
+    "sglang_weight_update_duration",
+    "sglang_weight_update_bytes",
+    "sglang_weight_version_hash",
+)
+NOT_THERE = ("sglang_weight_version", "sglang_weight_update_phase_in_progress")
+#: Nothing fails in it.
+NEVER = ("sglang_weight_update_failures_total", "sglang_weight_tensors_moved_total")
+
+
 def of_a_story() -> Callable[[int, str, float, float], float | None]:
-    """One replica is behind from the second minute on, one GPU fills up, two engines have versions
-    that are no numbers."""
-    held: dict[str, float] = {}
-    followed = ("version", "last_update", "updates_total", "update_duration", "update_bytes")
+    """Versions are no numbers. One replica is behind from the second minute on, one GPU fills up,
+    and the others have the same in the end."""
+    loaded: dict[tuple[int, str], float] = {}
+    held: dict[tuple[int, str], float] = {}
+
+    def rests(host: int, at: float) -> bool:
+        """The replica that is behind does so sooner."""
+        return at >= (120 if host == 2 else QUIET)
+
+    def followed(host: int, name: str, at: float, value: float) -> float:
+        metric = name.partition("{")[0]
+        if rests(host, at):
+            if metric == "sglang_weight_version_hash" and host != 2:
+                return next(of for key, of in held.items() if key[0] == 0 and metric in key[1])
+            return held.get((host, name), value)
+        held[host, name] = value
+        return value
 
     def changed(host: int, name: str, at: float, value: float) -> float | None:
         metric = name.partition("{")[0]
-        if host == 2 and metric.startswith(tuple(f"sglang_weight_{each}" for each in followed)):
-            if at < 120:
-                held[name] = value
-            return held.get(name)
-        if host in (5, 6) and metric == "sglang_weight_version":
+        if metric == NOT_THERE[0] or (metric == NOT_THERE[1] and rests(host, at)):
             return None
+        if metric in NEVER:
+            return 0.0
+        if metric.startswith(KEPT):
+            return followed(host, name, at, value)
+        if metric.startswith(AT_REST):
+            value = loaded.setdefault((host, name), value) if at < 5 or rests(host, at) else value
         if host == 3 and 'gpu="2"' in name:
-            taken = min(1.0, at / 300) * 21e9
+            taken = min(1.0, at / 300) * 22.5e9
             if metric.startswith("sglang_gpu_memory_used") or 'part="other_proc' in name:
                 return value + taken
             return value - taken if 'part="free"' in name else value

@@ -146,7 +146,7 @@ def zero_when_healthy() -> list[Json]:
         ),
         linked(
             stat(
-                "Engines that moved tensors",
+                "Tensors moved",
                 "Engines of which an update in the time range has given tensors another address. "
                 "CUDA graphs keep the old ones, so an in-place update should move none.",
                 updates.that_moved(ENGINES),

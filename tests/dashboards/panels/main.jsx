@@ -70,7 +70,7 @@ const LINE_DEFAULTS = {
   drawStyle: 'line', lineInterpolation: 'linear', lineWidth: 1, fillOpacity: 0, gradientMode: 'none',
   lineStyle: { fill: 'solid' }, spanNulls: false, insertNulls: false, showPoints: 'auto', pointSize: 5,
   stacking: { mode: 'none', group: 'A' }, axisPlacement: 'auto', axisLabel: '', axisColorMode: 'text',
-  axisBorderShow: false, axisCenteredZero: false, axisSoftMin: undefined, axisSoftMax: undefined,
+  axisBorderShow: false, axisCenteredZero: false, axisSoftMin: undefined, axisSoftMax: undefined, axisWidth: undefined,
   axisGridShow: undefined, scaleDistribution: { type: 'linear' }, thresholdsStyle: { mode: 'off' },
   hideFrom: { tooltip: false, viz: false, legend: false }, barAlignment: 0, barWidthFactor: 0.6,
   fillBelowTo: undefined, transform: undefined, lineColor: undefined,
