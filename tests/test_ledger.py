@@ -561,6 +561,25 @@ def test_tensors_that_arrive_for_another_role_are_no_part_of_what_went_on() -> N
     machine.counts_are_the_models()
 
 
+def test_tensors_that_arrive_for_another_role_end_no_later_than_the_last_call() -> None:
+    """Found by the machine: a bucket for the target beside a session of the draft, and the next one
+    for the draft, whose tensors the target receives."""
+    machine = LedgerMachine()
+    machine.start(has_sessions=True)
+    machine.begin_weight_update(selector="draft")
+    for selector, flush_cache in (("target", False), ("draft", True)):
+        machine.update_from_tensor_or_distributed(
+            source="distributed",
+            selector=selector,
+            arrives=True,
+            outcomes=[CHANGED],
+            flush_cache=flush_cache,
+            flushes=False,
+            version="",
+        )
+    machine.counts_are_the_models()
+
+
 def test_what_a_request_wrote_is_not_told_by_the_time() -> None:
     """Found by the machine: two requests in one tick of the clock, of which the second fails before
     it writes anything."""

@@ -95,11 +95,22 @@ class OpenUpdate:
     phase: Phase = "wait"
     phase_since: float = 0.0
     phases: dict[Phase, float] = field(default_factory=dict)
+    #: The same up to its last call, where tensors have arrived since that none of its own loads.
+    phases_to_last_call: dict[Phase, float] | None = None
     #: What its calls have brought, and what the one that is running has; ``None``: not known.
     nbytes: int | None = 0
     incoming_bytes: int | None = None
 
+    def begin_receiving(self, source: Source, at: float) -> None:
+        """Tensors arrive, for a call of its own or for another role alone."""
+        if self.phases_to_last_call is None:
+            self.phases_to_last_call = dict(self.phases)
+        self.coming = source
+        self.set_phase("receive", at)
+
     def set_phase(self, phase: Phase, at: float) -> None:
+        if phase == "load":
+            self.phases_to_last_call = None
         self.add_time(self.phase, elapsed(self.phase_since, at))
         self.phase, self.phase_since = phase, at
 
@@ -176,6 +187,7 @@ class OpenUpdate:
 
     def finished(self, *, at: float | None, weight_version: str, trace_id: str) -> Update:
         """The record of it. ``at``: it ends only now, and not with its last call."""
+        phases = self.phases if at is not None else self.phases_to_last_call
         return Update(
             action="update",
             source=self.source,
@@ -189,7 +201,7 @@ class OpenUpdate:
             failed_in=self.failed_in,
             weight_version=self.weight_version or weight_version,
             trace_id=trace_id,
-            phases=self.phases,
+            phases=self.phases if phases is None else phases,
             nbytes=self.nbytes,
         )
 

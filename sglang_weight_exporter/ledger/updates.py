@@ -153,11 +153,9 @@ class Updates:
         """Tensors arrive, to be loaded by further calls; of this role or, where it is in no
         session, perhaps of others alone."""
         with self._lock:
-            open_ = self._roles[name].update
-            self._finish_other(name, open_, source)
-            self.set_phase("receive", name)
-            if open_ is not None:
-                open_.coming = source
+            self._finish_other(name, self._roles[name].update, source)
+            if (open_ := self._roles[name].update) is not None:
+                open_.begin_receiving(source, self._clock())
 
     def fail_receiving(self, name: str, source: Source, message: str) -> None:
         """They did not arrive."""
