@@ -448,7 +448,9 @@ def check(directory: Path, scenarios: list[dict[str, Any]]) -> None:
     run("promtool", "test", "rules", directory / "tests.yml")
 
 
+@pytest.mark.release("rules")
 def test_labels_that_a_scrape_adds_stay_on_every_alert(tmp_path: Path) -> None:
+    """In every run that of two clusters has them too."""
     assert len(scenarios()) > 15
     check(tmp_path, [in_a_cluster(scenario) for scenario in scenarios()])
 
@@ -512,6 +514,17 @@ def losing_a_scrape(scenario: dict[str, Any], case: dict[str, Any]) -> dict[str,
     return {"interval": "1m", "input_series": lost, "promql_expr_test": expected}
 
 
+def test_every_alert_goes_on_for_a_while_or_asks_for_more_than_the_last_scrape() -> None:
+    """The part `rules` loses a scrape in each of their tests."""
+    without = {rule["alert"] for rule in alerts() if rule.get("keep_firing_for") != "5m"}
+    assert without == {
+        "SGLangWeightsReloaded",
+        "SGLangWeightReloadStuck",
+        "SGLangWeightExporterDown",
+    }
+
+
+@pytest.mark.release("rules")
 def test_a_scrape_that_is_lost_ends_no_alert(tmp_path: Path) -> None:
     """Which would come again with the next one: two notifications more of one fault."""
     lost = [
