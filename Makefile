@@ -158,6 +158,7 @@ part-fuzz: wheel
 part-soak: newest
 	@$(call say,Soak)
 	$(MAIN)/bin/python benchmarks/soak.py 420
+	$(pytest) --release=soak tests/hooks $(PYTEST_ARGUMENTS)
 
 demo: wheel
 	@$(environment) sglang $(NEWEST) .venv/demo-$(NEWEST)
