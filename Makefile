@@ -157,7 +157,7 @@ part-fuzz: wheel
 
 part-soak: newest
 	@$(call say,Soak)
-	$(MAIN)/bin/python benchmarks/soak.py 420
+	$(MAIN)/bin/python benchmarks/soak.py 300
 	$(pytest) --release=soak tests/hooks $(PYTEST_ARGUMENTS)
 
 demo: wheel
