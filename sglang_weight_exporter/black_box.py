@@ -163,7 +163,7 @@ class BlackBoxRecorder:
 def _text(error: BaseException) -> str:
     try:
         return str(error)[:MESSAGE_CHARACTERS]
-    except Exception:
+    except Exception:  # SGLang's or a library's own `__str__`; its class and frames are kept.
         return ""
 
 

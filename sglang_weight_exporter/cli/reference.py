@@ -35,7 +35,7 @@ _SMALL = (
     *("--disable-cuda-graph", "--skip-server-warmup"),
 )
 _KILL_AFTER = 30.0
-_LOOK_EVERY = 0.5
+_POLL_SECONDS = 0.5
 #: Of a setting that was not given.
 _SGLANGS_CHOICE = ("auto", "none", "trivial", "{}")
 _COMMANDS = ("list", "remove")
@@ -189,7 +189,7 @@ def _engine(flags: Sequence[str], runtime_dir: Path, log: Path | None) -> Iterat
                         f"SGLang ended with status {process.returncode} before its weights were "
                         f"loaded; what it printed says why: {' '.join(command)}"
                     )
-                time.sleep(_LOOK_EVERY)
+                time.sleep(_POLL_SECONDS)
             yield
         finally:
             _end(process)

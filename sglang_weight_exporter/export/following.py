@@ -26,7 +26,7 @@ Left: TypeAlias = tuple[int, str, str, str]
 
 logger = logging.getLogger("sglang_weight_exporter")
 
-_LOOK_EVERY = 1.0
+_POLL_SECONDS = 1.0
 #: How long the span of a load or update waits for what it is compared with.
 _SPAN_WAITS_SECONDS = 30.0
 
@@ -79,7 +79,7 @@ class TableFollower(ABC):
         while True:
             with self._guard.step(f"Comparing weights for {self.attribute}"):
                 self.follow()
-            time.sleep(_LOOK_EVERY)
+            time.sleep(_POLL_SECONDS)
 
     def follow(self) -> None:
         """Never raises for a single rank."""
