@@ -22,7 +22,9 @@ STEPS = ("", "drop", f"rename {UP} {SPELT}", f"stale {UP}", "")
 
 
 @contextmanager
-def steps_of(trainer: str, engine: Engine, checkpoint: Path) -> Iterator[Iterator[str]]:
+def steps_of(
+    trainer: str, engine: Engine, checkpoint: Path, **variables: str
+) -> Iterator[Iterator[str]]:
     """Each step's sabotage, when the step has been made."""
     sent = engine.directory / "sent"
     for left in sent.glob("*"):
@@ -36,7 +38,9 @@ def steps_of(trainer: str, engine: Engine, checkpoint: Path) -> Iterator[Iterato
                 *map(str, (engine.installation.python, program, trainer, engine.url)),
                 *map(str, (sent, checkpoint, json.dumps(STEPS))),
             ],
-            env=engine.installation.environment(NCCL_CUMEM_ENABLE="0", GLOO_SOCKET_IFNAME="lo"),
+            env=engine.installation.environment(
+                NCCL_CUMEM_ENABLE="0", GLOO_SOCKET_IFNAME="lo", **variables
+            ),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -66,15 +70,11 @@ def matches(engine: Engine) -> list[float]:
     return [sample.value for sample in scrape.series("sglang_weight_manifest_match")]
 
 
-@pytest.mark.release("manifests")
-@pytest.mark.parametrize("trainer", ["slime", "verl"])
-def test_a_trainers_own_steps(
-    tensor_parallel_engine: Engine, checkpoints: tuple[Path, Path], trainer: str
-) -> None:
-    engine = tensor_parallel_engine
-    with steps_of(trainer, engine, checkpoints[0]) as steps:
+def follow(trainer: str, engine: Engine, checkpoint: Path, ranks: int, **variables: str) -> None:
+    """Each step is called right or named, by every rank."""
+    with steps_of(trainer, engine, checkpoint, **variables) as steps:
         for number, sabotage in enumerate(steps, start=1):
-            expected = [float(not sabotage)] * 2
+            expected = [float(not sabotage)] * ranks
 
             def compared(expected: list[float] = expected) -> bool:
                 return matches(engine) == expected
@@ -88,4 +88,13 @@ def test_a_trainers_own_steps(
             elif "stale" in sabotage:
                 assert f"{UP} is not what the trainer sent as version {number}" in text
             elif sabotage:
-                assert text.count(f"is not what the trainer sent as version {number}") == 2, text
+                other = text.count(f"is not what the trainer sent as version {number}")
+                assert other == ranks, text
+
+
+@pytest.mark.release("manifests")
+@pytest.mark.parametrize("trainer", ["slime", "verl"])
+def test_a_trainers_own_steps(
+    tensor_parallel_engine: Engine, checkpoints: tuple[Path, Path], trainer: str
+) -> None:
+    follow(trainer, tensor_parallel_engine, checkpoints[0], ranks=2)

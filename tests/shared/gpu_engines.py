@@ -58,6 +58,13 @@ KINDS = {
     "two_gpu_fingerprint_engine": EngineKind(
         "--enable-memory-saver --tp-size 2", gpus=(0, 1), variables=FINGERPRINTS
     ),
+    "manifest_engine": EngineKind(
+        "",
+        variables=(
+            *FINGERPRINTS,
+            ("SGLANG_WEIGHT_EXPORTER_MANIFEST_DIR", "{directory}/sent"),
+        ),
+    ),
     "offload_engine": EngineKind("--cpu-offload-gb 1"),
     "lora_engine": EngineKind(
         "--enable-lora --max-lora-rank 16 --lora-target-modules q_proj v_proj"

@@ -6,8 +6,9 @@
 NAME is ``slime`` or ``verl``: their functions are in the files beside this one, read at a commit
 and run as they are. What they import is given here: for Ray threads that call, for Megatron and
 FSDP a state dict. STEPS is JSON, a list of sabotages: ``""``, ``drop``, ``rename NAME TO``,
-``stale NAME``. Each step sends new weights under its number as the version, in a session, and
-leaves ``SENT/manifest_NUMBER.json`` of what the trainer has. A line of input is the next step.
+``stale NAME``. Each step sends new weights under its number as the version, in a session where the
+release has them, and leaves ``SENT/manifest_NUMBER.json`` of what the trainer has. A line of input
+is the next step. Weights are on a GPU where this process sees one, and go over NCCL.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch.distributed as dist
 from sglang_weight_exporter import sum_tensors, write_manifest
 
 BUCKET_BYTES = 100_000
+DEVICE, BACKEND = ("cuda", "nccl") if torch.cuda.is_available() else ("cpu", "gloo")
 Named = list[tuple[str, torch.Tensor]]
 
 
@@ -59,7 +61,7 @@ def state_of(checkpoint: Path, seed: int) -> dict[str, torch.Tensor]:
     with safe_open(str(checkpoint / "model.safetensors"), "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
     return {
-        name: torch.randn(shape, generator=noise).to(torch.bfloat16)
+        name: torch.randn(shape, generator=noise).to(DEVICE, torch.bfloat16)
         for name, shape in shapes.items()
     }
 
@@ -122,7 +124,7 @@ def slime(url: str) -> Callable[[Named, str, bool], None]:
             "requests": requests,
             "socket": socket,
             "time": __import__("time"),
-            "accelerator": types.SimpleNamespace(weight_update_backend=lambda: "gloo"),
+            "accelerator": types.SimpleNamespace(weight_update_backend=lambda: BACKEND),
             "init_process_group": init_custom_process_group,
             "_wrap_ipv6": lambda host: host,
             "get_gloo_group": lambda: None,
@@ -177,9 +179,11 @@ def verl(url: str) -> Callable[[Named, str, bool], None]:
     from sglang.srt.weight_sync.utils import update_weights
     from torch.distributed.device_mesh import init_device_mesh
 
-    # What SGLang puts in its place knows the memory of GPUs alone; the server is no child of this.
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    patch_torch.monkey_patch_torch_reductions = lambda: None
+    if DEVICE == "cpu":
+        # What SGLang puts in its place knows the memory of GPUs alone; the server is no child of
+        # this.
+        torch.multiprocessing.set_sharing_strategy("file_system")
+        patch_torch.monkey_patch_torch_reductions = lambda: None
     sent: list[int] = []
     dropped: list[bool] = [False]
 
@@ -261,6 +265,9 @@ TRAINERS = {"slime": slime, "verl": verl}
 
 def main(trainer: str, url: str, directory: str, checkpoint: str, steps: Sequence[str]) -> None:
     send = TRAINERS[trainer](url)
+    sessions = (
+        "/begin_weight_update" in json.load(urllib.request.urlopen(f"{url}/openapi.json"))["paths"]
+    )
     before: dict[str, torch.Tensor] = {}
     for number, sabotage in enumerate(steps, start=1):
         state = state_of(Path(checkpoint), number)
@@ -270,9 +277,11 @@ def main(trainer: str, url: str, directory: str, checkpoint: str, steps: Sequenc
             tensors |= sum_tensors(bucket)
         path = Path(directory) / f"manifest_{number}.json"
         write_manifest(path, tensors, weight_version=str(number))
-        post(url, "begin_weight_update")
+        if sessions:
+            post(url, "begin_weight_update")
         send(list(sabotaged(state, before, sabotage).items()), str(number), sabotage == "drop")
-        post(url, "end_weight_update")
+        if sessions:
+            post(url, "end_weight_update")
         before = state
         print(number, flush=True)
         sys.stdin.readline()  # The test looks before the next.
