@@ -4,7 +4,8 @@
 
 One request streams its tokens: alone, beside `verify --watch 2`, which reads fingerprints in parts
 between batches, and beside whole fresh looks every two seconds, in turn. Reported are the usual gap
-between two tokens, the longest and the tokens per second of each. Needs SGLang.
+between two tokens, the longest and the tokens per second of each. Needs SGLang; on a GPU it is a
+Llama of 8B's shape with CUDA graphs.
 """
 
 from __future__ import annotations
@@ -26,13 +27,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "shared"))
 
 import tiny_model
 from engines import Engine, Installation
+from fingerprint_engine import write_model
+from gpu_engines import nvidia_smi
 
-LAYERS, ROUNDS, TOKENS, EVERY = 30, 3, 200, 2
+LAYERS, ROUNDS, EVERY = 30, 3, 2
+#: Long enough for more than one look.
+TOKENS, GPU_TOKENS = 200, 1500
 
 
 def gaps(engine: Engine) -> list[float]:
     """Seconds between the tokens of one request."""
-    sampling = {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+    tokens = GPU_TOKENS if engine.installation.gpu else TOKENS
+    sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
     request = urllib.request.Request(
         f"{engine.url}/generate",
         data=json.dumps({"text": "once", "stream": True, "sampling_params": sampling}).encode(),
@@ -88,10 +94,19 @@ def asked(engine: Engine) -> Iterator[None]:
 
 
 def main() -> None:
-    layers = int(sys.argv[1]) if len(sys.argv) > 1 else LAYERS
-    model = tiny_model.write(Path(tempfile.mkdtemp()) / "model", layers=layers)
+    gpu = bool(nvidia_smi())
+    layers = int(sys.argv[1]) if len(sys.argv) > 1 else 32 if gpu else LAYERS
+    model, flags = Path(tempfile.mkdtemp()) / "model", []
+    if gpu:
+        write_model(model, 4096, layers)
+        flags = ["--load-format", "dummy", "--context-length", "2048", "--skip-server-warmup"]
+    else:
+        tiny_model.write(model, layers=layers)
     variables = {"SGLANG_WEIGHT_EXPORTER_FINGERPRINT": "on"}
-    engine = Engine(Installation(Path(sys.executable)), model, variables=variables)
+    if gpu:
+        variables["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
+    installation = Installation(Path(sys.executable), gpu=gpu, graphs=gpu)
+    engine = Engine(installation, model, flags=flags, variables=variables)
     found: dict[str, list[float]] = {}
     try:
         engine.start()
