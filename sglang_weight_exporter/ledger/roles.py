@@ -164,6 +164,12 @@ class RoleAccounts:
             open_.set_phase("wait", at)
         self._count(name, open_, open_.source, at)
 
+    def finish_updates(self, *names: str) -> None:
+        """Close what is open of these roles."""
+        for name in names:
+            if (open_ := self[name].update) is not None:
+                self.finish(name, open_)
+
     def count_refused(self, name: str, open_: OpenUpdate) -> None:
         """Count an update that SGLang refused before it had begun."""
         if open_.source is not None:

@@ -287,21 +287,19 @@ class Updates:
     def begin_session(self, name: str, *, since: float | None = None) -> None:
         """It unpacks weights first. ``since``: as in :meth:`begin`."""
         with self._lock:
-            role = self._roles[name]
-            if role.update is not None:
-                # Also a session that came to nothing, because another runner's could not begin.
-                self._roles.finish(name, role.update)
+            # Also a session that came to nothing, because another runner's could not begin.
+            self._roles.finish_updates(name)
             if not self.in_session:
+                # And a bucket for a runner that was in none: SGLang has one session at a time.
+                self._roles.finish_updates(*self._roles.by_name)
                 self._session_calls = 0
-            opened = self._open(role, None, self._clock(), bounded=True, since=since)
+            opened = self._open(self._roles[name], None, self._clock(), bounded=True, since=since)
             opened.phase = "post_process"
 
     def abandon_session(self, name: str) -> None:
         """It could not begin: quantized weights are unpacked in place, perhaps some of them."""
         with self._lock:
-            open_ = self._roles[name].update
-            if open_ is not None:
-                self._roles.finish(name, open_)
+            self._roles.finish_updates(name)
 
     def end_session(self, name: str, *, error: str = "", run_post_load: bool = False) -> None:
         """The session is over, or could not be ended, which leaves it open.
@@ -329,7 +327,7 @@ class Updates:
                 open_.last_call_at = self._clock()
             self._roles.finish(name, open_, at=self._clock())
             if error:
-                reopened = self._open(role, None, self._clock(), bounded=True)
+                reopened = self._open(self._roles[name], None, self._clock(), bounded=True)
                 reopened.source = open_.source
 
     # Requests: where updates of several calls or roles end.

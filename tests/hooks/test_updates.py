@@ -88,6 +88,20 @@ def test_a_draft_that_a_session_did_not_write_is_no_peer_to_peer_update(rank: Ra
     assert rank.role("draft").in_progress is None
 
 
+def test_the_next_session_ends_what_a_bucket_wrote_outside_of_the_last(rank: Rank) -> None:
+    """In a session of the target alone, `selector="all"` writes the draft too."""
+    target, draft = rank.runner(), rank.runner(is_draft_worker=True)
+    target.weight_updater.begin_weight_update()
+    for runner in (target, draft):
+        runner.weight_updater.update_weights_from_tensor([])
+    target.weight_updater.end_weight_update(run_post_load=False)
+    target.weight_updater.begin_weight_update()
+    assert rank.totals("draft") == {"tensor": (1, 0, 1)}
+    assert rank.role("draft").in_progress is None
+    target.weight_updater.end_weight_update(run_post_load=True)
+    assert rank.totals() == {"tensor": (1, 0, 1), "p2p": (1, 0, 1)}
+
+
 def test_a_session_whose_only_load_failed_is_no_peer_to_peer_update(rank: Rank) -> None:
     partial = answer(
         False,
