@@ -339,7 +339,7 @@ class Translator:
         outcome = yield
         if outcome.error is None:
             self._holds.continue_generation()
-            self._rank.step(lambda ledger: ledger.prefix_cache.continue_generation(), then="note")
+            self._rank.step(Ledger.continue_generation, then="note")
 
     def abort(self, call: Call) -> Around | None:
         """Requests are aborted: one that a client gave up, which is nothing to us, or all."""

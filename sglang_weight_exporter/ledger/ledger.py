@@ -73,6 +73,12 @@ class Ledger:
             self.updates.end_flush(succeeded=succeeded)
             self.prefix_cache.flush(succeeded=succeeded)
 
+    def continue_generation(self) -> None:
+        """Who sends buckets in a pause, and says of none that it is the last, has sent them all."""
+        with self._lock:
+            self.updates.finish_idle(0.0)
+            self.prefix_cache.continue_generation()
+
     def take_finished(self) -> list[FinishedUpdate]:
         """Loads and updates that have ended since this was asked last, in order."""
         with self._lock:

@@ -129,9 +129,9 @@ class OpenUpdate:
             self.add_time("receive", at - self.phase_since)
             self.phase_since = at
 
-    def is_idle(self, at: float) -> bool:
+    def is_idle(self, at: float, seconds: float = IDLE_SECONDS) -> bool:
         """Whether it counts as ended: nobody will report an end, and no call has come for long."""
-        return not (self.bounded or self.running) and at - self.last_call_at > IDLE_SECONDS
+        return not (self.bounded or self.running) and at - self.last_call_at >= seconds
 
     @property
     def failed(self) -> bool:

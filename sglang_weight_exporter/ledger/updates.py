@@ -5,8 +5,8 @@
 A call is begun and finished (:meth:`Updates.begin`, :meth:`Updates.finish`); one call or several
 are an update. All of its time goes to one phase or another, so that they sum to its duration. An
 update of several ends in one of three ways, whichever SGLang's release offers: the end of its
-session (0.5.21 and later), a request that asks for the cache to be flushed, or no call for
-:data:`IDLE_SECONDS` (a heuristic, for clients that never ask).
+session (0.5.21 and later), a request that asks for the cache to be flushed, or, for clients that
+never ask, that generation goes on or no call has come for :data:`IDLE_SECONDS` (a heuristic).
 
 A role has two updates at a time at most: one that somebody asked for, and one of experts that move
 between ranks, which goes on between and inside forward passes whatever else happens.
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sglang_weight_exporter.ledger.open_update import (
+    IDLE_SECONDS,
     CallToken,
     EndsWith,
     OpenUpdate,
@@ -205,11 +206,11 @@ class Updates:
         if open_.source != source or open_.is_idle(self._clock()):
             self._roles.finish(name, open_)
 
-    def finish_idle(self) -> None:
-        """End those that count as ended, and that no further call has ended."""
+    def finish_idle(self, seconds: float = IDLE_SECONDS) -> None:
+        """End those that no call has come to for so long, and whose end nobody reports."""
         with self._lock:
             for name, role in self._roles.by_name.items():
-                if role.update is not None and role.update.is_idle(self._clock()):
+                if role.update is not None and role.update.is_idle(self._clock(), seconds):
                     self._roles.finish(name, role.update)
 
     def _open(

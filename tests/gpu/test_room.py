@@ -116,6 +116,13 @@ def resume_bytes(running: Engine) -> int:
     return int(found[0].value)
 
 
+def room_of(running: Engine) -> float:
+    """Bytes of the GPU that are free, by metrics, whose reading is a second old at most."""
+    scrape = running.scrape()
+    whole, in_use = (scrape.one(f"sglang_gpu_memory_{each}_bytes") for each in ("total", "used"))
+    return whole - in_use
+
+
 def said(running: Engine, record: Record, moment: str) -> str:
     """What `status` says of the GPU."""
     printed = running.exporter_cli("status").stdout
@@ -169,11 +176,7 @@ def test_two_engines_resume_into_room_that_another_process_had(
             return abs(numbers[1] - missing) <= 4 * MIB
 
         assert eventually(short)
-        scrape = first.scrape()
-        whole, in_use = (
-            scrape.one(f"sglang_gpu_memory_{each}_bytes") for each in ("total", "used")
-        )
-        assert resume_bytes(first) > whole - in_use
+        eventually(lambda: resume_bytes(first) > room_of(first), what="metrics say so too")
     eventually(lambda: "and they fit" in said(first, record_property, "it let go"))
     for each in two_engines:
         assert each.post("/resume_memory_occupation", {})[0] == 200
@@ -207,13 +210,9 @@ def test_a_resume_without_room_fails_as_was_said(checkpoint: Path, record_proper
                 answer = repr(error)
             record_property("answer to the resume", str(answer))
             print(f"resume: {answer}")
-            # Until torch_memory_saver 0.0.10 the process ends.
-            failed = eventually(
-                lambda: running.main.poll() is not None or "200" not in str(answer)[:5]
-            )
-            record_property("the engine ended", running.main.poll())
+            # torch_memory_saver ends the scheduler's process, and SGLang the others after it.
+            eventually(lambda: running.main.poll() is not None, what="the engine has ended")
             record_property("log", running.log()[-1500:])
-            print(running.log()[-3000:])
-            assert failed
+            assert "out of memory" in running.log()
     finally:
         running.stop()

@@ -201,6 +201,40 @@ def test_a_pause_begins_another_update(rank: Rank) -> None:
     assert rank.totals() == {"tensor": (1, 0, 2)}
 
 
+def test_generation_that_goes_on_ends_an_update_of_buckets(rank: Rank) -> None:
+    """slime before 0.5.21: it pauses, flushes, sends each bucket with `flush_cache: false`, and
+    continues."""
+
+    class Scheduler:
+        def pause_generation(self, recv_req: Any) -> None: ...
+
+        def continue_generation(self, recv_req: Any) -> None: ...
+
+    generation, scheduler = rank.hook(SCHEDULER, Scheduler)(), rank.scheduler(rank.runner())
+    for version in ("1", "2"):
+        generation.pause_generation(Request(mode="abort"))
+        for _ in range(3):
+            scheduler.update_weights_from_tensor(Request(flush_cache=False, weight_version=version))
+        assert rank.in_progress().calls == 3
+        generation.continue_generation(Request())
+        assert rank.role().in_progress is None
+        assert rank.last_update().weight_version == version
+    assert rank.totals() == {"tensor": (2, 0, 6)}
+
+
+def test_generation_that_goes_on_ends_no_session(rank: Rank) -> None:
+    class Scheduler:
+        def continue_generation(self, recv_req: Any) -> None: ...
+
+    generation, runner = rank.hook(SCHEDULER, Scheduler)(), rank.runner()
+    runner.weight_updater.begin_weight_update()
+    runner.weight_updater.update_weights_from_tensor([])
+    generation.continue_generation(Request())
+    assert rank.in_progress().calls == 1
+    runner.weight_updater.end_weight_update(run_post_load=False)
+    assert rank.totals() == {"tensor": (1, 0, 1)}
+
+
 def test_a_call_longer_than_the_pause_does_not_look_like_its_end(rank: Rank) -> None:
     seen = []
 
