@@ -57,7 +57,7 @@ def monitoring(tmp_path: Path) -> Iterator[Monitoring]:
 def test_fifty_updates_that_leak_raise_the_alert_and_fifty_in_place_do_not(
     monitoring: Monitoring,
 ) -> None:
-    name = "SGLangWeightUpdatesLeakMemory"
+    name = "SGLangGPUMemoryFillsUp"
     eventually(lambda: monitoring.active_alerts(name), what="the alert fires")
     (alert,) = monitoring.active_alerts(name)
     assert (alert["labels"]["engine"], alert["state"]) == ("leaks", "firing")
