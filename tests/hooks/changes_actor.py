@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from zoo.load_models import ADAPTED, ModelInARank, in_child, make_schedulers
+from zoo.load_models import Checkpoints, ModelInARank, in_child, make_schedulers
 from zoo_models import MODELS, write, write_adapter
+from zoo_variants import ADAPTED, VARIANTS
 
 
 class Script:
@@ -60,8 +61,9 @@ def adapters(directory: Path) -> None:
     write(MODELS["llama"], checkpoint, 0)
     for name, size in (("one", 8), ("two", 4), ("large", 32)):
         write_adapter(checkpoint, directory / name, ADAPTED, rank=size)
-    make = make_schedulers(checkpoint, "cpu", 1, "lora")
-    rank = ModelInARank(make(0), (checkpoint, checkpoint), directory / "adapters.json")
+    variant, both = VARIANTS["lora"], (checkpoint, checkpoint)
+    make = make_schedulers(checkpoint, "cpu", 1, variant.flags)
+    rank = ModelInARank(make(0), Checkpoints(both, both), directory / "adapters.json", variant)
     script = Script(rank)
 
     def load(path: str, name: str = "") -> str:
@@ -91,12 +93,12 @@ def experts(directory: Path) -> None:
     from sglang.srt.managers import io_struct
     from sglang.srt.utils import MultiprocessingSerializer
 
-    checkpoints = [directory / "experts" / name for name in "ab"]
+    checkpoints = directory / "experts" / "a", directory / "experts" / "b"
     for seed, checkpoint in enumerate(checkpoints):
         write(MODELS["qwen3_moe"], checkpoint, seed)
     tensors = [load_file(checkpoint / "model.safetensors") for checkpoint in checkpoints]
-    make = make_schedulers(checkpoints[0], "cpu", 1, "")
-    rank = ModelInARank(make(0), (checkpoints[0], checkpoints[1]), directory / "experts.json")
+    make, beside = make_schedulers(checkpoints[0], "cpu", 1), Checkpoints(checkpoints, checkpoints)
+    rank = ModelInARank(make(0), beside, directory / "experts.json", VARIANTS[""])
     script = Script(rank)
 
     def bucket(number: int, *, dense: bool = False) -> Any:

@@ -135,7 +135,7 @@ def run_job(directory: Path, job: dict[str, Any]) -> None:
     making = functools.partial(write, model, checkpoint, 0)
     os.waitpid(load_models.in_child(making, results / "model.json"), 0)
     load_models.FLAGS["cpu"] += " " + job.get("flags", "")
-    make = load_models.make_schedulers(checkpoint, "cpu", job["ranks"], "")
+    make = load_models.make_schedulers(checkpoint, "cpu", job["ranks"])
     pids = []
     for rank in range(job["ranks"]):
         result = results / f"{rank}.json"

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 #: Copies keys and values within a pool, as SGLang's kernel for GPUs does.
 PLUGIN = """
@@ -39,3 +40,10 @@ def write(directory: Path) -> Path:
     )
     (directory / "copy_kv_cache.py").write_text(PLUGIN)
     return directory
+
+
+def define() -> None:
+    """In this process."""
+    names: dict[str, Any] = {}
+    exec(PLUGIN, names)
+    names["define"]()

@@ -90,6 +90,7 @@ MODELS = {
     "lfm2": Model("Lfm2Config"),
     "llama": Model("LlamaConfig"),
     "llama_tied": Model("LlamaConfig", TIED),
+    "mimo": Model("Qwen2Config", {}, {"architectures": ["MiMoForCausalLM"]}),
     "mistral": Model("MistralConfig"),
     "mixtral": Model("MixtralConfig", LOCAL_EXPERTS),
     "nemotron": Model("NemotronConfig"),

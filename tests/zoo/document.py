@@ -41,9 +41,18 @@ different.
 be compared, because the loader does more than the rules know ([fingerprints](fingerprint.md)).
 *Proved* is how many names of tensors, layers taken together, may be called different with this
 release on this device. `verify --manifest` with a [reference](fingerprint.md#references) compares
-all of them, for every model. A model with `:2` is two tensor-parallel ranks, with `+fp8`
-quantized as it is loaded, with `+lora` loaded with room for adapters: one is put in, makes four
-tokens, and is taken out, in place of the reloads.
+all of them, for every model.
+
+*Sent* is the share of a rank's bytes that a [manifest](rl.md) of what a trainer would have sent
+proves: all tensors of the file, under their names there. After each step nothing is called
+different, no tensor is missing that is there, and each that is equal is named where the manifest
+has another one in its place. The rest is made of what was sent in a way that no layer of SGLang
+says.
+
+A model with `:2` is two tensor-parallel ranks, with `+fp8` quantized as it is loaded, with `+awq`
+and `+gptq` from a checkpoint that is quantized so. With `+lora` it is loaded with room for
+adapters: one is put in, makes four tokens, and is taken out, in place of the reloads. With `+eagle`
+and `+mtp` it is the draft beside the model, with a checkpoint of its own and in the model's.
 """
 
 
@@ -58,12 +67,18 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
         "equal": load["equal"],
         "not_comparable": load["not_comparable"],
         "equal_bytes": load["equal_bytes"],
+        **_summary_of_sent(load),
         "derived": results["derived"],
         "quantization": results["quantization"],
         "problems": results["problems"],
         "confirmed": results["confirmed"],
         "unconfirmed": results["unconfirmed"],
     }
+
+
+def _summary_of_sent(load: Mapping[str, Any]) -> dict[str, Any]:
+    sent = load.get("sent")  # Nobody sends a draft.
+    return {"sent": sent["equal_bytes"], "unheld": sent["unheld"]} if sent else {}
 
 
 def read_results(directory: Path) -> dict[str, dict[str, Any]]:
@@ -83,7 +98,11 @@ def _together(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     together = {**one, "steps": dict(one["steps"])}
     for name in one["steps"].keys() & other["steps"].keys():
         steps = one["steps"][name], other["steps"][name]
-        together["steps"][name] = min(steps, key=lambda step: step["equal"])
+        least = min(steps, key=lambda step: step["equal"])
+        together["steps"][name] = least
+        if "sent" in least:
+            sent = _sent_together(*(step["sent"] for step in steps))
+            together["steps"][name] = {**least, "sent": sent}
     unconfirmed: dict[str, list[str]] = {}
     confirmed: dict[str, list[str]] = {}
     together |= {"unconfirmed": unconfirmed, "confirmed": confirmed}
@@ -92,6 +111,15 @@ def _together(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
         good = {*one["confirmed"][kind], *other["confirmed"][kind]} - bad
         unconfirmed[kind], confirmed[kind] = sorted(bad), sorted(good)
     return together
+
+
+def _sent_together(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """What neither rank holds, and what either says."""
+    return {
+        **min(one, other, key=lambda sent: float(sent["equal_bytes"])),
+        "unheld": sorted({*one["unheld"]} & {*other["unheld"]}),
+        **{name: sorted({*one[name], *other[name]}) for name in ("different", "unnamed", "unsent")},
+    }
 
 
 def confirmed(seen: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,8 +153,8 @@ def page(seen: Mapping[str, Any]) -> str:
             ran = {name: model for name, model in models.items() if "error" not in model}
             where = "a CPU" if device == "cpu" else device
             lines += [f"## SGLang {release} on {where}", ""]
-            lines += ["| model | architecture | equal | proved | not done, and why |"]
-            lines += ["|---|---|---|---|---|"]
+            lines += ["| model | architecture | equal | proved | sent | not done, and why |"]
+            lines += ["|---|---|---|---|---|---|"]
             for name, model in sorted(ran.items()):
                 loader = (
                     proved[release][device]
@@ -141,9 +169,10 @@ def page(seen: Mapping[str, Any]) -> str:
                 architecture = model["architecture"] + (
                     f" (as {through})" if through != model["architecture"] else ""
                 )
+                sent = f"{model['sent']:.1%}" if "sent" in model else ""
                 lines.append(
                     f"| {name} | {architecture} | {model['equal_bytes']:.1%} "
-                    f"| {len(loader.get(kind, ()))} | {problems} |"
+                    f"| {len(loader.get(kind, ()))} | {sent} | {problems} |"
                 )
             lines += ["", "Not loaded there:", ""]
             lines += [

@@ -4,10 +4,10 @@
 
 SGLang is imported once, which is most of the work; each model is loaded in a child of its own, with
 ``NAME:2`` in two that are tensor-parallel ranks of one engine, with ``NAME+fp8`` quantized as it is
-loaded, with ``NAME+lora`` with a LoRA adapter that comes and goes. A rank is SGLang's Scheduler
-without a server. What came of it is written to ``DIRECTORY/results/NAME.json``, or
-``NAME-RANK.json``. On a GPU, which a child cannot have from its parent, one model at a time,
-without children.
+loaded, with ``NAME+lora`` with a LoRA adapter that comes and goes, and so on (``zoo_variants``). A
+rank is SGLang's Scheduler without a server. What came of it is written to
+``DIRECTORY/results/NAME.json``, or ``NAME-RANK.json``. A GPU is nothing that a child can have from
+its parent, so there each rank imports SGLang for itself.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -23,10 +24,15 @@ import urllib.parse
 import urllib.request
 from array import array
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoo_models import MODELS, Model, write, write_adapter
+import draft_plugin
+import zoo_manifests
+import zoo_variants
+from zoo_models import MODELS, Model, write
+from zoo_variants import Variant
 
 LIMIT = 300
 TP_FLAGS = " --disable-custom-all-reduce"
@@ -37,21 +43,32 @@ FLAGS = {
 }
 COMMON = " --skip-tokenizer-init --disable-overlap-schedule --context-length 512"
 COMMON += " --max-total-tokens 4096 --trust-remote-code"
-ADAPTED = ("q_proj", "v_proj")
-LORA = " --enable-lora --max-lora-rank 8 --max-loras-per-batch 2 --lora-target-modules "
-LORA += " ".join(ADAPTED)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Two that an engine reads, and two of the model that is looked at: a draft may have others."""
+
+    served: tuple[Path, Path]
+    own: tuple[Path, Path]
 
 
 class ModelInARank:
     """What happens to one model, and what the exporter makes of it."""
 
-    def __init__(self, scheduler: Any, checkpoints: tuple[Path, Path], result: Path) -> None:
+    def __init__(
+        self, scheduler: Any, checkpoints: Checkpoints, result: Path, variant: Variant
+    ) -> None:
         from sglang_weight_exporter.settings import Settings
         from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
         self.scheduler = scheduler
-        self.model = scheduler.tp_worker.model_runner.model
-        self.first, self.second = checkpoints
+        self.variant, self.checkpoints = variant, checkpoints
+        self.target = self.model = scheduler.tp_worker.model_runner.model
+        if variant.role == "draft":
+            ((_, runner),) = scheduler.draft_worker.weight_update_runners()
+            self.model = runner.model
+        self.first, self.second = checkpoints.own
         self.result = result
         settings, _ = Settings.from_environ(os.environ)
         self.runtime_dir = RuntimeDir.open(settings.runtime_dir, os.environ)
@@ -64,15 +81,16 @@ class ModelInARank:
         self.equal: dict[str, set[str]] = {"whole": set(), "shares": set()}
         self.unequal: dict[str, set[str]] = {"whole": set(), "shares": set()}
         self.addresses: dict[str, int] = {}
+        self.sent = zoo_manifests.SentCheckpoints()
 
     def run(self) -> None:
         from sglang.srt.managers import io_struct
 
         disk = io_struct.UpdateWeightFromDiskReqInput
 
-        def read(checkpoint: Path) -> Callable[[], str]:
-            request = disk(model_path=str(checkpoint), load_format="auto")
-            return functools.partial(self.ask, request)
+        def read(number: int) -> Callable[[], str]:
+            path = str(self.checkpoints.served[number])
+            return functools.partial(self.ask, disk(model_path=path, load_format="auto"))
 
         self._step("load", None, self.first)
         self._beside(self.second)
@@ -81,17 +99,18 @@ class ModelInARank:
             ("adapter", functools.partial(self._load_adapter, adapter), self.first),
             ("without", self._unload_adapter, self.first),
         )
+        # An update that is of the target leaves a draft with a checkpoint of its own as it is.
+        last = self.first if self.variant.draft else self.second
         steps: tuple[tuple[str, Callable[[], str], Path], ...] = (
-            ("the same", read(self.first), self.first),
-            ("another", read(self.second), self.second),
-            ("tokens", self.generate, self.second),
+            ("the same", read(0), self.first),
+            ("another", read(1), last),
+            ("tokens", self.generate, last),
         )
         if next(self.model.parameters()).is_cuda:
             # On a CPU SGLang waits for a GPU there, and fails.
-            steps += (("resume", self._release_and_resume, self.second),)
+            steps += (("resume", self._release_and_resume, last),)
         # After an update that failed nobody knows what is there.
-        with_lora = self.result.stem.endswith("+lora")
-        all(self._step(*step) for step in (adapted if with_lora else steps))
+        all(self._step(*step) for step in (adapted if self.variant.adapted else steps))
         if os.environ.get("ZOO_PROMETHEUS"):
             self._wait_until_scraped(os.environ["ZOO_PROMETHEUS"])
 
@@ -218,6 +237,9 @@ class ModelInARank:
             "modified": table.role.table.modified or 0,
             "modified_names": list(table.role.table.modified_names),
         }
+        if self.variant.role == "target":  # Nobody sends a draft.
+            other = self.second if checkpoint == self.first else self.first
+            self.seen["steps"][name]["sent"] = self.sent.compare(table, checkpoint, other)
         self.seen |= {
             "architecture": table.role.architecture,
             "release": table.engine.sglang_version,
@@ -237,7 +259,7 @@ class ModelInARank:
     def readers(self) -> Any:
         from sglang_weight_exporter.store.tables import open_tables
 
-        return open_tables(self.runtime_dir.path, role="target")
+        return open_tables(self.runtime_dir.path, role=self.variant.role)
 
     def _compare(self, table: Any, checkpoint: Path) -> tuple[Any, Any]:
         from sglang_weight_exporter.cli.table_comparisons import against_checkpoint
@@ -270,13 +292,9 @@ class ModelInARank:
         self.seen["told"] = len(comparison.differing)
 
     def _bytes(self) -> int:
-        """Of the unique storages of parameters and buffers, by torch."""
-        storages: dict[int, int] = {}
-        for tensors in (self.model.parameters(), self.model.buffers()):
-            for tensor in tensors:
-                storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
-        return sum(storages.values())
+        """Of the unique storages of parameters and buffers, by torch, a draft's own alone."""
+        shared = _storages(self.target) if self.variant.role == "draft" else {}
+        return sum(nbytes for at, nbytes in _storages(self.model).items() if at not in shared)
 
     def _write(self) -> None:
         """After each step: one of SGLang's may end the process."""
@@ -286,7 +304,12 @@ class ModelInARank:
         self.result.write_text(json.dumps(content))
 
 
-def make_schedulers(path: Path, device: str, size: int, quantization: str) -> Callable[[int], Any]:
+def _storages(model: Any) -> dict[int, int]:
+    tensors = (*model.parameters(), *model.buffers())
+    return {each.data_ptr(): each.nbytes() for each in (t.untyped_storage() for t in tensors)}
+
+
+def make_schedulers(path: Path, device: str, size: int, more: str = "") -> Callable[[int], Any]:
     """What makes each rank's scheduler, in a process of its own."""
     from sglang.srt import runtime_context
     from sglang.srt.managers.scheduler import Scheduler, configure_scheduler_process
@@ -297,13 +320,12 @@ def make_schedulers(path: Path, device: str, size: int, quantization: str) -> Ca
         os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(
             str(rank % cores) for rank in range(size)
         )
-    flags = FLAGS[device] + COMMON
-    if quantization == "lora":
-        flags += LORA + (" --lora-backend torch_native" if device == "cpu" else "")
-        if device == "cpu":
-            _pin_nothing()
-    elif quantization:
-        flags += f" --quantization {quantization}"
+    flags = f"{FLAGS[device]}{COMMON} {more}"
+    if device == "cpu" and "--enable-lora" in more:
+        flags += " --lora-backend torch_native"
+        _pin_nothing()
+    if device == "cpu" and "--speculative" in more:
+        draft_plugin.define()
     flags += f" --tp-size {size}" + TP_FLAGS if size > 1 else ""
     server_args = prepare_server_args(["--model-path", str(path), *flags.split()])
     port_args = PortArgs.init_new(server_args)
@@ -348,42 +370,55 @@ def in_child(act: Callable[[], None], result: Path) -> int:
 
 
 def run_rank(
-    make: Callable[[int], Any], rank: int, checkpoints: tuple[Path, Path], result: Path
+    make: Callable[[int], Any], rank: int, variant: Variant, checkpoints: Checkpoints, result: Path
 ) -> None:
-    ModelInARank(make(rank), checkpoints, result).run()
+    ModelInARank(make(rank), checkpoints, result, variant).run()
 
 
-def write_both(model: Model, checkpoints: tuple[Path, Path], *, adapter: bool) -> None:
-    for seed, checkpoint in enumerate(checkpoints):
-        if not (checkpoint / "config.json").exists():
-            write(model, checkpoint, seed)
-    if adapter:
-        write_adapter(checkpoints[0], checkpoints[0].parent / "adapter", ADAPTED)
+def write_all(model: Model, variant: Variant, checkpoints: Checkpoints) -> None:
+    for seed, (served, own) in enumerate(zip(checkpoints.served, checkpoints.own, strict=True)):
+        if not (own / "config.json").exists():
+            write(model, served, seed)
+            zoo_variants.change(variant, served, own)
+        zoo_manifests.write(own)
 
 
 def load(name: str, device: str, directory: Path) -> None:
-    """Both checkpoints, and the ranks that load them."""
+    """All checkpoints, and the ranks that load them."""
     loaded, _, size = name.partition(":")
-    model, _, quantization = loaded.partition("+")
-    checkpoints = directory / "models" / loaded / "a", directory / "models" / loaded / "b"
-    results = directory / "results"
+    model, _, kind = loaded.partition("+")
+    variant = zoo_variants.variant_of(kind)
+    models, results = directory / "models" / loaded, directory / "results"
+    served = models / "a", models / "b"
+    own = (models / "draft-a", models / "draft-b") if variant.draft else served
+    checkpoints = Checkpoints(served, own)
+    # Threads of OpenMP, which the next child would wait for in vain, are left in this one.
+    making = functools.partial(write_all, MODELS[model], variant, checkpoints)
+    os.waitpid(in_child(making, results / f"{loaded}.json"), 0)
+    flags = variant.flags.format(own=own[0])
+    making_ranks = functools.partial(make_schedulers, served[0], device, int(size or 1))
     if device == "cpu":
-        # Threads of OpenMP, which the next child would wait for in vain, are left in this one.
-        adapter = quantization == "lora"
-        making = functools.partial(write_both, MODELS[model], checkpoints, adapter=adapter)
-        os.waitpid(in_child(making, results / f"{loaded}.json"), 0)
+        make = making_ranks(flags)
     else:
-        write_both(MODELS[model], checkpoints, adapter=quantization == "lora")
-    make = make_schedulers(checkpoints[0], device, int(size or 1), quantization)
-    if device != "cpu":
-        run_rank(make, 0, checkpoints, results / f"{name}.json")
-        return
+        flags += f" --nccl-port {_free_port()}"
+
+        def make(rank: int) -> Any:
+            return making_ranks(flags)(rank)
+
     pids = []
     for rank in range(int(size or 1)):
-        result = results / (f"{model}-{rank}.json" if size else f"{name}.json")
-        pids.append(in_child(functools.partial(run_rank, make, rank, checkpoints, result), result))
+        result = results / (f"{loaded}-{rank}.json" if size else f"{name}.json")
+        act = functools.partial(run_rank, make, rank, variant, checkpoints, result)
+        pids.append(in_child(act, result))
     for pid in pids:
         os.waitpid(pid, 0)
+
+
+def _free_port() -> int:
+    with socket.socket() as some:
+        some.bind(("127.0.0.1", 0))
+        port: int = some.getsockname()[1]
+        return port
 
 
 def main() -> None:
