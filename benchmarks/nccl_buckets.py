@@ -2,9 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an update over NCCL takes longer: nccl_buckets.py [HIDDEN LAYERS BUCKETS]
 
-A trainer on the second GPU sends all weights of one Llama (8B's shape) in buckets to three engines
-on the first, in turn: without the exporter, with it, and with fingerprints. Reported are medians of
-the time from the first bucket until the engine has answered the last and the trainer has sent it.
+A trainer on the second GPU sends all weights of one Llama (8B's shape) in buckets to four engines
+on the first, in turn: two without the exporter, whose difference is that of any two engines, one
+with it, and one with fingerprints. Reported are medians of the time from the first bucket until the
+engine has answered the last and the trainer has sent it.
 Needs SGLang and two NVIDIA GPUs; without them it runs on the CPU over Gloo with a tiny model.
 """
 
@@ -24,7 +25,7 @@ from gpu_engines import nvidia_smi
 from ports import free_port
 from update import Engine
 
-ROUNDS, CPU_ROUNDS = 11, 5
+ROUNDS, CPU_ROUNDS = 31, 5
 
 PROGRAM = """
 import json, os, sys, threading, time
@@ -112,8 +113,10 @@ def main() -> None:
     device = (GPU if gpu else CPU) | {"load_format": "dummy", "mem_fraction_static": 0.25}
     options = json.dumps(OPTIONS | device)
     installation = Installation(Path(sys.executable), gpu=gpu)
+    off = {"SGLANG_WEIGHT_EXPORTER_DISABLED": "1"}
     kinds = {
-        "without": {"SGLANG_WEIGHT_EXPORTER_DISABLED": "1"},
+        "without": off,
+        "without, another engine": off,
         "with": {},
         "with fingerprints": {"SGLANG_WEIGHT_EXPORTER_FINGERPRINT": "on", "NO_COLOR": "1"},
     }
