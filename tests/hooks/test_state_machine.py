@@ -359,15 +359,19 @@ class Model:
         """A request was served, and answered so."""
         session = self.session if self.session is not None else set()
         self._write(source, facts, session)
-        if not facts.calls and "target" in session and facts.not_received:
-            self.open["target"].source = source
-            self.open["target"].missed = True
+        # The target receives for all: a bucket that does not come is missed by its update, also by
+        # one that is in no session.
+        target, lost = self.open.get("target"), False
+        if not facts.calls and facts.not_received and target is not None:
+            lost = "target" in session or target.source == source
+        if target is not None and lost:
+            target.source, target.missed = source, True
         elif not facts.calls:
             self.refuse(source)
         self.tried |= bool(facts.calls or facts.not_received)
         reached = {role for role, _ in facts.calls}
         whole = source in {"disk", "ipc"}
-        came = facts.calls or (facts.not_received and "target" in session)
+        came = facts.calls or lost
         if not succeeded and not facts.flush_refused and came:
             for role in (self.selected("all" if whole else request.selector) & session) - reached:
                 self.open[role].missed = True
