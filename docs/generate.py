@@ -87,8 +87,8 @@ COUNTING = """
 * **An update** is one `update_weights_from_disk` or `_ipc`, one begin/end session (SGLang 0.5.21
   and later), or one rebalance of experts. Before 0.5.21, updates from tensors or a process group
   have no end in SGLang: one ends with a request that asks for the cache to be flushed, with a
-  changed weight version, or after 10 seconds without a call. Clients that ask for a flush with
-  every bucket are counted once a bucket.
+  changed weight version, when generation goes on, or after 10 seconds without a call. Clients that
+  ask for a flush with every bucket are counted once a bucket.
 * **Sources**: `disk`; `distributed` (a process group); `tensor` (tensors in a request); `ipc` (a
   checkpoint engine); `p2p` (a session in which nothing was loaded: a peer wrote into the tensors);
   `eplb` (experts moved, also where SGLang reads them from disk again); `external` (code that calls
