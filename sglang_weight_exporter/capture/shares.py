@@ -118,15 +118,10 @@ def _placed_experts() -> torch.Tensor | None:
 
 
 def _shares(row: int, module: torch.nn.Module, tensor: torch.Tensor) -> Iterator[Share]:
-    kind = type(module)
-    known = _RULES.get(kind.__name__) if kind.__module__.startswith(_LAYERS) else None
-    if known is None:
-        parallel = [each.__name__ for each in kind.__mro__[1:] if each.__name__ in _RULES]
-        if parallel and kind.__module__.startswith("sglang."):
-            raise NoShareError(f"{kind.__name__} may load it otherwise than {parallel[0]}")
-        _check_method(module)
-        return iter((_whole(row, tensor),))
+    known = _rule(type(module))
     _check_method(module)
+    if known is None:
+        return iter((_whole(row, tensor),))
     for attribute in _LAID_OUT:
         if getattr(module, attribute, False):
             raise NoShareError(f"it is laid out otherwise than it was sent ({attribute})")
@@ -137,6 +132,20 @@ def _shares(row: int, module: torch.nn.Module, tensor: torch.Tensor) -> Iterator
     if loader is not None and not (own and getattr(loader, "__name__", "") in _LOADERS):
         raise NoShareError("it has a loader of its own")
     return known(row, module, tensor)
+
+
+def _rule(kind: type) -> _Rule | None:
+    """A layer's own, or that of the layer which it only calls otherwise, as ``HFCompatibleLinear``
+    of ``models/transformers.py``; ``None``: it is no layer that is divided."""
+    of_layers = [each for each in kind.__mro__ if each.__name__ in _RULES]
+    known = next((each for each in of_layers if each.__module__.startswith(_LAYERS)), None)
+    if known is None:
+        return None
+    for below in kind.__mro__[: kind.__mro__.index(known)]:
+        replaced = {name for name, each in vars(below).items() if callable(each)}
+        if replaced.intersection(dir(known)) - {"forward"}:
+            raise NoShareError(f"{kind.__name__} may load it otherwise than {known.__name__}")
+    return _RULES[known.__name__]
 
 
 def _check_method(module: torch.nn.Module) -> None:

@@ -18,6 +18,8 @@ _NUMBER = {"q": 0, "k": 1, "v": 2}
 #: What a layer's experts are called (``make_expert_params_mapping``): Hugging Face's names, and
 #: those of Mixtral's first checkpoint.
 _EXPERT = {"w1": ("gate_proj", "w1"), "w2": ("down_proj", "w2"), "w3": ("up_proj", "w3")}
+#: What Hugging Face's models call it (``hf_to_sglang_mapper`` of ``models/transformers.py``).
+_ALSO = {"lm_head.weight": ("embed_out.weight",)}
 #: How alike a name has to be to be called the nearest, of difflib's ratio.
 _ALIKE = 0.6
 
@@ -33,7 +35,7 @@ def candidates(row: str, part: str) -> list[Candidate]:
     """Names of the logical tensor that a row's part is, the likeliest first."""
     row = row.replace(".base_layer.", ".")
     if not part:
-        return [Candidate(row)]
+        return [Candidate(name) for name in (row, *_ALSO.get(row, ()))]
     expert, _, weight = part.rpartition(".")
     if expert:
         layer = row.rpartition(".")[0]

@@ -271,6 +271,18 @@ def test_names_that_a_loader_has_of_its_own_are_no_difference(fleet: Fleet) -> N
     assert "no rank here holds  model.layers.0.mlp.experts.down_proj.weight and 2 more" in text
 
 
+def test_a_head_that_hugging_face_calls_otherwise_is_the_engines(fleet: Fleet) -> None:
+    """As the Transformers backend maps it (``hf_to_sglang_mapper``), of GPT-NeoX."""
+    state = {**a_state(), "lm_head.weight": noise(64, 16)}
+    sent = {name.replace("lm_head", "embed_out"): array for name, array in state.items()}
+    fleet.manifest(sent, "1")
+    fleet.update(state, "1")
+    assert fleet.matches() == [True, True]
+    _, text = verify(fleet)
+    assert "embed_out" not in text
+    assert "lm_head" not in text
+
+
 @pytest.mark.parametrize(
     ("theirs", "own"),
     [

@@ -99,7 +99,8 @@ MODELS = {
     "olmoe": Model("OlmoeConfig", {**ALL_HEADS, **EXPERTS}),
     "opt": Model("OPTConfig", {**ALL_HEADS, "ffn_dim": 256, "word_embed_proj_dim": 128}),
     "persimmon": Model("PersimmonConfig", ALL_HEADS),
-    "phi": Model("PhiConfig", ALL_HEADS),
+    # Of four times the hidden size, whatever the configuration says (``PhiMLP``).
+    "phi": Model("PhiConfig", {**ALL_HEADS, "intermediate_size": 512}),
     "phi3": Model("Phi3Config"),
     "qwen2": Model("Qwen2Config"),
     "qwen2_moe": Model("Qwen2MoeConfig", SHARED),

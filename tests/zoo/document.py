@@ -114,11 +114,11 @@ def _together(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sent_together(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """What neither rank holds, and what either says."""
+    """What no rank holds or names, and what any calls different."""
     return {
         **min(one, other, key=lambda sent: float(sent["equal_bytes"])),
-        "unheld": sorted({*one["unheld"]} & {*other["unheld"]}),
-        **{name: sorted({*one[name], *other[name]}) for name in ("different", "unnamed", "unsent")},
+        **{name: sorted({*one[name]} & {*other[name]}) for name in ("unheld", "unnamed")},
+        **{name: sorted({*one[name], *other[name]}) for name in ("different", "unsent")},
     }
 
 
