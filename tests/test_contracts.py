@@ -118,3 +118,11 @@ def test_no_file_and_no_function_is_too_long() -> None:
             if (node.end_lineno or 0) - node.lineno >= LONGEST_FUNCTION:
                 found.add(f"{name}:{node.name}")
     assert found - LONG.keys() == set()
+
+
+def test_capture_names_no_module_of_sglangs() -> None:
+    """What knows SGLang's classes is in ``runners``."""
+    for path in (ROOT / PACKAGE / "capture").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not node.value.startswith("sglang."), f"{path.name}:{node.lineno}"

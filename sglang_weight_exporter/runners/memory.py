@@ -234,7 +234,7 @@ class _Update:
 
     torch's peak is the process's; others read it, so nobody resets it here. Where it is higher
     after the update than before, the update made it. Else what is known is what was reserved when
-    it was looked at, at last before a flush gives back what is free: until then torch keeps what
+    it was read, at last before a flush gives back what is free: until then torch keeps what
     it has reserved.
     """
 

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sglang_weight_exporter.capture.shares import capture_shares, expert_maps
 from sglang_weight_exporter.fingerprint import tensor_sums
 from sglang_weight_exporter.fingerprint.address_sums import AddressSums
 from sglang_weight_exporter.fingerprint.sums import WORD_BYTES
 from sglang_weight_exporter.fingerprint.tensor_sums import Run
 from sglang_weight_exporter.fingerprint.tensors import Fingerprinter, integers
 from sglang_weight_exporter.records.shares import Share, ShareTable, shares_of
+from sglang_weight_exporter.runners.layer_shares import capture_shares, expert_maps
 from sglang_weight_exporter.weight_table import WeightTable
 
 
@@ -39,7 +39,7 @@ class _Addressed:
 
 
 @dataclass(frozen=True)
-class _Known:
+class _SharePlan:
     """Which shares a table has, and how they are read."""
 
     sha256: str
@@ -50,7 +50,7 @@ class _Known:
     by_address: list[_Addressed]
     by_tensor: list[int]
 
-    def are_those_of(self, table: WeightTable, skip: frozenset[str], placed: bytes) -> bool:
+    def is_for(self, table: WeightTable, skip: frozenset[str], placed: bytes) -> bool:
         return (self.sha256, self.skip, self.placed) == (table.sha256, skip, placed)
 
 
@@ -59,7 +59,7 @@ class RoleShares:
 
     def __init__(self, fingerprinter: Fingerprinter) -> None:
         self._has_kernels = fingerprinter.has_kernels
-        self._known: dict[str, _Known] = {}
+        self._plans: dict[str, _SharePlan] = {}
 
     def take(
         self,
@@ -76,34 +76,34 @@ class RoleShares:
         raises.
         """
         started = time.perf_counter()
-        known, placed = self._known.get(table.role), expert_maps()
-        if known is None or not known.are_those_of(table, skip, placed):
-            self._known.pop(table.role, None)  # Its memory on the device first.
-            known = self._learn(model, table, skip, placed, tensors())
-            self._known[table.role] = known
-        taken = np.zeros((len(known.shares), 2), dtype=np.uint64)
+        plan, placed = self._plans.get(table.role), expert_maps()
+        if plan is None or not plan.is_for(table, skip, placed):
+            self._plans.pop(table.role, None)  # Its memory on the device first.
+            plan = self._plan(model, table, skip, placed, tensors())
+            self._plans[table.role] = plan
+        taken = np.zeros((len(plan.shares), 2), dtype=np.uint64)
         data_ptr = np.frombuffer(table.data_ptr, dtype="<u8").astype(np.int64)
-        for some in known.by_address:
+        for some in plan.by_address:
             with torch.cuda.device(some.sums.device):
                 taken[some.numbers] = some.sums.take(data_ptr[some.rows] + some.offsets)
-        if known.by_tensor:
+        if plan.by_tensor:
             held = tensors()
-            some_shares = [known.shares[number] for number in known.by_tensor]
-            taken[known.by_tensor] = tensor_sums.of_runs(
+            some_shares = [plan.shares[number] for number in plan.by_tensor]
+            taken[plan.by_tensor] = tensor_sums.of_runs(
                 [_run(share, held[share.row]) for share in some_shares],
                 limit_seconds=limit_seconds - (time.perf_counter() - started),
             )
-        shares = msgspec.structs.replace(known.table, sums=taken.astype(">u8").tobytes())
+        shares = msgspec.structs.replace(plan.table, sums=taken.astype(">u8").tobytes())
         return msgspec.structs.replace(table, shares=shares)
 
-    def _learn(
+    def _plan(
         self,
         model: torch.nn.Module,
         table: WeightTable,
         skip: frozenset[str],
         placed: bytes,
         tensors: Sequence[torch.Tensor],
-    ) -> _Known:
+    ) -> _SharePlan:
         found = capture_shares(model, table, skip)
         shares = list(shares_of(found))
         by_tensor: list[int] = []
@@ -115,7 +115,7 @@ class RoleShares:
             else:
                 by_tensor.append(number)
         by_address = [_addressed(device, each, shares) for device, each in by_device.items()]
-        return _Known(table.sha256, skip, placed, found, shares, by_address, by_tensor)
+        return _SharePlan(table.sha256, skip, placed, found, shares, by_address, by_tensor)
 
 
 def _addressed(device: torch.device, numbers: list[int], shares: Sequence[Share]) -> _Addressed:

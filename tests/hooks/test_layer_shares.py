@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLan
 from typing import Any  # noqa: E402
 
 from sglang_weight_exporter.capture.references import Registrations  # noqa: E402
-from sglang_weight_exporter.capture.shares import capture_shares  # noqa: E402
 from sglang_weight_exporter.capture.weights import capture_weights  # noqa: E402
 from sglang_weight_exporter.records.shares import reasons_of, shares_of  # noqa: E402
+from sglang_weight_exporter.runners.layer_shares import capture_shares  # noqa: E402
 
 
 def column_parallel(**members: Any) -> Any:
