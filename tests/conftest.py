@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_pool import KINDS, NEWEST, OLDEST, SCRIPT, EnginePool, installation_of, order
@@ -139,43 +140,27 @@ def oldest() -> Installation:
     return installation_of(OLDEST)
 
 
-@pytest.fixture(scope="session")
-def tensor_parallel_engine(engine_pool: EnginePool) -> Engine:
-    """SGLang 0.5.23 with two tensor-parallel ranks; updates wait for readers, files follow them."""
-    return engine_pool.ready("tensor_parallel_engine")
+def of_kind(name: str) -> Any:
+    """The engine of a kind, which tests share."""
+
+    @pytest.fixture(scope="session", name=name)
+    def ready(engine_pool: EnginePool) -> Engine:
+        return engine_pool.ready(name)
+
+    return ready
 
 
-@pytest.fixture(scope="session")
-def speculative(engine_pool: EnginePool) -> Engine:
-    """SGLang 0.5.23 with a draft model, which makes no token."""
-    return engine_pool.ready("speculative")
-
-
-@pytest.fixture(scope="session")
-def traced_engine(engine_pool: EnginePool) -> Engine:
-    """SGLang 0.5.23 with two data-parallel ranks and its own tracing on; nobody exports."""
-    return engine_pool.ready("traced_engine")
-
-
-@pytest.fixture(scope="session")
-def encoder(engine_pool: EnginePool) -> Engine:
-    """An encoder server of SGLang 0.5.23, which has no model runner; two data-parallel ranks."""
-    return engine_pool.ready("encoder")
-
-
-@pytest.fixture(scope="session")
-def disabled_engine(engine_pool: EnginePool) -> Engine:
-    """SGLang 0.5.23 with its own metrics on and this package switched off; one rank."""
-    return engine_pool.ready("disabled_engine")
-
-
-@pytest.fixture(scope="session")
-def engine(engine_pool: EnginePool) -> Engine:
-    """SGLang 0.5.23 with two data-parallel ranks and its own metrics on; with fingerprints."""
-    return engine_pool.ready("engine")
-
-
-@pytest.fixture(scope="session")
-def old_engine(engine_pool: EnginePool) -> Engine:
-    """SGLang 0.5.9, which has no plugins and updates weights in ModelRunner; one rank."""
-    return engine_pool.ready("old_engine")
+#: SGLang 0.5.23 with two tensor-parallel ranks; updates wait for readers, files follow them.
+tensor_parallel_engine = of_kind("tensor_parallel_engine")
+#: SGLang 0.5.23 with a draft model, which makes no token.
+speculative = of_kind("speculative")
+#: SGLang 0.5.23 with two data-parallel ranks and its own tracing on; nobody exports.
+traced_engine = of_kind("traced_engine")
+#: An encoder server of SGLang 0.5.23, which has no model runner; two data-parallel ranks.
+encoder = of_kind("encoder")
+#: SGLang 0.5.23 with its own metrics on and this package switched off; one rank.
+disabled_engine = of_kind("disabled_engine")
+#: SGLang 0.5.23 with two data-parallel ranks and its own metrics on; with fingerprints.
+engine = of_kind("engine")
+#: SGLang 0.5.9, which has no plugins and updates weights in ModelRunner; one rank.
+old_engine = of_kind("old_engine")

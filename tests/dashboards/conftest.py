@@ -45,7 +45,7 @@ def monitoring(engine: Engine) -> Iterator[Monitoring]:
     directory = Path(tempfile.mkdtemp(prefix="monitoring-"))
     host = LastScrape(replay(directory, time.time()))
     targets = {
-        "recording": host.target,
+        "recording": host.place,
         "sglang-weights": f"127.0.0.1:{engine.exporter_port}",
         "sglang": f"127.0.0.1:{engine.port}",
     }
@@ -62,7 +62,7 @@ def monitoring(engine: Engine) -> Iterator[Monitoring]:
         yield stack
     finally:
         stack.stop()
-        host.close()
+        host.stop()
 
 
 @pytest.fixture(scope="session")

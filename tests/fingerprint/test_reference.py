@@ -34,7 +34,6 @@ from sglang_weight_exporter.export.references import (  # noqa: E402
     reference_of,
 )
 from sglang_weight_exporter.records.engine import Device  # noqa: E402
-from sglang_weight_exporter.records.event import Event  # noqa: E402
 from sglang_weight_exporter.records.updates import UpdateCounts  # noqa: E402
 from sglang_weight_exporter.store.reader import SnapshotReader  # noqa: E402
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir  # noqa: E402
@@ -280,27 +279,11 @@ def test_status_names_what_is_other(fleet: Fleet) -> None:
         assert said in text, text
 
 
-def load_event(rank: PublishedRank, **more: Any) -> Event:
-    update = rank.role.last_update
-    assert update is not None
-    return Event(
-        number=1,
-        rank_id=rank.store.rank_id,
-        pid=os.getpid(),
-        engine=rank.engine,
-        ranks=rank.ranks,
-        role="target",
-        device=Device(name="cpu"),
-        update=msgspec.structs.replace(update, **more),
-        table=rank.role.table,
-    )
-
-
 def test_a_load_has_a_finding_once_it_is_compared(fleet: Fleet) -> None:
     """Its span waits for it, and not for long."""
     fleet.follow(fleet.host("one", HELD))
     snapshots = SnapshotReader(RuntimeDir.open(fleet.host("two", FLIPPED), os.environ))
-    event = load_event(fleet.ranks[1])
+    event = fleet.ranks[1].last_event()
     follower = ReferenceFollower(snapshots, fleet.references, os.environ, Guard())
     assert follower.of_event(event) is None
     follower.follow()
@@ -308,7 +291,7 @@ def test_a_load_has_a_finding_once_it_is_compared(fleet: Fleet) -> None:
     nothing = Finding()
     new = ReferenceFollower(snapshots, fleet.references, os.environ, Guard())
     for more in ({"action": "update"}, {"succeeded": False}, {"ended_at": time.time() - 3600}):
-        assert new.of_event(load_event(fleet.ranks[1], **more)) == nothing
+        assert new.of_event(fleet.ranks[1].last_event(**more)) == nothing
     without = ReferenceFollower(snapshots, None, os.environ, Guard())
     assert without.of_event(event) == nothing
 
@@ -317,7 +300,7 @@ def test_the_exporter_process_serves_and_sends_what_it_finds(fleet: Fleet) -> No
     fleet.follow(fleet.host("one", HELD))
     run = fleet.host("two", FLIPPED)
     rank = fleet.ranks[1]
-    rank.store.append_event(load_event(rank), None)
+    rank.store.append_event(rank.last_event(), None)
     backend = Backend().start()
     exporter = ExporterProcess(
         run,

@@ -29,8 +29,7 @@ from sglang_weight_exporter.export.guard import Guard  # noqa: E402
 from sglang_weight_exporter.export.manifests import ManifestFollower  # noqa: E402
 from sglang_weight_exporter.export.otlp.spans import event_spans  # noqa: E402
 from sglang_weight_exporter.fingerprint import sums  # noqa: E402
-from sglang_weight_exporter.records.engine import Device, Ranks  # noqa: E402
-from sglang_weight_exporter.records.event import Event  # noqa: E402
+from sglang_weight_exporter.records.engine import Ranks  # noqa: E402
 from sglang_weight_exporter.records.shares import Share, share_table  # noqa: E402
 from sglang_weight_exporter.store.decoding import UnreadableError, decode  # noqa: E402
 from sglang_weight_exporter.store.reader import SnapshotReader  # noqa: E402
@@ -376,27 +375,11 @@ def test_the_version_before_reads_a_table_with_shares(fleet: Fleet) -> None:
         decode(content, type(table), Path("table"))
 
 
-def update_event(rank: PublishedRank, version: str) -> Event:
-    update = rank.role.last_update
-    assert update is not None
-    return Event(
-        number=1,
-        rank_id=rank.store.rank_id,
-        pid=os.getpid(),
-        engine=rank.engine,
-        ranks=rank.ranks,
-        role="target",
-        device=Device(name="cpu"),
-        update=msgspec.structs.replace(update, weight_version=version),
-        table=rank.role.table,
-    )
-
-
 def test_a_span_waits_for_its_finding_and_has_the_names(fleet: Fleet) -> None:
     state = a_state()
     sent = {(SPELT if name == UP else name): array for name, array in state.items()}
     fleet.update({**state, UP: a_state()[UP], EXPERT: a_state()[EXPERT]}, "1")
-    event = update_event(fleet.ranks[0], "1")
+    event = fleet.ranks[0].last_event(weight_version="1")
     assert fleet.matches() == [None, None]
     assert fleet.follower.of_event(event) is None
     fleet.manifest(sent, "1")

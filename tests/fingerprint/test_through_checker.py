@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import pytest
 pytest.importorskip("numpy", reason="needs NumPy, which comes with SGLang")
 
 from array_ranks import command
+from http_servers import Handler, LocalServer
 from published import PublishedRank
 
 UP = "model.layers.1.mlp.gate_up_proj.weight"
@@ -35,29 +34,16 @@ def engine(run: Path, name: str, answer: dict[str, Any], status: int = 200) -> I
     """One that serves this; what it was asked."""
     asked: list[Any] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Engine(Handler):
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked.append((self.path, body))
-            content = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *arguments: object) -> None:
-            pass
+            asked.append((self.path, json.loads(self.read_body())))
+            self.reply(json.dumps(answer).encode(), status)
 
     rank = PublishedRank(run, engine=name)
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        rank.engine = msgspec.structs.replace(rank.engine, url=url)
+    with LocalServer(Engine) as server:
+        rank.engine = msgspec.structs.replace(rank.engine, url=server.url)
         rank.publish()
-        try:
-            yield asked
-        finally:
-            server.shutdown()
+        yield asked
 
 
 def checksums(*each: dict[str, str]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ import pytest
 pytest.importorskip("numpy", reason="needs NumPy, which comes with SGLang")
 
 import msgspec
+from http_servers import Handler, LocalServer
 from published import ROWS, PublishedRank
 from safetensors_files import write
 from waiting import LIMIT, eventually
@@ -180,11 +180,13 @@ def test_watching_says_what_is_new_and_no_more(tmp_path: Path) -> None:
             command("verify", tmp_path, "--recorded", "--watch", "0.1"), stdout=file, stderr=file
         )
     try:
-        eventually(lambda: f"{len(ROWS)} equal, 0 different" in output.read_text(), what="a look")
+        eventually(
+            lambda: f"{len(ROWS)} equal, 0 different" in output.read_text(), what="a capture"
+        )
         replicas[1].publish(table=holding("a", **{CHANGED: "other"}))
         eventually(lambda: f"different  {CHANGED}" in output.read_text(), what="the difference")
         replicas[1].publish(table=holding("a"))
-        eventually(lambda: "since update 3" in output.read_text(), what="the third look")
+        eventually(lambda: "since update 3" in output.read_text(), what="the third capture")
     finally:
         watching.terminate()
     assert watching.wait(LIMIT) == 1  # Something differed.
@@ -217,50 +219,40 @@ def test_a_time_that_is_none_is_refused(tmp_path: Path, seconds: str) -> None:
     assert "--watch" in text
 
 
-# --- the request that makes an engine look --------------------------------------------------------
+# --- the request that has an engine capture ------------------------------------------------------
 
 
 @contextlib.contextmanager
 def checker(
-    look: Callable[[], object], answer: int = 200, key: str = "", body: bytes = b""
-) -> Iterator[tuple[str, list[BaseHTTPRequestHandler]]]:
+    capture: Callable[[], object], answer: int = 200, key: str = "", body: bytes = b""
+) -> Iterator[tuple[str, list[Handler]]]:
     """An engine's ``/set_internal_state``: its address, and what it was asked."""
-    asked: list[BaseHTTPRequestHandler] = []
+    asked: list[Handler] = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Checker(Handler):
         def do_POST(self) -> None:
             asked.append(self)
-            self.body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.body = json.loads(self.read_body())
             code, content = answer, body
             if key and self.headers["Authorization"] != f"Bearer {key}":
                 code, content = 401, b'{"error":"Unauthorized"}'  # As SGLang's ``utils/auth.py``.
             elif self.path == "/set_internal_state" and answer == 200:
-                look()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+                capture()
+            self.reply(content, code)
 
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", asked
-        finally:
-            server.shutdown()
+    with LocalServer(Checker) as server:
+        yield server.url, asked
 
 
-def keys(asked: list[BaseHTTPRequestHandler]) -> list[str | None]:
+def keys(asked: list[Handler]) -> list[str | None]:
     return [request.headers["Authorization"] for request in asked]
 
 
 def test_the_engine_is_asked_where_its_settings_say(tmp_path: Path) -> None:
     """Past any proxy, which neither reaches an engine on this host nor is to know its key."""
     alone = rank(tmp_path, engine="1")
-    look = lambda: alone.publish(table=holding("a"), modified=())  # noqa: E731
-    with checker(look, key="s3cret") as (url, asked):
+    capture = lambda: alone.publish(table=holding("a"), modified=())  # noqa: E731
+    with checker(capture, key="s3cret") as (url, asked):
         alone.engine = msgspec.structs.replace(alone.engine, url=url)
         alone.publish(table=holding("a"))
         proxies = dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:9")
@@ -372,12 +364,12 @@ def test_the_end_of_an_open_update_is_awaited_before_the_engine_is_asked(
     assert seen[-1] is None
 
 
-def parts(asked: list[BaseHTTPRequestHandler]) -> list[list[int]]:
+def parts(asked: list[Handler]) -> list[list[int]]:
     """Which part of how many each request was for."""
     return [list(request.body["server_args"].values()) for request in asked]  # type: ignore[attr-defined]
 
 
-def test_one_look_is_for_all_of_it(tmp_path: Path) -> None:
+def test_one_capture_is_for_all_of_it(tmp_path: Path) -> None:
     alone = rank(tmp_path)
     alone.publish(table=holding("a"))
     with checker(lambda: alone.publish(table=holding("a"))) as (url, asked):
@@ -386,25 +378,25 @@ def test_one_look_is_for_all_of_it(tmp_path: Path) -> None:
 
 
 def test_a_watch_asks_for_parts_of_two_milliseconds(tmp_path: Path) -> None:
-    """Spread over the time of one look, whatever each takes."""
+    """Spread over the time of one capture, whatever each takes."""
     alone = rank(tmp_path)
 
     def publish(modified: tuple[str, ...] = ()) -> None:
         table = msgspec.structs.replace(holding("a"), fingerprint_seconds=0.0091)
         alone.publish(table=table, modified=modified)
 
-    def look() -> None:
+    def capture() -> None:
         if len(asked) % 5 == 0:
             publish(() if len(asked) < 10 else (CHANGED,))
 
     publish()
     output = tmp_path / "output"
-    with checker(look) as (url, asked), output.open("w") as file:
+    with checker(capture) as (url, asked), output.open("w") as file:
         watching = subprocess.Popen(
             command("verify", tmp_path, "--watch", "0.5", "--url", url), stdout=file, stderr=file
         )
         try:
-            eventually(lambda: "changed without" in output.read_text(), what="the second look")
+            eventually(lambda: "changed without" in output.read_text(), what="the second capture")
         finally:
             watching.terminate()
         assert watching.wait(LIMIT) == 1
@@ -453,7 +445,7 @@ def test_a_stranger_at_the_engines_port_is_told_no_key(tmp_path: Path) -> None:
         it.terminate()
         heard = it.stdout.read()
     assert status == 2, text
-    assert "is no process of this engine that can be seen here, so it was not told the key" in text
+    assert "is no process of this engine that can be seen here, so it did not get the key" in text
     assert heard == "None\n"
 
 

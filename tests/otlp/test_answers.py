@@ -7,15 +7,14 @@ The server is one of the standard library: a real collector gives none of these 
 
 from __future__ import annotations
 
-import http.server
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from http_servers import Handler, LocalServer
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTracePartialSuccess,
     ExportTraceServiceResponse,
@@ -29,7 +28,7 @@ HTML = {"Content-Type": "text/html"}
 PROTOBUF = {"Content-Type": "application/x-protobuf"}
 
 
-class Server:
+class Server(LocalServer):
     """Answers every POST with the same; what is at /login answers 200 to everything."""
 
     def __init__(self) -> None:
@@ -37,33 +36,17 @@ class Server:
         self.asked: list[float] = []
         server = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class CollectorHandler(Handler):
             def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
+                self.read_body()
                 server.asked.append(time.monotonic())
-                self._say(*server.answer)
+                status, headers, content = server.answer
+                self.reply(content, status, headers)
 
             def do_GET(self) -> None:
-                self._say(200, HTML, b"<html>log in</html>")
+                self.reply(b"<html>log in</html>", headers=HTML)
 
-            def _say(self, status: int, headers: dict[str, str], body: bytes) -> None:
-                self.send_response(status)
-                for key, value in headers.items():
-                    self.send_header(key, value)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(CollectorHandler)
 
 
 @pytest.fixture

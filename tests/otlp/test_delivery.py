@@ -124,11 +124,11 @@ def test_a_span_that_is_refused_does_not_keep_others_waiting(
     eventually(lambda: len(backend.spans()) == 12, what="all others")
     assert exporter.metric("spans_dropped_total", reason="refused") == 0
 
-    def given_up() -> bool:
+    def dropped() -> bool:
         rank.update()
         return exporter.metric("spans_dropped_total", reason="refused") == 1
 
-    eventually(given_up, every=0.5, what="given up")
+    eventually(dropped, every=0.5, what="dropped")
     eventually(lambda: not rank.waiting(), what="nothing waiting")
     assert "too odd" in exporter.log()
     # The table was not in the span that was refused only: the next one carries it.
@@ -327,7 +327,7 @@ def test_a_directory_that_became_read_only_sends_nothing_twice(
         exporter = start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
         eventually(lambda: exporter.metric("spans_exported_total") == 1, what="sent")
         other = Rank(runtime_dir)
-        for _ in range(3):  # Each look that finds one finds those that cannot be removed, too.
+        for _ in range(3):  # Each pass that finds one finds those that cannot be removed, too.
             other.load(rows(1))
             eventually(lambda: not other.waiting(), what="sent from another directory")
     finally:

@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-import http.server
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 from collectors import Backend
 from engines import http_get
+from http_servers import Handler, LocalServer
 from monitoring import Monitoring
 from otlp.test_metrics import TRACE, BusyRank
 from ranks import ExporterProcess
@@ -29,33 +28,21 @@ OFFER = (
 )
 
 
-class Relay:
+class Relay(LocalServer):
     """Between Prometheus and the exporter: whatever Prometheus offers becomes this."""
 
     def __init__(self, exporter: ExporterProcess, offer: str) -> None:
         self.content_types: list[str] = []
         relay = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class RelayHandler(Handler):
             def do_GET(self) -> None:
                 url = f"http://127.0.0.1:{exporter.port}{self.path}"
                 _, headers, body = http_get(url, headers={"Accept": offer})
                 relay.content_types.append(headers["content-type"])
-                self.send_response(200)
-                self.send_header("Content-Type", headers["content-type"])
-                self.end_headers()
-                self.wfile.write(body)
+                self.reply(body, headers={"Content-Type": headers["content-type"]})
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.target = f"127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(RelayHandler)
 
 
 @pytest.fixture
@@ -67,7 +54,7 @@ def relay(
     endpoint = f"http://127.0.0.1:{backend.grpc_port}"
     relay = Relay(start_exporter(OTEL_EXPORTER_OTLP_ENDPOINT=endpoint), OFFER)
     yield relay
-    relay.close()
+    relay.stop()
     rank.store.close()
 
 
@@ -77,7 +64,7 @@ def test_a_prometheus_that_offers_openmetrics_2_keeps_exemplars(
     began = time.time()
     directory = tmp_path / "prometheus"
     directory.mkdir()
-    stack = Monitoring(directory, {"sglang-weights": relay.target}).start()
+    stack = Monitoring(directory, {"sglang-weights": relay.place}).start()
     try:
         found = eventually(
             lambda: stack.exemplars(

@@ -8,19 +8,18 @@ Secrets are thrown at everything that logs, and the log is what its handler writ
 from __future__ import annotations
 
 import base64
-import http.server
 import io
 import logging
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import pytest
+from http_servers import Handler, LocalServer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
@@ -56,7 +55,7 @@ SECRETS = st.text(
 ).map(lambda text: f"s3{text}")
 
 
-class Echo:
+class Echo(LocalServer):
     """A peer that says what it was told, in every place that it has."""
 
     def __init__(self) -> None:
@@ -64,9 +63,9 @@ class Echo:
         self.text = ""
         echo = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class EchoHandler(Handler):
             def do_POST(self) -> None:
-                self.rfile.read(int(self.headers["Content-Length"]))
+                self.read_body()
                 told = f"{self.headers} {self.path} {echo.text}".replace("\n", " ")
                 told = told.replace("\r", " ")
                 body = f"You said {told}".encode()
@@ -75,23 +74,11 @@ class Echo:
                     partial = ExportTracePartialSuccess(rejected_spans=1, error_message=told)
                     body = ExportTraceServiceResponse(partial_success=partial).SerializeToString()
                     kind = "application/x-protobuf"
-                self.send_response(echo.status, told[:200])
-                self.send_header("Content-Type", kind)
-                self.send_header("Location", f"http://{echo.text}@login?token={echo.text}")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
+                location = f"http://{echo.text}@login?token={echo.text}"
+                headers = {"Content-Type": kind, "Location": location}
+                self.reply(body, echo.status, headers, told[:200])
 
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.place = f"127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(EchoHandler)
 
 
 @pytest.fixture(scope="module")

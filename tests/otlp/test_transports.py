@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import gzip
-import http.server
 import socket
 import ssl
 import threading
@@ -25,6 +24,7 @@ import trustme
 from google.protobuf.duration_pb2 import Duration
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
+from http_servers import Handler, LocalServer
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -48,7 +48,7 @@ def over_http(endpoint: str, **variables: str) -> HttpTransport:
     return HttpTransport(settings, ExportTraceServiceResponse)
 
 
-class Server:
+class Server(LocalServer):
     """Answers every request with the same, and keeps what it was asked."""
 
     def __init__(self, context: ssl.SSLContext | None = None) -> None:
@@ -56,19 +56,14 @@ class Server:
         self.asked: list[tuple[str, dict[str, str], bytes]] = []
         server = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class CollectorHandler(Handler):
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
+                body = self.read_body()
                 headers = {name.lower(): value for name, value in self.headers.items()}
                 server.asked.append((self.path, headers, body))
                 status, headers, content = server.answer
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
                 with contextlib.suppress(OSError):
-                    self.wfile.write(content)
+                    self.reply(content, status, headers)
 
             def do_CONNECT(self) -> None:
                 headers = {name.lower(): value for name, value in self.headers.items()}
@@ -84,19 +79,7 @@ class Server:
                     for thread in threads:
                         thread.join()
 
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        if context is not None:
-            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
-        self.place = f"127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def stop(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(CollectorHandler, context)
 
 
 def pump(source: socket.socket, target: socket.socket) -> None:
@@ -166,7 +149,7 @@ def test_a_time_limit_is_one_for_the_whole_try(
         assert "timed out after 0.5 s" in str(raised.value)
 
 
-def test_a_reader_that_takes_nothing_is_given_up_in_time() -> None:
+def test_a_reader_that_takes_nothing_is_dropped_in_time() -> None:
     with (
         slow_server(says_nothing) as place,
         pytest.raises(TimeoutError, match=r"timed out after 0.5 s"),

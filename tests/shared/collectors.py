@@ -25,6 +25,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.json_format import MessageToJson
+from http_servers import Handler
 from opentelemetry.proto.collector.logs.v1 import logs_service_pb2, logs_service_pb2_grpc
 from opentelemetry.proto.collector.metrics.v1 import (
     metrics_service_pb2,
@@ -171,11 +172,11 @@ class _Service:
         return self._answer()
 
 
-class _Handler(http.server.BaseHTTPRequestHandler):
+class _Handler(Handler):
     backend: Backend
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.read_body()
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         signal = self.path.rpartition("/")[2]
@@ -188,13 +189,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         message = Message(signal, "http", len(body), kinds[signal].FromString(body), headers)
         reason = self.backend.take(message)
         status = 503 if self.backend.retryable else 400
-        self.send_response(status if reason else 200)
-        self.send_header("Content-Type", "application/x-protobuf")
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
+        headers = {"Content-Type": "application/x-protobuf"}
+        self.reply(status=status if reason else 200, headers=headers)
 
 
 class Rotel:

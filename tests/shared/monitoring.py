@@ -8,14 +8,12 @@ Debian's `prometheus` and `prometheus-alertmanager`; the alerts' webhook is this
 from __future__ import annotations
 
 import contextlib
-import http.server
 import json
 import os
 import re
 import shutil
 import signal
 import subprocess
-import threading
 import urllib.parse
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ from typing import Any
 
 import yaml
 from engines import http_get
+from http_servers import Handler, LocalServer
 from ports import free_port
 from waiting import LIMIT, eventually, forget, watch
 
@@ -41,26 +40,19 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-class Webhook:
+class Webhook(LocalServer):
     """Receives Alertmanager's notifications."""
 
     def __init__(self) -> None:
         self.notifications: list[dict[str, Any]] = []
         notifications = self.notifications
 
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class WebhookHandler(Handler):
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                notifications.append(json.loads(body))
-                self.send_response(200)
-                self.end_headers()
+                notifications.append(json.loads(self.read_body()))
+                self.reply()
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        super().__init__(WebhookHandler)
 
     def alerts(self, name: str, status: str, **labels: str) -> list[dict[str, Any]]:
         """Alerts that were delivered with this status, the latest last."""
@@ -72,11 +64,6 @@ class Webhook:
             and alert["labels"]["alertname"] == name
             and labels.items() <= alert["labels"].items()
         ]
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
 
 
 #: Durations in the expressions of alerts, and what a test waits for instead. How far an expression
@@ -258,7 +245,7 @@ class Monitoring:
             process.kill()
         for log in self.directory.glob("*.log"):
             forget(log)
-        self.webhook.close()
+        self.webhook.stop()
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -318,30 +305,18 @@ def replay(directory: Path, end: float, instance: str = "gpu-host:9400") -> str:
     return "".join(f"{name} {value:.17g}\n" for name, (at, value) in last if at == end)
 
 
-class LastScrape:
+class LastScrape(LocalServer):
     """Answers every scrape with one text. A host whose recording has ended lives on, for as long as
     a slow machine takes for what is asked about it. Its series have their own `job` and `instance`,
     so a scrape honours labels."""
 
     def __init__(self, text: str) -> None:
-        class Handler(http.server.BaseHTTPRequestHandler):
+        class ScrapeHandler(Handler):
             def do_GET(self) -> None:
-                self.send_response(200)
-                self.send_header("Content-Type", "text/plain; version=0.0.4")
-                self.end_headers()
-                self.wfile.write(text.encode())
+                headers = {"Content-Type": "text/plain; version=0.0.4"}
+                self.reply(text.encode(), headers=headers)
 
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.target = f"127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        """Stop listening."""
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(ScrapeHandler)
 
 
 def with_labels(name: str, **labels: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from sglang_weight_exporter.records.engine import Device, Engine, Ranks
+from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import Update, UpdateInProgress
 from sglang_weight_exporter.records.weights import TableChanges, TableRef, WeightUsage
@@ -122,6 +123,22 @@ class PublishedRank:
     def write_again(self) -> None:
         """Something else is known of the rank or its engine."""
         self._write()
+
+    def last_event(self, **more: Any) -> Event:
+        """Of its last load or update, as it would have queued it; ``more``: what that update has
+        besides."""
+        assert self.role.last_update is not None
+        return Event(
+            number=1,
+            rank_id=self.store.rank_id,
+            pid=os.getpid(),
+            engine=self.engine,
+            ranks=self.ranks,
+            role="target",
+            device=Device(name="cpu"),
+            update=msgspec.structs.replace(self.role.last_update, **more),
+            table=self.role.table,
+        )
 
     def _write(self, weight_version: str = "", running: dict[str, float] | None = None) -> None:
         self.store.write_snapshot(

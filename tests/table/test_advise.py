@@ -4,9 +4,7 @@
 
 from __future__ import annotations
 
-import http.server
 import re
-import threading
 import urllib.parse
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
+from http_servers import Handler, LocalServer
 from published import Command, PublishedRank
 
 from sglang_weight_exporter.cli import advise
@@ -153,24 +152,16 @@ def test_it_says_what_it_does_not_know(changes: dict[str, Any], sentence: str) -
 def prometheus() -> Any:
     """Answers every question with what `answer` holds, and keeps the last one."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
+    class Prometheus(Handler):
         answer = b'{"data": {"result": [{"value": [0, "6.4e+10"]}]}}'
         asked = ""
 
         def do_GET(self) -> None:
-            Handler.asked = self.path
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(Handler.answer)
+            Prometheus.asked = self.path
+            self.reply(Prometheus.answer)
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", Handler
-    server.shutdown()
-    server.server_close()
+    with LocalServer(Prometheus) as server:
+        yield server.url, Prometheus
 
 
 def ask(url: str, span: int = 7 * 86400, started_at: float = 0.0, now: float = 1e9) -> Worst:

@@ -12,15 +12,14 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from engines import Installation
+from http_servers import Handler, LocalServer
 from published import Command, PublishedRank
 from waiting import LIMIT
 
@@ -167,26 +166,19 @@ def test_sglangs_remote_instance_loader_reads_the_weights(
         {"remote_instance_transfer_engine_info": [f"127.0.0.1:{seed.get_rpc_port()}", weights]}
     ).encode()
 
-    class SeedInstance(BaseHTTPRequestHandler):
+    class SeedInstance(Handler):
         def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(answer)
+            self.reply(answer)
 
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), SeedInstance)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     state = tmp_path / "state"
-    ran = subprocess.run(
-        [newest.python, "-c", LOAD, f"http://127.0.0.1:{server.server_port}", state],
-        env=newest.environment(SGLANG_WEIGHT_EXPORTER_DISABLED="1"),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
-    server.shutdown()
+    with LocalServer(SeedInstance) as server:
+        ran = subprocess.run(
+            [newest.python, "-c", LOAD, server.url, state],
+            env=newest.environment(SGLANG_WEIGHT_EXPORTER_DISABLED="1"),
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
     assert ran.returncode == 0, ran.stderr[-3000:]
     loaded = torch.load(state)
     assert set(loaded) == {"0.weight", "0.bias", "1.weight"}

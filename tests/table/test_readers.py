@@ -85,7 +85,7 @@ def test_an_update_that_could_not_have_the_lock_is_noticed_all_the_same(
     with reader.hold() as table:
         assert reader.is_current(table)
         rank.begin_update()  # Does not wait: the reader is in there.
-        assert not rank.store.keeps_readers_out
+        assert not rank.store.table_is_locked
         assert not reader.is_current(table)
     with pytest.raises(UpdateInProgressError):
         reader.read()
@@ -161,7 +161,7 @@ def test_an_update_waits_for_readers_as_long_as_it_is_told_and_no_longer(
         started = time.monotonic()
         rank.store.lock_table(wait_seconds=0.3)
         assert time.monotonic() - started >= 0.3
-        assert not rank.store.keeps_readers_out
+        assert not rank.store.table_is_locked
     entered, leave = threading.Event(), threading.Event()
 
     def read() -> None:
@@ -174,7 +174,7 @@ def test_an_update_waits_for_readers_as_long_as_it_is_told_and_no_longer(
     entered.wait(LIMIT)
     threading.Timer(0.2, leave.set).start()
     rank.store.lock_table(wait_seconds=30)
-    assert rank.store.keeps_readers_out
+    assert rank.store.table_is_locked
     thread.join()
 
 
@@ -259,11 +259,11 @@ def test_a_killed_reader_leaves_nothing_locked(rank: PublishedRank, runtime_dir:
     assert process.stdout is not None
     assert process.stdout.readline() == "inside\n"
     rank.store.lock_table()
-    assert not rank.store.keeps_readers_out
+    assert not rank.store.table_is_locked
     process.kill()
     process.wait()
     rank.store.lock_table()
-    assert rank.store.keeps_readers_out
+    assert rank.store.table_is_locked
 
 
 def test_a_reader_in_a_loop_never_sees_rows_of_two_tables(
