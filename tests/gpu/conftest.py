@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from engines import Engine
-from gpu_engines import KINDS, GpuEngine, GpuEngines, nvidia_smi, write_checkpoint
+from gpu_engines import KINDS, GpuEngine, GpuEngines, need_gpus, nvidia_smi, write_checkpoint
 from waiting import eventually
 
 
@@ -66,9 +66,7 @@ def gpu_engines(request: pytest.FixtureRequest) -> Iterator[GpuEngines]:
 def gpu_engine_fixture(name: str) -> Any:
     @pytest.fixture(scope="session", name=name)
     def fixture(request: pytest.FixtureRequest) -> GpuEngine:
-        wanted, there = len(KINDS[name].gpus), len(nvidia_smi())
-        if there < wanted:
-            pytest.skip(f"needs {wanted} NVIDIA GPU{'s' * (wanted > 1)}, found {there}")
+        need_gpus(len(KINDS[name].gpus))
         if importlib.util.find_spec("sglang") is None:
             pytest.skip("needs SGLang 0.5.17 or later")
         running: GpuEngine = request.getfixturevalue("gpu_engines").engines[name]

@@ -12,9 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 from engines import Engine, Installation
-from gpu_engines import MIB, Record, nvidia_smi, write_checkpoint
+from gpu_engines import MIB, Record, need_gpus, nvidia_smi, write_checkpoint
 from waiting import eventually
 
 CONTEXT = 16_384
@@ -61,8 +60,7 @@ def load(running: Engine, checkpoint: Path) -> None:
 
 
 def test_what_is_suggested_holds(tmp_path: Path, record_property: Record) -> None:
-    if not nvidia_smi():
-        pytest.skip("needs 1 NVIDIA GPU, found 0")
+    need_gpus()
     checkpoint = write_checkpoint(tmp_path / "model", 0)
     with engine(checkpoint, 0.3) as running:
         load(running, checkpoint)

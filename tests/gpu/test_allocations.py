@@ -6,14 +6,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-from gpu_engines import nvidia_smi
+from gpu_engines import run_on_gpu
 
 SCRIPT = """
 import json, sys
@@ -65,24 +61,10 @@ if __name__ == "__main__":
 
 
 def run(tmp_path: Path, what: str, configuration: str = "") -> dict[str, Any]:
-    if not nvidia_smi():
-        pytest.skip("needs 1 NVIDIA GPU, found 0")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    package = Path(sys.modules["sglang_weight_exporter"].__path__[0]).parent
-    paths = [str(package), os.environ.get("PYTHONPATH", "")]
-    variables = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    if configuration:
-        variables["PYTORCH_CUDA_ALLOC_CONF"] = configuration
-    done = subprocess.run(
-        [sys.executable, str(script), what],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout)
+    variables = {"PYTORCH_CUDA_ALLOC_CONF": configuration} if configuration else {}
+    answer: dict[str, Any] = json.loads(run_on_gpu(script, what, **variables))
     return answer
 
 

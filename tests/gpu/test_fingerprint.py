@@ -7,13 +7,8 @@ A process of its own: the tests that start engines count memory of the whole dev
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from gpu_engines import nvidia_smi
+from gpu_engines import run_on_gpu
 
 BEGIN = """
 import numpy as np, torch
@@ -198,15 +193,4 @@ assert torch.cuda.memory_allocated() == kept
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_gpus_fingerprints_are_the_cpus(case: str) -> None:
-    if not nvidia_smi():
-        pytest.skip("needs 1 NVIDIA GPU, found 0")
-    package = Path(sys.modules["sglang_weight_exporter"].__path__[0]).parent
-    paths = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run(
-        [sys.executable, "-c", BEGIN + CASES[case]],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    run_on_gpu("-c", BEGIN + CASES[case])

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from gpu_engines import Record, nvidia_smi
+from gpu_engines import Record, need_gpus
 
 SIZE, DEVICE = 65536, "cuda"
 HEADS = {"head_num": 4, "head_dim": 128, "device": DEVICE}
@@ -162,8 +162,7 @@ BUILD: dict[str, Callable[[], Pools]] = {
 
 @pytest.mark.parametrize("name", BUILD)
 def test_a_pool_is_what_torch_allocated_for_it(name: str, record_property: Record) -> None:
-    if not nvidia_smi():
-        pytest.skip("needs 1 NVIDIA GPU, found 0")
+    need_gpus()
     if importlib.util.find_spec("sglang") is None:
         pytest.skip("needs SGLang 0.5.17 or later")
     import torch

@@ -9,28 +9,21 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import pickle
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from gpu_engines import (
-    BFLOAT16,
-    HEAD_DIM,
-    KV_HEADS,
-    LAYERS,
     MIB,
-    TOKENS,
     GpuEngine,
     GpuEngines,
     Rank,
     Record,
     nvidia_smi,
     rows,
+    run_on_gpu,
     storages,
 )
 from waiting import eventually
@@ -93,8 +86,7 @@ def closes(engine: GpuEngine, checkpoint: Path | None, record: Record, moment: s
         live = sum(nbytes for name, nbytes in parts.items() if name not in free)
         assert live == expected.pop("live blocks")
         assert {name: parts[name] for name in expected} == expected
-        page = engine.engine.server_info()["page_size"]
-        assert parts["kv_pool"] == (TOKENS + page) * 2 * LAYERS * KV_HEADS * HEAD_DIM * BFLOAT16
+        assert parts["kv_pool"] == engine.kv_pool_bytes()
     for name, value in {**parts, "released": released, "reserved": memory["reserved"]}.items():
         record(f"{moment}: {name}", value)
     return outside(engine, rank, memory, record, moment)
@@ -305,25 +297,10 @@ def test_what_is_outside_of_torch_comes_step_by_step(
     tmp_path: Path, configuration: str, record_property: Record
 ) -> None:
     """Context, kernels, cuBLAS, a graph and a communicator are added to it one by one."""
-    if not nvidia_smi():
-        pytest.skip("needs 1 NVIDIA GPU, found 0")
     script = tmp_path / "steps.py"
     script.write_text(STEPS)
-    package = Path(sys.modules["sglang_weight_exporter"].__path__[0]).parent
-    paths = [str(package), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, str(script), configuration],
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "PYTORCH_CUDA_ALLOC_CONF": configuration,
-        },
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    steps = json.loads(done.stdout.splitlines()[-1])
+    printed = run_on_gpu(script, configuration, PYTORCH_CUDA_ALLOC_CONF=configuration)
+    steps = json.loads(printed.splitlines()[-1])
     by_name = {name: (outside, parts) for name, outside, _, parts in steps}
     for name, outside, reserved, parts in steps:
         record_property(f"{name}: outside torch", outside)

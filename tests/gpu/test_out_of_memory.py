@@ -23,16 +23,12 @@ from typing import Any
 import pytest
 from gpu_engines import (
     BFLOAT16,
-    HEAD_DIM,
-    KV_HEADS,
-    LAYERS,
     MIB,
-    TOKENS,
     GpuEngine,
     GpuEngines,
     Rank,
     Record,
-    nvidia_smi,
+    need_gpus,
     rows,
     storages,
     write_checkpoint,
@@ -65,8 +61,7 @@ time.sleep(600)
 
 @pytest.fixture
 def doomed(tmp_path: Path) -> Iterator[GpuEngine]:
-    if not nvidia_smi():
-        pytest.skip("needs 1 NVIDIA GPU, found 0")
+    need_gpus()
     engines = GpuEngines(tmp_path)
     engines.install_probe()
     engines.checkpoints = {"a": write_checkpoint(tmp_path / "a", 0)}
@@ -132,8 +127,7 @@ def test_an_error_that_somebody_catches(doomed: GpuEngine, record_property: Reco
     assert error.doing.updates == {}
     # What has the most, by name: the tensor that nobody knows, the pool, the embeddings.
     largest = [(owner.part, owner.nbytes) for owner in error.owners]
-    page = doomed.engine.server_info()["page_size"]
-    pool = (TOKENS + page) * 2 * LAYERS * KV_HEADS * HEAD_DIM * BFLOAT16
+    pool = doomed.kv_pool_bytes()
     part, nbytes = largest[0]
     assert part == "other_tensors"
     assert filled <= nbytes < filled + 2 * MIB

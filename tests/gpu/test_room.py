@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from engines import PREFIX, Engine, Installation
-from gpu_engines import MIB, Record, nvidia_smi, write_checkpoint
+from gpu_engines import MIB, Record, need_gpus, nvidia_smi, write_checkpoint
 from waiting import LIMIT, eventually
 
 #: 16,384 bytes each: 16.4 GB of KV pool for each engine.
@@ -35,8 +35,7 @@ sys.stdin.read()
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if not nvidia_smi():
-        pytest.skip("needs 1 NVIDIA GPU, found 0")
+    need_gpus()
     return write_checkpoint(tmp_path_factory.mktemp("model"), 0)
 
 

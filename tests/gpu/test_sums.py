@@ -5,13 +5,7 @@ trainer's process. A process of its own: the tests that start engines count memo
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
-from gpu_engines import nvidia_smi
+from gpu_engines import run_on_gpu
 
 BEGIN = """
 import time
@@ -84,19 +78,7 @@ print(f"sum_tensors of a trainer: {nbytes / seconds(lambda: sum_tensors(sent)) /
 
 
 def run(code: str) -> str:
-    if not nvidia_smi():
-        pytest.skip("needs 1 NVIDIA GPU, found 0")
-    package = Path(sys.modules["sglang_weight_exporter"].__path__[0]).parent
-    paths = os.pathsep.join(filter(None, [str(package), os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run(
-        [sys.executable, "-c", BEGIN + code],
-        env=os.environ | {"PYTHONPATH": paths},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_on_gpu("-c", BEGIN + code)
 
 
 def test_sums_on_a_gpu_are_those_of_the_cpu() -> None:

@@ -5,13 +5,8 @@ has the bytes. A process of its own each, with stand-ins for SGLang's classes.""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from gpu_engines import Record, nvidia_smi
+from gpu_engines import Record, run_on_gpu
 
 BEGIN = """
 import gc, sys, tempfile, time
@@ -164,24 +159,8 @@ assert torch.cuda.max_memory_reserved() >= peak  # Which nobody has reset.
 
 
 def run(code: str, *, fingerprints: bool) -> str:
-    if not nvidia_smi():
-        pytest.skip("needs 1 NVIDIA GPU, found 0")
-    package = Path(sys.modules["sglang_weight_exporter"].__path__[0]).parent
-    shared = Path(__file__).parents[1] / "shared"
-    paths = [str(shared), str(package), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-c", f"FINGERPRINTS = {fingerprints}\n{BEGIN}{code}"],
-        env=os.environ
-        | {
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "SGLANG_WEIGHT_EXPORTER_DISABLED": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    program = f"FINGERPRINTS = {fingerprints}\n{BEGIN}{code}"
+    return run_on_gpu("-c", program, SGLANG_WEIGHT_EXPORTER_DISABLED="1")
 
 
 @pytest.mark.parametrize("fingerprints", [False, True])

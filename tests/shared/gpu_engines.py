@@ -16,6 +16,7 @@ from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny_model
 from engines import Engine, Installation
 
@@ -214,6 +215,12 @@ class GpuEngine:
         found = [Rank(directory, snapshot, self.probes) for directory, snapshot in reader.read()]
         return sorted(found, key=lambda rank: rank.snapshot.ranks.tp)
 
+    def kv_pool_bytes(self, *, layers: int = LAYERS) -> int:
+        """Of keys and values on all of its GPUs, by its configuration."""
+        tokens = TOKENS + self.engine.server_info()["page_size"]
+        pool: int = tokens * 2 * layers * KV_HEADS * HEAD_DIM * BFLOAT16
+        return pool
+
     def used(self) -> list[int]:
         """MiB in use on each of the engine's GPUs, by whomever."""
         return [gpu.used for gpu in nvidia_smi() if gpu.index in self.gpus]
@@ -262,6 +269,29 @@ class GpuEngines:
         (metadata / "entry_points.txt").write_text(
             "[sglang.srt.plugins]\ngpu_probe = gpu_probe:plugin\n"
         )
+
+
+def need_gpus(count: int = 1) -> None:
+    """Skips the test where there are fewer."""
+    there = len(nvidia_smi())
+    if there < count:
+        pytest.skip(f"needs {count} NVIDIA GPU{'s' * (count > 1)}, found {there}")
+
+
+def run_on_gpu(*arguments: str | Path, **variables: str) -> str:
+    """What a Python program with this package prints, which needs a GPU."""
+    need_gpus()
+    package = Path(sys.modules["sglang_weight_exporter"].__path__[0]).parent
+    paths = [str(Path(__file__).parent), str(package), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))} | variables,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def rows(table: WeightTable) -> dict[str, tuple[int, int]]:
