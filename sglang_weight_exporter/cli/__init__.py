@@ -78,7 +78,7 @@ def _main(argv: Sequence[str] | None) -> int:
         return 1
     except CommandError as error:
         print(error, file=sys.stderr)
-        return error.exit_status
+        return 2
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

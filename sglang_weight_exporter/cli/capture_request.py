@@ -44,7 +44,7 @@ def request_capture(
 
     SGLang hands the request to every scheduler between two batches, and in that call the
     fingerprints are taken anew; one of ``parts``, of which the first begins. ``pids``: of the
-    engine's ranks, one of whose ancestors has to listen there before it is told the key; ``None``:
+    engine's ranks, one of whose ancestors has to listen there before it gets the key; ``None``:
     the address was named by whoever has the key.
     """
     # SGLang has no settings of these names, and does nothing.
@@ -76,7 +76,7 @@ def ask_engine(
             return _request(url + path, api_key, body, seconds)
         reason = (
             f"it wants a key, and what listens on port {port} is no process of this engine that "
-            "can be seen here, so it was not told the key"
+            "can be seen here, so it did not get the key"
         )
     return reason, answer
 

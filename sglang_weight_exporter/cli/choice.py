@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -20,7 +21,22 @@ _RANKS = ("tp", "pp", "dp", "moe_ep")
 class CommandError(Exception):
     """What was asked for cannot be done; the message says why and what to do."""
 
-    exit_status = 2
+
+def exit_status(do: Callable[[], int], *errors: type[Exception]) -> int:
+    """Of a command; 2 where it could not be done, which is said on standard error. ``errors``: of
+    which the message says why."""
+    reasons: tuple[type[Exception], ...] = (CommandError, *errors)
+    try:
+        return do()
+    except reasons as error:
+        print(error, file=sys.stderr)
+    except ModuleNotFoundError as error:
+        print(f"{error.name} is needed for this and not installed here.", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"{error.filename or 'Output'} cannot be used: {error.strerror}.", file=sys.stderr)
+    return 2
 
 
 def add_choice(parser: argparse._ActionsContainer, *, role: str | None = None) -> None:

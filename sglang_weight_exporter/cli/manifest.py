@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ from sglang_weight_exporter.cli.choice import (
     add_choice,
     choices,
     chosen_tables,
+    exit_status,
 )
 from sglang_weight_exporter.cli.flags import add_flags
 from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
@@ -65,26 +67,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        manifest = _held(arguments)
-        if arguments.weight_version is not None:
-            manifest = msgspec.structs.replace(manifest, weight_version=arguments.weight_version)
-        if arguments.output is None:
-            sys.stdout.buffer.write(encode(manifest))
-            sys.stdout.buffer.flush()
-        else:
-            save(arguments.output, manifest)
-    except (CheckpointError, RuntimeDirError, TableError, CommandError) as error:
-        print(error, file=sys.stderr)
-    except ModuleNotFoundError as error:
-        print(f"{error.name} is needed to read tensors and not installed here.", file=sys.stderr)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        print(f"{error.filename or 'Output'} cannot be used: {error.strerror}.", file=sys.stderr)
+    errors = (CheckpointError, RuntimeDirError, TableError)
+    return exit_status(partial(_write, arguments), *errors)
+
+
+def _write(arguments: argparse.Namespace) -> int:
+    manifest = _held(arguments)
+    if arguments.weight_version is not None:
+        manifest = msgspec.structs.replace(manifest, weight_version=arguments.weight_version)
+    if arguments.output is None:
+        sys.stdout.buffer.write(encode(manifest))
+        sys.stdout.buffer.flush()
     else:
-        return 0
-    return 2
+        save(arguments.output, manifest)
+    return 0
 
 
 def _held(arguments: argparse.Namespace) -> Manifest:

@@ -16,9 +16,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
-from sglang_weight_exporter.cli.choice import CommandError
+from sglang_weight_exporter.cli.choice import CommandError, exit_status
 from sglang_weight_exporter.cli.terminal import print_line
 from sglang_weight_exporter.export.references import compare_with_reference, reference_of
 from sglang_weight_exporter.settings import PREFIX, Settings
@@ -49,19 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        return _run(arguments.words)
-    except (
-        CommandError,
-        CheckpointError,
-        ManifestError,
-        RuntimeDirError,
-        TableError,
-    ) as error:
-        print(error, file=sys.stderr)
-    except OSError as error:
-        print(f"{error.filename or 'Output'} cannot be used: {error.strerror}.", file=sys.stderr)
-    return 2
+    errors = (CheckpointError, ManifestError, RuntimeDirError, TableError)
+    return exit_status(partial(_run, arguments.words), *errors)
 
 
 def _run(words: Sequence[str]) -> int:

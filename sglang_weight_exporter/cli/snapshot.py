@@ -11,11 +11,13 @@ import os
 import pickle
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sglang_weight_exporter.cli.choice import add_rank, is_chosen
+from sglang_weight_exporter.cli.choice import add_rank, exit_status, is_chosen
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
+from sglang_weight_exporter.cli.terminal import first_of
 from sglang_weight_exporter.cli.torch_snapshot import (
     SnapshotError,
     bounded_memory,
@@ -66,17 +68,13 @@ def run(arguments: argparse.Namespace) -> int:
     if not found:
         print("No such rank is alive here. See `sglang-weight-exporter status`.", file=sys.stderr)
         return 1
-    try:
-        if arguments.ask:
-            return _ask(found)
-        if arguments.file is not None:
-            return _name(arguments.file, found, arguments.output)
-        return _take(found, arguments.output)
-    except (UnreadableError, SnapshotError) as error:
-        print(error, file=sys.stderr)
-    except OSError as error:
-        print(f"{error.filename} cannot be used: {error.strerror}.", file=sys.stderr)
-    return 2
+    if arguments.ask:
+        do = partial(_ask, found)
+    elif arguments.file is not None:
+        do = partial(_name, arguments.file, found, arguments.output)
+    else:
+        do = partial(_take, found, arguments.output)
+    return exit_status(do, UnreadableError, SnapshotError)
 
 
 def _ask(found: list[tuple[RankDirectory, Snapshot]]) -> int:
@@ -164,8 +162,7 @@ def name_blocks(
                 first -= 1
             mine = ordered[first:last]
             if mine:
-                more = f" and {len(mine) - 1} more" if len(mine) > 1 else ""
-                part, name = mine[0].part, mine[0].name + more
+                part, name = mine[0].part, first_of([each.name for each in mine])
             else:
                 part = "cuda_graphs" if of_graph else "other_tensors"
                 name = ""

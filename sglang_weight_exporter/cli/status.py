@@ -14,7 +14,7 @@ from pathlib import Path
 from sglang_weight_exporter.cli import adapters, room
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.cli.status_last import print_last
-from sglang_weight_exporter.cli.terminal import print_line
+from sglang_weight_exporter.cli.terminal import first_of, print_line, print_names
 from sglang_weight_exporter.export.manifests import beside_manifest, of_engine
 from sglang_weight_exporter.export.references import beside_reference
 from sglang_weight_exporter.records.contents import ContentChanges
@@ -30,9 +30,6 @@ from sglang_weight_exporter.store.tables import Table, TableError, TableReader
 from sglang_weight_exporter.verification.checkpoint import CheckpointError
 from sglang_weight_exporter.verification.manifest import ManifestError
 from sglang_weight_exporter.verification.sent_comparison import SentComparison
-
-#: Names of tensors that are other than the reference's.
-_NAMED = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,12 +171,10 @@ def _print_references(
             f"{reference.host}: {name}: "
             + (f"{len(differing):,} tensors hold other bytes" if differing else "the same")
         )
-        for each in differing[:_NAMED]:
-            print_line(f"          {each}")
+        print_names("        ", differing)
         if differing:
-            more = f" and {len(differing) - 1:,} more" if differing[1:] else ""
             yield (
-                f"{name}: its load left other bytes in {differing[0]}{more} than another load of "
+                f"{name}: its load left other bytes in {first_of(differing)} than another load of "
                 "the same checkpoint and configuration. Load it again; if it stays, compare the "
                 "checkpoint's files with another host's."
             )
@@ -210,20 +205,17 @@ def _print_manifests(
             f"{len(counts.differing):,} different, {len(counts.unverifiable):,} that cannot be "
             "compared"
         )
-        for each in counts.differing[:_NAMED]:
-            print_line(f"          {each}")
+        print_names("        ", counts.differing)
         if counts.differing:
-            more = f" and {len(counts.differing) - 1:,} more" if counts.differing[1:] else ""
             yield (
-                f"{name}: {counts.differing[0]}{more} is not what the trainer sent as version "
+                f"{name}: {first_of(counts.differing)} is not what the trainer sent as version "
                 f"{table.weight_version}. Send it again; if it stays, see whether SGLang's log "
                 "names it."
             )
     for (_, version), ranks in engines.items():
         together = of_engine(ranks)
         if together.unheld:
-            more = f" and {len(together.unheld) - 1:,} more" if together.unheld[1:] else ""
-            print_line(f"manifest  version {version}: no rank holds {together.unheld[0]}{more}")
+            print_line(f"manifest  version {version}: no rank holds {first_of(together.unheld)}")
         for name, meant in together.renamed.items():
             yield f"{name} was sent as version {version}, and no rank knows it: was {meant} meant?"
 

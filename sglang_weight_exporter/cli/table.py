@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from sglang_weight_exporter.cli.choice import (
     add_choice,
     choices,
     chosen_tables,
+    exit_status,
     is_chosen,
 )
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
@@ -112,15 +114,8 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    try:
-        return _run(arguments)
-    except (CommandError, TableError, TraceError, formats.MissingLibraryError) as error:
-        print(error, file=sys.stderr)
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        print(f"{error.filename or 'Output'} cannot be used: {error.strerror}.", file=sys.stderr)
-    return 2
+    errors = (TableError, TraceError, formats.MissingLibraryError)
+    return exit_status(partial(_run, arguments), *errors)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
+from sglang_weight_exporter.cli.terminal import first_of
 from sglang_weight_exporter.export.manifests import compare_with_sent, of_engine
 from sglang_weight_exporter.export.references import (
     bytes_by_name,
@@ -113,8 +114,7 @@ def against_checkpoint(tables: Sequence[Table], path: Path, tp_size: int | None)
         absent = checkpoint.absent
     found.unheld = tuple(name for name in names if name not in used)
     if absent:
-        more = f" and {len(absent) - 1:,} more" if absent[1:] else ""
-        print(f"The index names {absent[0]}{more}, which no file has.", file=sys.stderr)
+        print(f"The index names {first_of(absent)}, which no file has.", file=sys.stderr)
     return found
 
 

@@ -6,11 +6,15 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 #: What a terminal obeys (C0 but for tab and line feed, DEL, C1), and what reorders or breaks a line
 #: for its reader.
 _COMMANDS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+#: Names that a text lists of each kind.
+NAMED = 20
 
 
 def printable(text: str) -> str:
@@ -21,6 +25,20 @@ def printable(text: str) -> str:
 def print_line(text: str) -> None:
     """Print it as one line: a name in it cannot begin another one."""
     print(text.replace("\n", "\\n"))
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of some names, and how many more there are."""
+    return names[0] + (f" and {len(names) - 1:,} more" if names[1:] else "")
+
+
+def print_names(before: str, names: Sequence[str], count: int | None = None) -> None:
+    """The first of some names, a line each. ``count``: of all, where these are not."""
+    count = len(names) if count is None else count
+    for name in names[:NAMED]:
+        print_line(f"{before}  {name}")
+    if count > NAMED:
+        print_line(f"{before}  and {count - NAMED:,} more")
 
 
 class PrintableText:

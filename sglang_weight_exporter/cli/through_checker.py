@@ -19,15 +19,13 @@ import msgspec
 
 from sglang_weight_exporter.cli.capture_request import ask_engine
 from sglang_weight_exporter.cli.choice import CommandError, chosen_tables
-from sglang_weight_exporter.cli.terminal import print_line
+from sglang_weight_exporter.cli.terminal import print_line, print_names
 from sglang_weight_exporter.store.decoding import UnreadableError
 
 ACTIONS = ("checksum", "snapshot", "compare")
 _PATH = "/weights_checker"
 #: How long SGLang may take to copy or compare all weights, with no token made meanwhile.
 _COPY_SECONDS = 1800.0
-#: Names of tensors that a text lists.
-_NAMED = 20
 #: Of each tensor that is other than its copy a line of the message (``_check_tensors``).
 _DIFFERING = re.compile(r"^name=(\S+) max_abs_err=(\S+)", re.MULTILINE)
 
@@ -73,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _engines(arguments: argparse.Namespace) -> dict[str, tuple[str, list[int] | None]]:
-    """Where each is asked, and the processes that its key may be told to."""
+    """Where each is asked, and the processes that may get its key."""
     if arguments.url:
         return {arguments.url: (arguments.url, None)}
     found: dict[str, tuple[str, list[int] | None]] = {}
@@ -116,10 +114,7 @@ def _print(action: str, engine: str, answer: _Answer) -> int:
             "tolerance, and all others bit by bit"
         )
         return 0
-    for name, error in differing[:_NAMED]:
-        print_line(f"  different  {name}, by {error} at most")
-    if len(differing) > _NAMED:
-        print_line(f"  different  and {len(differing) - _NAMED:,} more")
+    print_names("  different", [f"{name}, by {error} at most" for name, error in differing])
     if not differing:
         text = answer.message or "there is no copy: --through-checker snapshot takes one"
         print_line(f"  cannot be compared: {text}")
@@ -147,8 +142,7 @@ def _replicas(answers: Mapping[str, _Answer]) -> int:
                 f"  beside engine {first}: {len(names) - len(differing):,} tensors stand for the "
                 f"same values, {len(differing):,} do not"
             )
-            for name in differing[:_NAMED]:
-                print_line(f"  different  {name}")
+            print_names("  different", differing)
     if not statuses:
         raise CommandError("There are no two ranks here that should hold the same.")
     return max(statuses)

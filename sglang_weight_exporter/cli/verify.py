@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sglang_weight_exporter.cli import through_checker
 from sglang_weight_exporter.cli.capture_request import request_capture, url
-from sglang_weight_exporter.cli.choice import CommandError, add_choice, chosen_tables
+from sglang_weight_exporter.cli.choice import CommandError, add_choice, chosen_tables, exit_status
 from sglang_weight_exporter.cli.flags import add_flags
 from sglang_weight_exporter.cli.table_comparisons import (
     Comparisons,
@@ -29,7 +29,7 @@ from sglang_weight_exporter.cli.table_comparisons import (
     replicas,
     title,
 )
-from sglang_weight_exporter.cli.terminal import print_line
+from sglang_weight_exporter.cli.terminal import NAMED, first_of, print_line, print_names
 from sglang_weight_exporter.store.decoding import UnreadableError
 from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
 from sglang_weight_exporter.store.tables import Table, TableError, TableReader
@@ -38,8 +38,6 @@ from sglang_weight_exporter.verification.comparison import Comparison
 from sglang_weight_exporter.verification.delta import read_delta
 from sglang_weight_exporter.verification.manifest import ManifestError
 
-#: Names that a text lists of each kind.
-_NAMED = 20
 #: How long the engine may take fingerprints between two batches where somebody watches it.
 _PART_SECONDS = 0.002
 _MOST_PARTS = 1_000
@@ -151,22 +149,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _caught(do: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    errors = (RuntimeDirError, TableError, CheckpointError, ManifestError)
     try:
-        return do(arguments)
-    except (
-        CommandError,
-        RuntimeDirError,
-        TableError,
-        CheckpointError,
-        ManifestError,
-    ) as error:
-        print(error, file=sys.stderr)
-    except ModuleNotFoundError as error:
-        print(f"{error.name} is needed to read tensors and not installed here.", file=sys.stderr)
+        return exit_status(functools.partial(do, arguments), *errors)
     except BrokenPipeError:
         raise
-    except OSError as error:
-        print(f"{error.filename or 'Output'} cannot be used: {error.strerror}.", file=sys.stderr)
     except Exception:  # Python's own status for it would say that something differs.
         traceback.print_exc()
     return 2
@@ -263,8 +250,7 @@ def _beside_delta(arguments: argparse.Namespace) -> set[int]:
         f"delta {delta.version}: {held:,} of {count:,} tensors of the checkpoint have its "
         f"checksums ({delta.kind})"
     )
-    for name in differing[:_NAMED]:
-        print_line(f"  other bytes than the delta made  {name}")
+    print_names("  other bytes than the delta made", differing)
     return {1} if differing else set() if count else {2}
 
 
@@ -404,21 +390,17 @@ def _print_modified(table: Table) -> bool:
         return False
     names = table.role.table.modified_names
     print(f"{title(table)}\n  {count:,} changed without an update")
-    for name in names[:_NAMED]:
-        print_line(f"  changed without an update  {name}")
-    if count > _NAMED:
-        print(f"  changed without an update  and {count - _NAMED:,} more")
+    print_names("  changed without an update", names, count)
     return True
 
 
 def _print_names(found: Comparisons) -> None:
     """What has no counterpart: nothing else tells that a tensor came under a name of no use."""
-    for name, meant in list(found.renamed.items())[:_NAMED]:
+    for name, meant in list(found.renamed.items())[:NAMED]:
         print_line(f"sent under a name that no rank holds  {name}: was {meant} meant?")
     for what, names in (("no rank here holds", found.unheld), ("nobody sent", found.unsent)):
         if names:
-            more = f" and {len(names) - 1:,} more" if names[1:] else ""
-            print_line(f"{what}  {names[0]}{more}")
+            print_line(f"{what}  {first_of(names)}")
 
 
 def _print(name: str, result: Comparison, required: float) -> None:
@@ -431,13 +413,9 @@ def _print(name: str, result: Comparison, required: float) -> None:
     print(f"  {result.equal_bytes:,} of {result.all_bytes:,} bytes are equal ({share:.1%})")
     if not (result.differing or result.is_enough(required)):
         print(f"  too few: --require asks for {required:.1%}")
-    for each in result.differing[:_NAMED]:
-        print_line(f"  different  {each}")
-    if len(result.differing) > _NAMED:
-        print(f"  different  and {len(result.differing) - _NAMED:,} more")
+    print_names("  different", result.differing)
     reasons: dict[str, list[str]] = {}
     for each, reason in result.unverifiable.items():
         reasons.setdefault(reason, []).append(each)
     for reason, names in reasons.items():
-        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-        print_line(f"  cannot be compared  {names[0]}{more}: {reason}")
+        print_line(f"  cannot be compared  {first_of(names)}: {reason}")

@@ -73,7 +73,7 @@ def most_used_query(uuid: str, seconds: int) -> str:
 
 def from_prometheus(url: str, span: int, account: GpuAccount, now: float) -> Worst:
     """Since the youngest engine of the GPU was started: before, it was shared in another way, and
-    whoever was there and left is told by what Prometheus has.
+    whoever was there and left is in what Prometheus has.
     Raises :class:`CommandError`."""
     started = max(rank.snapshot.started_at for rank in account.ranks)
     # The first minute still has what was there before.
