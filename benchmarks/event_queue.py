@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""What an update pays beside the look, with an empty queue of events and a full one: event_queue.py
+"""What an update pays beside its capture, with an empty queue and a full one: event_queue.py
 
 One whole reload of a stand-in for SGLang's scheduler and runner, whose model is so small that
-looking at it costs next to nothing: what is left is the account, one event and the snapshots.
+capturing it costs next to nothing: what is left is the account, one event and the snapshots.
 The baseline of the same run replaces one file of a snapshot's size. Processor time, medians.
 """
 

@@ -3,7 +3,7 @@
 """What `verify --watch` does to the tokens of a real engine: watch.py [LAYERS]
 
 One request streams its tokens: alone, beside `verify --watch 2`, which reads fingerprints in parts
-between batches, and beside whole fresh looks every two seconds, in turn. Reported are the usual gap
+between batches, and beside whole captures every two seconds, in turn. Reported are the usual gap
 between two tokens, the longest and the tokens per second of each. Needs SGLang; on a GPU it is a
 Llama of 8B's shape with CUDA graphs.
 """
@@ -31,7 +31,7 @@ from fingerprint_engine import write_model
 from gpu_engines import nvidia_smi
 
 LAYERS, ROUNDS, EVERY = 30, 3, 2
-#: Long enough for more than one look.
+#: Long enough for more than one capture.
 TOKENS, GPU_TOKENS = 200, 1500
 
 
@@ -56,7 +56,7 @@ def alone(engine: Engine) -> Iterator[None]:
 
 @contextlib.contextmanager
 def watched(engine: Engine) -> Iterator[None]:
-    """Beside the command, once it has looked and says so."""
+    """Beside the command, once it has captured and says so."""
     command = [str(engine.installation.python), "-m", "sglang_weight_exporter", "verify"]
     with subprocess.Popen(
         [*command, f"--watch={EVERY}"],
@@ -67,7 +67,7 @@ def watched(engine: Engine) -> Iterator[None]:
         try:
             assert process.stdout is not None
             if not process.stdout.readline():
-                raise SystemExit("verify --watch has ended before its first look.")
+                raise SystemExit("verify --watch has ended before its first capture.")
             yield
         finally:
             process.terminate()
@@ -75,7 +75,7 @@ def watched(engine: Engine) -> Iterator[None]:
 
 @contextlib.contextmanager
 def asked(engine: Engine) -> Iterator[None]:
-    """Beside whole looks."""
+    """Beside whole captures."""
     ended = threading.Event()
 
     def ask() -> None:

@@ -35,8 +35,17 @@ SECTIONS = {
 METRICS = """\
 # Metrics
 
-Every metric on `/metrics`, as the code defines it. Names, types and labels are a contract: they
-change with a major version only, and the changelog says so.
+Every metric on `/metrics`, as the code defines it. Names, types and labels are
+[a contract](../UPGRADING.md#what-a-version-promises).
+
+| question | begin with |
+|---|---|
+| How many bytes of weights and of KV pool are on which GPU? | `sglang_weight_bytes`, `sglang_kv_pool_bytes` |
+| When did the weights last change, how often, by which path? | `sglang_weight_last_update_timestamp_seconds`, `sglang_weight_updates_total` |
+| Did it work, and what did it cost? | `sglang_weight_update_failures_total`, `sglang_weight_update_duration_seconds`, `sglang_weight_update_paused_seconds_total` |
+| Do all replicas serve the same? | `sglang_weight_version_hash`; byte for byte `sglang_weight_fingerprint` |
+| How full is the GPU? | `sglang_gpu_memory_used_bytes`, `sglang_gpu_memory_total_bytes` |
+| Can I trust this? | `sglang_weight_exporter_hooks`, `sglang_weight_exporter_ranks` |
 
 Series of a rank carry these labels, the rank labels as SGLang's own metrics have them:
 

@@ -83,7 +83,7 @@ class BlackBoxRecorder:
         self._written_at = self._queued_at = float("-inf")
 
     def watch(self) -> None:
-        """Have torch tell of out-of-memory errors, if it has started CUDA."""
+        """Have torch report out-of-memory errors, if it has started CUDA."""
         if not self._observer.attached and self._observer.attach():
             self._ledger.counters.watch_out_of_memory()
 

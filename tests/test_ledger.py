@@ -616,7 +616,7 @@ class Clock:
 
     def last(self) -> Update:
         (ended,) = self.ledger.take_finished()
-        self.pass_(32.0)  # The look at what has changed.
+        self.pass_(32.0)  # The capture of what has changed.
         update = self.ledger.complete(ended, model_path="b", changes=TableChanges())
         assert update is not None
         return update
@@ -627,7 +627,7 @@ def test_a_session_spends_its_time_on_what_its_calls_are_about() -> None:
     clock = Clock()
     ledger = clock.ledger
     before = clock.now
-    clock.pass_(64.0)  # The look at what is there.
+    clock.pass_(64.0)  # The capture of what is there.
     ledger.updates.begin_session("target", since=before)
     clock.pass_(1.0)  # Unpacks.
     ledger.updates.set_phase("wait", "target")

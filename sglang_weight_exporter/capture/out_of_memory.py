@@ -4,7 +4,7 @@
 
 torch calls it once for each ``OutOfMemoryError`` that it is about to raise: after it has given back
 all that it had cached and has tried again, without its lock on the allocator, and with the GIL. An
-allocation that succeeds at the second try is no error and not told
+allocation that succeeds at the second try is no error and not reported
 (``DeviceCachingAllocator::malloc``). What CUDA refuses to others (NCCL, the memory saver, a pool of
 SGLang's own in virtual memory) torch does not know.
 """

@@ -6,7 +6,7 @@ A large model has more modules than tensors, none of them in the processor's cac
 leaves nearly all of them alone. So the tensors of the last capture are asked for themselves, by
 weak references; what else can have happened is known otherwise:
 
-- torch tells of each parameter, buffer and module that is registered, also by assignment;
+- torch reports each parameter, buffer and module that is registered, also by assignment;
 - what was deleted or is ``None`` now, is no longer alive, unless something else holds it: then it
   is found when its turn comes, some of them at each capture.
 """

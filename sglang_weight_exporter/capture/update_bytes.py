@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes an update brings: of tensors that are handed over, or of files that are read."""
+"""Incoming bytes of an update: of tensors that are handed over, or of files that are read."""
 
 from __future__ import annotations
 

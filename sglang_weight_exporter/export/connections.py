@@ -51,9 +51,9 @@ class HttpProtocol(H11Protocol):
     connection, and a client that never ends its handshake counts like any other.
     """
 
-    def __init__(self, *arguments: Any, access: Authenticator, **more: Any) -> None:
+    def __init__(self, *arguments: Any, authenticator: Authenticator, **more: Any) -> None:
         super().__init__(*arguments, **more)
-        self._access = access
+        self._authenticator = authenticator
         self._handshake: asyncio.Task[None] | None = None
         self._early: list[bytes] = []
         self._taking: asyncio.TimerHandle | None = None
@@ -73,7 +73,7 @@ class HttpProtocol(H11Protocol):
             )
             self.connections.discard(oldest)  # connection_lost() comes only later.
             oldest.transport.abort()
-        context = self._access.tls
+        context = self._authenticator.tls
         if context is None:
             super().connection_made(transport)
         else:
@@ -86,7 +86,7 @@ class HttpProtocol(H11Protocol):
             names = _alternative_names(secured.get_extra_info("peercert") or {})
         except Exception:  # Of TLS, or of a certificate that is strange.
             secured = None
-        if secured is None or not self._access.allows(names):
+        if secured is None or not self._authenticator.allows(names):
             self._forget()
             transport.abort()
             return

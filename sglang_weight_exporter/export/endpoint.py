@@ -55,8 +55,8 @@ class Endpoint:
     ) -> None:
         self._runtime_dir = runtime_dir
         self._settings = settings
-        self._access = Authenticator()
-        self._application = MetricsApp(exposition, self._access)
+        self._authenticator = Authenticator()
+        self._application = MetricsApp(exposition, self._authenticator)
         self._web = WebConfigurationSource(settings, environ)
         self._started_at = time.time()
         self._logged = ""
@@ -82,9 +82,9 @@ class Endpoint:
                 self._announce(None, f"{error}{without * isinstance(error, WebConfigurationError)}")
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            self._access.use(configuration)
-            self._announce(url(self._settings, tls=self._access.tls is not None), "")
-            config = configure(self._application, self._access)
+            self._authenticator.use(configuration)
+            self._announce(url(self._settings, tls=self._authenticator.tls is not None), "")
+            config = configure(self._application, self._authenticator)
             server = asyncio.create_task(Server(config, listener).run())
             following = asyncio.create_task(self._follow())
             try:
@@ -107,17 +107,17 @@ class Endpoint:
                 continue
             try:
                 configuration = await asyncio.to_thread(self._web.read)
-                if opened := self._access.configuration.opens(configuration):
+                if opened := self._authenticator.configuration.opens(configuration):
                     raise WebConfigurationError(
                         f"The web configuration has changed and has {opened} no longer, which is "
                         "not left while this process runs: end it, and the next one does."
                     )
-                self._access.use(configuration)
+                self._authenticator.use(configuration)
                 logger.info("The web configuration has changed and was read again.")
                 problem = ""
             except WebConfigurationError as error:
                 problem = f"{error} What was read before stays in force."
-            self._announce(url(self._settings, tls=self._access.tls is not None), problem)
+            self._announce(url(self._settings, tls=self._authenticator.tls is not None), problem)
 
     def _announce(self, address: str | None, problem: str) -> None:
         """Say where the metrics are, or why they are not: in the log once, and for ``status``."""

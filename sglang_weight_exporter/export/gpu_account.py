@@ -19,7 +19,7 @@ from sglang_weight_exporter.store.namespaces import HOST_PIDS, pid_namespace
 #: Parts of a GPU beside those of torch in its ranks, see ``docs/memory.md``.
 OTHER_PARTS = (
     "outside_torch",
-    "since_look",
+    "since_capture",
     "other_processes",
     "unattributed",
     "driver",
@@ -257,7 +257,7 @@ class GpuAccounts:
             if outside is None:
                 return None
             beside = used - sum(rank.memory.physical for rank in known)
-            parts["outside_torch"], parts["since_look"] = outside, beside - outside
+            parts["outside_torch"], parts["since_capture"] = outside, beside - outside
             parts["other_processes"] = others
             rest -= beside + others
         parts["unattributed"] = rest

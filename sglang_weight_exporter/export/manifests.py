@@ -195,7 +195,7 @@ class ManifestFollower(TableFollower):
     def _say_renamed(
         self, known: Mapping[str, tuple[Table, SentComparison]], meant: Mapping[str, str]
     ) -> None:
-        """The last rank that was compared completes the engine; the others are told."""
+        """The last rank that was compared completes the engine; the others are notified."""
         for rank_id, (table, result) in known.items():
             key = (rank_id, table.role.name)
             left, finding = self._found.get(key, (None, Finding()))

@@ -138,7 +138,7 @@ class RankCare:
         return False
 
     def _put_away(self, directory: RankDirectory) -> None:
-        """What a dead rank left goes; unless it tells of an end that somebody will ask about."""
+        """What a dead rank left goes; unless it reports an end that somebody will ask about."""
         ended = read_ended(directory)
         if ended is not None:
             logger.warning("%s. `sglang-weight-exporter status --last` says more.", ended)

@@ -47,9 +47,9 @@ class EndpointError(Exception):
 class MetricsApp:
     """The ASGI application."""
 
-    def __init__(self, exposition: Exposition, access: Authenticator) -> None:
+    def __init__(self, exposition: Exposition, authenticator: Authenticator) -> None:
         self._exposition = exposition
-        self._access = access
+        self._authenticator = authenticator
         self._encoding = asyncio.Lock()
         self._scrapes = 0
 
@@ -60,12 +60,12 @@ class MetricsApp:
                 await self._page(scope, send)
 
     async def _page(self, scope: Message, send: Send) -> None:
-        if not self._access.is_within_rate():
+        if not self._authenticator.is_within_rate():
             await _answer(send, 429, "More requests than the configuration admits.\n")
             return
-        send = functools.partial(_send_with, send, self._access.headers)
+        send = functools.partial(_send_with, send, self._authenticator.headers)
         try:
-            admitted = await self._access.admits(
+            admitted = await self._authenticator.admits(
                 _header(scope, b"authorization"), client=(scope.get("client") or ("",))[0]
             )
         except BusyError:
@@ -237,11 +237,11 @@ def bind(settings: Settings) -> socket.socket:
         ) from error
 
 
-def configure(application: MetricsApp, access: Authenticator) -> uvicorn.Config:
+def configure(application: MetricsApp, authenticator: Authenticator) -> uvicorn.Config:
     """uvicorn's configuration; TLS is the connections' own."""
     return uvicorn.Config(
         application,
-        http=cast(Any, functools.partial(HttpProtocol, access=access)),
+        http=cast(Any, functools.partial(HttpProtocol, authenticator=authenticator)),
         ws="none",
         lifespan="off",
         interface="asgi3",

@@ -238,7 +238,7 @@ def _no_call(owner: Any) -> None:
 
 
 class ImportHook(Protocol):
-    """What tells of modules that have run: the bootstrap's finder."""
+    """What reports modules that have run: the bootstrap's finder."""
 
     callbacks: dict[str, Callable[[ModuleType], object]]
     installation: object

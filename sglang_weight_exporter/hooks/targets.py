@@ -60,8 +60,8 @@ class Target:
 #: One line a place. Releases moved most of ModelRunner's methods to its components in 0.5.16; the
 #: scheduler's went to a mixin in 0.4.10 and to a component in 0.5.13.
 TARGETS: tuple[Target, ...] = (
-    # The life of a rank and of its model runners. Told its data-parallel rank until 0.5.20; the runner
-    # is told between 0.5.1 and 0.5.11, and keeps it from 0.5.12 on.
+    # The life of a rank and of its model runners. Its data-parallel rank is an argument until 0.5.20; the
+    # runner gets it between 0.5.1 and 0.5.11, and keeps it from 0.5.12 on.
     Target("scheduler.__init__", SCHEDULER, "Scheduler.__init__", "start", "0.4.1", "0.5.20", reads=("dp_rank",)),
     Target("scheduler.__init__", SCHEDULER, "Scheduler.__init__", "start", "0.5.21"),
     Target("__init__", RUNNER, "ModelRunner.__init__", "construct", "0.4.1"),

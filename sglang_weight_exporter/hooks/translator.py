@@ -109,7 +109,7 @@ class Translator:
         yield
 
     def start_encoder(self, call: Call) -> Around:
-        """``run_dp_worker`` of an encoder server; the encoder is told its rank when it is made."""
+        """``run_dp_worker`` of an encoder server; the encoder gets its rank when it is made."""
         self._rank.roles.set_dp_rank(call.argument("dp_rank"))
         yield
 
@@ -195,7 +195,7 @@ class Translator:
             )
         return outcome
 
-    # Calls inside an update: where its time goes, and what it brings.
+    # Calls inside an update: where its time goes, and its bytes.
 
     def receive(self, call: Call) -> Around:
         """Tensors arrive, to be loaded by further calls."""

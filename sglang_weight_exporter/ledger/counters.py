@@ -24,7 +24,7 @@ class Counters:
         self._running: dict[str, list[float]] = {}
         self._groups: set[str] = set()
         self._released: set[str] = set()
-        #: ``None``: torch does not tell of them.
+        #: ``None``: torch does not report them.
         self._out_of_memory: int | None = None
         #: By role; they belong to the process and outlive its runners.
         self._skipped: dict[str, Counter[Skip]] = {}
@@ -84,7 +84,7 @@ class Counters:
             return frozenset(self._released)
 
     def watch_out_of_memory(self) -> None:
-        """From now on torch tells of its out-of-memory errors."""
+        """From now on torch reports its out-of-memory errors."""
         with self._lock:
             self._out_of_memory = self._out_of_memory or 0
 

@@ -56,7 +56,7 @@ class TableRef(Record, frozen=True, kw_only=True):
     fingerprint_seconds: Seconds | None = None
     #: Parameters and derived weights that hold other bytes than the last load or update left in
     #: them: how many, and the names of :data:`NAMED_CHANGES` of them.
-    #: ``None``: not known, because nobody has looked at them when it ended, or looks now.
+    #: ``None``: not known, because they were not captured when it ended, or are not now.
     modified: Count | None = None
     modified_names: tuple[str, ...] = ()
     #: Tensors that looked like weights and that forward passes write: in no fingerprint, and where

@@ -224,7 +224,7 @@ class RankStore:
         return time.monotonic() - started
 
     @property
-    def keeps_readers_out(self) -> bool:
+    def table_is_locked(self) -> bool:
         """Whether an update has the table lock."""
         return self._table_lock.held
 

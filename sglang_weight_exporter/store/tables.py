@@ -38,7 +38,7 @@ from sglang_weight_exporter.weight_table import Region, Row, WeightTable, table_
 #: A reader that waits asks again after a tenth of the time it has waited, in these bounds
 #: (seconds): it notices by that much too late. To ask after a sleep takes 0.4 ms, with cold caches,
 #: and not 0.03 ms as in a loop.
-_LOOK_AGAIN = (0.01, 0.05)
+_POLL_SECONDS = (0.01, 0.05)
 
 
 class TableError(Exception):
@@ -264,7 +264,7 @@ class _Waiting:
         """Sleep until it is time to ask again; ``False`` at once when the time is over."""
         left = self.left
         if left:
-            shortest, longest = _LOOK_AGAIN
+            shortest, longest = _POLL_SECONDS
             waited = time.monotonic() - self._started
             time.sleep(min(max(shortest, waited / 10), longest, left))
         return left > 0.0

@@ -501,8 +501,8 @@ def of_a_derived_weight(model: Any) -> None:
     model.w_vc = model.w_kc
 
 
-#: Without a word of torch's.
-UNTOLD = {removed}
+#: torch does not report it.
+UNREPORTED = {removed}
 
 
 def many_tensors() -> Any:
@@ -515,7 +515,7 @@ def many_tensors() -> Any:
     "change",
     [*CHANGES_OF_A_MODEL, another_buffer, another_child, without_child, of_a_derived_weight],
 )
-def test_a_second_look_finds_what_a_first_one_would(change: Any, many: bool) -> None:
+def test_a_second_capture_finds_what_a_first_one_would(change: Any, many: bool) -> None:
     model = module()
     model.many = many_tensors() if many else torch.nn.Identity()
     model.weight = torch.nn.Parameter(torch.zeros(8, 4))
@@ -532,7 +532,7 @@ def test_a_second_look_finds_what_a_first_one_would(change: Any, many: bool) -> 
     change(model)
     first = capture(model)
     changed = before
-    for _ in range(5 if many and change in UNTOLD else 1):
+    for _ in range(5 if many and change in UNREPORTED else 1):
         changed = capture(model, previous=changed)
     assert (changed.table, changed.usage, changed.storages) == (
         first.table,
@@ -583,7 +583,7 @@ def test_modules_are_walked_where_something_was_registered_and_not_else() -> Non
     model.kept.weight.data = torch.zeros(4, 8)
     assert walked.walks == 0
     captured = capture(model, previous=captured)
-    assert walked.walks > 0  # What has moved is looked at closely.
+    assert walked.walks > 0  # What has moved is walked.
     walked.walks = 0
     torch.nn.Linear(1, 1)  # Nobody knows whose it is to be.
     again = capture(model, previous=captured)

@@ -45,7 +45,7 @@ def values(engine: Engine, name: str, **labels: str) -> list[float]:
     return [sample.value for sample in engine.scrape().series(f"sglang_kv_cache_{name}", **labels)]
 
 
-def told(engine: Engine, name: str, expected: list[float], **labels: str) -> None:
+def publishes(engine: Engine, name: str, expected: list[float], **labels: str) -> None:
     def is_so() -> bool:
         assert values(engine, name, **labels) == expected
         return True
@@ -75,26 +75,26 @@ def test_a_reload_without_a_flush_leaves_a_stale_cache(
     count = len(ranks(serving.scrape()))
     flush(serving)
     assert cached_tokens(serving) == [0] * count
-    told(serving, "stale", [0] * count)
+    publishes(serving, "stale", [0] * count)
     assert all(tokens > 0 for tokens in cached_tokens(serving))  # By the weights that are there.
-    told(serving, "stale", [0] * count)
+    publishes(serving, "stale", [0] * count)
 
     reload(serving, checkpoints[1], flush_cache=False)
-    told(serving, "stale", [1] * count)
+    publishes(serving, "stale", [1] * count)
     assert all(tokens > 0 for tokens in cached_tokens(serving))  # By weights that are gone.
-    told(serving, "stale", [1] * count)
+    publishes(serving, "stale", [1] * count)
 
     before, flushed_at = values(serving, "flushes_total"), time.time()
     flush(serving)
-    told(serving, "stale", [0] * count)
+    publishes(serving, "stale", [0] * count)
     assert cached_tokens(serving) == [0] * count
     assert values(serving, "flushes_total") == [number + 1 for number in before]
     for at in values(serving, "flushed_timestamp_seconds"):
         assert flushed_at <= at <= time.time()
 
     reload(serving, checkpoints[0])  # With a flush, which is SGLang's default.
-    told(serving, "flushes_total", [number + 2 for number in before])
-    told(serving, "stale", [0] * count)
+    publishes(serving, "flushes_total", [number + 2 for number in before])
+    publishes(serving, "stale", [0] * count)
     assert cached_tokens(serving) == [0] * count
 
 
@@ -103,7 +103,7 @@ def test_a_reload_of_an_engine_that_has_cached_nothing_leaves_nothing(
 ) -> None:
     flush(serving)
     reload(serving, checkpoints[1], flush_cache=False)
-    told(serving, "stale", [0] * len(ranks(serving.scrape())))
+    publishes(serving, "stale", [0] * len(ranks(serving.scrape())))
     reload(serving, checkpoints[0])
 
 
@@ -115,9 +115,9 @@ def test_pauses_are_counted_as_what_they_are(engine: Engine) -> None:
         status, answer = engine.post("/pause_generation", {"mode": mode})
         assert status == 200, answer
         # Where all are aborted SGLang's scheduler has nothing to pause.
-        told(engine, "paused", [float(mode != "abort")] * len(ranks(engine.scrape())))
+        publishes(engine, "paused", [float(mode != "abort")] * len(ranks(engine.scrape())))
         status, answer = engine.post("/continue_generation", {})
         assert status == 200, answer
-        told(engine, "paused", [0.0] * len(ranks(engine.scrape())))
+        publishes(engine, "paused", [0.0] * len(ranks(engine.scrape())))
     for mode in modes:
-        told(engine, "pauses_total", [count + 1 for count in before[mode]], mode=mode)
+        publishes(engine, "pauses_total", [count + 1 for count in before[mode]], mode=mode)

@@ -154,12 +154,12 @@ def test_a_bit_that_flipped_in_memory_is_found_by_name(engine: Engine) -> None:
         try:
             assert verify(engine, "--recorded", "--checkpoint", str(engine.model))[0] == 0
             status, text = verify(engine, "--url", "http://127.0.0.1:9")
-            assert status == 2  # Nobody has looked.
+            assert status == 2  # Nothing was captured.
             assert "could not be asked to capture its weights again" in text
             assert text.count("not captured again") == len(RANKS)
             status, text = verify(engine)
             assert status == 1, text
-            assert "look" not in text
+            assert "captured again" not in text
             assert [line.split()[1] for line in text.splitlines() if "different  " in line] == [QKV]
             after = numbers(eventually(lambda: engine.scrape()))
             assert (after[0], after[1] != before[1]) == (before[0], True)

@@ -159,7 +159,7 @@ def test_a_bit_that_flipped_is_told_when_somebody_looks(pair: Pair, monitoring: 
     before = numbers(pair)
     flip()
     try:
-        assert numbers(pair) == before  # Nobody has looked.
+        assert numbers(pair) == before  # Nothing was captured.
         done = engine.exporter_cli("verify", "--engine", str(engine.port))
         assert done.returncode == 1, done.stdout + done.stderr
         assert f"changed without an update  {NORM}" in done.stdout

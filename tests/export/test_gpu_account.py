@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""A GPU's account: ranks' parts, NVML's processes, and what nobody can be told to have."""
+"""A GPU's account: ranks' parts, NVML's processes, and what nobody is known to have."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def test_parts_sum_to_the_gpu_and_name_everybody() -> None:
     assert [(each.used, each.outside_torch) for each in account.ranks] == [(1800, 300), (900, 200)]
 
 
-def test_what_torch_takes_between_two_looks_does_not_count_as_outside_of_it() -> None:
+def test_what_torch_takes_between_two_captures_does_not_count_as_outside_of_it() -> None:
     accounts, ranks = GpuAccounts(HOST_PIDS), [rank(7, weights=1000)]
     assert named(read(accounts, ranks, gpu(1300, {7: 1300}), 0.0))["outside_torch"] == 300
     later = read(accounts, ranks, gpu(1900, {7: 1900}), 1.0)
-    assert (named(later)["outside_torch"], named(later)["since_look"]) == (300, 600)
+    assert (named(later)["outside_torch"], named(later)["since_capture"]) == (300, 600)
     assert later.ranks[0].outside_torch == 300
-    looked = [rank(7, weights=1000, cached=600, at=2.0)]
-    assert "since_look" not in named(read(accounts, looked, gpu(1900, {7: 1900}), 2.0))
+    captured = [rank(7, weights=1000, cached=600, at=2.0)]
+    assert "since_capture" not in named(read(accounts, captured, gpu(1900, {7: 1900}), 2.0))
 
 
 def test_an_account_that_does_not_close_is_absent() -> None:
@@ -119,10 +119,10 @@ def test_an_account_is_absent_while_something_is_under_way_that_no_rank_has_said
     said = [rank(7, weights=1000 + gigabytes, at=2.0)]
     found = read(accounts, said, taken, 2.0)
     assert named(found)["weights"] == 1000 + gigabytes
-    assert "since_look" not in named(found)
+    assert "since_capture" not in named(found)
     more = big(1300 + 2 * gigabytes, {7: 1300 + 2 * gigabytes})
     assert read(accounts, said, more, 3.0).parts is None
-    assert named(read(accounts, said, more, 4.0))["since_look"] == gigabytes  # And stays.
+    assert named(read(accounts, said, more, 4.0))["since_capture"] == gigabytes  # And stays.
 
 
 def test_a_reading_from_before_a_capture_says_nothing_of_it() -> None:
@@ -135,7 +135,7 @@ def test_a_reading_from_before_a_capture_says_nothing_of_it() -> None:
     after = dataclasses.replace(gpu(1700, {7: 1700}), read_at=5.5)
     found = read(accounts, resumed, after, 5.6)
     assert (named(found)["outside_torch"], found.ranks[0].outside_torch) == (700, 700)
-    assert "since_look" not in named(found)
+    assert "since_capture" not in named(found)
     # A clock that was set back an hour says nothing of which came first.
     set_back = dataclasses.replace(after, read_at=5.5 - 3600)
     assert named(read(accounts, resumed, set_back, 6.0))["outside_torch"] == 700

@@ -172,15 +172,15 @@ def test_more_requests_than_the_rate_are_refused(configured: Started) -> None:
 
 def test_the_rate_comes_back_with_time() -> None:
     now = 100.0
-    access = Authenticator(clock=lambda: now)
-    access.use(WebConfiguration(interval=0.5, burst=2))
-    assert [access.is_within_rate() for _ in range(3)] == [True, True, False]
+    authenticator = Authenticator(clock=lambda: now)
+    authenticator.use(WebConfiguration(interval=0.5, burst=2))
+    assert [authenticator.is_within_rate() for _ in range(3)] == [True, True, False]
     now += 0.4
-    assert not access.is_within_rate()
+    assert not authenticator.is_within_rate()
     now += 0.1
-    assert [access.is_within_rate() for _ in range(2)] == [True, False]
+    assert [authenticator.is_within_rate() for _ in range(2)] == [True, False]
     now += 3600
-    assert [access.is_within_rate() for _ in range(3)] == [True, True, False]
+    assert [authenticator.is_within_rate() for _ in range(3)] == [True, True, False]
 
 
 def test_clients_are_asked_for_certificates(configured: Started, authority: trustme.CA) -> None:

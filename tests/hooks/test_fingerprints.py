@@ -133,7 +133,7 @@ def test_without_the_setting_nothing_is_read(tmp_path: Path) -> None:
     assert rank.role().fingerprints is None
 
 
-def test_without_the_setting_an_update_begins_without_a_look(tmp_path: Path) -> None:
+def test_without_the_setting_an_update_begins_without_a_capture(tmp_path: Path) -> None:
     rank = Rank(tmp_path / "runtime")
     runner = rank.runner()
     before = rank.snapshot().snapshot_seconds

@@ -146,7 +146,7 @@ def ids(runtime_dir: RuntimeDir) -> list[str]:
     return [found.rank_id for _, found in SnapshotReader(runtime_dir).read()]
 
 
-def test_a_killed_rank_is_gone_at_the_next_look_and_the_others_stay(
+def test_a_killed_rank_is_gone_at_the_next_read_and_the_others_stay(
     runtime_dir: RuntimeDir, start_rank: Callable[[str, str], subprocess.Popen[str]]
 ) -> None:
     first = start_rank("a", "")

@@ -29,8 +29,8 @@ from zoo_variants import VARIED
 RELEASE = "0.5.23"
 #: Loaders that add, transpose, tie, fuse, stack and prefix.
 SIX = ("llama", "qwen2_tied", "gemma", "gpt2", "mixtral", "ernie4_5")
-#: That there was a reload is told, and that one was of the same checkpoint; nothing else.
-TOLD = {"SGLangWeightsReloaded", "SGLangWeightUpdateChangedNothing"}
+#: That there was a reload raises an alert, and that one was of the same checkpoint; nothing else.
+RAISED = {"SGLangWeightsReloaded", "SGLangWeightUpdateChangedNothing"}
 #: Alerts that wait for minutes, and not on the machine's speed: in seconds here.
 LASTING = {
     "SGLangWeightDraftBehind",
@@ -84,7 +84,7 @@ def load(newest: Installation, directory: Path, names: Sequence[str]) -> dict[st
             )
         alerts = 'last_over_time(ALERTS{alertstate="firing"}[1h])'
         firing = stack.query(f"count by (alertname, reason) ({alerts})")
-        assert {each["metric"]["alertname"] for each in firing} <= TOLD, firing
+        assert {each["metric"]["alertname"] for each in firing} <= RAISED, firing
     finally:
         results = document.read_results(directory / "results")
         stack.stop()

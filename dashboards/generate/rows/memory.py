@@ -45,8 +45,8 @@ def gpu_bars(selection: Selection, *, width: int, height: int) -> Json:
         "allocator keeps unused, what engines have outside of torch (contexts, kernels, "
         "communicators), everything else in use (other processes, and all that is not accounted "
         "for) and what is free. Weights and KV are measured from their storages, torch's parts "
-        "are as of each rank's last look, the rest is NVML's, where free includes what the driver "
-        "keeps for itself. A CPU engine has no NVML part.",
+        "are as of each rank's last capture, the rest is NVML's, where free includes what the "
+        "driver keeps for itself. A CPU engine has no NVML part.",
         [query(memory.fullest(selection), instant=True)],
         [
             {"id": "labelsToFields", "options": {"mode": "columns", "valueLabel": "is"}},

@@ -141,7 +141,7 @@ INSTRUMENTS = (
         "counter",
         "{error}",
         "CUDA out-of-memory errors that torch has raised in the rank's process, also those that "
-        "somebody caught. Absent where torch does not tell of them: without a GPU, and with "
+        "somebody caught. Absent where torch does not report them: without a GPU, and with "
         "cudaMallocAsync.",
         read_role=once_a_rank(lambda snapshot: snapshot.out_of_memory),
         preset="full",

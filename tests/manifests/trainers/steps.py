@@ -284,7 +284,7 @@ def main(trainer: str, url: str, directory: str, checkpoint: str, steps: Sequenc
             post(url, "end_weight_update")
         before = state
         print(number, flush=True)
-        sys.stdin.readline()  # The test looks before the next.
+        sys.stdin.readline()  # The test asks before the next.
 
 
 if __name__ == "__main__":
