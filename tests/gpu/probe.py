@@ -44,12 +44,23 @@ FILLED: list[Any] = []
 RUNNERS: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def nvml_processes() -> dict[int, int]:
-    """Process id → bytes of GPU 0, as NVML counts."""
-    import pynvml
+def use_own_device() -> int:
+    """The rank's GPU, also in a thread, which begins with the first one."""
+    import torch
 
+    index = int(next(iter(RUNNERS)).gpu_id)
+    torch.cuda.set_device(index)
+    return index
+
+
+def nvml_processes() -> dict[int, int]:
+    """Process id → bytes of the rank's GPU, as NVML counts."""
+    import pynvml
+    import torch
+
+    uuid = torch.cuda.get_device_properties(use_own_device()).uuid
     pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     return {
         each.pid: each.usedGpuMemory for each in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     }
@@ -114,6 +125,7 @@ class Probe:
         import torch
         from sglang.srt.model_executor.runner import get_global_graph_memory_pool
 
+        use_own_device()
         torch.cuda.synchronize()
         stats = torch.cuda.memory_stats()
         segments = [

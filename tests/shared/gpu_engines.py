@@ -259,16 +259,19 @@ class GpuEngines:
         engine.start()
 
     def install_probe(self) -> None:
-        """As pip would: the module, and the entry point that SGLang looks for."""
-        metadata = self.directory / "site" / "gpu_probe-1.0.dist-info"
-        metadata.mkdir(parents=True)
-        shutil.copy(
-            Path(__file__).parents[1] / "gpu" / "probe.py", metadata.parent / "gpu_probe.py"
-        )
-        (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: gpu-probe\nVersion: 1.0\n")
-        (metadata / "entry_points.txt").write_text(
-            "[sglang.srt.plugins]\ngpu_probe = gpu_probe:plugin\n"
-        )
+        """For engines that are started with `site` in their path."""
+        install_probe(self.directory / "site")
+
+
+def install_probe(site: Path) -> None:
+    """As pip would: the module, and the entry point that SGLang looks for."""
+    metadata = site / "gpu_probe-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    shutil.copy(Path(__file__).parents[1] / "gpu" / "probe.py", site / "gpu_probe.py")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: gpu-probe\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[sglang.srt.plugins]\ngpu_probe = gpu_probe:plugin\n"
+    )
 
 
 def need_gpus(count: int = 1) -> None:

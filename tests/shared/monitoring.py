@@ -120,6 +120,8 @@ class Monitoring:
     hastened: Collection[str] = ()
     """Alerts whose minutes are seconds."""
     evaluation_interval: str = "1s"
+    notifies: bool = True
+    """Whether there is an Alertmanager, and `promtool` checks the configuration first."""
     port: int = field(default_factory=free_port)
     webhook: Webhook = field(default_factory=Webhook)
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -148,6 +150,12 @@ class Monitoring:
             ],
         }
         (self.directory / "prometheus.yml").write_text(yaml.safe_dump(configuration))
+        if self.notifies:
+            self._start_alertmanager(alertmanager)
+        self._start_prometheus()
+        return self
+
+    def _start_alertmanager(self, address: str) -> None:
         receiver = {
             "name": "test",
             "webhook_configs": [{"url": self.webhook.url, "send_resolved": True}],
@@ -166,11 +174,9 @@ class Monitoring:
             "prometheus-alertmanager",
             f"--config.file={self.directory / 'alertmanager.yml'}",
             f"--storage.path={self.directory / 'alertmanager'}",
-            f"--web.listen-address={alertmanager}",
+            f"--web.listen-address={address}",
             "--cluster.listen-address=",
         )
-        self._start_prometheus()
-        return self
 
     def _start_prometheus(self) -> None:
         self._start(
