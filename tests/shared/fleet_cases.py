@@ -11,7 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from fleet_checks import (
     equals_its_reference,
     fingerprints,
     hold_their_shares,
+    load,
     milliseconds,
     nothing_failed,
     release_and_resume,
@@ -48,12 +49,16 @@ def half(fleet: Fleet) -> int:
     return fleet.size // 2
 
 
+def start_reference(fleet: Fleet, engine: FleetEngine, figures: Figures) -> Future[None]:
+    return ThreadPoolExecutor(1).submit(fleet.make_reference, engine, figures)
+
+
 def tensor_parallel(fleet: Fleet, figures: Figures) -> None:
     """A dense model cut among all GPUs, released and resumed in the rhythm of training."""
     size = fleet.size
     flags = f"--tp-size {size}" + f" {SAVER}" * fleet.on_gpus
     engine = fleet.engine("tensor_parallel", "dense-a", flags)
-    beside = ThreadPoolExecutor(1).submit(fleet.make_reference, engine, figures)
+    beside = start_reference(fleet, engine, figures)
     fleet.start([engine], figures)
     model = fleet.models["dense-a"]
     hold_their_shares(engine, model.cut(tp=size), figures)
@@ -78,7 +83,7 @@ def experts(fleet: Fleet, figures: Figures) -> None:
     else:
         flags += LOADS_ON_CPU
     engine = fleet.engine("experts", "experts-a", flags)
-    beside = ThreadPoolExecutor(1).submit(fleet.make_reference, engine, figures)
+    beside = start_reference(fleet, engine, figures)
     fleet.start([engine], figures)
     redundant = size if fleet.on_gpus else 0
     cut = fleet.models["experts-a"].cut(tp=size, ep=size, redundant=redundant)
@@ -121,7 +126,7 @@ def attention(fleet: Fleet, figures: Figures) -> None:
     engine = fleet.engine(
         "attention", "experts-a", flags if fleet.on_gpus else f"{flags} {LOADS_ON_CPU}"
     )
-    beside = ThreadPoolExecutor(1).submit(fleet.make_reference, engine, figures)
+    beside = start_reference(fleet, engine, figures)
     fleet.start([engine], figures)
     cut = fleet.models["experts-a"].cut(tp=size, dp=size)
     hold_their_shares(engine, cut, figures)
@@ -140,12 +145,13 @@ def pipeline(fleet: Fleet, figures: Figures) -> None:
     """Two stages, each cut among half of the GPUs."""
     tp = half(fleet)
     engine = fleet.engine("pipeline", "dense-a", f"--pp-size 2 --tp-size {tp}")
+    beside = start_reference(fleet, engine, figures)
     fleet.start([engine], figures)
     hold_their_shares(engine, fleet.models["dense-a"].cut(pp=2, tp=tp), figures)
     figures.time("first tokens", engine.generate)
     reload(engine, "dense-b", figures)
     account_closes(engine, figures, "reloaded")
-    fleet.make_reference(engine, figures)
+    beside.result()
     equals_its_reference(engine, figures)
     nothing_failed(engine)
 
@@ -162,6 +168,7 @@ def draft(fleet: Fleet, figures: Figures) -> None:
         plugin = write_draft_plugin(fleet.directory / "plugin")
         variables["PYTHONPATH"] = f"{plugin}:{fleet.directory / 'site'}"
     engine = fleet.engine("draft", "dense-a", flags, variables=variables)
+    beside = start_reference(fleet, engine, figures)
     fleet.start([engine], figures)
     hold_their_shares(engine, fleet.models["dense-a"].cut(tp=size), figures)
     cut = fleet.models[name].cut(tp=size)
@@ -170,6 +177,8 @@ def draft(fleet: Fleet, figures: Figures) -> None:
         figures.time("first tokens", engine.generate)
     reload(engine, "dense-b", figures)
     account_closes(engine, figures, "reloaded")
+    beside.result()
+    equals_its_reference(engine, figures)
     nothing_failed(engine)
 
 
@@ -181,6 +190,7 @@ def two_engines(fleet: Fleet, figures: Figures) -> None:
         fleet.engine(name, "dense-a", f"{flags} --served-model-name replicas", gpus=gpus)
         for name, gpus in (("left", first), ("right", second))
     ]
+    beside = start_reference(fleet, pair[0], figures)
     fleet.start(pair, figures)
     cut = fleet.models["dense-a"].cut(tp=half(fleet))
     for engine in pair:
@@ -199,7 +209,10 @@ def two_engines(fleet: Fleet, figures: Figures) -> None:
                 stop.set()
             figures[f"requests of {other.name} meanwhile"] = busy.result()
     assert fingerprints(pair[0]) == fingerprints(pair[1])
+    beside.result()
     for engine in pair:
+        load(engine, engine.model)  # The account is as of the last capture.
+        equals_its_reference(engine, figures)
         account_closes(engine, figures, engine.name)
         nothing_failed(engine)
 

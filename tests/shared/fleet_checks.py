@@ -73,6 +73,7 @@ def moves(engine: FleetEngine) -> dict[Place, int]:
 
 def load(engine: FleetEngine, checkpoint: str) -> None:
     path = engine.fleet.checkpoint(checkpoint)
+    engine.engine.put_requests_away()
     status, answer = engine.engine.update_weights_from_disk(path)
     assert (status, answer["success"]) == (200, True), answer
 
@@ -158,6 +159,7 @@ def release_and_resume(engine: FleetEngine, other: str, figures: Figures, rounds
     post, first = engine.engine.post, fingerprints(engine)
     for round_ in range(rounds):
         taken = {rank.snapshot.pid: rank.ask("memory")["processes"] for rank in engine.ranks()}
+        engine.engine.put_requests_away()
         assert post("/release_memory_occupation", {})[0] == 200
         eventually(partial(_released, engine))
         account_closes(engine, figures, f"released, round {round_}")
