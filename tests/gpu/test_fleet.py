@@ -31,7 +31,7 @@ import fleet_cases
 import pytest
 from fleet_checkpoints import Model, dense, draft_of, eagle_of, mixture
 from fleet_engines import Figures, Fleet
-from gpu_engines import Record, nvidia_smi
+from gpu_engines import Record, need_gpus, nvidia_smi
 from monitoring import Monitoring
 
 #: A case gets the fleet and says what it has measured.
@@ -160,8 +160,8 @@ def prometheus(fleet: Fleet) -> Monitoring | None:
 @pytest.fixture(scope="module")
 def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     gpus = nvidia_smi()[: int(os.environ.get("FLEET_GPUS", "0")) or None]
-    if len(gpus) < FEWEST and not ON_CPU:
-        pytest.skip(f"needs {FEWEST} NVIDIA GPUs, found {len(gpus)}")
+    if not ON_CPU:
+        need_gpus(FEWEST)
     if importlib.util.find_spec("sglang") is None:
         pytest.skip("needs SGLang 0.5.17 or later")
     out = Path(os.environ["FLEET_OUT"]) if os.environ.get("FLEET_OUT") else None

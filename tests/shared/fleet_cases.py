@@ -187,7 +187,13 @@ def two_engines(fleet: Fleet, figures: Figures) -> None:
     first, second = halves(fleet)
     flags = f"--tp-size {half(fleet)}" + f" {SAVER}" * fleet.on_gpus
     pair = [
-        fleet.engine(name, "dense-a", f"{flags} --served-model-name replicas", gpus=gpus)
+        fleet.engine(
+            name,
+            "dense-a",
+            f"{flags} --served-model-name replicas",
+            gpus=gpus,
+            isolated=name == "right",
+        )
         for name, gpus in (("left", first), ("right", second))
     ]
     beside = start_reference(fleet, pair[0], figures)
@@ -286,8 +292,7 @@ def run_trainer(
                 *(str(fleet.python), str(program)),
                 json.dumps({**common, "rank": rank, "device": device_of(fleet, gpu)}),
             ],
-            env={**engine.engine.environment, "SGLANG_WEIGHT_EXPORTER_DISABLED": "1"}
-            | ({"CUDA_VISIBLE_DEVICES": every_gpu(fleet)} if fleet.on_gpus else {}),
+            env={**engine.engine.environment, "SGLANG_WEIGHT_EXPORTER_DISABLED": "1"},
             stdout=subprocess.PIPE,
             stderr=(fleet.directory / f"trained-{rank}.log").open("wb"),
             text=True,
@@ -307,12 +312,8 @@ def run_trainer(
     return found
 
 
-def every_gpu(fleet: Fleet) -> str:
-    return ",".join(str(gpu.index) for gpu in fleet.gpus)
-
-
 def device_of(fleet: Fleet, gpu: int | None) -> str:
-    return "cpu" if gpu is None else f"cuda:{gpu}"
+    return "cpu" if gpu is None else f"cuda:{fleet.gpus[gpu].index}"
 
 
 def disaggregation(fleet: Fleet, figures: Figures) -> None:
@@ -323,8 +324,9 @@ def disaggregation(fleet: Fleet, figures: Figures) -> None:
     # SGLang 0.5.23 keeps decoded keys and values on the host, if it has 10 GiB to spare.
     flags += " --hicache-size 1" * (not fleet.on_gpus)
     flags += f" --disaggregation-bootstrap-port {port} --disaggregation-mode"
+    address = {"SGLANG_HOST_IP": "127.0.0.1"}
     pair = [
-        fleet.engine(mode, "dense-a", f"{flags} {mode}", gpus=gpus)
+        fleet.engine(mode, "dense-a", f"{flags} {mode}", gpus=gpus, variables=address)
         for mode, gpus in (("prefill", first), ("decode", second))
     ]
     fleet.start(pair, figures)

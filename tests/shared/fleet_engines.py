@@ -136,9 +136,11 @@ class Fleet:
         flags: str,
         *,
         gpus: Sequence[int] = (),
+        isolated: bool = False,
         variables: Mapping[str, str] | None = None,
     ) -> FleetEngine:
-        """Start an engine on these of the GPUs, all without a word; does not wait."""
+        """An engine on these neighbouring GPUs, all without a word, which is not started yet.
+        `isolated`: it sees no others, as in a container."""
         chosen = [self.gpus[index] for index in gpus] or self.gpus
         probes = self.directory / "probes" / name
         probes.mkdir(parents=True)
@@ -149,7 +151,11 @@ class Fleet:
         if self.on_gpus:
             # Of what is free for it; others share the GPU, and the number of tokens is what counts.
             more += ["--mem-fraction-static", "0.85"]
-            placed["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu.index) for gpu in chosen)
+            placed["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # As nvidia-smi counts.
+            if isolated:
+                placed["CUDA_VISIBLE_DEVICES"] = ",".join(str(gpu.index) for gpu in chosen)
+            else:
+                more += ["--base-gpu-id", str(chosen[0].index)]
         else:
             more += ["--disable-custom-all-reduce", "--max-total-tokens", "4096"]
         engine = Engine(

@@ -39,6 +39,7 @@ class Trainer:
         self.backend = "nccl" if on_gpu else "gloo"
         if on_gpu:
             torch.cuda.set_device(self.device)
+            torch.empty(1, device=self.device)  # Or the mesh chooses another one.
         dist.init_process_group(
             self.backend,
             init_method=f"tcp://127.0.0.1:{settings['own_port']}",
