@@ -172,7 +172,7 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     chosen = {
         item.callspec.params["name"]
         for item in request.session.items
-        if isinstance(item, pytest.Function) and hasattr(item, "callspec")
+        if isinstance(item, pytest.Function) and item.function is test_case
     }
     names = [name for name in CASES if name in chosen]
     figures = {name: Figures() for name in ("preparation", *names)}
