@@ -14,7 +14,7 @@ from pathlib import Path
 from sglang_weight_exporter.cli import adapters, room
 from sglang_weight_exporter.cli.flags import add_flags, settings_from
 from sglang_weight_exporter.cli.status_last import print_last
-from sglang_weight_exporter.cli.terminal import first_of, print_line, print_names
+from sglang_weight_exporter.cli.terminal import first_of, print_line, print_names, print_reasons
 from sglang_weight_exporter.export.manifests import beside_manifest, of_engine
 from sglang_weight_exporter.export.references import beside_reference
 from sglang_weight_exporter.records.contents import ContentChanges
@@ -206,6 +206,7 @@ def _print_manifests(
             "compared"
         )
         print_names("        ", counts.differing)
+        print_reasons("          cannot be compared", counts.unverifiable)
         if counts.differing:
             yield (
                 f"{name}: {first_of(counts.differing)} is not what the trainer sent as version "

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 #: What a terminal obeys (C0 but for tab and line feed, DEL, C1), and what reorders or breaks a line
@@ -39,6 +39,15 @@ def print_names(before: str, names: Sequence[str], count: int | None = None) -> 
         print_line(f"{before}  {name}")
     if count > NAMED:
         print_line(f"{before}  and {count - NAMED:,} more")
+
+
+def print_reasons(before: str, reasons: Mapping[str, str]) -> None:
+    """Why something is so of some names, a line each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    for reason, of in names.items():
+        print_line(f"{before}  {first_of(of)}: {reason}")
 
 
 class PrintableText:

@@ -29,7 +29,13 @@ from sglang_weight_exporter.cli.table_comparisons import (
     replicas,
     title,
 )
-from sglang_weight_exporter.cli.terminal import NAMED, first_of, print_line, print_names
+from sglang_weight_exporter.cli.terminal import (
+    NAMED,
+    first_of,
+    print_line,
+    print_names,
+    print_reasons,
+)
 from sglang_weight_exporter.store.decoding import UnreadableError
 from sglang_weight_exporter.store.runtime_dir import RuntimeDirError
 from sglang_weight_exporter.store.tables import Table, TableError, TableReader
@@ -414,8 +420,4 @@ def _print(name: str, result: Comparison, required: float) -> None:
     if not (result.differing or result.is_enough(required)):
         print(f"  too few: --require asks for {required:.1%}")
     print_names("  different", result.differing)
-    reasons: dict[str, list[str]] = {}
-    for each, reason in result.unverifiable.items():
-        reasons.setdefault(reason, []).append(each)
-    for reason, names in reasons.items():
-        print_line(f"  cannot be compared  {first_of(names)}: {reason}")
+    print_reasons("  cannot be compared", result.unverifiable)

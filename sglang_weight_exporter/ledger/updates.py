@@ -162,8 +162,8 @@ class Updates:
         """They did not arrive."""
         with self._lock:
             open_ = self._roles[name].update
+            self._session_calls += 1
             if open_ is not None:
-                self._session_calls += 1
                 self._note_call(open_)
                 open_.source = source
                 open_.record(Verdict(False, "unchanged", message), self._clock())

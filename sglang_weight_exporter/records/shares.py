@@ -40,6 +40,15 @@ class Share(NamedTuple):
     #: Rows or columns of the logical tensor along the axis, as the layer has it.
     total: int = 0
 
+    @property
+    def is_whole(self) -> bool:
+        """All of a logical tensor that is divided where there are more ranks. Which experts a rank
+        has depends on how many there are, so one of them is not."""
+        if self.axis == "whole":
+            return True
+        size = self.rows if self.axis == "rows" else self.columns
+        return size == self.total and "." not in self.part
+
 
 _NUMBERS = ("row", "offset", "rows", "columns", "first_row", "first_column", "total")
 _CODED = ("part", "axis")

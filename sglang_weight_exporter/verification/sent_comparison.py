@@ -83,7 +83,7 @@ def compare_sent(
         one.rows.append(row.name)
         one.places.append((row.data_ptr, share.offset))
         one.nbytes += share.rows * share.columns * sums.WORD_BYTES
-        whole[name] = whole.get(name, True) and share.axis == "whole"
+        whole[name] = whole.get(name, True) and share.is_whole
         reason = _beside(share, row, sent[name], there, first if is_fused else 0)
         if reason:
             one.reasons.append(reason)

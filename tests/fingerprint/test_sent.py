@@ -213,6 +213,18 @@ def test_a_tensor_that_is_alone_is_proved_by_an_earlier_update(fleet: Fleet) -> 
     new = fleet.new_follower()
     new.follow()
     assert [finding.match for _, finding in new._found.values()] == [True, True]
+    # So what has not seen it names the tensor, and why it says no more.
+    _, text = command("status", "--runtime-dir", fleet.run, "--manifest-dir", fleet.sent)
+    assert f"cannot be compared  {NORM}: the rank holds something else" in text
+
+
+def test_all_of_a_tensor_is_whole_however_it_would_be_divided() -> None:
+    """Embeddings on one rank: what is confirmed of whole tensors holds for them."""
+    held = Share(0, "", 0, 32000, 256, 0, 0, axis="rows", total=32000)
+    assert held.is_whole
+    assert not held._replace(rows=16000).is_whole
+    assert held._replace(axis="columns", total=256).is_whole
+    assert not held._replace(part="3.w1").is_whole
 
 
 def test_a_name_that_no_rank_knows_is_told_with_the_one_that_was_meant(fleet: Fleet) -> None:

@@ -120,6 +120,18 @@ def test_a_session_whose_only_load_failed_is_no_peer_to_peer_update(rank: Rank) 
     assert rank.last_update().effect == "undefined"
 
 
+def test_a_bucket_that_did_not_arrive_for_a_draft_alone_is_no_peers_write(rank: Rank) -> None:
+    """The target receives, and the session is the draft's."""
+    target = rank.runner(answers={"receive": fail(RuntimeError("connection closed"))})
+    draft = rank.runner(is_draft_worker=True)
+    draft.weight_updater.begin_weight_update()
+    with pytest.raises(RuntimeError, match="connection closed"):
+        target.weight_updater.receive_weights_from_distributed(names=["a"])
+    draft.weight_updater.end_weight_update(run_post_load=True)
+    assert rank.totals("draft") == {}
+    assert rank.role("draft").in_progress is None
+
+
 def test_tensors_that_did_not_arrive_change_nothing(rank: Rank) -> None:
     runner = rank.runner(answers={"receive": fail(RuntimeError("connection closed"))})
     runner.weight_updater.begin_weight_update()
