@@ -7,8 +7,9 @@ NAME is ``slime`` or ``verl``: their functions are in the files beside this one,
 and run as they are. What they import is given here: for Ray threads that call, for Megatron and
 FSDP a state dict. STEPS is JSON, a list of sabotages: ``""``, ``drop``, ``rename NAME TO``,
 ``stale NAME``. Each step sends new weights under its number as the version, in a session where the
-release has them, and leaves ``SENT/manifest_NUMBER.json`` of what the trainer has. A line of input
-is the next step. Weights are on a GPU where this process sees one, and go over NCCL.
+release has them and else in a pause, and leaves ``SENT/manifest_NUMBER.json`` of what the trainer
+has. A line of input is the next step. Weights are on a GPU where this process sees one, and go over
+NCCL.
 """
 
 from __future__ import annotations
@@ -265,9 +266,9 @@ TRAINERS = {"slime": slime, "verl": verl}
 
 def main(trainer: str, url: str, directory: str, checkpoint: str, steps: Sequence[str]) -> None:
     send = TRAINERS[trainer](url)
-    sessions = (
-        "/begin_weight_update" in json.load(urllib.request.urlopen(f"{url}/openapi.json"))["paths"]
-    )
+    begin, end = "begin_weight_update", "end_weight_update"
+    if f"/{begin}" not in json.load(urllib.request.urlopen(f"{url}/openapi.json"))["paths"]:
+        begin, end = "pause_generation", "continue_generation"
     before: dict[str, torch.Tensor] = {}
     for number, sabotage in enumerate(steps, start=1):
         state = state_of(Path(checkpoint), number)
@@ -277,11 +278,9 @@ def main(trainer: str, url: str, directory: str, checkpoint: str, steps: Sequenc
             tensors |= sum_tensors(bucket)
         path = Path(directory) / f"manifest_{number}.json"
         write_manifest(path, tensors, weight_version=str(number))
-        if sessions:
-            post(url, "begin_weight_update")
+        post(url, begin)
         send(list(sabotaged(state, before, sabotage).items()), str(number), sabotage == "drop")
-        if sessions:
-            post(url, "end_weight_update")
+        post(url, end)
         before = state
         print(number, flush=True)
         sys.stdin.readline()  # The test asks before the next.
