@@ -90,6 +90,7 @@ class Run:
     monitoring: Monitoring | None
     began: float = field(default_factory=time.time)
     over: Future[None] = field(default_factory=Future)
+    parts: list[Fleet] = field(default_factory=list)
 
     def start(self) -> None:
         threading.Thread(target=self._all, daemon=True).start()
@@ -109,6 +110,7 @@ class Run:
 
     def _group(self, at_once: Sequence[Case], after: Sequence[Case]) -> None:
         parts = {case: self.fleet.part() for case in (*at_once, *after)}
+        self.parts.extend(parts.values())
 
         def run(case: Case) -> None:
             if case.__name__ in self.outcomes:
@@ -137,10 +139,10 @@ class Run:
         figures["whole case, s"] = round(time.monotonic() - began, 1)
 
     def stop(self) -> None:
-        """Whatever is still alive."""
-        for engine in self.fleet.every.values():
-            if engine.engine.started:
-                engine.engine.stop()
+        """Whatever is still alive, as after an interruption."""
+        for part in self.parts:
+            part.keep_logs()
+            part.stop()
         if self.monitoring is not None:
             self.monitoring.stop()
         shutil.rmtree(self.fleet.directory, ignore_errors=True)
@@ -174,6 +176,8 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.function is test_case
     }
+    if importlib.util.find_spec("mooncake") is None:
+        chosen.discard("disaggregation")
     names = [name for name in CASES if name in chosen]
     figures = {name: Figures() for name in ("preparation", *names)}
     made = Run(fleet, {name: Future() for name in names}, figures, prometheus(fleet))
@@ -181,15 +185,14 @@ def run(request: pytest.FixtureRequest) -> Iterator[Run]:
     try:
         yield made
     finally:
-        made.stop()
         if out is not None:
             write_figures(out, figures)
+        made.stop()
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_case(run: Run, name: str, record_property: Record) -> None:
-    if name == "disaggregation" and importlib.util.find_spec("mooncake") is None:
-        run.figures[name]["left out"] = NO_TRANSFER
+    if name not in run.outcomes:
         pytest.skip(NO_TRANSFER)
     run.outcomes[name].result()
     for figure, value in run.figures[name].items():
