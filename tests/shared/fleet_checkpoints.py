@@ -128,7 +128,7 @@ def mixture(
         "num_key_value_heads": heads,
         "n_routed_experts": experts,
         "n_shared_experts": 1,
-        "num_experts_per_tok": min(8, experts // 2),
+        "num_experts_per_tok": min(8, max(2, experts // 4)),
         "n_group": groups,
         "topk_group": max(1, groups // 2),
         "first_k_dense_replace": 1,
