@@ -374,9 +374,11 @@ def exporter(fleet: Fleet, figures: Figures) -> None:
     with ThreadPoolExecutor(1) as pool:
         busy = pool.submit(generate_until, engine, stop)
         before, began = sum(process.cpu_times()[:2]), time.monotonic()
-        taken = scrapes(fleet, seconds)
+        try:
+            taken = scrapes(fleet, seconds)
+        finally:
+            stop.set()
         used, passed = sum(process.cpu_times()[:2]) - before, time.monotonic() - began
-        stop.set()
         figures["requests beside"] = busy.result()
     figures["scrape, beside generation"] = milliseconds(taken)
     figures["exporter: processor, share of a core"] = round(used / passed, 4)
