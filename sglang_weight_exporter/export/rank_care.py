@@ -115,7 +115,7 @@ class RankCare:
             for directory in rank_directories(self._runtime_dir):
                 lives = True
                 with self._guard.step(f"Looking after the rank {directory.rank_id!r}"):
-                    lives = self._look_after(directory)
+                    lives = self._care_for(directory)
                 alive |= lives
                 await asyncio.sleep(0)  # Thousands that are dead keep no scrape waiting.
         except OSError:
@@ -125,7 +125,7 @@ class RankCare:
         await asyncio.to_thread(self._read)
         return alive
 
-    def _look_after(self, directory: RankDirectory) -> bool:
+    def _care_for(self, directory: RankDirectory) -> bool:
         """Whether the rank is alive; what a dead one left is removed."""
         try:
             self._pipeline.discard(directory)

@@ -90,7 +90,7 @@ def test_an_update_from_disk_reaches_both(
     assert monitoring.active_alerts(BEHIND) == []
 
 
-def test_a_draft_that_is_behind_is_told_until_it_is_updated(
+def test_a_draft_that_is_behind_raises_an_alert_until_it_is_updated(
     speculative: Engine, monitoring: Monitoring
 ) -> None:
     before = fingerprints(speculative)

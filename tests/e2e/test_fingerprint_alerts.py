@@ -121,7 +121,7 @@ def test_a_reload_of_the_same_checkpoint_is_an_update_that_changed_nothing(
     resolves(monitoring, name)
 
 
-def test_a_replica_that_missed_an_update_is_told_until_it_has_it(
+def test_a_replica_that_missed_an_update_raises_an_alert_until_it_has_it(
     pair: Pair, monitoring: Monitoring, checkpoints: tuple[Path, Path]
 ) -> None:
     name = "SGLangWeightReplicasDiffer"
@@ -144,7 +144,7 @@ def test_a_replica_that_missed_an_update_is_told_until_it_has_it(
     assert monitoring.active_alerts("SGLangWeightsChangedWithoutUpdate") == []
 
 
-def test_a_bit_that_flipped_is_told_when_somebody_looks(pair: Pair, monitoring: Monitoring) -> None:
+def test_a_bit_that_flipped_is_found_by_verify(pair: Pair, monitoring: Monitoring) -> None:
     name, engine = "SGLangWeightsChangedWithoutUpdate", pair[1]
     done = engine.exporter_cli("table", "--engine", str(engine.port), "--format", "json")
     (table,) = json.loads(done.stdout)["tables"]
@@ -173,7 +173,7 @@ def test_a_bit_that_flipped_is_told_when_somebody_looks(pair: Pair, monitoring: 
     resolves(monitoring, name)
 
 
-def test_a_bit_that_flipped_is_told_by_the_next_update(
+def test_a_bit_that_flipped_is_found_by_the_next_update(
     pair: Pair, monitoring: Monitoring, checkpoints: tuple[Path, Path]
 ) -> None:
     """The capture before it, as a batch ran since the last one; after it nobody could tell."""
@@ -196,7 +196,7 @@ def test_a_bit_that_flipped_is_told_by_the_next_update(
     assert monitoring.active_alerts("SGLangWeightUpdateChangedNothing") == []
 
 
-def test_what_was_never_wrong_was_never_told(pair: Pair, monitoring: Monitoring) -> None:
+def test_what_was_never_wrong_raised_no_alert(pair: Pair, monitoring: Monitoring) -> None:
     assert (
         monitoring.query('ALERTS{alertname="SGLangWeightsChangedWithoutUpdate",during="release"}')
         == []

@@ -291,7 +291,7 @@ def test_an_update_of_both_is_one_trace_and_no_alert_of_two(
         resolves(monitoring, name)
 
 
-def test_a_host_that_missed_an_update_is_told_once_until_it_has_it(
+def test_a_host_that_missed_an_update_raises_one_alert_until_it_has_it(
     parts: list[Engine],
     hosts: list[Host],
     monitoring: Monitoring,

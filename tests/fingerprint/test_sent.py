@@ -227,7 +227,7 @@ def test_all_of_a_tensor_is_whole_however_it_would_be_divided() -> None:
     assert not held._replace(part="3.w1").is_whole
 
 
-def test_a_name_that_no_rank_knows_is_told_with_the_one_that_was_meant(fleet: Fleet) -> None:
+def test_a_name_that_no_rank_knows_is_reported_with_the_one_that_was_meant(fleet: Fleet) -> None:
     state, before = a_state(), a_state()
     sent = dict(state)
     sent[SPELT] = sent.pop(UP)

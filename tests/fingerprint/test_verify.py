@@ -406,7 +406,7 @@ def test_a_watch_asks_for_parts_of_two_milliseconds(tmp_path: Path) -> None:
     assert "not captured again" not in text
 
 
-def test_an_engine_without_a_key_is_told_none(tmp_path: Path) -> None:
+def test_an_engine_without_a_key_gets_none(tmp_path: Path) -> None:
     alone = rank(tmp_path)
     alone.publish(table=holding("a"))
     with checker(lambda: alone.publish(table=holding("a"))) as (url, asked):
@@ -430,7 +430,7 @@ server.serve_forever()
 """
 
 
-def test_a_stranger_at_the_engines_port_is_told_no_key(tmp_path: Path) -> None:
+def test_a_stranger_at_the_engines_port_gets_no_key(tmp_path: Path) -> None:
     """An engine of another network namespace, say, whose address means somebody else here. No
     ancestor of the rank listens there, so even an answer like SGLang's is not enough."""
     alone = rank(tmp_path)
@@ -452,7 +452,7 @@ def test_a_stranger_at_the_engines_port_is_told_no_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "body"), [(401, b"who are you?"), (403, b'{"error":"Forbidden"}'), (302, b"")]
 )
-def test_what_does_not_answer_as_an_engine_is_told_no_key(
+def test_what_does_not_answer_as_an_engine_gets_no_key(
     tmp_path: Path, answer: int, body: bytes
 ) -> None:
     rank(tmp_path).publish(table=holding("a"))

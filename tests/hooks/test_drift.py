@@ -122,7 +122,7 @@ def test_what_another_module_has_is_not_gone_however_late_the_hooks_come(
     assert "update_weights_from_disk is gone" not in said
 
 
-def test_a_rank_whose_runners_are_not_known_tells_of_its_hooks(
+def test_a_rank_whose_runners_are_not_known_reports_its_hooks(
     rank: Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Scheduler:

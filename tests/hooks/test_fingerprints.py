@@ -371,7 +371,7 @@ def test_a_model_without_tensors(rank: Rank) -> None:
     assert counts(rank).skipped == {}
 
 
-def test_a_check_of_weights_looks_again(rank: Rank) -> None:
+def test_a_check_of_weights_captures_again(rank: Rank) -> None:
     runner = rank.runner()
     add_one(runner)
     assert of(rank) != expected(runner)
@@ -667,7 +667,7 @@ def altered_of(rank: Rank) -> dict[str, dict[Kind, int]]:
 
 
 @pytest.mark.parametrize("path", ["disk", "tensor", "ipc"])
-def test_what_an_update_of_the_target_wrote_is_no_stray_in_the_draft_that_shares_it(
+def test_what_an_update_of_the_target_wrote_is_expected_in_the_draft_that_shares_it(
     rank: Rank, path: str
 ) -> None:
     target, draft = target_and_draft(rank)
@@ -691,7 +691,9 @@ def test_a_request_for_both_reads_each_once_before_and_once_after(
     assert counting.times == before + 4
 
 
-def test_a_stray_in_the_draft_is_found_before_an_update_of_the_target_alone(rank: Rank) -> None:
+def test_an_unexpected_write_in_the_draft_is_found_before_an_update_of_the_target_alone(
+    rank: Rank,
+) -> None:
     target, draft = target_and_draft(rank)
     add_one(draft)
     target.weight_updater.update_weights_from_disk("other", "auto")

@@ -134,7 +134,7 @@ def test_a_reader_sees_each_call_of_an_update(rank: Rank) -> None:
     assert rank.role().in_progress is None
 
 
-def test_a_reader_of_tables_is_told_by_the_first_call(rank: Rank) -> None:
+def test_a_reader_of_tables_is_notified_by_the_first_call(rank: Rank) -> None:
     """Also one that is in there already, which an update does not wait for."""
     runner = rank.runner()
     (reader,) = open_tables(rank.directory)

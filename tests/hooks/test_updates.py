@@ -270,7 +270,7 @@ def test_another_way_begins_another_update(rank: Rank) -> None:
     assert rank.totals() == {"tensor": (1, 0, 1), "disk": (1, 0, 1)}
 
 
-def test_an_update_changes_no_pool_and_looks_at_none(rank: Rank) -> None:
+def test_an_update_changes_no_pool_and_reads_none(rank: Rank) -> None:
     class Pool:
         __module__ = "sglang.srt.mem_cache.memory_pool"
 
@@ -419,7 +419,7 @@ def test_a_failure_says_whether_weights_are_undefined(
     assert rank.last_update().effect == effect
 
 
-def test_an_exception_in_a_session_is_told_before_it_ends_the_engine(rank: Rank) -> None:
+def test_an_exception_in_a_session_is_reported_before_it_ends_the_engine(rank: Rank) -> None:
     runner = rank.runner(answers={"tensor": fail(ValueError("shape"))})
     runner.weight_updater.begin_weight_update()
     with pytest.raises(ValueError, match="shape"):
