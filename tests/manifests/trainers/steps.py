@@ -147,18 +147,22 @@ def slime(url: str) -> Callable[[Named, str, bool], None]:
 
     class Updater(base):  # type: ignore[misc]
         def _iter_non_expert_chunks(self) -> Iterator[Named]:
-            return iter(self.chunks)
+            return buckets_of(self.named, expert=False)
 
         def _iter_expert_chunks(self) -> Iterator[Named]:
-            return iter(())
+            return buckets_of(self.named, expert=True)
 
     updater = Updater()
     updater.rollout_engines, updater.rollout_engine_lock = [remote], _Remote(lock, threads)
     updater._group_name, updater._model_update_groups = "slime-pp_0", group
 
+    def buckets_of(named: Named, *, expert: bool) -> Iterator[Named]:
+        """Its two passes."""
+        return buckets({name: each for name, each in named if (".experts." in name) == expert})
+
     def send(named: Named, version: str, drop: bool) -> None:
-        chunks = list(buckets(dict(named)))
-        updater.chunks = chunks[:1] + chunks[2:] if drop else chunks
+        lost = [name for name, _ in list(buckets(dict(named)))[1]] if drop else []
+        updater.named = [(name, tensor) for name, tensor in named if name not in lost]
         updater.weight_version = int(version)
         updater._send_weights(types.SimpleNamespace(update=lambda number: None))
 
