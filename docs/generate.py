@@ -224,7 +224,7 @@ def configuration() -> str:
     page = CONFIGURATION
     for setting in fields(Settings):
         default = DEFAULTS.get(setting.name) or (
-            "unset" if setting.default in (None, "") else f"{setting.default:g}"
+            "unset" if setting.default in (None, "") else f"{setting.default:.15g}"
         )
         variable = PREFIX + setting.name.upper()
         page += f"| `{variable}` | {default} | {setting.metadata['description']} |\n"
