@@ -8,6 +8,7 @@ provider is set.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping
@@ -48,24 +49,12 @@ class ProtocolError(Exception):
 
 def _connect(config: SignalConfig, signal: Signal) -> Transport:
     """The connection of a signal. Raises :class:`ProtocolError`, ``OSError``, ``ValueError``."""
-    from opentelemetry.proto.collector.logs.v1 import logs_service_pb2 as logs
-    from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as metrics
-    from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as traces
-
-    request: type[Any]
-    response: type[Any]
-    if signal == "traces":
-        service = "opentelemetry.proto.collector.trace.v1.TraceService"
-        request, response = traces.ExportTraceServiceRequest, traces.ExportTraceServiceResponse
-    elif signal == "logs":
-        service = "opentelemetry.proto.collector.logs.v1.LogsService"
-        request, response = logs.ExportLogsServiceRequest, logs.ExportLogsServiceResponse
-    else:
-        service = "opentelemetry.proto.collector.metrics.v1.MetricsService"
-        request, response = (
-            metrics.ExportMetricsServiceRequest,
-            metrics.ExportMetricsServiceResponse,
-        )
+    name = "trace" if signal == "traces" else signal
+    package = f"opentelemetry.proto.collector.{name}.v1"
+    messages = importlib.import_module(f"{package}.{name}_service_pb2")
+    service = f"{package}.{name.title()}Service"
+    request = getattr(messages, f"Export{name.title()}ServiceRequest")
+    response = getattr(messages, f"Export{name.title()}ServiceResponse")
     collector = _collector(config, service, response) if "otlp" in config.exporters else None
     if "console" not in config.exporters:
         assert collector is not None
@@ -115,14 +104,8 @@ class OtlpPipeline:
         self._spans: SpanSender | None = None
         self._metrics: PeriodicMetrics | None = None
         try:
-            self._choose(
-                snapshots,
-                settings,
-                read=read,
-                counts=counts,
-                guard=guard,
-                followers=followers,
-            )
+            self._spans = self._choose_spans(snapshots, settings, counts, guard, followers)
+            self._metrics = self._choose_metrics(snapshots, settings, read, guard)
         except ImportError as error:
             logger.warning(
                 "Nothing is sent by OTLP, because %s is not installed here: pip install "
@@ -130,59 +113,69 @@ class OtlpPipeline:
                 error.name,
             )
 
-    def _choose(
+    def _choose_spans(
         self,
         snapshots: SnapshotReader,
         settings: Settings,
-        *,
-        read: Callable[[], HostView],
         counts: SpanCounts,
         guard: Guard,
         followers: Followers,
-    ) -> None:
+    ) -> SpanSender | None:
         """Raises ``ImportError`` where OpenTelemetry is not installed."""
-        environ = self._environ
-        if (config := choose(environ, "traces")) is not None:
-            from sglang_weight_exporter.export.otlp.span_sender import SpanSender
+        config = choose(self._environ, "traces")
+        if config is None:
+            return None
+        from sglang_weight_exporter.export.otlp.span_sender import SpanSender
 
-            table, names = table_selection(settings)
-            logs = None
-            if table and settings.table != "span_events":
-                if (of_logs := choose(environ, "logs")) is not None:
-                    logs = self._client(of_logs, "logs")
-                else:
-                    table = settings.table == "both"
-                    logger.warning(
-                        "SGLANG_WEIGHT_EXPORTER_TABLE=%s asks for log records, and "
-                        "OTEL_LOGS_EXPORTER for none, so %s.",
-                        settings.table,
-                        "spans alone carry the table" if table else "the table is not sent",
-                    )
-            self._spans = SpanSender(
-                snapshots,
-                self._client(config, "traces"),
-                counts,
-                guard,
-                table=table,
-                names=names,
-                logs=logs,
-                in_spans=settings.table != "logs",
-                followers=followers,
-                limits=Limits(settings.span_event_bytes, settings.span_bytes),
-            )
-        if (config := choose(environ, "metrics")) is not None:
-            from sglang_weight_exporter.export.otlp.metrics import PeriodicMetrics
+        table, names = table_selection(settings)
+        logs = None
+        if table and settings.table != "span_events":
+            if (of_logs := choose(self._environ, "logs")) is not None:
+                logs = self._client(of_logs, "logs")
+            else:
+                table = settings.table == "both"
+                logger.warning(
+                    "SGLANG_WEIGHT_EXPORTER_TABLE=%s asks for log records, and "
+                    "OTEL_LOGS_EXPORTER for none, so %s.",
+                    settings.table,
+                    "spans alone carry the table" if table else "the table is not sent",
+                )
+        return SpanSender(
+            snapshots,
+            self._client(config, "traces"),
+            counts,
+            guard,
+            table=table,
+            names=names,
+            logs=logs,
+            in_spans=settings.table != "logs",
+            followers=followers,
+            limits=Limits(settings.span_event_bytes, settings.span_bytes),
+        )
 
-            self._metrics = PeriodicMetrics(
-                read,
-                self._client(config, "metrics"),
-                instance=str(snapshots.runtime_dir.path),
-                seconds=metric_interval(environ),
-                timeout=metric_timeout(environ),
-                temporality=metric_temporality(environ),
-                instruments=chosen(settings.metrics),
-                guard=guard,
-            )
+    def _choose_metrics(
+        self,
+        snapshots: SnapshotReader,
+        settings: Settings,
+        read: Callable[[], HostView],
+        guard: Guard,
+    ) -> PeriodicMetrics | None:
+        """Raises ``ImportError`` where OpenTelemetry is not installed."""
+        config = choose(self._environ, "metrics")
+        if config is None:
+            return None
+        from sglang_weight_exporter.export.otlp.metrics import PeriodicMetrics
+
+        return PeriodicMetrics(
+            read,
+            self._client(config, "metrics"),
+            instance=str(snapshots.runtime_dir.path),
+            seconds=metric_interval(self._environ),
+            timeout=metric_timeout(self._environ),
+            temporality=metric_temporality(self._environ),
+            instruments=chosen(settings.metrics),
+            guard=guard,
+        )
 
     def _client(self, config: SignalConfig, signal: Signal) -> OtlpClient:
         client = OtlpClient(
