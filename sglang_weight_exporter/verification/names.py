@@ -18,35 +18,53 @@ _NUMBER = {"q": 0, "k": 1, "v": 2}
 #: What a layer's experts are called (``make_expert_params_mapping``): Hugging Face's names, and
 #: those of Mixtral's first checkpoint.
 _EXPERT = {"w1": ("gate_proj", "w1"), "w2": ("down_proj", "w2"), "w3": ("up_proj", "w3")}
-#: What Hugging Face's models call it (``hf_to_sglang_mapper`` of ``models/transformers.py``).
-_ALSO = {"lm_head.weight": ("embed_out.weight",)}
+#: Ends of names, and what Hugging Face's models have there (``hf_to_sglang_mapper`` of
+#: ``models/transformers.py``, ``models/granitemoe.py``).
+_ALSO = {
+    "lm_head.weight": "embed_out.weight",
+    "block_sparse_moe.gate.weight": "block_sparse_moe.router.layer.weight",
+}
+#: Experts in one tensor: of Hugging Face's later models, and of GraniteMoE's.
+_STACKED = {
+    "w13_weight": ("experts.gate_up_proj", "input_linear.weight"),
+    "w2_weight": ("experts.down_proj", "output_linear.weight"),
+}
 #: How alike a name has to be to be called the nearest, of difflib's ratio.
 _ALIKE = 0.6
 
 
 class Candidate(NamedTuple):
-    """A name, and whether the part is one of several that are sent in one tensor."""
+    """A name, and why the sums of what is sent under it are not those of a share: a word's place
+    in its tensor is in them."""
 
     name: str
-    is_fused: bool = False
+    otherwise: str = ""
+
+
+_FUSED = "it was sent in one tensor with others that the engine keeps apart: sum each part"
 
 
 def candidates(row: str, part: str) -> list[Candidate]:
     """Names of the logical tensor that a row's part is, the likeliest first."""
     row = row.replace(".base_layer.", ".")
     if not part:
-        return [Candidate(name) for name in (row, *_ALSO.get(row, ()))]
+        also = [row.removesuffix(end) + name for end, name in _ALSO.items() if row.endswith(end)]
+        return [Candidate(name) for name in (row, *also)]
     expert, _, weight = part.rpartition(".")
     if expert:
-        layer = row.rpartition(".")[0]
-        return [Candidate(f"{layer}.{expert}.{name}.weight") for name in _EXPERT[weight]]
+        layer, _, stack = row.rpartition(".")
+        module = layer.removesuffix("experts")
+        return [
+            *(Candidate(f"{layer}.{expert}.{name}.weight") for name in _EXPERT[weight]),
+            *(Candidate(module + name, _FUSED) for name in _STACKED.get(stack, ())),
+        ]
     match = re.fullmatch(r"(.*\.)([^.]+)(\.[^.]+)", row)
     parts = FUSED.get(match[2], ()) if match else ()
     number = _NUMBER[part] if part in _NUMBER else int(part)
     found = []
     if match and number < len(parts):
         found.append(Candidate(f"{match[1]}{parts[number]}{match[3]}"))
-    return [*found, Candidate(row, is_fused=True)]
+    return [*found, Candidate(row, _FUSED)]
 
 
 class Names:

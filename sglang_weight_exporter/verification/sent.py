@@ -51,11 +51,10 @@ class SentTensor(msgspec.Struct, frozen=True, kw_only=True):
     def is_whole(self) -> bool:
         return self.words == self.rows[-1] * self.columns[-1]
 
-    def of(self, share: Share, first_row: int = 0) -> str:
-        """The sum of an engine's share. ``first_row``: where what it is a share of begins in this
-        one. Raises UnknownShareError."""
+    def of(self, share: Share) -> str:
+        """The sum of an engine's share. Raises UnknownShareError."""
         rows, columns = self.rows[-1], self.columns[-1]
-        top, left = share.first_row + first_row, share.first_column
+        top, left = share.first_row, share.first_column
         bottom, right = min(top + share.rows, rows), min(left + share.columns, columns)
         if (top, bottom) == (0, rows):
             return _between(self.columns, self.column_sums, left, right, "columns")

@@ -70,21 +70,20 @@ def compare_sent(
     unsent: dict[str, str] = {}
     alone: dict[str, tuple[int, int]] = {}
     whole: dict[str, bool] = {}
-    before = _before(shares)
-    for share, own, there, first in zip(shares, held, sums_of(table.shares), before, strict=True):
+    for share, own, there in zip(shares, held, sums_of(table.shares), strict=True):
         row = rows[share.row]
         chosen = _chosen(own, names)
         if chosen is None:
             unsent[own[0].name] = names.pattern_of(own[0].name)
             alone[own[0].name] = row.data_ptr, share.offset
             continue
-        name, is_fused = chosen
+        name, otherwise = chosen
         one = found.setdefault(name, _Found())
         one.rows.append(row.name)
         one.places.append((row.data_ptr, share.offset))
         one.nbytes += share.rows * share.columns * sums.WORD_BYTES
         whole[name] = whole.get(name, True) and share.is_whole
-        reason = _beside(share, row, sent[name], there, first if is_fused else 0)
+        reason = otherwise or _beside(share, row, sent[name], there)
         if reason:
             one.reasons.append(reason)
         elif reason is None:
@@ -143,31 +142,21 @@ def _verdicts(
     return Comparison(tuple(equal), tuple(differing), unverifiable, nbytes), proved
 
 
-def _chosen(own: Sequence[Candidate], names: Names) -> tuple[str, bool] | None:
+def _chosen(own: Sequence[Candidate], names: Names) -> tuple[str, str] | None:
+    """The name, and why its sums are not those of a share."""
     for candidate in own:
         name = names.sent_as(candidate.name)
         if name is not None:
-            return name, candidate.is_fused
+            return name, candidate.otherwise
     return None
 
 
-def _before(shares: Sequence[Share]) -> list[int]:
-    """Of each share, how many rows the parts of its row before it have in the logical tensor."""
-    found, at, row = [], 0, -1
-    for share in shares:
-        at = at if share.row == row else 0
-        row = share.row
-        found.append(at)
-        at += share.total if share.axis == "rows" else 0
-    return found
-
-
-def _beside(share: Share, row: Row, tensor: SentTensor, there: str, first_row: int) -> str | None:
+def _beside(share: Share, row: Row, tensor: SentTensor, there: str) -> str | None:
     """Why it cannot be compared; empty: it is equal; ``None``: it is not."""
     if tensor.dtype != row.dtype:
         return f"it was sent as {tensor.dtype} and is held as {row.dtype}"
     try:
-        return "" if tensor.of(share, first_row) == there else None
+        return "" if tensor.of(share) == there else None
     except UnknownShareError as why:
         return str(why)
 

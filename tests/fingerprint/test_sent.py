@@ -294,6 +294,26 @@ def test_a_head_that_hugging_face_calls_otherwise_is_the_engines(fleet: Fleet) -
     assert "lm_head" not in text
 
 
+def test_what_is_sent_in_one_tensor_is_no_difference(fleet: Fleet) -> None:
+    """As Phi-3 and GLM-4 have it, and later mixtures of experts: a word's place is in its sum."""
+    state = a_state()
+    sent = dict(state)
+    for layer in range(2):
+        mlp = f"model.layers.{layer}.mlp."
+        parts = [sent.pop(f"{mlp}{part}_proj.weight") for part in ("gate", "up")]
+        sent[mlp + "gate_up_proj.weight"] = np.concatenate(parts)
+    mlp = "model.layers.1.mlp.experts."
+    parts = [sent.pop(f"{mlp}{expert}.down_proj.weight") for expert in range(4)]
+    sent[mlp + "down_proj"] = np.stack(parts)
+    fleet.manifest(sent, "1")
+    fleet.update(state, "1")
+    _, text = verify(fleet)
+    assert "no rank here holds" not in text
+    assert "nobody sent" not in text
+    assert " 0 different" in text
+    assert "it was sent in one tensor with others" in text
+
+
 @pytest.mark.parametrize(
     ("theirs", "own"),
     [

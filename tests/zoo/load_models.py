@@ -37,7 +37,7 @@ from zoo_variants import Variant
 LIMIT = 300
 TP_FLAGS = " --disable-custom-all-reduce"
 FLAGS = {
-    "cpu": "--device cpu --attention-backend torch_native --mem-fraction-static 0.2",
+    "cpu": "--device cpu --attention-backend torch_native --mem-fraction-static 0.8",
     "cuda": "--attention-backend triton --sampling-backend pytorch --disable-cuda-graph"
     " --mem-fraction-static 0.3",
 }

@@ -96,7 +96,9 @@ def load(newest: Installation, directory: Path, names: Sequence[str]) -> dict[st
 def check(name: str, result: dict[str, Any]) -> list[str]:
     """What is wrong with it, in words."""
     wrong = []
-    was = seen()[name]
+    was = seen().get(name)
+    if was is None:
+        return [f"{name}: what it should be was never recorded"]
     if ("error" in result) != ("error" in was):
         return [f"{name}: {result.get('error', 'is loaded')}, was {was.get('error', 'loaded')}"]
     for kind, patterns in was.get("confirmed", {}).items():
@@ -145,7 +147,7 @@ def test_six_models(newest: Installation, tmp_path: Path) -> None:
 def test_the_zoo(newest: Installation, tmp_path: Path, how: str) -> None:
     """With two ranks those that one could load."""
     recorded = seen()
-    loaded = [name for name in MODELS if not how or "error" not in recorded[name]]
+    loaded = [name for name in MODELS if not how or "error" not in recorded.get(name, {})]
     names = [name + how for name in (WITH_ADAPTERS if how == "+lora" else loaded)]
     names += () if how else VARIED
     results = load(newest, tmp_path, names)
