@@ -183,7 +183,8 @@ def against_manifests(tables: Sequence[Table], manifests: Sequence[Manifest]) ->
         if not chosen:
             shard = Shard.of(table.engine, table.ranks, table.role.name)
             print(
-                f"{title(table)}: no manifest is of this part of the model ({_place(shard)}).",
+                f"{title(table)}: no manifest is of this part of the model ({_place(shard)}), or "
+                f"of its version ({table.weight_version or 'none'}).",
                 file=sys.stderr,
             )
         for manifest in chosen:
@@ -243,7 +244,19 @@ def _chosen(table: Table, manifests: Sequence[Manifest]) -> list[Manifest]:
             keys[all_bytes] = own_key(table, os.environ, all_bytes=all_bytes)
         if each.reference.key == keys[all_bytes]:
             own.append(each)
-    return chosen + (own or (references if len(manifests) == 1 else []))
+    return _of_its_version(table, chosen) + (own or (references if len(manifests) == 1 else []))
+
+
+def _of_its_version(table: Table, manifests: list[Manifest]) -> list[Manifest]:
+    """A trainer's directory has what was sent for many versions, of which a rank serves one."""
+    versions = {each.weight_version for each in manifests if each.sent is not UNSET}
+    if len(versions) < 2:
+        return manifests
+    return [
+        each
+        for each in manifests
+        if each.sent is UNSET or each.weight_version == table.weight_version
+    ]
 
 
 def _same_place(manifest: Manifest, shard: Shard) -> bool:

@@ -202,6 +202,20 @@ def verify(fleet: Fleet) -> tuple[int, str]:
     return command("verify", "--runtime-dir", fleet.run, "--recorded", "--manifest", fleet.sent)
 
 
+def test_of_many_versions_the_one_that_is_served_is_compared(fleet: Fleet) -> None:
+    for version in ("1", "2"):
+        state = a_state()
+        fleet.manifest(state, version)
+        fleet.update(state, version)
+    status, text = verify(fleet)
+    assert status == 0, text
+    assert text.count(" 0 different") == len(fleet.ranks), text
+    fleet.update(a_state(), "3")
+    status, text = verify(fleet)
+    assert status == 2, text
+    assert "or of its version (3)" in text
+
+
 def test_a_tensor_that_is_alone_is_proved_by_an_earlier_update(fleet: Fleet) -> None:
     """There is no other layer's: what the loader makes of it is not known before it was equal."""
     for version, expected in (("1", True), ("2", False)):
