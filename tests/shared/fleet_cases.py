@@ -173,12 +173,13 @@ def draft(fleet: Fleet, figures: Figures) -> None:
     hold_their_shares(engine, fleet.models["dense-a"].cut(tp=size), figures)
     cut = fleet.models[name].cut(tp=size)
     hold_their_shares(engine, cut, figures, role="draft", model=name)
+    # Before updates: SGLang loads the draft from the target's checkpoint then.
+    beside.result()
+    equals_its_reference(engine, figures)
     if fleet.on_gpus:
         figures.time("first tokens", engine.generate)
     reload(engine, "dense-b", figures)
     account_closes(engine, figures, "reloaded")
-    beside.result()
-    equals_its_reference(engine, figures)
     nothing_failed(engine)
 
 
