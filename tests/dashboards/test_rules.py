@@ -408,6 +408,18 @@ def test_the_rule_of_renamed_labels_knows_every_label() -> None:
     assert set(re.findall(r"exported_(\w+)", rule["expr"])) == ours
 
 
+def test_what_ranks_send_is_not_read_over_long_ranges() -> None:
+    """A window of an hour has 240 samples of each series: what needs it reads an engine's recorded
+    ones, or is evaluated less often."""
+    for group in groups_in(RULES.read_text()):
+        for rule in group["rules"]:
+            for name, minutes in re.findall(
+                r"\b(sglang_\w+)(?:\{[^{}]*\})?\[(\d+)[mh]\]", rule["expr"]
+            ):
+                seldom = group.get("interval") == "2m" or name.startswith("sglang_weight_exporter_")
+                assert seldom or int(minutes) <= 5, (rule, name)
+
+
 def test_rank_series_are_not_told_apart_by_labels_that_were_forgotten() -> None:
     """Every rank label is either kept or aggregated away by name in the rules."""
     ranks = {"tp_rank", "pp_rank", "dp_rank", "moe_ep_rank"}
