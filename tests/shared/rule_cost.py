@@ -60,13 +60,19 @@ def groups_of(path: Path) -> list[dict[str, Any]]:
 
 
 def recorded(paths: list[Path]) -> list[dict[str, Any]]:
-    """Recording rules that other rules read, each name once."""
-    rules = [rule for path in paths for group in groups_of(path) for rule in group["rules"]]
-    found = {rule["record"]: rule for rule in reversed(rules) if "record" in rule}
+    """Recording rules that other rules read, each in a group with its interval; of the first file
+    that has one of that name."""
+    groups = [group for path in paths for group in groups_of(path)]
+    rules = [(group, rule) for group in groups for rule in group["rules"]]
+    found = {rule["record"]: (group, rule) for group, rule in reversed(rules) if "record" in rule}
     return [
-        {"record": name, "expr": rule["expr"]}
-        for name, rule in found.items()
-        if any(name in other["expr"] for other in rules if other.get("record") != name)
+        {
+            "name": name,
+            "interval": group.get("interval", f"{SCRAPE}s"),
+            "rules": [{"record": name, "expr": rule["expr"]}],
+        }
+        for name, (group, rule) in found.items()
+        if any(name in other["expr"] for _, other in rules if other.get("record") != name)
     ]
 
 
@@ -99,15 +105,13 @@ class SixHours:
         for _ in range(2):
             self._record(recorded(paths))
 
-    def _record(self, rules: list[dict[str, Any]]) -> None:
+    def _record(self, groups: list[dict[str, Any]]) -> None:
         file = self.directory / "recorded.yml"
-        groups = [{"name": f"{number}", "rules": [rule]} for number, rule in enumerate(rules)]
         file.write_text(yaml.safe_dump({"groups": groups}))
         run(
             *("promtool", "tsdb", "create-blocks-from", "rules"),
             *("--start", f"{self.end - HOURS * 3600:.0f}", "--end", f"{self.end:.0f}"),
-            *("--eval-interval", f"{SCRAPE}s", "--url", self.stack.url),
-            *("--output-dir", self.directory / "data", file),
+            *("--url", self.stack.url, "--output-dir", self.directory / "data", file),
         )
         self.stack.restart()
 
