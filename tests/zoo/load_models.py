@@ -395,6 +395,8 @@ def load(name: str, device: str, directory: Path) -> None:
     # Threads of OpenMP, which the next child would wait for in vain, are left in this one.
     making = functools.partial(write_all, MODELS[model], variant, checkpoints)
     os.waitpid(in_child(making, results / f"{loaded}.json"), 0)
+    if not (own[1] / "config.json").exists():
+        return  # Why is in the results.
     flags = variant.flags.format(own=own[0])
     making_ranks = functools.partial(make_schedulers, served[0], device, int(size or 1))
     if device == "cpu":

@@ -62,7 +62,8 @@ def load(newest: Installation, directory: Path, names: Sequence[str]) -> dict[st
     always.publish()
     job = "sglang-weights"
     target, scrape = f"127.0.0.1:{exporter.port}", {job: {"scrape_interval": "1s"}}
-    stack = Monitoring(directory, {job: target}, scrape, hastened=LASTING).start()
+    (directory / "monitoring").mkdir()  # What it leaves is removed, and the results are kept.
+    stack = Monitoring(directory / "monitoring", {job: target}, scrape, hastened=LASTING).start()
     environment = newest.environment(
         **NO_GPU,
         **{PREFIX + "RUNTIME_DIR": str(directory / "run")},
