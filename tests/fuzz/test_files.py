@@ -35,6 +35,8 @@ from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 HEALTHY = 10
 VICTIMS = 6
+#: At the least, however slow the machine is.
+ROUNDS = 10
 
 #: What a rank's directory has, and what looks like it.
 NAMES = (
@@ -302,9 +304,11 @@ def test_whatever_is_done_beside_ten_ranks_they_are_served_at_every_scrape(
         eventually(exporter.scrape, what="metrics of the exporter process")
         assert exporter.process is not None
         process = psutil.Process(exporter.process.pid)
-        descriptors, memory, loads = [], [], 0
+        descriptors: list[int] = []
+        memory: list[int] = []
+        loads = 0
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while time.monotonic() < end or len(descriptors) < ROUNDS:
             for _ in range(15):
                 vandal.act()
             check(exporter, healthy)
@@ -317,7 +321,6 @@ def test_whatever_is_done_beside_ten_ranks_they_are_served_at_every_scrape(
         assert (
             len([span for span in backend.spans() if span.name == "sglang.weights.load"]) >= loads
         )
-        assert len(descriptors) >= 10
         # As many as in the middle, where the exporter had seen it all.
         middle = len(descriptors) // 2
         assert min(descriptors[middle:]) <= max(descriptors[:middle])

@@ -130,7 +130,6 @@ def rows(found: Texts) -> dict[str, float]:
         ),
         "recorded: a target with a draft, as loaded": count(found["draft"], plain, tp_rank="0"),
         "recorded: a mixture of experts, as loaded": count(found["experts"], plain, tp_rank="0"),
-        "recorded: a target with a draft, released": count(found["released"], plain, tp_rank="0"),
         "recorded: a rank of an encoder server": count(found["encoder"], plain, dp_rank="0"),
         "recorded: a host": real_host,
         "a GPU of eight, its target and host as recorded": (
