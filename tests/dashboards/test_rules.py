@@ -296,7 +296,6 @@ LOST = [
     ("used_bytes:serving) / 6, 5e7)", "used_bytes:serving) / 6, 0)"),
     ("used_bytes:serving) / 6, 5e7)", "used_bytes:serving) / 600, 5e7)"),
     ("> 0.5 * (\n                gpu:", "> 0 * (\n                gpu:"),
-    ("          and gpu:sglang_gpu_memory_used_bytes:serving offset 4h\n", ""),
     (") > 14400", ") > -1"),
     ('sglang_weight_resident_bytes{gpu_uuid=""}', "vector(0)"),
 ]
