@@ -15,6 +15,7 @@ from .grafana import (
     NO_NVML,
     NOT_LOADED,
     Json,
+    dash,
     hidden,
     linked,
     override,
@@ -152,14 +153,6 @@ def organized(columns: dict[str, str], *hidden: str) -> Json:
             "indexByName": {name: i for i, name in enumerate(columns)},
             "renameByName": {name: title for name, title in columns.items() if name != title},
         },
-    }
-
-
-def dash() -> Json:
-    """What an empty cell says: the words for an empty panel are not meant for it."""
-    return {
-        "matcher": {"id": "byRegexp", "options": "/.*/"},
-        "properties": [{"id": "noValue", "value": "-"}],
     }
 
 

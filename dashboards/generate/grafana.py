@@ -62,6 +62,14 @@ def hidden(*fields: str) -> list[Json]:
     return [override(each, custom__hidden=True, custom__hideFrom=nowhere) for each in fields]
 
 
+def dash() -> Json:
+    """What an empty cell says: the words for an empty panel are not meant for it."""
+    return {
+        "matcher": {"id": "byRegexp", "options": "/.*/"},
+        "properties": [{"id": "noValue", "value": "-"}],
+    }
+
+
 def panel(kind: str, title: str, description: str, width: int, height: int, **more: Any) -> Json:
     return {
         "type": kind,
@@ -179,7 +187,8 @@ def timeseries(
         options={
             "legend": {
                 "showLegend": True,
-                "displayMode": "table" if calcs else "list",
+                # Below a graph there is room for two lines, and a table takes one a series.
+                "displayMode": "table" if calcs and width >= 12 else "list",
                 "placement": "right" if width >= 12 else "bottom",
                 "calcs": list(calcs),
             },
@@ -199,7 +208,9 @@ def stacked_bars(
     width: int,
     height: int,
     unit: str = "bytes",
+    legend: str = "right",
 ) -> Json:
+    """`legend`: where it is. Names of bars have two fifths of what it leaves of the width."""
     return panel(
         "barchart",
         title,
@@ -231,29 +242,11 @@ def stacked_bars(
             "legend": {
                 "showLegend": True,
                 "displayMode": "list",
-                "placement": "right",
+                "placement": legend,
                 "calcs": [],
             },
             "tooltip": {"mode": "multi", "sort": "none"},
         },
-    )
-
-
-def bars_by_name(
-    title: str, description: str, expression: str, unit: str, no_value: str, *, width: int
-) -> Json:
-    """One bar each, of what the expression calls `where`, the longest first."""
-    return stacked_bars(
-        title,
-        description,
-        [query(f"sort_desc(max by (where) ({expression}))", instant=True, format="table")],
-        [{"id": "organize", "options": {"excludeByName": {"Time": True}}}],
-        "where",
-        no_value,
-        override("Value", displayName=title),
-        unit=unit,
-        width=width,
-        height=8,
     )
 
 
@@ -288,6 +281,43 @@ def table(
             "overrides": list(overrides),
         },
         options={"showHeader": True, "cellHeight": "sm"},
+    )
+
+
+def by_name(
+    title: str,
+    description: str,
+    expression: str,
+    number: str,
+    unit: str,
+    no_value: str,
+    *,
+    width: int,
+    height: int = 8,
+    least_first: bool = False,
+) -> Json:
+    """A line each, of what the expression calls `where`. Not bars: names of pods and ranks are too
+    long to stand beside one."""
+    return table(
+        title,
+        description,
+        [query(f"max by (where) ({expression})", instant=True, format="table")],
+        [
+            {
+                "id": "organize",
+                "options": {
+                    "excludeByName": {"Time": True},
+                    "indexByName": {"where": 0, "Value": 1},
+                    "renameByName": {"where": "Where", "Value": number},
+                },
+            },
+            {"id": "sortBy", "options": {"sort": [{"field": number, "desc": not least_first}]}},
+        ],
+        no_value,
+        override(number, unit=unit, custom__width=90),
+        width=width,
+        height=height,
+        filterable=False,
     )
 
 

@@ -228,10 +228,8 @@ def column(name: str, one: Json) -> str:
 
 
 def bars(one: Json) -> tuple[str, Json]:
-    """By name alone; a part of each name is a row of a table."""
+    """A part of each name is a row of a table."""
     unit = shown_as(one["fieldConfig"]["defaults"].get("unit"))
-    if [each["id"] for each in one["transformations"]] == ["organize"]:
-        return "BarChart", {"calculation": "last-number", "format": unit, "sort": "desc"}
     columns = [
         {"name": "where", "header": "GPU"},
         {"name": "is", "header": "Part"},

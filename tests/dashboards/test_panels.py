@@ -23,7 +23,8 @@ from waiting import eventually
 
 @pytest.fixture(scope="module")
 def reloaded(engine: Engine, monitoring: Monitoring, checkpoints: tuple[Path, Path]) -> float:
-    """A reload, with a version that is a number, and a failed one have been scraped; the time."""
+    """A reload, with a version that is a number, and a failed one have been scraped, and a tensor
+    that was read, and one that is not there; the time."""
     failures = f'sglang_weight_update_failures_total{{engine="{engine.port}",source="disk"}}'
     # Growth is seen between two scrapes of a graph's step at least.
     eventually(lambda: monitoring.query(f"count_over_time({failures}[1m]) > 3"))
@@ -34,6 +35,10 @@ def reloaded(engine: Engine, monitoring: Monitoring, checkpoints: tuple[Path, Pa
         assert answer["success"], answer
         # What comes with the first one grows by the second only if it was scraped in between.
         eventually(lambda: monitoring.query(brought), what="the update is scraped")
+    for name in ("model.norm.weight", "not.there"):
+        engine.post("/get_weights_by_name", {"name": name})
+    failed = f'sglang_weight_operation_failures_total{{engine="{engine.port}"}} > 0'
+    eventually(lambda: monitoring.query(failed), what="what was not read is scraped")
     engine.update_weights_from_disk(Path("/nowhere/at/all"))
     counted = engine.scrape().sum("sglang_weight_update_failures_total", source="disk")
     eventually(

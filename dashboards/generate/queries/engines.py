@@ -18,7 +18,6 @@ from . import (
     engine_named,
     grown,
     rank_named,
-    together,
 )
 
 #: Bars of ranks whose names can still be read one below the other.
@@ -195,10 +194,10 @@ def least_kv_tokens(selection: Selection) -> str:
     return engine_named(f"bottomk({TOP}, {held})")
 
 
-def operations(selection: Selection) -> str:
-    """By operation, and whether they failed, in the time range."""
+def operations(selection: Selection) -> dict[str, str]:
+    """By operation, those that happened in the time range."""
     counts = {
         "done": grown(selection.series("sglang_weight_operations_total")),
         "failed": grown(selection.series("sglang_weight_operation_failures_total")),
     }
-    return together({name: f"sum by (operation) ({each})" for name, each in counts.items()})
+    return {name: f"sum by (operation) ({each}) > 0" for name, each in counts.items()}

@@ -19,7 +19,7 @@ def panels() -> list[Json]:
             "percentunit",
             NO_DCGM,
             colours=SPREAD,
-            width=9,
+            width=8,
             maximum=1,
         ),
         timeseries(
@@ -31,18 +31,18 @@ def panels() -> list[Json]:
             "bytes",
             NO_DCGM,
             colours=SPREAD,
-            width=9,
+            width=8,
         ),
         text(
             "When these panels are empty",
             "These two need [dcgm-exporter](https://github.com/NVIDIA/dcgm-exporter) scraped by "
-            "the same Prometheus; everything else on this board does not.\n\n"
+            "the same Prometheus.\n\n"
             "* dcgm-exporter listens on **:9400**, as this exporter does. On one host set "
             "`SGLANG_WEIGHT_EXPORTER_PORT`, or start dcgm-exporter with `--address :9401`.\n"
-            "* The join is `gpu_uuid` = dcgm's `UUID`. MIG instances share their parent's `UUID` "
-            "and are left out.\n"
-            "* Keep `DCGM_FI_DEV_FB_USED` in its counters file (it is by default).",
-            6,
+            "* The join is `gpu_uuid` = dcgm's `UUID`. MIG instances, which share one, are left "
+            "out.\n"
+            "* `DCGM_FI_DEV_FB_USED` has to stay in its counters file.",
+            8,
             8,
         ),
     ]

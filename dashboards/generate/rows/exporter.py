@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from ..colours import BLUE, CRIMSON, GOLD, GREEN, GREY, RED, SPREAD, VIOLET, YELLOW
-from ..grafana import NOT_LOADED, Json, bars_by_name, override, queries, query, table, timeseries
+from ..grafana import NOT_LOADED, Json, by_name, override, queries, query, table, timeseries
 from ..queries import ENGINES, TOP, Selection, exporter, spread
 
 
@@ -29,7 +29,7 @@ def of_a_fleet(selection: Selection) -> list[Json]:
                 }
             ],
             "All exporters of the last hour answer",
-            width=8,
+            width=7,
             height=8,
             filterable=False,
         ),
@@ -48,16 +48,17 @@ def of_a_fleet(selection: Selection) -> list[Json]:
                 }
             ],
             NOT_LOADED,
-            override("Exporters", unit="none"),
-            width=4,
+            override("Exporters", unit="none", custom__width=90),
+            width=5,
             height=8,
             filterable=False,
         ),
-        bars_by_name(
+        by_name(
             "Slowest scrapes",
             f"Seconds that the last scrape took in the {TOP} slowest exporters. Prometheus gives "
             "up after 10 by default.",
             exporter.slowest_scrapes(selection),
+            "Took",
             "s",
             NOT_LOADED,
             width=6,

@@ -10,7 +10,7 @@ from ..grafana import (
     NO_NVML,
     NOT_LOADED,
     Json,
-    bars_by_name,
+    by_name,
     coloured,
     linked,
     override,
@@ -347,13 +347,15 @@ def over_time() -> list[Json]:
             colours={"full": GOLD, "unified": BLUE, "swa": VIOLET, "mamba": CYAN, "index": OLIVE},
             explained_by_updates=True,
         ),
-        bars_by_name(
+        by_name(
             "Least KV capacity",
             f"The {TOP} engines whose KV pools hold the fewest tokens. SGLang sizes them by the "
             "memory that is free at the start.",
             engines.least_kv_tokens(ENGINES),
+            "Tokens",
             "short",
             "No KV pool allocated yet",
             width=12,
+            least_first=True,
         ),
     ]

@@ -4,8 +4,18 @@
 
 from __future__ import annotations
 
-from ..colours import BEIGE, BLUE, CRIMSON, CYAN, GOLD, GREEN, OLIVE, RED, VIOLET, YELLOW
-from ..grafana import NOT_LOADED, Json, in_colour, override, queries, query, stacked_bars, table
+from ..colours import BEIGE, BLUE, CRIMSON, CYAN, GOLD, GREEN, OLIVE, VIOLET, YELLOW
+from ..grafana import (
+    NOT_LOADED,
+    Json,
+    dash,
+    in_colour,
+    override,
+    queries,
+    query,
+    stacked_bars,
+    table,
+)
 from ..queries import ENGINES, engines
 from ..queries.engines import MOST
 
@@ -79,11 +89,7 @@ def panels() -> list[Json]:
                 },
             ],
             NOT_LOADED,
-            # The words for an empty panel are not meant for an empty cell.
-            {
-                "matcher": {"id": "byRegexp", "options": "/.*/"},
-                "properties": [{"id": "noValue", "value": "-"}],
-            },
+            dash(),
             *(override(name, custom__width=width) for name, (_, width) in WORDS.items()),
             *(
                 override(name, unit=unit, custom__width=WIDTHS.get(name, 90))
@@ -104,29 +110,35 @@ def panels() -> list[Json]:
             NOT_LOADED,
             *(in_colour(name, colour) for name, colour in DTYPES.items()),
             width=14,
-            height=10,
+            height=12,
+            legend="bottom",
         ),
-        stacked_bars(
+        table(
             "Who else touched weights",
             "Calls in the time range that read, saved, sent or checked weights, or loaded adapters "
             "or opened update groups, summed over ranks; failed ones apart.",
-            [query(engines.operations(ENGINES), instant=True, format="table")],
+            queries(engines.operations(ENGINES), instant=True, format="table"),
             [
+                {"id": "merge", "options": {}},
                 {
-                    "id": "groupingToMatrix",
+                    "id": "organize",
                     "options": {
-                        "columnField": "part",
-                        "rowField": "operation",
-                        "valueField": "Value",
+                        "excludeByName": {"Time": True},
+                        "indexByName": {"operation": 0, "Value #A": 1, "Value #B": 2},
+                        "renameByName": {
+                            "operation": "Operation",
+                            "Value #A": "Done",
+                            "Value #B": "Failed",
+                        },
                     },
                 },
+                {"id": "sortBy", "options": {"sort": [{"field": "Operation", "desc": False}]}},
             ],
-            "operation\\part",
             "No such call in this time range",
-            in_colour("done", BLUE),
-            in_colour("failed", RED),
-            unit="short",
+            dash(),
+            *(override(name, unit="short", custom__width=80) for name in ("Done", "Failed")),
             width=10,
-            height=10,
+            height=12,
+            filterable=False,
         ),
     ]

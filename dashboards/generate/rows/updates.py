@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from ..colours import BLUE, CYAN, GOLD, GREY, OLIVE, RED, SOURCES, SPREAD, VIOLET
-from ..grafana import NOT_LOADED, Json, bars_by_name, heatmap, queries, query, timeseries
+from ..grafana import NOT_LOADED, Json, by_name, heatmap, queries, query, timeseries
 from ..queries import ENGINES, TOP, updates
 
 #: What an update spends its time on.
@@ -107,11 +107,12 @@ def panels() -> list[Json]:
             bars=True,
             calcs=("sum",),
         ),
-        bars_by_name(
+        by_name(
             "Slowest ranks",
             f"The {TOP} ranks on which the updates of the time range took longest, by their "
             "seconds together.",
             updates.slowest_ranks(ENGINES),
+            "Took",
             "s",
             "No update in this time range",
             width=8,

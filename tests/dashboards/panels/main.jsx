@@ -99,7 +99,8 @@ class Caught extends React.Component {
 }
 function register(pluginId, Visualization, custom) {
   const plugin = new PanelPlugin((props) => (
-    <div className="visualization" data-type={pluginId} data-panel={props.id} data-title={props.title}
+    // As high as Grafana lets it be: a table that has more rows is scrolled.
+    <div className="visualization" style={{ height: props.height }} data-type={pluginId} data-panel={props.id} data-title={props.title}
       data-state={props.data.state} data-rows={props.data.series.reduce((rows, frame) => rows + frame.length, 0)}>
       <Caught><Visualization {...props} /></Caught>
     </div>

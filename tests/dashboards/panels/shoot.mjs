@@ -15,7 +15,14 @@ const browser = await chromium.launch({
 });
 const problems = [];
 
-// Texts that reach over the box that clips them, by the page's own layout.
+// The panel that something is in, and what it says: where to look.
+function inPanel(element, text) {
+  const title = element.closest('.visualization')?.dataset.title;
+  return title ? `${title}: ${text}` : text;
+}
+
+// Texts that reach over the box that clips them, by the page's own layout; and those below a box that
+// has to be scrolled to see them. Lines of a table are no such texts: a table is there to be scrolled.
 function cut() {
   const found = [];
   const walker = document.createTreeWalker(document.getElementById('root'), NodeFilter.SHOW_TEXT);
@@ -26,11 +33,18 @@ function cut() {
     range.selectNodeContents(node);
     const text = range.getBoundingClientRect();
     if (text.width < 2 || text.height < 2) continue;
+    const rolled = (one) => ['auto', 'scroll'].includes(getComputedStyle(one).overflowY);
+    let scrolled = node.parentElement;
+    while (scrolled && !rolled(scrolled)) scrolled = scrolled.parentElement;
+    if (scrolled?.closest('.visualization') && !scrolled.matches('[role=grid]')
+      && text.bottom > scrolled.getBoundingClientRect().bottom + 1) {
+      found.push(inPanel(scrolled, node.data));
+    }
     let box = node.parentElement;
     while (box && getComputedStyle(box).overflowX === 'visible') box = box.parentElement;
     if (!box || !['hidden', 'clip'].includes(getComputedStyle(box).overflowX)) continue;
     const clip = box.getBoundingClientRect();
-    if (text.right > clip.right + 1 || text.left < clip.left - 1) found.push(node.data);
+    if (text.right > clip.right + 1 || text.left < clip.left - 1) found.push(inPanel(box, node.data));
   }
   return found;
 }
@@ -53,7 +67,7 @@ function watchCanvases() {
     }
     return fillText.apply(this, most === undefined ? [text, x, y] : [text, x, y, most]);
   };
-  window.cutOnCanvases = () => [...found].filter(([canvas]) => canvas.isConnected).flatMap(([, texts]) => texts);
+  window.cutOnCanvases = () => [...found].filter(([canvas]) => canvas.isConnected).flatMap(([canvas, texts]) => texts.map((text) => inPanel(canvas, text)));
 }
 
 // The same of what lies outside of a table's window: it draws only the cells that are in sight.
@@ -85,7 +99,7 @@ async function open(address) {
   });
   const opened = { address, page, requests: 0 };
   page.on('request', (request) => { if (request.url().includes('/prom/')) opened.requests += 1; });
-  await page.addInitScript(`window.cut = ${cut}; (${watchCanvases})()`);
+  await page.addInitScript(`window.inPanel = ${inPanel}; window.cut = ${cut}; (${watchCanvases})()`);
   return opened;
 }
 

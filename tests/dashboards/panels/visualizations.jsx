@@ -243,17 +243,19 @@ export function heatmap(props) {
   const format = getValueFormat(props.options.yAxis.unit);
   const from = props.timeRange.from.valueOf(), to = props.timeRange.to.valueOf();
   const draw = (context) => {
-    const left = 64, height = props.height - AXIS, width = props.width - left - 8;
+    context.font = `${theme.typography.fontSize - 2}px ${theme.typography.fontFamily}`;
+    // As wide as the widest bound, as Grafana's axis is.
+    const bounds = buckets.map(({ name }) => (Number(name) === Infinity ? '+Inf' : formattedValueToString(format(Number(name)))));
+    const left = Math.max(...bounds.map((bound) => context.measureText(bound).width)) + 12;
+    const height = props.height - AXIS, width = props.width - left - 8;
     const line = height / buckets.length;
     const step = time.values.length > 1 ? time.values[1] - time.values[0] : to - from;
-    context.font = `${theme.typography.fontSize - 2}px ${theme.typography.fontFamily}`;
     context.textBaseline = 'middle';
     buckets.forEach((bucket, i) => {
       const y = height - (i + 1) * line;
       context.fillStyle = theme.colors.text.secondary;
       context.textAlign = 'right';
-      const bound = Number(bucket.name);
-      context.fillText(bound === Infinity ? '+Inf' : formattedValueToString(format(bound)), left - 6, y + line / 2);
+      context.fillText(bounds[i], left - 6, y + line / 2);
       context.fillStyle = theme.colors.border.weak;
       context.fillRect(left, y, width, 1);
       bucket.values.forEach((count, j) => {
