@@ -78,6 +78,7 @@ def main() -> None:
     try:
         for engine in (off, on):
             engine.start()
+        for engine in (off, on):
             engine.wait_until_ready()
             generate(engine)  # Warm-up.
         ratios, seconds = [], []

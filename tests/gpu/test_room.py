@@ -10,20 +10,24 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from engines import PREFIX, Engine, Installation
 from gpu_engines import MIB, Record, need_gpus, nvidia_smi, write_checkpoint
+from monitoring import Monitoring
 from waiting import LIMIT, eventually
 
 #: 16,384 bytes each: 16.4 GB of KV pool for each engine.
 TOKENS = 1_000_000
 #: What NVML and the memory saver may differ by: contexts, and what is cached beside its segments.
 APART = 128 * MIB
+ALERT = "SGLangNoRoomToResume"
 
 HOLD = """
 import sys, torch
@@ -122,6 +126,32 @@ def room_of(running: Engine) -> float:
     return whole - in_use
 
 
+@contextlib.contextmanager
+def prometheus(running: Engine, directory: Path) -> Iterator[Monitoring | None]:
+    """With the shipped rules and the one that switches the alert on; None on a machine without a
+    Prometheus, where the alert is not asked for."""
+    if shutil.which("prometheus") is None:
+        yield None
+        return
+    own = {
+        "record": "sglang_weights:room_to_resume_within_seconds",
+        "expr": "vector(5)",
+        "labels": {"model_name": str(running.model)},
+    }
+    target = {"sglang-weights": f"127.0.0.1:{running.exporter_port}"}
+    monitoring = Monitoring(directory, target, own_rules=[own], notifies=False)
+    try:
+        yield monitoring.start()
+    finally:
+        monitoring.stop()
+
+
+def firing(monitoring: Monitoring) -> list[str]:
+    """What the alert says, where it fires."""
+    alerts = monitoring.active_alerts(ALERT)
+    return [each["annotations"]["description"] for each in alerts if each["state"] == "firing"]
+
+
 def said(running: Engine, record: Record, moment: str) -> str:
     """What `status` says of the GPU."""
     printed = running.exporter_cli("status").stdout
@@ -188,7 +218,37 @@ def test_two_engines_resume_into_room_that_another_process_had(
     print(printed)
 
 
-def test_a_resume_without_room_fails_as_was_said(checkpoint: Path, record_property: Record) -> None:
+def resume_without_room(
+    running: Engine, monitoring: Monitoring | None, record_property: Record
+) -> None:
+    """It is said before anybody asks, and then it fails."""
+    told = eventually(
+        lambda: re.search(
+            "more than there are", said(running, record_property, "before the resume")
+        )
+    )
+    assert told
+    if monitoring is not None:
+        alert = eventually(partial(firing, monitoring), what=f"{ALERT} fires")
+        assert alert
+        record_property("alert", alert[0])
+        print(alert[0])
+        assert running.main.poll() is None
+    try:
+        answer: object = running.post("/resume_memory_occupation", {})
+    except OSError as error:
+        answer = repr(error)
+    record_property("answer to the resume", str(answer))
+    print(f"resume: {answer}")
+    # torch_memory_saver ends the scheduler's process, and SGLang the others after it.
+    eventually(lambda: running.main.poll() is not None, what="the engine has ended")
+    record_property("log", running.log()[-1500:])
+    assert "out of memory" in running.log()
+
+
+def test_a_resume_without_room_fails_as_was_said(
+    checkpoint: Path, tmp_path: Path, record_property: Record
+) -> None:
     running = engine(checkpoint)
     try:
         running.start()
@@ -196,22 +256,11 @@ def test_a_resume_without_room_fails_as_was_said(checkpoint: Path, record_proper
         eventually(running.scrape)
         assert running.post("/release_memory_occupation", {})[0] == 200
         assert eventually(lambda: resume_bytes(running) > 0)
-        with held(free() - resume_bytes(running) // 2):
-            told = eventually(
-                lambda: re.search(
-                    "more than there are", said(running, record_property, "before the resume")
-                )
-            )
-            assert told
-            try:
-                answer: object = running.post("/resume_memory_occupation", {})
-            except OSError as error:
-                answer = repr(error)
-            record_property("answer to the resume", str(answer))
-            print(f"resume: {answer}")
-            # torch_memory_saver ends the scheduler's process, and SGLang the others after it.
-            eventually(lambda: running.main.poll() is not None, what="the engine has ended")
-            record_property("log", running.log()[-1500:])
-            assert "out of memory" in running.log()
+        with prometheus(running, tmp_path) as monitoring:
+            if monitoring is not None:
+                eventually(lambda: monitoring.query("sglang_gpu_memory_resume_bytes > 0"))
+                assert firing(monitoring) == []
+            with held(free() - resume_bytes(running) // 2):
+                resume_without_room(running, monitoring, record_property)
     finally:
         running.stop()

@@ -119,6 +119,8 @@ class Monitoring:
     """Job name to what its scrape configuration has besides."""
     hastened: Collection[str] = ()
     """Alerts whose minutes are seconds."""
+    own_rules: Sequence[dict[str, Any]] = ()
+    """A person's recording rules, which switch alerts on."""
     evaluation_interval: str = "1s"
     notifies: bool = True
     """Whether there is an Alertmanager, and `promtool` checks the configuration first."""
@@ -135,10 +137,12 @@ class Monitoring:
         """Returns once Prometheus is ready."""
         alertmanager = f"127.0.0.1:{free_port()}"
         (self.directory / "rules.yml").write_text(hastened_rules(self.hastened))
+        own = {"groups": [{"name": "own", "rules": list(self.own_rules)}]}
+        (self.directory / "own.yml").write_text(yaml.safe_dump(own))
         configuration = {
             # A scrape may take as long as the interval, and two cores are busy with engines.
             "global": {"scrape_interval": "3s", "evaluation_interval": self.evaluation_interval},
-            "rule_files": ["rules.yml"],
+            "rule_files": ["rules.yml", "own.yml"],
             "alerting": {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]},
             "scrape_configs": [
                 {
