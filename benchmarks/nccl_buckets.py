@@ -2,16 +2,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an update over NCCL takes longer: nccl_buckets.py [HIDDEN LAYERS BUCKETS]
 
-A trainer on the second GPU sends all weights of one Llama (8B's shape) in buckets to four engines
-on the first, in turn: two without the exporter, whose difference is that of any two engines, one
-with it, and one with fingerprints. Reported are medians of the time from the first bucket until the
-engine has answered the last and the trainer has sent it.
+A trainer on the second GPU sends all weights of one Llama (8B's shape) in buckets to engines on the
+first, in turn: two without the exporter, two with it, and two with fingerprints, because engines of
+one kind differ too (on the CPU one each). Reported are medians of the time from the first bucket
+until the engine has answered the last and the trainer has sent it, and what the exporter took of
+it by its own clock.
 Needs SGLang and two NVIDIA GPUs; without them it runs on the CPU over Gloo with a tiny model.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -24,6 +26,9 @@ from fingerprint_engine import CPU, GPU, OPTIONS, write_model
 from gpu_engines import nvidia_smi
 from ports import free_port
 from update import Engine
+
+from sglang_weight_exporter.store.reader import SnapshotReader
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
 ROUNDS, CPU_ROUNDS = 31, 5
 
@@ -106,53 +111,64 @@ if __name__ == "__main__":
 """
 
 
+KINDS = {
+    "without": {"SGLANG_WEIGHT_EXPORTER_DISABLED": "1"},
+    "with": {},
+    "with fingerprints": {"SGLANG_WEIGHT_EXPORTER_FINGERPRINT": "on"},
+}
+
+
+def captured(engine: Engine) -> list[float]:
+    """Seconds of its last update that went to the exporter; none where there is none."""
+    directory = RuntimeDir.open(engine.runtime_dir, dict(os.environ))
+    return [
+        role.last_update.phases.get("capture", 0.0)
+        for _, snapshot in SnapshotReader(directory).read()
+        for role in snapshot.roles
+        if role.last_update is not None
+    ]
+
+
 def main() -> None:
     gpu = len(nvidia_smi()) > 1
     sizes = (4096, 32, 14) if gpu else (256, 2, 3)
     hidden, layers, buckets = map(int, sys.argv[1:]) if len(sys.argv) > 1 else sizes
-    device = (GPU if gpu else CPU) | {"load_format": "dummy", "mem_fraction_static": 0.25}
+    # So many engines share a GPU as its memory suffices for: none asks for a share of it.
+    device = (GPU if gpu else CPU) | {"load_format": "dummy", "mem_fraction_static": 0.9}
     options = json.dumps(OPTIONS | device)
     installation = Installation(Path(sys.executable), gpu=gpu)
-    off = {"SGLANG_WEIGHT_EXPORTER_DISABLED": "1"}
-    kinds = {
-        "without": off,
-        "without, another engine": off,
-        "with": {},
-        "with fingerprints": {"SGLANG_WEIGHT_EXPORTER_FINGERPRINT": "on", "NO_COLOR": "1"},
-    }
+    taken: dict[str, dict[Engine, list[float]]] = {}
+    captures: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         model = write_model(Path(name) / "model", hidden, layers)
-        engines: dict[str, Engine] = {}
-        for number, (kind, environ) in enumerate(kinds.items()):
-            directory = Path(name) / str(number)
+        engines: list[tuple[str, Engine]] = []
+        for kind, environ in list(KINDS.items()) * (2 if gpu else 1):
+            directory = Path(name) / str(len(engines))
             directory.mkdir()
-            engines[kind] = Engine(
-                installation,
-                directory,
-                model,
-                options,
-                str(buckets),
-                str(free_port()),
-                program=PROGRAM,
-                **environ,
-            )
-            engines[kind].answer()
-            print(f"engine {kind} is ready", file=sys.stderr, flush=True)
-        taken: dict[str, list[float]] = {kind: [] for kind in kinds}
+            arguments = (options, str(buckets), str(free_port()))
+            engine = Engine(installation, directory, model, *arguments, program=PROGRAM, **environ)
+            engines.append((kind, engine))
+        for _, engine in engines:
+            engine.answer()
+        print(f"{len(engines)} engines are ready", file=sys.stderr, flush=True)
         for number in range(ROUNDS if gpu else CPU_ROUNDS):
-            order = list(kinds) if number % 2 else list(reversed(kinds))
-            for kind in order:
-                taken[kind].append(engines[kind].update())
-        for engine in engines.values():
+            for kind, engine in engines if number % 2 else reversed(engines):
+                seconds = engine.update()
+                # The first of each pays for what SGLang and NCCL make only then.
+                if number:
+                    taken.setdefault(kind, {}).setdefault(engine, []).append(seconds)
+                    if kind != "without":
+                        captures.setdefault(kind, []).extend(captured(engine))
+        for _, engine in engines:
             engine.stop()
-    # The first of each pays for what SGLang and NCCL make only then.
-    without = statistics.median(taken["without"][1:])
-    for kind, seconds in taken.items():
-        median = statistics.median(seconds[1:])
-        print(
-            f"{buckets} buckets, {kind}: {1e3 * median:.1f} ms, {1e3 * (median - without):+.1f} ms "
-            f"(at most {1e3 * max(seconds[1:]):.1f})"
-        )
+    without = statistics.fmean(map(statistics.median, taken["without"].values()))
+    for kind, by_engine in taken.items():
+        medians = [statistics.median(each) for each in by_engine.values()]
+        each = " and ".join(f"{1e3 * median:.1f}" for median in medians)
+        more = statistics.fmean(medians) - without
+        print(f"{buckets} buckets, {kind}: {each} ms, {1e3 * more:+.1f} ms")
+        if kind in captures:
+            print(f"  by its own clock: {1e3 * statistics.median(captures[kind]):.1f} ms of it")
 
 
 if __name__ == "__main__":

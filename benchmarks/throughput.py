@@ -26,7 +26,8 @@ from engines import Engine, Installation
 from gpu_engines import nvidia_smi, write_checkpoint
 
 ROUNDS, RELOADS = 60, 10
-REQUESTS = 8
+#: As many as the engines' CUDA graphs are for.
+REQUESTS = 4
 TOKENS = 64
 
 
