@@ -18,6 +18,7 @@ from msgspec import UNSET
 
 from sglang_weight_exporter.export.following import Finding, Left, TableFollower
 from sglang_weight_exporter.export.guard import Guard
+from sglang_weight_exporter.export.proved_names import note_proved_names, proved_names
 from sglang_weight_exporter.export.references import device_kind
 from sglang_weight_exporter.records.updates import Update
 from sglang_weight_exporter.store.reader import SnapshotReader
@@ -56,14 +57,16 @@ def manifest_path(directory: Path, version: str) -> Path | None:
 def compare_with_sent(
     table: Table, sent: Mapping[str, SentTensor], proved: Iterable[str] = ()
 ) -> SentComparison | None:
-    """As ``compare_sent``, with what is confirmed of this rank's loader."""
+    """As ``compare_sent``, with what is confirmed of this rank's loader, and what the exporter has
+    noted of it."""
     role, release = table.role, table.engine.sglang_version
     loader = confirmed(release, device_kind(table), role.architecture, role.quantization)
 
     def is_confirmed(row: str, whole: bool) -> bool:
         return loader is not None and loader.covers(row, whole=whole)
 
-    found = compare_sent(table.columns, sent, confirmed=is_confirmed, proved=frozenset(proved))
+    noted = frozenset() if table.directory is None else proved_names(table.directory)
+    found = compare_sent(table.columns, sent, confirmed=is_confirmed, proved=noted.union(proved))
     moved = role.updates.get("eplb")
     if found is None or moved is None or not (moved.updates or moved.failures):
         return found
@@ -153,7 +156,10 @@ class ManifestFollower(TableFollower):
         result = compare_with_sent(table, manifest.sent, self._proved.get(key, ()))
         if result is None:
             return Finding()
+        # Beside the file, for a disk that is full.
         self._proved[key] = self._proved.get(key, frozenset()) | result.proved
+        if table.directory is not None:
+            note_proved_names(table.directory, self._proved[key])
         return self._verdict(table, result)
 
     def _is_of_this_update(self, key: tuple[str, str], table: Table) -> bool:

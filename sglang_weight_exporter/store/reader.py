@@ -75,14 +75,13 @@ class RankDirectory:
         """Loads and updates that wait to be exported."""
         return SpoolReader(self.path / "events")
 
-    def exported(self, kind: type[AnyRecord]) -> AnyRecord:
-        """What the exporter process noted of its last export. Raises ``OSError`` and
-        ``UnreadableError``."""
-        return read_json(self.path / "exported", kind)
+    def noted(self, file: str, kind: type[AnyRecord]) -> AnyRecord:
+        """What the exporter process noted. Raises ``OSError`` and ``UnreadableError``."""
+        return read_json(self.path / file, kind)
 
-    def note_exported(self, content: bytes) -> None:
+    def note(self, file: str, content: bytes) -> None:
         """Raises ``OSError``."""
-        write_atomically(self.path / "exported", content)
+        write_atomically(self.path / file, content)
 
     def remove(self) -> None:
         """Remove what a dead rank left. One that has come back meanwhile is left alone."""

@@ -68,6 +68,8 @@ class Table:
     columns: WeightTable
     #: Those that hold anything of the rank.
     devices: tuple[Device, ...] = ()
+    #: Where it was read; ``None``: not on this host, or out of a trace.
+    directory: RankDirectory | None = None
 
     @property
     def update(self) -> int:
@@ -204,6 +206,7 @@ class TableReader:
             weight_version=snapshot.weight_version,
             columns=last[1],
             devices=snapshot.devices,
+            directory=self.directory,
         ), TableError()
 
     def _role(self, snapshot: Snapshot) -> Role:

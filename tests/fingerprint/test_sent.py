@@ -224,10 +224,22 @@ def test_a_tensor_that_is_alone_is_proved_by_an_earlier_update(fleet: Fleet) -> 
         held = {**state, NORM: noise(16)} if version == "2" else state
         fleet.update(held, version)
         assert fleet.matches() == [expected] * 2
+    # An exporter that is started anew, and commands, say what the one before has said.
     new = fleet.new_follower()
     new.follow()
-    assert [finding.match for _, finding in new._found.values()] == [True, True]
-    # So what has not seen it names the tensor, and why it says no more.
+    assert [finding.match for _, finding in new._found.values()] == [False, False]
+    _, text = command("status", "--runtime-dir", fleet.run, "--manifest-dir", fleet.sent)
+    assert f"! engine 30000, tp 0 pp 0: {NORM} is not what the trainer sent as version 2" in text
+    status, text = verify(fleet)
+    assert status == 1, text
+    assert f"different  {NORM}" in text
+
+
+def test_what_was_not_equal_before_is_named_with_why_no_more_is_said(fleet: Fleet) -> None:
+    state = a_state()
+    fleet.manifest(state, "1")
+    fleet.update({**state, NORM: noise(16)}, "1")
+    assert fleet.matches() == [True, True]
     _, text = command("status", "--runtime-dir", fleet.run, "--manifest-dir", fleet.sent)
     assert f"cannot be compared  {NORM}: the rank holds something else" in text
 

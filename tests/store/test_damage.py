@@ -597,7 +597,7 @@ def test_what_is_no_file_costs_no_descriptor(
             directory.is_alive,
             directory.events.waiting,
             directory.events.size,
-            lambda: directory.exported(ExporterEndpoint),
+            lambda: directory.noted("exported", ExporterEndpoint),
             lambda: TableReader(directory, "target", Engine(name="", instance=""), Ranks()).read(),
         ):
             with contextlib.suppress(OSError, UnreadableError, TableError):

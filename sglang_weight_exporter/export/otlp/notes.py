@@ -14,6 +14,8 @@ from sglang_weight_exporter.records.base import Record
 from sglang_weight_exporter.store.decoding import UnreadableError
 from sglang_weight_exporter.store.reader import RankDirectory
 
+_FILE = "exported"
+
 
 class _Exported(Record, frozen=True, kw_only=True):
     """The file ``exported`` in a rank's directory."""
@@ -54,12 +56,12 @@ class ExportNotes:
 
     def _read(self, directory: RankDirectory) -> _Exported:
         try:
-            return directory.exported(_Exported)
+            return directory.noted(_FILE, _Exported)
         except (OSError, UnreadableError):
             return _Exported()
 
     def _write(self, directory: RankDirectory, exported: _Exported) -> None:
         try:
-            directory.note_exported(msgspec.json.encode(exported))
+            directory.note(_FILE, msgspec.json.encode(exported))
         except OSError:
             return  # A full disk: the next span carries the table again.
