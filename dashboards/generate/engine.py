@@ -19,7 +19,7 @@ def board() -> Json:
         "SGLang weights: engine",
         "Where the GPU memory of SGLang engines went, and when their weights changed. From "
         "sglang-weight-exporter.",
-        variables=variables.variables(ENGINES),
+        variables=[*variables.variables(ENGINES), variables.fullest(ENGINES)],
         links=[variables.to_board("Fleet", "sglang-fleet"), variables.to_runbooks()],
         first=memory.first_screen(),
         rows={

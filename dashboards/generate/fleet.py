@@ -104,7 +104,7 @@ def zero_when_healthy() -> list[Json]:
             stat(
                 "Ranks released",
                 "Ranks whose weights have no physical memory now: they cannot serve.",
-                f"sum({engines.weights_released(FLEET)})",
+                engines.number_released(FLEET),
                 "short",
                 NOT_LOADED,
                 *orange,
@@ -258,9 +258,8 @@ def what_changed() -> Json:
         "Changed": f"{engines.changed_at(FLEET)} * 1000",
         "Took": engines.took(FLEET),
         "Source": updates.sources(FLEET),
-        "Ranks": engines.ranks_of_each(FLEET),
         "Weights": engines.weights_of_each(FLEET),
-        "Name": engine_named(engines.alive_each(FLEET)),
+        "Ranks": engine_named(engines.ranks_of_each(FLEET)),
     }
     targets = queries(columns, instant=True, format="table")
     fields = {target["legendFormat"]: f"Value #{target['refId']}" for target in targets}
@@ -289,7 +288,7 @@ def what_changed() -> Json:
                 },
                 *RAW,
                 "host",
-                *(fields[name] for name in ("Version", "Source", "Name")),
+                *(fields[name] for name in ("Version", "Source")),
             ),
             {"id": "sortBy", "options": {"sort": [{"field": "Changed", "desc": True}]}},
         ],
@@ -346,8 +345,8 @@ def over_time() -> list[Json]:
         ),
         timeseries(
             "Update duration",
-            "How long updates took on ranks, first call to last, where one ended: the slowest "
-            "rank, and the one in the middle.",
+            "How long the last update of each engine took on its first rank, first call to last, "
+            "where one ended: the slowest engine, and the one in the middle.",
             [query(updates.slowest(FLEET), "{{part}}")],
             "s",
             "No update in this time range",

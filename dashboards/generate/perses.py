@@ -69,21 +69,33 @@ def grid(inside: list[Json], panels: dict[str, Json], **more: Any) -> Json:
 
 
 def variable(one: Json) -> Json:
-    series, label = one["query"]["query"].removeprefix("label_values(").rsplit(", ", 1)
+    asked = one["query"]["query"]
+    if asked.startswith("query_result("):
+        kind, spec = (
+            "PrometheusPromQLVariable",
+            {
+                "expr": asked.removeprefix("query_result(").removesuffix(")"),
+                "labelName": "gpu_uuid",
+            },
+        )
+    else:
+        series, label = asked.removeprefix("label_values(").removesuffix(")").rsplit(", ", 1)
+        kind, spec = "PrometheusLabelValuesVariable", {"labelName": label, "matchers": [series]}
     return {
         "kind": "ListVariable",
         "spec": {
             "name": one["name"],
-            "display": {"name": one["label"], "description": one["description"]},
+            "display": {
+                "name": one["label"],
+                "description": one["description"],
+                **({"hidden": True} if one["hide"] else {}),
+            },
             "allowMultiple": True,
             "allowAllValue": True,
-            "customAllValue": one["allValue"],
+            **({"customAllValue": one["allValue"]} if "allValue" in one else {}),
             "defaultValue": "$__all",
             "sort": "alphabetical-asc",
-            "plugin": {
-                "kind": "PrometheusLabelValuesVariable",
-                "spec": {"labelName": label.removesuffix(")"), "matchers": [series]},
-            },
+            "plugin": {"kind": kind, "spec": spec},
         },
     }
 

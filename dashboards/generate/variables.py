@@ -7,7 +7,7 @@ from __future__ import annotations
 from . import DOCUMENTS
 from .colours import LINES
 from .grafana import DATASOURCE, Json, link
-from .queries import Selection
+from .queries import Selection, memory
 from .queries.updates import lines
 
 ABOUT = {
@@ -19,6 +19,7 @@ ABOUT = {
     "engine": ("Engine", "One engine on its host: SGLang's port"),
     "role": ("Role", "Target or draft model"),
     "gpu": ("GPU", "UUID as dcgm-exporter has it"),
+    "fullest": ("Fullest GPUs", "Those that the bars show"),
 }
 
 
@@ -65,6 +66,22 @@ def variable(name: str, label_name: str, narrowed_by: str) -> Json:
         "options": [],
         "regex": "",
         "skipUrlSync": False,
+    }
+
+
+def fullest(selection: Selection) -> Json:
+    """The GPUs that the bars are of, which a reader does not see. It costs a store less to be asked
+    for a few GPUs by name than for all that it has of thousands to keep a few."""
+    found = variable("fullest", "gpu_uuid", "")
+    del found["allValue"]  # Which would be every GPU; without it, it is all that were found.
+    return {
+        **found,
+        "query": {"query": f"query_result({memory.chosen(selection)})", "refId": "fullest"},
+        # The beginning tells them apart, and fits into the address of a query.
+        "regex": '/gpu_uuid="([^"]{12})/',
+        "sort": 0,
+        "hide": 2,
+        "skipUrlSync": True,
     }
 
 

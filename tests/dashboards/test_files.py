@@ -170,7 +170,8 @@ def test_what_is_open_is_one_screen_and_rows_are_closed(dashboard: dict[str, Any
 
 def test_nothing_is_bound_to_one_grafana(boards: dict[str, Any]) -> None:
     place = ["cluster", "namespace", "job", "model", "instance"]
-    selected = {"sglang-fleet": place, "sglang-engine": [*place, "engine", "role", "gpu"]}
+    engine = [*place, "engine", "role", "gpu", "fullest"]
+    selected = {"sglang-fleet": place, "sglang-engine": engine}
     for name, dashboard in boards.items():
         uids = set(re.findall(r'"uid": "([^"]*)"', json.dumps(dashboard)))
         assert uids == {name, "${datasource}"}

@@ -28,6 +28,8 @@ from panel_queries import ALL, filled_in
 #: A sample a minute, so that the text of them has three gigabytes and not twelve.
 HOUR, SCRAPE = 3600, 60
 FLEETS = 32
+#: How often each thing is asked.
+TIMES = 3
 #: Points that a graph as wide as a screen asks for at most.
 POINTS = 300
 
@@ -50,10 +52,26 @@ def step_of(panel: dict[str, Any]) -> int:
     return max(15, HOUR // points)
 
 
-def ask(stack: Monitoring, panel: dict[str, Any], end: float) -> None:
-    """All that one panel asks."""
+def found_first(stack: Monitoring, board: dict[str, Any], end: float) -> dict[str, str]:
+    """What the board's variables find that no reader chooses."""
+    found = {}
+    for variable in board["templating"]["list"]:
+        if variable["type"] != "query":
+            continue
+        if asked := re.fullmatch(r"query_result\((.+)\)", variable["query"]["query"]):
+            series = stack.query(filled_in(asked[1], ALL), end)
+            labels = " ".join(f'{k}="{v}"' for one in series for k, v in one["metric"].items())
+            values = re.findall(variable["regex"].strip("/"), labels)
+            found[f"${variable['name']}"] = f"({'|'.join(values)})"
+    return found
+
+
+def ask(
+    stack: Monitoring, panel: dict[str, Any], end: float, found: dict[str, str] | None = None
+) -> None:
+    """All that one panel asks. `found`: values of variables."""
     step = step_of(panel)
-    values = {**ALL, "$__interval": f"{step}s", "$__rate_interval": "240s"}
+    values = {**ALL, **(found or {}), "$__interval": f"{step}s", "$__rate_interval": "240s"}
     values["$__range"] = f"{HOUR}s"
     for target in panel.get("targets", []):
         expression = target["expr"]
@@ -81,10 +99,27 @@ class Fleet:
         self.stack = Monitoring(directory, {}, evaluation_interval="1h").start()
 
     def cost(self, ask: Callable[[], object]) -> float:
-        """Seconds of the processor for this and what Prometheus does beside it."""
+        """Seconds of the processor for this and what Prometheus does beside it: the least of some
+        times, because other work on the machine makes it more."""
+        return min(self._cost(ask) for _ in range(TIMES))
+
+    def _cost(self, ask: Callable[[], object]) -> float:
         before = self.stack.processor_seconds()
         ask()
         return self.stack.processor_seconds() - before
+
+    def first_screen(self, board: dict[str, Any]) -> dict[str, float]:
+        """What each panel of it costs, and what is found first for all of them."""
+        found: dict[str, str] = {}
+        spent = {
+            "what is found first": self.cost(
+                lambda: found.update(found_first(self.stack, board, self.end))
+            )
+        }
+        for panel in first_screen(board):
+            asked = partial(ask, self.stack, panel, self.end, found)
+            spent[panel["title"]] = self.cost(asked)
+        return spent
 
     def stop(self) -> None:
         self.stack.stop()
@@ -100,12 +135,10 @@ def main() -> None:
         (count,) = fleet.stack.query('count(sglang_weight_info{role="target"})', fleet.end)
         print(f"{count['value'][1]} GPUs")
         for board in boards:
-            total = 0.0
-            for panel in first_screen(board):
-                spent = fleet.cost(partial(ask, fleet.stack, panel, fleet.end))
-                total += spent
-                print(f"{spent:7.2f} s  {panel['title']}")
-            print(f"{total:7.2f} s  {board['title']}")
+            costs = fleet.first_screen(board)
+            for title, seconds in costs.items():
+                print(f"{seconds:7.2f} s  {title}")
+            print(f"{sum(costs.values()):7.2f} s  {board['title']}")
         total = 0.0
         for group in yaml.safe_load(rules or "groups: []")["groups"]:
             for rule in group["rules"]:

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 #: What a variable is replaced by, as Grafana does for "All".
-NAMES = ("cluster", "namespace", "job", "instance", "model", "engine", "role", "gpu")
+NAMES = ("cluster", "namespace", "job", "instance", "model", "engine", "role", "gpu", "fullest")
 ALL = {f"${name}": ".*" for name in NAMES}
 
 

@@ -9,8 +9,8 @@ one address in two clusters stay two.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 PLACE = "cluster, namespace, job, instance, pod"
 GPU = f"{PLACE}, gpu_uuid"
@@ -35,17 +35,21 @@ class Selection:
     """
 
     variables: Mapping[str, str]
-    at_end: bool = False
-    """Series as they are at the end of a graph, at each of its points."""
+    at: str = ""
+    """Series as they are at the start or at the end of a graph, at each of its points: a store
+    works that out once."""
+    narrowed: str = ""
+    """One more matcher, which holds for what is about a GPU and no rank too."""
 
     def matchers(self, *without: str) -> str:
-        return ", ".join(
+        chosen = [
             f'{label}=~"${name}"' for label, name in self.variables.items() if label not in without
-        )
+        ]
+        return ", ".join([*chosen, self.narrowed] if self.narrowed else chosen)
 
     def series(self, metric: str, extra: str = "") -> str:
         series = f"{metric}{{{self.matchers()}{', ' + extra if extra else ''}}}"
-        return f"{series} @ end()" if self.at_end else series
+        return self._at(series)
 
     def by_name(self, name_regex: str) -> str:
         """All series whose names match, in one selector: a missing one (no LoRA) is not a gap."""
@@ -54,7 +58,10 @@ class Selection:
     def of_targets(self, metric: str, extra: str = "") -> str:
         """Series of a target as a whole, which have no labels of a model, an engine or a rank."""
         labels = [label for label in self.variables if label not in PLACE.split(", ")]
-        return f"{metric}{{{self.matchers(*labels)}{', ' + extra if extra else ''}}}"
+        return self._at(f"{metric}{{{self.matchers(*labels)}{', ' + extra if extra else ''}}}")
+
+    def _at(self, series: str) -> str:
+        return f"{series} @ {self.at}()" if self.at else series
 
 
 FLEET = Selection(
@@ -113,12 +120,18 @@ def grown(series: str, most_of: str = "") -> str:
     now, before = series, f"{series} offset $__range"
     if most_of:
         now, before = (f"max by ({most_of}) ({each})" for each in (now, before))
-    return f"({now} - ({before} <= {now} or 0 * {now}))"
+    return f"({now} - {before} >= 0 or {now})"
 
 
 def at_end(series: str) -> str:
     """The same wherever a graph is."""
-    return f"({series} @ end() - ({series} @ end() offset $__range or 0 * {series} @ end()))"
+    return f"({series} @ end() - {series} @ end() offset $__range or {series} @ end())"
+
+
+def at_ends(selection: Selection, of: Callable[[Selection], str]) -> str:
+    """What hardly changes, as it is at the end of a graph, and where it has ended as it was at its
+    start."""
+    return f"({of(replace(selection, at='end'))} or {of(replace(selection, at='start'))})"
 
 
 def spread(expression: str, *, worst: str) -> str:

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from . import (
@@ -15,9 +16,11 @@ from . import (
     TARGET,
     TOP,
     Selection,
+    at_ends,
     engine_named,
     grown,
     rank_named,
+    together,
 )
 
 #: Bars of ranks whose names can still be read one below the other.
@@ -31,11 +34,6 @@ DEFAULT, DIGITS = 1958358390784813, 100_000_000
 
 def alive(selection: Selection) -> str:
     return f"count({selection.series('sglang_weight_loaded_timestamp_seconds', TARGET)})"
-
-
-def alive_each(selection: Selection) -> str:
-    loaded = selection.series("sglang_weight_loaded_timestamp_seconds", TARGET)
-    return f"group by ({ENGINE}) ({loaded})"
 
 
 def version_hash(selection: Selection) -> str:
@@ -110,39 +108,46 @@ def weights_of_each(selection: Selection) -> str:
     return f"sum by ({ENGINE}) ({selection.series('sglang_weight_bytes')})"
 
 
-def released(resident: str, reserved: str) -> str:
-    """1 for a rank that holds memory of which less than half is there, else 0: a little may lie
-    outside of the memory saver's regions."""
-    # Not `resident < bool 0.5 * reserved`: where that has no right side VictoriaMetrics says 0.
-    return f"(sum by ({RANK}) ({resident}) / sum by ({RANK}) ({reserved}) < bool 0.5)"
-
-
-def weights_released(selection: Selection) -> str:
-    return released(
-        selection.series("sglang_weight_resident_bytes"), selection.series("sglang_weight_bytes")
-    )
+def number_released(selection: Selection) -> str:
+    """Ranks that hold weights of which less than half is there: a little may lie outside of the
+    memory saver's regions. 0 where all do."""
+    resident = f"sum by ({RANK}) ({selection.series('sglang_weight_resident_bytes')})"
+    reserved = f"sum by ({RANK}) ({selection.series('sglang_weight_bytes')})"
+    all_of_them = f"count({selection.series('sglang_weight_resident_bytes')})"
+    return f"count({resident} < 0.5 * {reserved}) or 0 * {all_of_them}"
 
 
 def state(selection: Selection) -> str:
     """By engine, by its first rank: 5 paused, else 4 in an update, else 1 weights released + 2 KV
-    pool released."""
+    pool released.
 
-    def of(metric: str) -> str:
-        return f"sum by ({ENGINE}) ({selection.series(metric, FIRST)})"
+    What is an engine's usual state is one comparison with a number or with what a store has worked
+    out once: each further step is one for every engine at every point of a graph.
+    """
+
+    def of(metric: str, condition: str = "") -> Callable[[Selection], str]:
+        return lambda chosen: f"sum by ({ENGINE}) ({chosen.series(metric, FIRST)}{condition})"
 
     def half_gone(what: str) -> str:
-        held, has = of(f"sglang_{what}_resident_bytes"), of(f"sglang_{what}_bytes")
-        return f"({held} / {has} < bool 0.5)"
+        held = of(f"sglang_{what}_resident_bytes")(selection)
+        of_all = of(f"sglang_{what}_bytes")
+        # At one point of time there is no start.
+        has = of_all(selection) if selection.at else at_ends(selection, of_all)
+        return f"0 * ({held} < 0.5 * {has})"
 
-    paused, updating = of("sglang_kv_cache_paused"), of("sglang_weight_update_in_progress")
-    # An engine may have no KV pool (yet): `or` keeps it.
-    memory = f"{half_gone('weight')} + (2 * {half_gone('kv_pool')} or 0 * {updating})"
-    return f"(5 * ({paused} > 0) or 4 * ({updating} > 0) or {memory})"
+    paused = of("sglang_kv_cache_paused", " > 0")(selection)
+    updating, any_state = (
+        of("sglang_weight_update_in_progress", condition)(selection) for condition in (" > 0", "")
+    )
+    gone = together({"weights": f"1 + {half_gone('weight')}", "KV": f"2 + {half_gone('kv_pool')}"})
+    return (
+        f"(5 + 0 * {paused} or 4 + 0 * {updating} or sum by ({ENGINE}) ({gone}) or 0 * {any_state})"
+    )
 
 
 def states(selection: Selection) -> str:
     """Of as many engines as can be read one below the other, those first that are not at work."""
-    now = replace(selection, at_end=True)
+    now = replace(selection, at="end")
     return engine_named(f"({state(selection)} and on ({ENGINE}) topk({MOST}, {state(now)}))")
 
 

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
-from . import ENGINE, GPU, TOP, Selection, host, named, together
+from dataclasses import replace
+
+from . import ENGINE, ENGINES, GPU, PLACE, TOP, Selection, at_ends, host, named, together
 
 OURS = (
     "sglang_weight_resident_bytes|sglang_lora_pool_bytes|sglang_kv_pool_resident_bytes"
@@ -59,11 +61,23 @@ def total(selection: Selection) -> str:
     return of_all(selection, "sglang_gpu_memory_total_bytes")
 
 
+def total_over_time(selection: Selection) -> str:
+    """The same while each host has a rank. GPUs do not change, so a store adds them up once."""
+
+    def of_hosts(at: Selection) -> str:
+        held = at.series("sglang_weight_resident_bytes")
+        whole = at.of_targets("sglang_gpu_memory_total_bytes")
+        return f"sum by ({PLACE}) ({whole} and on ({GPU}) {held})"
+
+    ranks = selection.of_targets("sglang_weight_exporter_ranks")
+    return f"sum({at_ends(selection, of_hosts)} and on ({PLACE}) ({ranks} > 0))"
+
+
 def over_time(selection: Selection) -> str:
     """Parts and the GPUs' total, summed, each with its name as `part` behind its place in the
     stack: a store gives series by name. What is neither weights nor pool, the bars have."""
     summed = {name: f"sum({selection.series(*of_it)})" for name, of_it in STACKED.items()}
-    summed["GPU memory"] = total(selection)
+    summed["GPU memory"] = total_over_time(selection)
     return together(
         {f"{place:02} {name}": each for place, (name, each) in enumerate(summed.items())}
     )
@@ -144,6 +158,20 @@ def parts_named(expression: str) -> str:
     return found
 
 
+def chosen(selection: Selection) -> str:
+    """The GPUs with the most memory in use."""
+    resident = selection.series("sglang_weight_resident_bytes")
+    used = f"sglang_gpu_memory_used_bytes{{{selection.narrowed}}}"
+    used = f"max by ({GPU}) ({used} and on ({GPU}) {resident})"
+    return f"topk({FULLEST}, {used} or on ({GPU}) sum by ({GPU}) ({resident}))"
+
+
+def of_chosen() -> Selection:
+    """Ranks on the GPUs that the variable has, so that a store reads no series of the others; and
+    ranks without one."""
+    return replace(ENGINES, narrowed='gpu_uuid=~"($fullest).*|"')
+
+
 def fullest(selection: Selection) -> str:
     """Parts of the GPUs with the most memory in use, in one query, each with its name as `part`;
     they add up to NVML's total. What is chosen is chosen first: of thousands of GPUs all that
@@ -153,22 +181,21 @@ def fullest(selection: Selection) -> str:
     NVML, and for a MIG instance, the head of the UUID; without a GPU the word CPU.
     """
     resident = selection.series("sglang_weight_resident_bytes")
-    used = f"max by ({GPU}) (sglang_gpu_memory_used_bytes and on ({GPU}) {resident})"
-    chosen = f"topk({FULLEST}, {used} or on ({GPU}) sum by ({GPU}) ({resident}))"
+    these = chosen(selection)
 
-    def of_chosen(series: str, *more: str) -> str:
-        return f"{', '.join([GPU, *more])}) ({series} and on ({GPU}) {chosen})"
+    def of_these(series: str, *more: str) -> str:
+        return f"{', '.join([GPU, *more])}) ({series} and on ({GPU}) {these})"
 
     def nvml(metric: str, *more: str) -> str:
         """`max` forgives a GPU that is scraped twice."""
-        return f"max by ({of_chosen(metric, *more)}"
+        return f"max by ({of_these(f'{metric}{{{selection.narrowed}}}', *more)}"
 
     whole, used = (nvml(f"sglang_gpu_memory_{each}_bytes") for each in ("total", "used"))
-    held_by = f"sum by ({of_chosen(held(selection), '__name__', 'role', 'part')}"
+    held_by = f"sum by ({of_these(held(selection), '__name__', 'role', 'part')}"
     parts = f"sum by ({GPU}, is) ({parts_named(held_by)}) or " + together(
         {
             "Everything else in use": (
-                f"clamp_min({used} - on ({GPU}) sum by ({of_chosen(held(selection))}, 0)"
+                f"clamp_min({used} - on ({GPU}) sum by ({of_these(held(selection))}, 0)"
             ),
             "Free": free(whole, used),
         },
@@ -179,7 +206,7 @@ def fullest(selection: Selection) -> str:
         ' "place", "GPU $1", "gpu", "(.*)"), "place", "$1", "gpu_uuid", "(MIG-.{8}).*")'
     )
     without_index = (
-        f'label_replace(label_replace(group by ({of_chosen(resident)}, "place", "$1",'
+        f'label_replace(label_replace(group by ({of_these(resident)}, "place", "$1",'
         ' "gpu_uuid", "(.{1,12}).*"), "place", "CPU", "gpu_uuid", "")'
     )
     # One series a GPU on both sides: where one of the left ends, VictoriaMetrics goes on with the

@@ -28,7 +28,9 @@ def by_source(selection: Selection, counter: str) -> str:
     the whole range is left out."""
     series = selection.series(counter, FIRST)
     any_in_range = f"max by (source) ({at_end(series)}) != 0"
-    return f"sum by (source) ({happened(series)}) and on (source) {any_in_range}"
+    # Most engines have one source: of the others there is nothing to compare.
+    grew = f"({series} > 0) - {series} offset $__interval > 0"
+    return f"sum by (source) ({grew}) or 0 * ({any_in_range})"
 
 
 def in_range(selection: Selection, counter: str) -> str:
@@ -106,10 +108,15 @@ def bytes_a_second(selection: Selection) -> str:
 
 
 def slowest(selection: Selection) -> str:
-    """Seconds of the slowest rank and of the one in the middle, where an update ended. By what they
-    took, and not by buckets, which know no more than between which two bounds it was."""
-    taken = since_the_first(selection, "sglang_weight_update_duration_seconds_sum", "", TARGET)
-    return together({"slowest": f"max({taken} > 0)", "median": f"quantile(0.5, {taken} > 0)"})
+    """Seconds of the slowest engine and of the one in the middle, where an update ended since the
+    point before: of the last one of each, on its first rank. By what they took, and not by buckets,
+    which know no more than between which two bounds it was. The first load is no update."""
+    ended, begun, loaded = (
+        selection.series(f"sglang_weight_{each}_timestamp_seconds", FIRST)
+        for each in ("last_update", "last_update_start", "loaded")
+    )
+    taken = f"({ended} > {ended} offset $__interval > {loaded}) - {begun}"
+    return together({"slowest": f"max({taken})", "median": f"quantile(0.5, {taken})"})
 
 
 def paused(selection: Selection) -> str:

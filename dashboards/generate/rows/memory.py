@@ -196,12 +196,12 @@ def zero_when_healthy() -> list[Json]:
 
 def now() -> list[Json]:
     return [
-        gpu_bars(ENGINES, width=12, height=8),
+        gpu_bars(memory.of_chosen(), width=12, height=8),
         timeseries(
             "Weights against KV pool",
             "Resident bytes of all selected ranks over time, stacked, the legend in the order of "
-            "the stack from below. The dashed line is the total memory of their GPUs (NVML). What "
-            "is between, the bars say.",
+            "the stack from below. The dashed line is the total memory of their GPUs (NVML), of "
+            "hosts that have a rank. What is between, the bars say.",
             [query(memory.over_time(ENGINES), "{{part}}")],
             "bytes",
             NOT_LOADED,

@@ -17,6 +17,7 @@ const TYPES = {
   PrometheusTimeSeriesQuery: [
     'prometheus-plugin/lib/plugins/prometheus-time-series-query/time-series-query-model', 'PrometheusTimeSeriesQuerySpec',
   ],
+  PrometheusPromQLVariable: ['prometheus-plugin/lib/plugins/types', 'PrometheusPromQLVariableOptions'],
   PrometheusLabelValuesVariable: ['prometheus-plugin/lib/plugins/types', 'PrometheusLabelValuesVariableOptions'],
 };
 

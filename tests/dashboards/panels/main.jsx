@@ -3,7 +3,7 @@
 //
 // Draws a dashboard JSON with Grafana's front-end libraries against a real Prometheus. This is not
 // a Grafana server: what Grafana's core would register is registered here, and the mapping from
-// JSON to scene, $__rate_interval and label_values are this page's own.
+// JSON to scene, $__rate_interval, label_values and query_result are this page's own.
 //   ?board=NAME  NAME.json is drawn   ?from=now-1h&to=now  time range   ?theme=light
 //   ?open=1      rows that are closed in the file are open
 //   ?lines=1     the lines of updates, which are off in the file, are on
@@ -180,7 +180,7 @@ function item(panel) {
 function variable(v) {
   return new QueryVariable({
     name: v.name, label: v.label, datasource: DATASOURCE, query: v.query, refresh: v.refresh, isMulti: v.multi,
-    includeAll: v.includeAll, allValue: v.allValue, value: v.current.value, text: v.current.text,
+    includeAll: v.includeAll, allValue: v.allValue, regex: v.regex, hide: v.hide, value: v.current.value, text: v.current.text,
   });
 }
 

@@ -7,7 +7,11 @@ import { RuntimeDataSource, sceneGraph } from '@grafana/scenes';
 import { FieldType, renderLegendFormat } from '@grafana/data';
 
 async function api(path, parameters) {
-  const response = await fetch('/prom/api/v1/' + path + '?' + new URLSearchParams(parameters));
+  const asked = new URLSearchParams(parameters);
+  // As Grafana does unless it is told otherwise: an expression may be longer than an address.
+  const response = path.startsWith('query')
+    ? await fetch('/prom/api/v1/' + path, { method: 'POST', body: asked })
+    : await fetch('/prom/api/v1/' + path + '?' + asked);
   const answer = await response.json();
   if (answer.status !== 'success') throw new Error(answer.errorType + ': ' + answer.error);
   return answer.data;
@@ -57,7 +61,16 @@ export class Prometheus extends RuntimeDataSource {
     return { data: (await Promise.all(answers)).flat(), state: 'Done' };
   }
 
-  async metricFindQuery(query) {
+  async metricFindQuery(query, { scopedVars, range }) {
+    const result = /^query_result\((.+)\)$/.exec(query.query ?? query);
+    if (result) {
+      const expr = sceneGraph.interpolate(scopedVars.__sceneObject.value.valueOf(), result[1], {}, several);
+      const { result: found } = await api('query', { query: expr, time: range.to.valueOf() / 1000 });
+      return found.map(({ metric, value: [at, number] }) => {
+        const labels = Object.entries(metric).map(([label, value]) => `${label}="${value}"`);
+        return { text: `{${labels.join(',')}} ${number} ${at * 1000}` };
+      });
+    }
     const asked = /^label_values\((?:(.+),\s*)?(\w+)\)$/.exec((query.query ?? query).trim());
     if (!asked) throw new Error('unsupported variable query ' + JSON.stringify(query));
     const values = await api(`label/${asked[2]}/values`, asked[1] ? { 'match[]': asked[1] } : {});
