@@ -2,20 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each rule reads and takes in a Prometheus that has six hours of 64 GPUs.
 
-    python tests/shared/rule_cost.py [RULES.yml ...]
+    python tests/shared/rule_cost.py [--fleets 1] [--hours 6] [--scrape 15] [RULES.yml ...]
 
 writes six hours of 8 simulated hosts, and of what the rules record of them, into a storage of its
 own (minutes), and prints how many samples one evaluation of each rule reads there, as Prometheus
 counts them (`stats=all`), and the milliseconds that it takes. The sum is that of 15 seconds, in
 which a group with an interval of its own is not always evaluated. Several files are asked on the
-same data.
+same data. `--fleets 32 --hours 1 --scrape 60` are 2,048 GPUs on 256 hosts: what looks back further
+than that hour reads less there.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 import tempfile
 import time
 import urllib.parse
@@ -29,9 +30,8 @@ from engines import http_get
 from fleet_recording import HOSTS, RANKS, Recording, replay_fleet
 from monitoring import RULES, Monitoring, run
 
-HOURS = 6
-#: Seconds between two scrapes, and two evaluations.
-SCRAPE = 15
+#: Seconds between two evaluations of rules whose group has no interval of its own.
+EVERY = 15
 #: Seconds between the samples that are kept of what no rule reads over a range.
 SPARSE = 60
 #: The least of so many times counts: other work on the machine makes it more.
@@ -59,7 +59,7 @@ def groups_of(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def recorded(paths: list[Path]) -> list[dict[str, Any]]:
+def recorded(paths: list[Path], scrape: int) -> list[dict[str, Any]]:
     """Recording rules that other rules read, each in a group with its interval; of the first file
     that has one of that name."""
     groups = [group for path in paths for group in groups_of(path)]
@@ -68,7 +68,7 @@ def recorded(paths: list[Path]) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "interval": group.get("interval", f"{SCRAPE}s"),
+            "interval": group.get("interval", f"{max(EVERY, scrape)}s"),
             "rules": [{"record": name, "expr": rule["expr"]}],
         }
         for name, (group, rule) in found.items()
@@ -76,10 +76,24 @@ def recorded(paths: list[Path]) -> list[dict[str, Any]]:
     ]
 
 
-class SixHours:
+@dataclass(frozen=True)
+class Span:
+    """Of what is recorded: fleets of HOSTS, and seconds between two scrapes."""
+
+    fleets: int = 1
+    hours: int = 6
+    scrape: int = 15
+
+    @property
+    def gpus(self) -> int:
+        return self.fleets * HOSTS * RANKS
+
+
+class Recorded:
     """Prometheus with them, until `stop`."""
 
-    def __init__(self, directory: Path, paths: list[Path]) -> None:
+    def __init__(self, directory: Path, paths: list[Path], span: Span) -> None:
+        self.span = span
         self.end = float(int(time.time()) // SPARSE * SPARSE)
         rules = "".join(path.read_text() for path in paths)
         dense = over_ranges(rules)
@@ -92,8 +106,9 @@ class SixHours:
             directory,
             self.end,
             Recording(
-                HOURS * 3600,
-                SCRAPE,
+                span.hours * 3600,
+                span.scrape,
+                span.fleets,
                 names=names_in(rules) | {"up"},
                 preset="default",
                 changed=kept,
@@ -103,14 +118,14 @@ class SixHours:
         self.stack = Monitoring(directory, {}, evaluation_interval="1h").start()
         # What is recorded of what is recorded comes the second time.
         for _ in range(2):
-            self._record(recorded(paths))
+            self._record(recorded(paths, span.scrape))
 
     def _record(self, groups: list[dict[str, Any]]) -> None:
         file = self.directory / "recorded.yml"
         file.write_text(yaml.safe_dump({"groups": groups}))
         run(
             *("promtool", "tsdb", "create-blocks-from", "rules"),
-            *("--start", f"{self.end - HOURS * 3600:.0f}", "--end", f"{self.end:.0f}"),
+            *("--start", f"{self.end - self.span.hours * 3600:.0f}", "--end", f"{self.end:.0f}"),
             *("--url", self.stack.url, "--output-dir", self.directory / "data", file),
         )
         self.stack.restart()
@@ -131,7 +146,7 @@ class SixHours:
         """Of the rules of a file, the dearest first."""
         found = []
         for group in groups_of(path):
-            every = group.get("interval", f"{SCRAPE}s")
+            every = group.get("interval", f"{EVERY}s")
             interval = int(every[:-1]) * SECONDS[every[-1]]
             for rule in group["rules"]:
                 samples, seconds = self.ask(rule["expr"])
@@ -145,25 +160,31 @@ class SixHours:
 
 def main() -> None:
     """Print what is asked for by the command line."""
-    paths = [Path(each) for each in sys.argv[1:]] or [RULES]
-    six_hours = SixHours(Path(tempfile.mkdtemp(prefix="six-hours-")), paths)
+    parser = argparse.ArgumentParser()
+    for name, default in (("fleets", 1), ("hours", 6), ("scrape", 15)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("rules", nargs="*", type=Path, default=[RULES])
+    given = parser.parse_args()
+    span = Span(given.fleets, given.hours, given.scrape)
+    recording = Recorded(Path(tempfile.mkdtemp(prefix="rule-cost-")), given.rules, span)
     try:
-        for path in paths:
-            costs = six_hours.costs(path)
+        for path in given.rules:
+            costs = recording.costs(path)
             print(f"{path}: {len(costs)} rules\n  samples       ms  every  rule")
             for each in costs:
                 print(
                     f"{each.samples:9,d} {each.seconds * 1e3:8.2f} {each.every:5d} s  {each.name}"
                 )
-            samples = sum(each.samples * SCRAPE / each.every for each in costs)
-            seconds = sum(each.seconds * SCRAPE / each.every for each in costs)
-            gpus = HOSTS * RANKS
-            print(
-                f"{samples:9,.0f} {seconds * 1e3:8.2f}  in {SCRAPE} s: {samples / gpus:,.0f} a GPU,"
-                f" {2000 * samples / gpus / 1e6:.2f} million with 2,000"
-            )
+            for what, part in (("one evaluation", 1.0), (f"in {EVERY} s", 0.0)):
+                shares = [part or min(1.0, EVERY / each.every) for each in costs]
+                samples = sum(s * each.samples for s, each in zip(shares, costs, strict=True))
+                seconds = sum(s * each.seconds for s, each in zip(shares, costs, strict=True))
+                print(
+                    f"{samples:9,.0f} {seconds * 1e3:8.2f}  {what}: {samples / span.gpus:,.0f} a"
+                    f" GPU, {2000 * samples / span.gpus / 1e6:.2f} million with 2,000"
+                )
     finally:
-        six_hours.stop()
+        recording.stop()
 
 
 if __name__ == "__main__":
