@@ -13,6 +13,9 @@ from sglang_weight_exporter.records.base import Count, Record
 #: Raised when a reader of the previous version could misread the columns.
 SHARES_SCHEMA = 1
 
+#: The number, in a part, of an expert that all tokens share.
+SHARED_EXPERT = "shared"
+
 #: Along what a logical tensor is cut: not at all, by rows, by columns.
 AXES = ("whole", "rows", "columns")
 
@@ -27,7 +30,7 @@ class Share(NamedTuple):
     row: int
     #: Which of the logical tensors that the row is made of: ``q``, ``k``, ``v``; ``0``, ``1``, …
     #: of others that are merged; ``E.w1``, ``E.w2``, ``E.w3`` of an expert by its number in the
-    #: model. Empty: the row has the logical tensor's name.
+    #: model, or ``shared``. Empty: the row has the logical tensor's name.
     part: str
     #: Bytes from the beginning of the row's tensor.
     offset: int

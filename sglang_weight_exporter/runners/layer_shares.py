@@ -20,7 +20,12 @@ import torch
 
 from sglang_weight_exporter.capture.tensors import walk
 from sglang_weight_exporter.fingerprint import sums
-from sglang_weight_exporter.records.shares import Share, ShareTable, share_table
+from sglang_weight_exporter.records.shares import (
+    SHARED_EXPERT,
+    Share,
+    ShareTable,
+    share_table,
+)
 from sglang_weight_exporter.weight_table import WeightTable, table_rows
 
 
@@ -310,9 +315,9 @@ def _experts(row: int, module: Any, tensor: torch.Tensor) -> Iterator[Share]:
         yield from _cut(row, tensor[slot], 0 if is_first else 1, parts, slot * nbytes)
 
 
-def _logical_experts(module: Any, slots: int) -> list[int | None]:
-    """Which expert each slot has (``_map_global_expert_id_to_local_expert_id``); ``None``: one that
-    all tokens share, under another name."""
+def _logical_experts(module: Any, slots: int) -> list[int | str | None]:
+    """Which expert each slot has (``_map_global_expert_id_to_local_expert_id``). The last is the
+    one that all tokens share; ``None``: one of several, whose names are not known."""
     shared = int(getattr(module, "num_fused_shared_experts", 0) or 0)
     routed = slots - shared
     first = int(getattr(module, "_expert_storage_rank", module.moe_ep_rank)) * routed
@@ -323,7 +328,7 @@ def _logical_experts(module: Any, slots: int) -> list[int | None]:
         if first + routed > len(of_layer):
             raise NoShareError("where its experts are placed is not known")
         numbers = list(of_layer[first : first + routed])
-    return [*numbers, *[None] * shared]
+    return [*numbers, *[SHARED_EXPERT if shared == 1 else None] * shared]
 
 
 #: Class → its rule. Others that derive from one of these may load otherwise.

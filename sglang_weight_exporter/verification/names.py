@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
+from sglang_weight_exporter.records.shares import SHARED_EXPERT
 from sglang_weight_exporter.verification.checkpoint_layout import FUSED
 from sglang_weight_exporter.verification.confirmed_loaders import pattern
 
@@ -18,6 +19,8 @@ _NUMBER = {"q": 0, "k": 1, "v": 2}
 #: What a layer's experts are called (``make_expert_params_mapping``): Hugging Face's names, and
 #: those of Mixtral's first checkpoint.
 _EXPERT = {"w1": ("gate_proj", "w1"), "w2": ("down_proj", "w2"), "w3": ("up_proj", "w3")}
+#: The expert that all tokens share, of Qwen's and of DeepSeek's models.
+_SHARED = ("shared_expert", "shared_experts")
 #: Ends of names, and what Hugging Face's models have there (``hf_to_sglang_mapper`` of
 #: ``models/transformers.py``, ``models/granitemoe.py``).
 _ALSO = {
@@ -29,6 +32,11 @@ _STACKED = {
     "w13_weight": ("experts.gate_up_proj", "input_linear.weight"),
     "w2_weight": ("experts.down_proj", "output_linear.weight"),
 }
+#: What the engine keeps in one tensor of one layer, and its parts where they are sent
+#: (``models/deepseek_common/deepseek_weight_loader.py``).
+_KEPT_IN_ONE = {"fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa")}
+#: A layer's tensor whose name has no ``self_attn`` in the engine (``models/qwen3_next.py``).
+_SHORTENED = re.compile(r"(.*\blayers\.\d+\.)([^.]+\.[^.]+)")
 #: How alike a name has to be to be called the nearest, of difflib's ratio.
 _ALIKE = 0.6
 
@@ -46,7 +54,15 @@ _FUSED = "it was sent in one tensor with others that the engine keeps apart: sum
 
 def candidates(row: str, part: str) -> list[Candidate]:
     """Names of the logical tensor that a row's part is, the likeliest first."""
-    row = row.replace(".base_layer.", ".")
+    found = _candidates(row.replace(".base_layer.", "."), part)
+    return found + [
+        Candidate(f"{match[1]}self_attn.{match[2]}", each.otherwise)
+        for each in found
+        if (match := _SHORTENED.fullmatch(each.name))
+    ]
+
+
+def _candidates(row: str, part: str) -> list[Candidate]:
     if not part:
         also = [row.removesuffix(end) + name for end, name in _ALSO.items() if row.endswith(end)]
         return [Candidate(name) for name in (row, *also)]
@@ -54,6 +70,9 @@ def candidates(row: str, part: str) -> list[Candidate]:
     if expert:
         layer, _, stack = row.rpartition(".")
         module = layer.removesuffix("experts")
+        if expert == SHARED_EXPERT:
+            name = f"{_EXPERT[weight][0]}.weight"
+            return [Candidate(f"{module}{each}.{name}") for each in _SHARED]
         return [
             *(Candidate(f"{layer}.{expert}.{name}.weight") for name in _EXPERT[weight]),
             *(Candidate(module + name, _FUSED) for name in _STACKED.get(stack, ())),
@@ -129,6 +148,14 @@ def made_of(row: str, names: Names) -> set[str]:
     if match[2] == "experts":
         found |= names.below(f"{match[1]}experts")
     return found
+
+
+def kept_in_one(row: str, names: Names) -> set[str]:
+    """Names of what was sent that the engine keeps in this row, one behind the other."""
+    front, _, kind = row.replace(".base_layer.", ".").rpartition(".")
+    module, _, fused = front.rpartition(".")
+    parts = [f"{module}.{part}.{kind}" for part in _KEPT_IN_ONE.get(fused, ())]
+    return {name for each in parts if (name := names.sent_as(each)) is not None}
 
 
 def _end(name: str) -> tuple[str, ...]:

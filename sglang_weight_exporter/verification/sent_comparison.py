@@ -16,10 +16,18 @@ from sglang_weight_exporter.fingerprint import sums
 from sglang_weight_exporter.records.shares import Share, reasons_of, shares_of, sums_of
 from sglang_weight_exporter.verification.comparison import Comparison
 from sglang_weight_exporter.verification.confirmed_loaders import pattern
-from sglang_weight_exporter.verification.names import Candidate, Names, candidates, made_of, nearest
+from sglang_weight_exporter.verification.names import (
+    Candidate,
+    Names,
+    candidates,
+    kept_in_one,
+    made_of,
+    nearest,
+)
 from sglang_weight_exporter.verification.sent import SentTensor, UnknownShareError
 from sglang_weight_exporter.weight_table import Row, WeightTable, table_rows
 
+_IN_PARTS = "it was sent in parts that the engine keeps in one tensor"
 _OTHER = "the rank holds something else, and what its loader makes of this is confirmed by nothing"
 
 
@@ -70,9 +78,14 @@ def compare_sent(
     unsent: dict[str, str] = {}
     alone: dict[str, tuple[int, int]] = {}
     whole: dict[str, bool] = {}
+    parts: set[str] = set()
     for share, own, there in zip(shares, held, sums_of(table.shares), strict=True):
         row = rows[share.row]
         chosen = _chosen(own, names)
+        if chosen is None and (kept := kept_in_one(row.name, names)):
+            found.setdefault(row.name, _Found(nbytes=row.nbytes)).reasons.append(_IN_PARTS)
+            parts |= kept
+            continue
         if chosen is None:
             unsent[own[0].name] = names.pattern_of(own[0].name)
             alone[own[0].name] = row.data_ptr, share.offset
@@ -99,7 +112,7 @@ def compare_sent(
     return SentComparison(
         comparison,
         sent,
-        held=frozenset(found).union(unknown).intersection(sent),
+        held=frozenset(found).union(unknown, parts).intersection(sent),
         # Tied weights have a name more than was sent.
         unsent={name: of for name, of in unsent.items() if alone[name] not in places},
         proved=now_proved.union(proved),

@@ -320,6 +320,35 @@ def test_a_head_that_hugging_face_calls_otherwise_is_the_engines(fleet: Fleet) -
     assert "lm_head" not in text
 
 
+def test_names_that_a_loader_shortens_are_found(fleet: Fleet) -> None:
+    """As Qwen3-Next's (``load_weights`` of ``models/qwen3_next.py``)."""
+    own, theirs = "model.layers.1.k_norm.weight", "model.layers.1.self_attn.k_norm.weight"
+    state = {**a_state(), theirs: noise(16)}
+    fleet.manifest(state, "1")
+    held = {name: array for name, array in state.items() if name != theirs}
+    fleet.update({**held, own: state[theirs]}, "1")
+    status, text = verify(fleet)
+    assert status == 0, text
+    assert "k_norm" not in text
+
+
+def test_what_the_engine_keeps_in_one_tensor_is_there(fleet: Fleet) -> None:
+    """As DeepSeek's (``models/deepseek_common/deepseek_weight_loader.py``): neither missing nor
+    sent by nobody."""
+    state, attention = a_state(), "model.layers.1.self_attn."
+    sent = {
+        f"{attention}{name}.weight": noise(8, 16) for name in ("q_a_proj", "kv_a_proj_with_mqa")
+    }
+    fleet.manifest({**state, **sent}, "1")
+    fused = f"{attention}fused_qkv_a_proj_with_mqa.weight"
+    fleet.update({**state, fused: np.concatenate(list(sent.values()))}, "1")
+    status, text = verify(fleet)
+    assert status == 0, text
+    assert "no rank here holds" not in text
+    assert "nobody sent" not in text
+    assert f"cannot be compared  {fused}: it was sent in parts" in text
+
+
 def test_what_is_sent_in_one_tensor_is_no_difference(fleet: Fleet) -> None:
     """As Phi-3 and GLM-4 have it, and later mixtures of experts: a word's place is in its sum."""
     state = a_state()

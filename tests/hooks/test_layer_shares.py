@@ -15,6 +15,8 @@ from sglang_weight_exporter.capture.references import Registrations  # noqa: E40
 from sglang_weight_exporter.capture.weights import capture_weights  # noqa: E402
 from sglang_weight_exporter.records.shares import reasons_of, shares_of  # noqa: E402
 from sglang_weight_exporter.runners.layer_shares import capture_shares  # noqa: E402
+from sglang_weight_exporter.verification.names import candidates  # noqa: E402
+from sglang_weight_exporter.weight_table import WeightTable  # noqa: E402
 
 
 def column_parallel(**members: Any) -> Any:
@@ -34,13 +36,14 @@ def column_parallel(**members: Any) -> Any:
     return layer
 
 
+def table_of(layer: Any) -> WeightTable:
+    registrations = Registrations()
+    return capture_weights(layer, role="target", captured_at=1.0, registrations=registrations).table
+
+
 def held(layer: Any) -> tuple[list[tuple[int, int]], list[str]]:
     """First rows and numbers of rows, and what is not explained."""
-    registrations = Registrations()
-    table = capture_weights(
-        layer, role="target", captured_at=1.0, registrations=registrations
-    ).table
-    found = capture_shares(layer, table, frozenset())
+    found = capture_shares(layer, table_of(layer), frozenset())
     shares = [(share.first_row, share.rows) for share in shares_of(found)]
     return shares, list(reasons_of(found).values())
 
@@ -50,6 +53,32 @@ def test_a_layer_that_is_only_called_otherwise_holds_the_same() -> None:
     assert held(column_parallel()) == ([(8, 8)], [])
     otherwise = {"parent_cls": property(lambda self: None), "forward": lambda self, x: x}
     assert held(column_parallel(**otherwise)) == ([(8, 8)], [])
+
+
+def test_an_expert_that_all_tokens_share_lies_behind_the_others() -> None:
+    """``mlp.shared_expert.`` of Qwen3-Next and ``mlp.shared_experts`` of DeepSeek are loaded as the
+    expert after the last (``models/qwen3_next.py``, ``deepseek_weight_loader.py``)."""
+    base = type(
+        "FusedMoE",
+        (torch.nn.Module,),
+        {"__module__": "sglang.srt.layers.moe.fused_moe_triton.layer"},
+    )
+    layer = base()
+    layer.quant_method = type("UnquantizedFusedMoEMethod", (), {})()
+    layer.moe_ep_rank, layer.moe_tp_rank, layer.moe_tp_size = 0, 1, 2
+    layer.intermediate_size_per_partition, layer.num_fused_shared_experts = 4, 1
+    layer.w2_weight = torch.nn.Parameter(torch.zeros(3, 16, 4))
+    shares = shares_of(capture_shares(layer, table_of(layer), frozenset()))
+    assert [(each.part, each.offset, each.first_column) for each in shares] == [
+        ("0.w2", 0, 2),
+        ("1.w2", 256, 2),
+        ("shared.w2", 512, 2),
+    ]
+    names = [each.name for each in candidates("model.layers.0.mlp.experts.w2_weight", "shared.w2")]
+    assert names == [
+        "model.layers.0.mlp.shared_expert.down_proj.weight",
+        "model.layers.0.mlp.shared_experts.down_proj.weight",
+    ]
 
 
 def test_a_layer_that_is_loaded_otherwise_is_not_explained() -> None:
