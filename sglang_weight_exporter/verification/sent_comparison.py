@@ -54,6 +54,18 @@ class _Found:
     reasons: list[str] = field(default_factory=list)
     rows: list[str] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
+    whole: bool = True
+
+    def add(self, share: Share, row: Row, reason: str | None) -> None:
+        """``reason``: as of ``_beside``."""
+        self.rows.append(row.name)
+        self.places.append((row.data_ptr, share.offset))
+        self.nbytes += share.rows * share.columns * sums.WORD_BYTES
+        self.whole = self.whole and share.is_whole
+        if reason:
+            self.reasons.append(reason)
+        elif reason is None:
+            self.equal = False
 
 
 def compare_sent(
@@ -77,7 +89,6 @@ def compare_sent(
     found: dict[str, _Found] = {}
     unsent: dict[str, str] = {}
     alone: dict[str, tuple[int, int]] = {}
-    whole: dict[str, bool] = {}
     parts: set[str] = set()
     for share, own, there in zip(shares, held, sums_of(table.shares), strict=True):
         row = rows[share.row]
@@ -91,21 +102,14 @@ def compare_sent(
             alone[own[0].name] = row.data_ptr, share.offset
             continue
         name, otherwise = chosen
-        one = found.setdefault(name, _Found())
-        one.rows.append(row.name)
-        one.places.append((row.data_ptr, share.offset))
-        one.nbytes += share.rows * share.columns * sums.WORD_BYTES
-        whole[name] = whole.get(name, True) and share.is_whole
         reason = otherwise or _beside(share, row, sent[name], there)
-        if reason:
-            one.reasons.append(reason)
-        elif reason is None:
-            one.equal = False
+        found.setdefault(name, _Found()).add(share, row, reason)
     unknown = _unexplained(table, rows, names, found)
     comparison, now_proved = _verdicts(
         found,
         lambda name: (
-            pattern(name) in proved or all(confirmed(row, whole[name]) for row in found[name].rows)
+            pattern(name) in proved
+            or all(confirmed(row, found[name].whole) for row in found[name].rows)
         ),
     )
     places = {place for one in found.values() for place in one.places}
