@@ -34,7 +34,7 @@ LIGHT := tests/bootstrap tests/docs tests/store tests/export tests/fuzz tests/te
 	tests/test_contracts.py \
 	$(addprefix tests/table/test_,command.py readers.py status.py status_last.py weight_table_events.py weights_metadata.py)
 PARTS := oldest pythons launches alerts hosts rules boards stores deployments image distribution \
-	fuzz files soak manifests $(if $(wildcard tests/zoo/test_*.py),zoo)
+	fuzz files soak manifests zoo parallel
 DEBIAN_PACKAGES := gcc libc6-dev binutils e2fsprogs libibverbs1 libnuma1 prometheus \
 	prometheus-alertmanager chromium fonts-dejavu-core
 RELEASE_PACKAGES := mmdebstrap buildah victoria-metrics iproute2

@@ -143,8 +143,14 @@ def test_six_models(newest: Installation, tmp_path: Path) -> None:
     assert [each for name, result in results.items() for each in check(name, result)] == []
 
 
-@pytest.mark.release("zoo")
-@pytest.mark.parametrize("how", ["", ":2", "+lora"], ids=["one rank", "two ranks", "adapters"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param("", id="one rank", marks=pytest.mark.release("zoo")),
+        pytest.param(":2", id="two ranks", marks=pytest.mark.release("parallel")),
+        pytest.param("+lora", id="adapters", marks=pytest.mark.release("parallel")),
+    ],
+)
 def test_the_zoo(newest: Installation, tmp_path: Path, how: str) -> None:
     """With two ranks those that one could load."""
     recorded = seen()
