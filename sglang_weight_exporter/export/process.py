@@ -11,6 +11,7 @@ import resource
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import ProcessCollector
@@ -60,6 +61,8 @@ class HostReader:
         self._spans = spans
         self._guard = guard
         self._followers = followers
+        #: By model and engine; whoever looks after the ranks counts them.
+        self.died_in_update: Counter[tuple[str, str]] = Counter()
         self._simulated = simulated
         self._started_at = time.time()
         self._reading = threading.Lock()
@@ -111,6 +114,7 @@ class HostReader:
                 gpus=gpus,
                 unreadable=self._snapshots.unreadable,
                 spans=self._spans,
+                died_in_update=Counter(self.died_in_update),
                 errors=self._guard.errors,
                 started_at=self._started_at,
                 simulated=self._simulated,
@@ -175,6 +179,7 @@ class Exporter:
             metadata=MetadataFollower(snapshots, settings.metadata_dir, guard),
             read=host.read,
             guard=guard,
+            died_in_update=host.died_in_update,
             is_ours=self._endpoint.is_ours,
         )
         self._stop = asyncio.Event()

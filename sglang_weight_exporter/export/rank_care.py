@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from sglang_weight_exporter.export.guard import Guard
@@ -53,7 +54,8 @@ class RankCare:
 
     ``lock``: the exporter's. ``ends_with_ranks``: whether ranks have started this process.
     ``read``: makes a view of the host; the most in use of a GPU is what these have seen.
-    ``is_ours``: whether it is this process that says so of itself.
+    ``died_in_update``: counted here, by model and engine. ``is_ours``: whether it is this process
+    that says so of itself.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class RankCare:
         metadata: MetadataFollower,
         read: Callable[[], object],
         guard: Guard,
+        died_in_update: Counter[tuple[str, str]],
         is_ours: Callable[[ExporterEndpoint], bool],
     ) -> None:
         self._runtime_dir = runtime_dir
@@ -75,6 +78,9 @@ class RankCare:
         self._metadata = metadata
         self._read = read
         self._guard = guard
+        self._died_in_update = died_in_update
+        #: Ranks that have ended and are counted; what they left is still there.
+        self._counted: set[str] = set()
         self._is_ours = is_ours
         self._strange_lock = False
         self._touched_at = -TOUCH_SECONDS
@@ -131,14 +137,25 @@ class RankCare:
             self._pipeline.discard(directory)
             if directory.is_alive():
                 return True
+            self._count(directory)
             if self._pipeline.is_done_with(directory):
                 self._put_away(directory)
         except FileNotFoundError:
             pass  # It has gone meanwhile.
         return False
 
+    def _count(self, directory: RankDirectory) -> None:
+        """At once: what a dead rank left may wait for a collector."""
+        if directory.rank_id not in self._counted:
+            self._counted.add(directory.rank_id)
+            ended = read_ended(directory)
+            if ended is not None and ended.doing.updates:
+                engine = ended.known.engine
+                self._died_in_update[engine.model_name, engine.name] += 1
+
     def _put_away(self, directory: RankDirectory) -> None:
         """What a dead rank left goes; unless it reports an end that somebody will ask about."""
+        self._counted.discard(directory.rank_id)
         ended = read_ended(directory)
         if ended is not None:
             logger.warning("%s. `sglang-weight-exporter status --last` says more.", ended)

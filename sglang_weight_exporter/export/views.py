@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -66,6 +67,8 @@ class HostView:
     gpus: tuple[GpuAccount, ...] = ()
     unreadable: int = 0
     spans: SpanCounts = field(default_factory=SpanCounts)
+    #: Ranks that ended inside an update, by model and engine, counted by ``export.rank_care``.
+    died_in_update: Counter[tuple[str, str]] = field(default_factory=Counter)
     #: What went wrong in this process, one rank or one pass at a time.
     errors: int = 0
     #: What the scrape before this one took; None before the first, and where nothing is scraped.

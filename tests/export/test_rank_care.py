@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from typing import Any, cast
 import msgspec
 import pytest
 from engines import Scrape
+from published import PublishedRank
 from ranks import Rank, rows
 from serving import Exporter
 from waiting import LIMIT, eventually
@@ -34,6 +36,8 @@ from sglang_weight_exporter.store.reader import (
     write_endpoint,
 )
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
+
+DIED = "sglang_weight_exporter_ranks_died_in_update_total"
 
 
 def loaded(runtime_dir: RuntimeDir, *, tp: int, metadata_dir: str) -> Rank:
@@ -144,6 +148,7 @@ def test_a_sidecar_that_sees_no_rank_says_so_once(
         metadata=cast(Any, SimpleNamespace(follow=lambda: None)),
         read=read,
         guard=Guard(),
+        died_in_update=Counter(),
         is_ours=lambda endpoint: True,
     )
     with contextlib.suppress(asyncio.CancelledError):
@@ -152,6 +157,30 @@ def test_a_sidecar_that_sees_no_rank_says_so_once(
     said = [each for each in caplog.messages if "No rank has published" in each]
     assert len(said) == lines
     assert all("PYTHONPATH" in each and str(runtime_dir.path) in each for each in said)
+
+
+def test_ranks_that_end_in_an_update_are_counted_and_those_behind_one_are_not(
+    runtime_dir: RuntimeDir, serve: Callable[..., Exporter]
+) -> None:
+    """What is scraped last before an engine is ended may be an update that it has ended since."""
+    inside, behind, staying = (
+        PublishedRank(runtime_dir.path, engine=name) for name in ("inside", "behind", "staying")
+    )
+    for rank in (inside, behind, staying):
+        rank.publish()
+        rank.begin_update()
+    exporter = serve()
+    progress = "sglang_weight_update_in_progress"
+    eventually(lambda: len(scrape(exporter).series(progress)) == 3, what="all are in an update")
+    assert scrape(exporter).series(DIED) == []
+    behind.publish()
+    behind.store.close()
+    inside.store.close()
+    eventually(lambda: len(scrape(exporter).series(progress)) == 1, what="two are gone")
+    eventually(lambda: scrape(exporter).series(DIED), what="one is counted")
+    (died,) = scrape(exporter).series(DIED)
+    assert (died.labels["engine"], died.value) == ("inside", 1)
+    staying.store.close()
 
 
 def test_a_lock_that_is_no_exporters_in_place_of_its_own_ends_nothing(

@@ -16,6 +16,11 @@ def _dropped(view: HostView) -> Iterator[Sample]:
         yield Sample((reason,), count)
 
 
+def _died_in_update(view: HostView) -> Iterator[Sample]:
+    for labels, count in view.died_in_update.items():
+        yield Sample(labels, count)
+
+
 INSTRUMENTS = (
     Instrument(
         "sglang_weight_exporter_build_info",
@@ -31,6 +36,14 @@ INSTRUMENTS = (
         "{rank}",
         "Ranks of this host that are alive and have published a snapshot.",
         read_host=lambda view: one(len(view.snapshots)),
+    ),
+    Instrument(
+        "sglang_weight_exporter_ranks_died_in_update",
+        "counter",
+        "{rank}",
+        "Ranks of this host that ended in the middle of an update.",
+        ("model_name", "engine"),
+        read_host=_died_in_update,
     ),
     Instrument(
         "sglang_weight_exporter_read_errors",
