@@ -1,7 +1,8 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
 #
-# make check                     ruff, mypy, import contracts, and the suites that need no SGLang
+# make check                     ruff, mypy, import contracts, and what is fast of the suites that
+#                                need no SGLang
 # make test                      what tells whether this checkout is right; CI runs it
 # make test TESTS=tests/store    one suite of it, with no more installed than it needs
 # make test-release              all the rest, part by part; what came out is in test-release.txt
@@ -65,8 +66,9 @@ wheel:
 
 # Both at once, each with its output in one piece.
 check:
-	@$(call say,ruff mypy lint-imports and suites without SGLang: a minute)
-	$(MAKE) --no-print-directory -j2 --output-sync=target lint light-tests
+	@$(call say,ruff mypy lint-imports and what is fast of the suites without SGLang: a minute)
+	$(MAKE) --no-print-directory -j2 --output-sync=target lint light-tests \
+	  PYTEST_ARGUMENTS='-m "not slow" $(PYTEST_ARGUMENTS)'
 
 lint: wheel
 	@$(call say,ruff mypy lint-imports)

@@ -33,6 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for line in (
         "ends_engine: leaves its engine broken or stopped, so it runs after all others",
         "release(part): in this part of `make test-release`, and not in `make test`",
+        "slow: takes or waits for seconds, so `make check` leaves it to `make test`",
         "sglang: starts SGLang; set for every test that asks for an engine or an installation",
     ):
         config.addinivalue_line("markers", line)

@@ -78,6 +78,7 @@ def test_the_contracts_hold(checkout: Path) -> None:
     assert "0 broken" in ran.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("contract", "module", "planted"), PLANTED)
 def test_a_planted_import_is_found(
     checkout: Path, contract: str, module: str, planted: str

@@ -706,6 +706,7 @@ def test_an_update_that_nobody_ends_has_ended_with_its_last_call() -> None:
     assert ledger.describe("target", role).updates["tensor"].duration.sum == 5.0
 
 
+@pytest.mark.slow
 def test_the_ledger_counts_what_a_plain_model_counts() -> None:
     """``STATE_MACHINE_EXAMPLES``: how many sequences, others each time. Without it some that are
     always the same, so that a change is not refused by chance."""

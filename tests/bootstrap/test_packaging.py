@@ -35,6 +35,7 @@ def site_packages(environment: Path) -> Path:
     return environment / "lib" / version / "site-packages"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [(), ("--editable",)], ids=["wheel", "editable"])
 def test_pip_installs_and_uninstalls_the_files_that_python_reads_at_start(
     environment: Path, form: tuple[str, ...]

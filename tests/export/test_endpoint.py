@@ -208,6 +208,7 @@ def clients() -> Iterator[list[socket.socket]]:
         client.close()
 
 
+@pytest.mark.slow
 def test_idle_and_slow_clients_block_nobody_and_are_let_go(
     serve: Callable[..., Exporter], rank: RankStore, clients: list[socket.socket]
 ) -> None:
@@ -491,6 +492,7 @@ def test_a_rank_that_dies_is_gone_at_the_next_scrape_and_its_files_soon(
     eventually(lambda: not list(runtime_dir.ranks.iterdir()), what="its files are removed")
 
 
+@pytest.mark.slow
 def test_a_thousand_dead_ranks_keep_no_scrape_waiting(
     serve: Callable[..., Exporter], rank: RankStore, runtime_dir: RuntimeDir
 ) -> None:

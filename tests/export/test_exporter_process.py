@@ -150,6 +150,7 @@ def test_a_killed_exporter_is_replaced_also_by_a_rank_that_did_not_start_it(
     assert serving(runtime_dir, unlike=current.pid).url == replaced.url
 
 
+@pytest.mark.slow
 def test_exporters_that_are_killed_one_after_another_are_all_replaced(
     runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
 ) -> None:
@@ -280,6 +281,7 @@ def test_ranks_in_containers_of_their_own_share_one_directory(
     assert third.poll() is None
 
 
+@pytest.mark.slow
 def test_the_exporter_ends_with_the_last_rank(
     runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
 ) -> None:
@@ -323,6 +325,7 @@ def test_a_directory_that_was_removed_and_made_again_has_one_owner(
     assert serving(runtime_dir).pid == other.pid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("removed", ["*", "ranks/*/*", "ranks/*/lock"])
 def test_a_rank_whose_files_a_cleaner_removed_is_back_without_an_update(
     runtime_dir: RuntimeDir, start_rank: Callable[..., Rank], removed: str

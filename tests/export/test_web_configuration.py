@@ -344,6 +344,7 @@ def test_a_file_that_cannot_be_used_serves_nobody_until_it_can(
     assert exporter.request("/metrics")[0] == 200
 
 
+@pytest.mark.slow
 def test_clients_that_do_not_end_their_handshake_end_nothing(
     serve: Callable[..., Exporter], directory: Path, authority: trustme.CA
 ) -> None:

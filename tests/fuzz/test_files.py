@@ -33,6 +33,8 @@ from sglang_weight_exporter.records.weights import WeightUsage
 from sglang_weight_exporter.store.rank import RankStore
 from sglang_weight_exporter.store.runtime_dir import RuntimeDir
 
+pytestmark = pytest.mark.slow
+
 HEALTHY = 10
 VICTIMS = 6
 #: At the least, however slow the machine is.

@@ -76,6 +76,8 @@ fuzzed = settings(
     suppress_health_check=list(HealthCheck),
 )
 
+pytestmark = pytest.mark.slow
+
 PATH = Path("file")
 HISTOGRAM = msgspec.to_builtins(Histogram().observe(0.5))
 TABLE = table_of_rows(rows(5), role="target", captured_at=1.0)

@@ -457,6 +457,7 @@ def test_of_two_ranks_that_are_the_same_one_the_first_is_served(
     eventually(lambda: exporter.scrape().one(loaded, role="target") == 3.0, what="the other one")
 
 
+@pytest.mark.slow
 def test_threads_that_read_for_the_first_time_at_once_read(
     runtime_dir: RuntimeDir, sound: RankStore
 ) -> None:

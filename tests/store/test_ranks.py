@@ -223,6 +223,7 @@ os._exit(0)
             os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_reader_never_sees_half_a_snapshot(
     runtime_dir: RuntimeDir, start_rank: Callable[[str, str], subprocess.Popen[str]]
 ) -> None:
@@ -247,6 +248,7 @@ threading.Thread(target=rewrite).start()
     assert seen == sorted(seen)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_while_it_writes_leaves_nothing_half(
     runtime_dir: RuntimeDir, start_rank: Callable[[str, str], subprocess.Popen[str]]
 ) -> None:

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from engines import clean_environment
 
 SOAK = Path(__file__).parents[2] / "benchmarks" / "soak.py"
 
 
+@pytest.mark.slow
 def test_ranks_update_and_are_scraped_whole() -> None:
     done = subprocess.run(
         [sys.executable, SOAK, "3", "60"],

@@ -127,6 +127,7 @@ def test_chosen_rows_keep_what_they_hold() -> None:
     assert chosen.fingerprint == "cd" * 16
 
 
+@pytest.mark.slow
 def test_large_tables_are_cut_into_events_and_spans_that_collectors_take() -> None:
     table = many(SPAN_EVENTS * EVENT_ROWS // 4)
     spans = encode_table(table, captured_at=1.5)
