@@ -15,6 +15,7 @@ from .grafana import (
     NO_NVML,
     NOT_LOADED,
     Json,
+    coarse,
     dash,
     hidden,
     linked,
@@ -52,7 +53,12 @@ def board(documents: str = "") -> Json:
         "sglang-weight-exporter.",
         variables=variables.variables(FLEET),
         links=[variables.to_board("Engine", "sglang-engine"), variables.to_runbooks()],
-        first=[*zero_when_healthy(), *by_name(documents), what_changed(), *over_time()],
+        first=[
+            *zero_when_healthy(),
+            *by_name(documents),
+            what_changed(),
+            *map(coarse, over_time()),
+        ],
         rows={
             "Memory": [gpu_bars(FLEET, width=12, height=10), headroom()],
             "Exporters": of_a_fleet(FLEET),

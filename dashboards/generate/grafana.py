@@ -22,6 +22,8 @@ NO_DCGM = "dcgm-exporter is not here: see the text on the right"
 
 #: Points of a graph. A store works for each of them, on as many series as there are GPUs.
 MOST_POINTS = 60
+#: Of one that is asked for whenever a board is opened.
+FIRST_POINTS = 30
 
 
 def query(expression: str, legend: str = "", *, ref: str = "A", **more: Any) -> Json:
@@ -428,6 +430,11 @@ def runbook(alert: str) -> Json:
     """A panel's link to what to do about what it shows."""
     url = f"{DOCUMENTS}/alerts.md#{alert.lower()}"
     return link(f"Runbook: {alert}", url, "doc", here=False)
+
+
+def coarse(panel: Json) -> Json:
+    """A graph of a first screen."""
+    return {**panel, "maxDataPoints": FIRST_POINTS}
 
 
 def linked(panel: Json, *links: Json) -> Json:

@@ -11,6 +11,7 @@ from ..grafana import (
     NOT_LOADED,
     Json,
     by_name,
+    coarse,
     coloured,
     linked,
     override,
@@ -67,7 +68,8 @@ def gpu_bars(selection: Selection, *, width: int, height: int) -> Json:
 
 
 def first_screen() -> list[Json]:
-    return [*totals(), *zero_when_healthy(), *now()]
+    bars, *graphs = now()
+    return [*totals(), *zero_when_healthy(), bars, *map(coarse, graphs)]
 
 
 def totals() -> list[Json]:
