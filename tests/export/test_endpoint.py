@@ -569,6 +569,7 @@ def peak_bytes(exporter: Exporter) -> int:
     return int(re.findall(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)[0]) * 1024
 
 
+@pytest.mark.slow
 def test_answers_that_nobody_takes_are_bounded(
     serve: Callable[..., Exporter], runtime_dir: RuntimeDir
 ) -> None:

@@ -169,6 +169,7 @@ def test_exporters_that_are_killed_one_after_another_are_all_replaced(
     assert ranks[2].poll() is None
 
 
+@pytest.mark.slow
 def test_a_port_that_another_program_took_meanwhile_is_taken_back_when_it_is_free(
     runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
 ) -> None:

@@ -66,6 +66,7 @@ def test_engines_are_loaded_from_the_start(tmp_path: Path) -> None:
     assert len({each.devices[0].uuid for each in found}) == 6
 
 
+@pytest.mark.slow
 def test_an_hour_has_all_that_the_dashboards_show(tmp_path: Path) -> None:
     found = simulated(tmp_path / "runtime", until=3600)
     for each in found:
@@ -260,6 +261,7 @@ def test_on_a_full_disk_they_live_on_and_no_update_is_lost(tmp_path: Path) -> No
         simulation.close()
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_meanwhile_does_not_freeze_the_command(tmp_path: Path) -> None:
     with disk(tmp_path / "disk", "4m") as path, started(path, "4x1") as (process, port):
         address = f"http://127.0.0.1:{port}/metrics"

@@ -125,6 +125,7 @@ def test_the_configuration_in_the_documentation_is_served(
         handshake(exporter, authority, authority.issue_cert("grafana.monitoring.svc"))
 
 
+@pytest.mark.slow
 def test_users_are_let_in_by_password_and_see_every_page(configured: Started) -> None:
     exporter = configured(f"basic_auth_users:\n  prometheus: {HASH}\n  42: {HASH}\n")
     for path in ("/metrics", "/healthz", "/", "/nowhere"):

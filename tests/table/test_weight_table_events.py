@@ -88,6 +88,7 @@ def test_a_table_comes_back_from_its_events_in_any_order(
 
 
 @given(ROWS.filter(bool), st.data(), st.randoms())
+@pytest.mark.slow
 def test_what_tensors_hold_comes_back_with_them(
     rows: list[Row], data: st.DataObject, order: random.Random
 ) -> None:
