@@ -68,7 +68,7 @@ wheel:
 check:
 	@$(call say,ruff mypy lint-imports and what is fast of the suites without SGLang: a minute)
 	$(MAKE) --no-print-directory -j2 --output-sync=target lint light-tests \
-	  PYTEST_ARGUMENTS='-m "not slow" $(PYTEST_ARGUMENTS)'
+	  PYTEST_ARGUMENTS='-n 6 -m "not slow" $(PYTEST_ARGUMENTS)'
 
 lint: wheel
 	@$(call say,ruff mypy lint-imports)

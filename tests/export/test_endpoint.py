@@ -242,6 +242,7 @@ def test_idle_and_slow_clients_block_nobody_and_are_let_go(
     assert exporter.request("/metrics")[0] == 200
 
 
+@pytest.mark.slow
 def test_more_idle_connections_than_descriptors_end_nothing(
     serve: Callable[..., Exporter], rank: RankStore, clients: list[socket.socket]
 ) -> None:
@@ -311,6 +312,7 @@ def test_all_ipv4_addresses_are_no_ipv6_address(serve: Callable[..., Exporter]) 
         socket.create_connection(("::1", exporter.port), timeout=LIMIT)
 
 
+@pytest.mark.slow
 def test_a_scrape_follows_every_change_of_a_rank(
     serve: Callable[..., Exporter], rank: RankStore
 ) -> None:
@@ -415,6 +417,7 @@ def test_more_scrapes_at_once_than_the_limit_are_refused_in_words(
     eventually(lambda: exporter.request("/metrics")[0] == 200)
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_named_once_and_taken_when_it_is_free(
     serve: Callable[..., Exporter],
 ) -> None:

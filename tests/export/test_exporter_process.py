@@ -313,6 +313,7 @@ def test_the_exporter_outlives_the_engine_whose_processes_are_all_killed(
         assert b"sglang_weight_exporter_build_info" in answer.read()
 
 
+@pytest.mark.slow
 def test_a_directory_that_was_removed_and_made_again_has_one_owner(
     runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
 ) -> None:
@@ -347,6 +348,7 @@ def test_a_rank_whose_files_a_cleaner_removed_is_back_without_an_update(
     assert serving(runtime_dir).pid == replaced.pid
 
 
+@pytest.mark.slow
 def test_a_static_rank_is_back_after_its_directory_was_removed(
     runtime_dir: RuntimeDir, start_rank: Callable[..., Rank]
 ) -> None:
@@ -366,6 +368,7 @@ def _is_zombie(pid: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 def test_an_exporter_that_cannot_start_says_why_once_and_leaves_the_rank_alone(
     runtime_dir: RuntimeDir, start_rank: Callable[..., Rank], tmp_path: Path
 ) -> None:

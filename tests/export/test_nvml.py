@@ -233,6 +233,7 @@ def test_a_gpu_is_published_by_the_exporter_whose_ranks_use_it(
     assert gpus(first) == BOTH
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["unknown", "hangs"])
 def test_a_failure_is_said_once_and_so_is_the_return(
     mode: str, driver: Callable[[str], object], serve: Callable[..., Exporter]

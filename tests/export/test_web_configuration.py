@@ -233,6 +233,7 @@ def test_the_variable_names_the_file_as_well(
     assert exporter.request("/metrics")[0] == 401
 
 
+@pytest.mark.slow
 def test_a_change_is_in_force_for_the_next_connection(
     configured: Started, directory: Path, authority: trustme.CA, runtime_dir: RuntimeDir
 ) -> None:
@@ -330,6 +331,7 @@ def test_settings_of_a_former_release_open_nothing(
         exporter.request("/metrics")
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_be_used_serves_nobody_until_it_can(
     serve: Callable[..., Exporter], directory: Path
 ) -> None:
