@@ -63,10 +63,15 @@ class Client(threading.Thread):
 
 
 def clients(engine: Engine) -> list[Client]:
-    """Requests that have tokens."""
-    found = [Client(engine) for _ in range(REQUESTS)]
-    eventually(lambda: all(len(client.times) > 2 for client in found), what="tokens of all")
-    return found
+    """Requests that have tokens, and are not through: the first of an engine may wait for seconds
+    until one of them is let in, while another is answered."""
+    while True:
+        found = [Client(engine) for _ in range(REQUESTS)]
+        eventually(lambda: all(len(each.times) > 2 for each in found), what="tokens of all")  # noqa: B023
+        if not any(client.meta["finish_reason"] for client in found):
+            return found
+        for client in found:
+            client.join(LIMIT)
 
 
 def total(engine: Engine, name: str, **labels: str) -> float:
