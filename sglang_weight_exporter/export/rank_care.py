@@ -79,7 +79,7 @@ class RankCare:
         self._read = read
         self._guard = guard
         self._died_in_update = died_in_update
-        #: Ranks that have ended and are counted; what they left is still there.
+        #: Ranks that have ended and are counted; what they left may stay where it cannot be removed.
         self._counted: set[str] = set()
         self._is_ours = is_ours
         self._strange_lock = False
@@ -155,7 +155,6 @@ class RankCare:
 
     def _put_away(self, directory: RankDirectory) -> None:
         """What a dead rank left goes; unless it reports an end that somebody will ask about."""
-        self._counted.discard(directory.rank_id)
         ended = read_ended(directory)
         if ended is not None:
             logger.warning("%s. `sglang-weight-exporter status --last` says more.", ended)

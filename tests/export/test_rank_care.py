@@ -183,6 +183,38 @@ def test_ranks_that_end_in_an_update_are_counted_and_those_behind_one_are_not(
     staying.store.close()
 
 
+def test_a_rank_whose_files_cannot_be_removed_is_counted_once(
+    runtime_dir: RuntimeDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its directory is looked at each second, for as long as it is there."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(rank_care, "keep", refuse)
+    monkeypatch.setattr(RankDirectory, "remove", lambda directory: None)
+    rank = PublishedRank(runtime_dir.path, engine="inside")
+    rank.publish()
+    rank.begin_update()
+    rank.store.close()
+    died: Counter[tuple[str, str]] = Counter()
+    pipeline = SimpleNamespace(discard=lambda directory: None, is_done_with=lambda directory: True)
+    care = rank_care.RankCare(
+        runtime_dir,
+        cast(Any, None),
+        ends_with_ranks=False,
+        pipeline=cast(Any, pipeline),
+        metadata=cast(Any, SimpleNamespace(follow=lambda: None)),
+        read=lambda: None,
+        guard=Guard(),
+        died_in_update=died,
+        is_ours=lambda endpoint: True,
+    )
+    for _ in range(3):
+        asyncio.run(care._pass())
+    assert list(died.values()) == [1]
+
+
 def test_a_lock_that_is_no_exporters_in_place_of_its_own_ends_nothing(
     runtime_dir: RuntimeDir, serve: Callable[..., Exporter]
 ) -> None:
