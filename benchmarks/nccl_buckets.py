@@ -133,7 +133,7 @@ def main() -> None:
     gpu = len(nvidia_smi()) > 1
     sizes = (4096, 32, 14) if gpu else (256, 2, 3)
     hidden, layers, buckets = map(int, sys.argv[1:]) if len(sys.argv) > 1 else sizes
-    # So many engines share a GPU as its memory suffices for: none asks for a share of it.
+    # Engines share the GPU: tokens say how large each KV pool is, and no fraction of the memory.
     device = (GPU if gpu else CPU) | {"load_format": "dummy", "mem_fraction_static": 0.9}
     options = json.dumps(OPTIONS | device)
     installation = Installation(Path(sys.executable), gpu=gpu)

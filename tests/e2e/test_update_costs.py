@@ -13,6 +13,8 @@ import subprocess
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +64,16 @@ class Client(threading.Thread):
         return len(self.meta["weight_versions"]) > 1
 
 
+def all_have_tokens(found: Sequence[Client]) -> bool:
+    return all(len(client.times) > 2 for client in found)
+
+
 def clients(engine: Engine) -> list[Client]:
     """Requests that have tokens, and are not through: the first of an engine may wait for seconds
     until one of them is let in, while another is answered."""
     while True:
         found = [Client(engine) for _ in range(REQUESTS)]
-        eventually(lambda: all(len(each.times) > 2 for each in found), what="tokens of all")  # noqa: B023
+        eventually(partial(all_have_tokens, found), what="tokens of all")
         if not any(client.meta["finish_reason"] for client in found):
             return found
         for client in found:
