@@ -79,7 +79,7 @@ class RankCare:
         self._read = read
         self._guard = guard
         self._died_in_update = died_in_update
-        #: Ranks that have ended and are counted; what they left may stay where it cannot be removed.
+        #: Ranks that have ended and are counted: what they left may not go.
         self._counted: set[str] = set()
         self._is_ours = is_ours
         self._strange_lock = False
