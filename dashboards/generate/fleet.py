@@ -273,10 +273,10 @@ def what_changed() -> Json:
     to_engine = {"title": "Engine board", "url": ENGINE_BOARD}
     return table(
         "What each engine serves, latest change first",
-        "When the weights of each engine last changed, through which source and, where that was "
-        "in the time range and none failed in it, in how many seconds; its version (eight digits "
-        "of a hash where it is no number: `status` has the words), ranks that are alive, and bytes "
-        "of weights. A click opens the engine's board.",
+        "When the weights of each engine last changed, through which source and in how many "
+        "seconds (of the last update that succeeded); its version (eight digits of a hash where it "
+        "is no number: `status` has the words), ranks that are alive, and bytes of weights. A "
+        "click opens the engine's board.",
         targets,
         [
             {"id": "merge", "options": {}},

@@ -15,20 +15,26 @@ RANK = '{instance="a:9400", engine="30000", role="target", tp_rank="0", pp_rank=
 #: By minute: loaded in a minute, updated in 30 s, an update that failed and left something,
 #: another in 12 s, and the engine anew.
 SERIES = {
-    "loaded": "100 100 100 100 100 900",
-    "last_update": "100 100 330 500 712 900",
-    "last_update_start": "40 40 300 300 700 840",
+    "last_update_timestamp": "100 100 330 500 712 900",
+    "last_update_start_timestamp": "40 40 300 300 700 840",
+    "last_update_duration": "_ _ 30 30 12 stale",
 }
 
 
-def check(tmp_path: Path, tests: list[dict[str, Any]]) -> None:
-    """Asked of promtool, minute by minute."""
+def check(tmp_path: Path, asked: str, answers: list[dict[str, float]]) -> None:
+    """Asked of promtool, minute by minute: values by labels."""
     series = [
-        {"series": f"sglang_weight_{name}_timestamp_seconds{RANK}", "values": values}
+        {"series": f"sglang_weight_{name}_seconds{RANK}", "values": values}
         for name, values in SERIES.items()
     ]
-    failures = f'sglang_weight_update_failures_total{RANK[:-1]}, source="disk"}}'
-    series.append({"series": failures, "values": "0 0 0 1 1 0"})
+    tests = [
+        {
+            "expr": asked,
+            "eval_time": f"{minute}m",
+            "exp_samples": [{"labels": labels, "value": value} for labels, value in one.items()],
+        }
+        for minute, one in enumerate(answers)
+    ]
     file = tmp_path / "test.yml"
     file.write_text(
         yaml.safe_dump(
@@ -38,47 +44,26 @@ def check(tmp_path: Path, tests: list[dict[str, Any]]) -> None:
     run("promtool", "test", "rules", file)
 
 
-def test_the_table_has_none_of_a_load_nor_where_an_update_failed_meanwhile(
+def test_the_table_has_the_last_that_succeeded_and_no_load(
     boards: dict[str, Any], tmp_path: Path
 ) -> None:
-    """A range of a minute: the failure is in that which ends with the third."""
     (expression,) = (
         each
         for title, each, _ in expressions(boards["sglang-fleet"])
-        if title.startswith("What each engine serves") and "last_update_start" in each
+        if title.startswith("What each engine serves") and "duration" in each
     )
-    asked = filled_in(expression, {**ALL, "$__range": "1m"})
-    took = {2: 30, 4: 12}
-    labels = '{instance="a:9400", engine="30000"}'
-    tests = [
-        {
-            "expr": asked,
-            "eval_time": f"{minute}m",
-            "exp_samples": [{"labels": labels, "value": took[minute]}] if minute in took else [],
-        }
-        for minute in range(6)
-    ]
-    check(tmp_path, tests)
+    engine = '{instance="a:9400", engine="30000"}'
+    took = [{engine: seconds} for seconds in (30.0, 30.0, 12.0)]
+    check(tmp_path, filled_in(expression, ALL), [{}, {}, *took, {}])
 
 
-def test_a_load_and_an_update_that_failed_have_no_duration(
-    boards: dict[str, Any], tmp_path: Path
-) -> None:
+def test_the_graph_has_each_that_succeeded_once(boards: dict[str, Any], tmp_path: Path) -> None:
     (expression,) = (
         each for title, each, _ in expressions(boards["sglang-fleet"]) if title == "Update duration"
     )
     asked = filled_in(expression, {**ALL, "$__interval": "1m"})
-    took = {2: 30, 4: 12}
-    tests = [
-        {
-            "expr": asked,
-            "eval_time": f"{minute}m",
-            "exp_samples": [
-                {"labels": f'{{part="{part}"}}', "value": took[minute]}
-                for part in ("median", "slowest")
-                if minute in took
-            ],
-        }
-        for minute in range(6)
-    ]
-    check(tmp_path, tests)
+    first, second = (
+        {f'{{part="{part}"}}': seconds for part in ("median", "slowest")}
+        for seconds in (30.0, 12.0)
+    )
+    check(tmp_path, asked, [{}, {}, first, {}, second, {}])

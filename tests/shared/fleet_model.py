@@ -204,6 +204,10 @@ class Engine:
             "sglang_weight_last_update_start_timestamp_seconds",
             lambda second: max([loaded - 30, *(b for b, e in updates if e <= second)]) + clock,
         )
+        put(
+            "sglang_weight_last_update_duration_seconds",
+            lambda second: next((e - b for b, e in reversed(updates) if e <= second), None),
+        )
         put("sglang_weight_update_in_progress", lambda second: float(inside(busy, second)))
         self._serve_counters(put, updates)
         if updates:

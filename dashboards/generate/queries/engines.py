@@ -94,16 +94,9 @@ def number_behind(selection: Selection) -> str:
 
 
 def took(selection: Selection) -> str:
-    """Seconds of the last update of each engine, where it ended in the time range and none failed
-    there: one that failed may have changed weights, and leaves the beginning of the one before."""
-    ended, begun = (
-        selection.series(f"sglang_weight_{each}_timestamp_seconds", FIRST)
-        for each in ("last_update", "last_update_start")
-    )
-    failures = selection.series("sglang_weight_update_failures_total", FIRST)
-    failed = f"{failures} > ({failures} offset $__range or 0 * {failures})"
-    in_range = f"({updated(selection)} > ({ended} offset $__range or 0 * {ended}))"
-    return f"max by ({ENGINE}) ({in_range} - {begun} unless on ({RANK}) ({failed}))"
+    """Seconds of the last update of each engine that succeeded."""
+    seconds = selection.series("sglang_weight_last_update_duration_seconds", FIRST)
+    return f"max by ({ENGINE}) ({seconds})"
 
 
 def ranks_of_each(selection: Selection) -> str:

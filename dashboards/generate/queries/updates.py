@@ -110,13 +110,10 @@ def bytes_a_second(selection: Selection) -> str:
 def slowest(selection: Selection) -> str:
     """Seconds of the slowest engine and of the one in the middle, where an update ended since the
     point before: of the last one of each, on its first rank. By what they took, and not by buckets,
-    which know no more than between which two bounds it was. The first load is no update, and one
-    that failed is none: it may change weights, and leaves the beginning of the one before."""
-    ended, begun, loaded = (
-        selection.series(f"sglang_weight_{each}_timestamp_seconds", FIRST)
-        for each in ("last_update", "last_update_start", "loaded")
-    )
-    taken = f"{ended} - ({begun} > {begun} offset $__interval >= {loaded})"
+    which know no more than between which two bounds it was."""
+    begun = selection.series("sglang_weight_last_update_start_timestamp_seconds", FIRST)
+    seconds = selection.series("sglang_weight_last_update_duration_seconds", FIRST)
+    taken = f"({seconds} and {begun} > {begun} offset $__interval)"
     return together({"slowest": f"max({taken})", "median": f"quantile(0.5, {taken})"})
 
 

@@ -27,6 +27,14 @@ def _histograms(view: RoleView) -> Iterator[Sample]:
             yield sample
 
 
+def _last_duration(view: RoleView) -> Iterator[Sample]:
+    """A first load is no update, and one that failed may have changed weights, but took no time
+    that another will take."""
+    changed = [counts for counts in view.role.updates.values() if counts.updated_at is not None]
+    if changed:
+        yield from one(max(changed, key=lambda counts: counts.updated_at or 0.0).seconds)
+
+
 def _update_bytes(view: RoleView) -> Iterator[Sample]:
     for source in SOURCES:
         counts = view.role.updates.get(source, UNUSED)
@@ -55,6 +63,14 @@ INSTRUMENTS = (
         "When the last update that succeeded began, the first load included, in Unix time: the "
         "same moment on every rank that has it, but for their clocks.",
         read_role=lambda view: one(view.role.update_started_at),
+    ),
+    Instrument(
+        "sglang_weight_last_update_duration_seconds",
+        "gauge",
+        "s",
+        "Time of the last update that succeeded, from its first call to its last, with what "
+        "follows that. Absent before the first; a load is none.",
+        read_role=_last_duration,
     ),
     Instrument(
         "sglang_weight_update_in_progress",
