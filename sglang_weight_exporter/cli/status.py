@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from sglang_weight_exporter.records.costs import DISCARDED, FATES, UpdateCost
 from sglang_weight_exporter.records.engine import HookState
 from sglang_weight_exporter.records.snapshot import Role, Snapshot
 from sglang_weight_exporter.records.updates import Update, UpdateInProgress
+from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.store.ended import ended_ranks
 from sglang_weight_exporter.store.locks import is_held
 from sglang_weight_exporter.store.reader import RankDirectory, SnapshotReader, read_endpoint
@@ -87,13 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
         if number == 0:
             print()
         print_line(line)
-    if settings.reference_dir is not None:
-        print()
-        for directory, snapshot in found:
-            problems += _print_references(directory, snapshot, settings.reference_dir)
-    if settings.manifest_dir is not None:
-        print()
-        problems += _print_manifests(found, settings.manifest_dir)
+    problems += _print_comparisons(found, arguments, settings)
     for problem in problems:
         print_line(f"! {problem}")
     return 1 if problems else 0
@@ -148,6 +143,32 @@ def _print_rank(snapshot: Snapshot, now: float, *, verbose: bool) -> list[str]:
     return problems
 
 
+def _print_comparisons(
+    found: Sequence[tuple[RankDirectory, Snapshot]],
+    arguments: argparse.Namespace,
+    settings: Settings,
+) -> Iterator[str]:
+    """With what was loaded elsewhere, and with what was sent; problems are given back."""
+    # An engine's own directory before that of this shell: there may be engines of several.
+    references = [
+        (directory, snapshot, Path(where))
+        for directory, snapshot in found
+        if (where := arguments.reference_dir or snapshot.reference_dir or settings.reference_dir)
+    ]
+    manifests = [
+        (directory, snapshot, Path(where))
+        for directory, snapshot in found
+        if (where := arguments.manifest_dir or snapshot.manifest_dir or settings.manifest_dir)
+    ]
+    if references:
+        print()
+        for directory, snapshot, where in references:
+            yield from _print_references(directory, snapshot, where)
+    if manifests:
+        print()
+        yield from _print_manifests(manifests)
+
+
 def _print_references(
     directory: RankDirectory, snapshot: Snapshot, references: Path
 ) -> Iterator[str]:
@@ -181,11 +202,11 @@ def _print_references(
 
 
 def _print_manifests(
-    found: Iterable[tuple[RankDirectory, Snapshot]], manifests: Path
+    found: Iterable[tuple[RankDirectory, Snapshot, Path]],
 ) -> Iterator[str]:
     """A line for each target whose version has a manifest; problems are given back."""
     engines: dict[tuple[str, str], list[tuple[Table, SentComparison]]] = {}
-    for directory, snapshot in found:
+    for directory, snapshot, manifests in found:
         name = f"engine {snapshot.engine.name}, {snapshot.ranks}"
         try:
             table = TableReader(directory, "target", snapshot.engine, snapshot.ranks).read()

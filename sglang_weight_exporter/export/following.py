@@ -10,6 +10,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -52,49 +53,67 @@ def is_left_by(role: Role, action: str) -> bool:
 
 
 class TableFollower(ABC):
-    """Compares what each load or update has left, once."""
+    """Compares what each load or update has left, once.
 
-    #: Which attribute of a role says what came of it, and what is compared.
+    ``directory``: where what all ranks' is compared with is; ``None``: where each rank's own
+    setting says. Engines of one host may be of different trainers.
+    """
+
+    #: Which attribute of a role says what came of it, what is compared, and which attribute of a
+    #: rank says with what.
     attribute: str
     action: Literal["load", "update"]
+    setting: Literal["reference_dir", "manifest_dir"]
     #: What is logged, with why behind it.
     sentence: str
     #: What trying again does not help against.
     hopeless: tuple[type[Exception], ...] = ()
 
-    def __init__(self, snapshots: SnapshotReader, guard: Guard, *, is_on: bool) -> None:
+    def __init__(self, snapshots: SnapshotReader, directory: Path | None, guard: Guard) -> None:
         self._snapshots = snapshots
+        self._directory = directory
         self._guard = guard
-        self._is_on = is_on
         #: Rank and role → what was compared, and what came of it.
         self._found: dict[tuple[str, str], tuple[Left | None, Finding]] = {}
         self._living: set[tuple[str, str]] = set()
         self._logged: set[str] = set()
+        self._lock = threading.Lock()
+        self._starts = False
 
     def start(self) -> None:
-        if self._is_on:
-            threading.Thread(target=self._run, name=self.attribute, daemon=True).start()
+        """From now on. Whether a rank has anything to be compared with is seen when it is read."""
+        self._starts = True
+
+    def _begin(self) -> None:
+        with self._lock:
+            if self._starts:
+                self._starts = False
+                threading.Thread(target=self._run, name=self.attribute, daemon=True).start()
 
     def _run(self) -> None:
         while True:
-            with self._guard.step(f"Comparing weights for {self.attribute}"):
-                self.follow()
+            self.follow()
             time.sleep(_POLL_SECONDS)
 
     def follow(self) -> None:
-        """Never raises for a single rank."""
+        """What goes wrong with one rank keeps no other from it."""
         living = set()
         for rank, snapshot in self._snapshots.read():
+            directory = self._directory_of(snapshot)
+            if directory is None:
+                continue
             for role in snapshot.roles:
                 living.add((snapshot.rank_id, role.name))
-                self._follow(rank, snapshot, role)
+                with self._guard.step(f"Comparing weights for {self.attribute}"):
+                    self._follow(rank, snapshot, role, directory)
         self._found = {key: found for key, found in self._found.items() if key in living}
         self._living = living
 
     def annotated(self, snapshot: Snapshot) -> Snapshot:
         """With what was found, as long as the weights are what was compared."""
-        if not self._is_on:
+        if self._directory_of(snapshot) is None:
             return snapshot
+        self._begin()
         roles = []
         for role in snapshot.roles:
             left, finding = self._found.get((snapshot.rank_id, role.name), (None, Finding()))
@@ -106,9 +125,9 @@ class TableFollower(ABC):
     def of_event(self, event: Event) -> Finding | None:
         """What came of comparing it; ``None``: nothing yet, and it is soon enough to ask again."""
         update, table = event.update, event.table
-        if not self._is_on or table is None or not table.fingerprint:
+        if table is None or not table.fingerprint:
             return Finding()
-        if update.action != self.action or not update.succeeded:
+        if update.action != self.action or not update.succeeded or not self._is_compared(event):
             return Finding()
         left, finding = self._found.get((event.rank_id, event.role), (None, Finding()))
         if left == self._left_by(update, table.sha256, table.fingerprint, update.weight_version):
@@ -117,14 +136,24 @@ class TableFollower(ABC):
             return Finding()  # The next came before anybody had looked.
         return Finding() if time.time() > update.ended_at + _SPAN_WAITS_SECONDS else None
 
-    def _follow(self, rank: RankDirectory, snapshot: Snapshot, role: Role) -> None:
+    def _directory_of(self, snapshot: Snapshot) -> Path | None:
+        own: str = getattr(snapshot, self.setting)
+        return self._directory or (Path(own) if own else None)
+
+    def _is_compared(self, event: Event) -> bool:
+        return any(
+            snapshot.rank_id == event.rank_id and self._directory_of(snapshot) is not None
+            for _, snapshot in self._snapshots.read()
+        )
+
+    def _follow(self, rank: RankDirectory, snapshot: Snapshot, role: Role, directory: Path) -> None:
         key, left = (snapshot.rank_id, role.name), self._left(role, snapshot.weight_version)
         if left is None or self._found.get(key, (None,))[0] == left:
             return
         try:
             table = TableReader(rank, role.name, snapshot.engine, snapshot.ranks).read()
             if self._left(table.role, table.weight_version) == left:
-                found = self._compare(table)
+                found = self._compare(table, directory)
                 if found is not None:
                     self._found[key] = (left, found)
         except TableError:
@@ -136,8 +165,8 @@ class TableFollower(ABC):
             self._log(f"{error}; it is tried again every second")
 
     @abstractmethod
-    def _compare(self, table: Table) -> Finding | None:
-        """``None``: not yet."""
+    def _compare(self, table: Table, directory: Path) -> Finding | None:
+        """With what is in the directory. ``None``: not yet."""
 
     def _left(self, role: Role, version: str) -> Left | None:
         """What distinguishes what was left from anything else; ``None`` where the weights are not

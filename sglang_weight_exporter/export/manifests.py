@@ -113,12 +113,12 @@ class ManifestFollower(TableFollower):
 
     attribute = "manifest_match"
     action = "update"
+    setting = "manifest_dir"
     sentence = "An update is compared with no manifest"
     hopeless = (ManifestError,)
 
     def __init__(self, snapshots: SnapshotReader, directory: Path | None, guard: Guard) -> None:
-        super().__init__(snapshots, guard, is_on=directory is not None)
-        self._directory = directory
+        super().__init__(snapshots, directory, guard)
         #: By rank and role: patterns of tensors that were equal once; which update was the first
         #: with the version that it has now.
         self._proved: dict[tuple[str, str], frozenset[str]] = {}
@@ -140,12 +140,11 @@ class ManifestFollower(TableFollower):
     def _left_by(self, update: Update, sha256: str, fingerprint: str, version: str) -> Left:
         return update.sequence, sha256, fingerprint, version
 
-    def _compare(self, table: Table) -> Finding | None:
-        assert self._directory is not None  # `start` and `follow` are for a directory.
+    def _compare(self, table: Table, directory: Path) -> Finding | None:
         if table.role.name != "target":
             return Finding()  # A draft is trained by itself, and its names are the target's.
         version, key = table.weight_version, (table.rank_id, table.role.name)
-        path = manifest_path(self._directory, version)
+        path = manifest_path(directory, version)
         if path is None or not self._is_of_this_update(key, table):
             return Finding() if path is None else None
         manifest = self._read(path)

@@ -118,6 +118,7 @@ class ReferenceFollower(TableFollower):
 
     attribute = "reference_match"
     action = "load"
+    setting = "reference_dir"
     sentence = "A load is compared with no reference"
     hopeless = (CheckpointError, ManifestError)
 
@@ -128,18 +129,16 @@ class ReferenceFollower(TableFollower):
         environ: Mapping[str, str],
         guard: Guard,
     ) -> None:
-        super().__init__(snapshots, guard, is_on=directory is not None)
-        self._references = None if directory is None else References(directory)
+        super().__init__(snapshots, directory, guard)
         self._environ = environ
 
-    def _compare(self, table: Table) -> Finding:
-        assert self._references is not None  # `start` and `follow` are for a directory.
+    def _compare(self, table: Table, directory: Path) -> Finding:
         if table.engine.load_settings.get("load_format") == "dummy":
             return Finding()
-        manifest = reference_of(table, self._environ)
-        if manifest.reference is None or self._references.leave(manifest):
+        manifest, references = reference_of(table, self._environ), References(directory)
+        if manifest.reference is None or references.leave(manifest):
             return Finding()  # This is the first.
-        there = self._references.find(manifest.reference.key)
+        there = references.find(manifest.reference.key)
         if there is None:
             return Finding()
         if there.fingerprint == manifest.fingerprint:

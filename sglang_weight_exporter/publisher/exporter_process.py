@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sglang_weight_exporter.process_log import Message, Secrets, read_messages
+from sglang_weight_exporter.settings import PREFIX
 from sglang_weight_exporter.store.locks import FileLock
 from sglang_weight_exporter.store.runtime_dir import VARIABLE, RuntimeDir
 
@@ -27,6 +28,9 @@ logger = logging.getLogger("sglang_weight_exporter")
 #: twice as long.
 _HEALTHY_SECONDS = 10.0
 _LONGEST_PAUSE_SECONDS = 60.0
+
+#: Settings that a rank's snapshot says, because engines of a host may differ in them.
+OF_EACH_RANK = tuple(f"{PREFIX}{name}_DIR" for name in ("METADATA", "REFERENCE", "MANIFEST"))
 
 
 class Supervisor:
@@ -153,6 +157,9 @@ def exporter_environ(environ: Mapping[str, str], runtime_dir: RuntimeDir) -> dic
     if preload:
         result["LD_PRELOAD"] = ":".join(preload)
     result[VARIABLE] = str(runtime_dir.path)
+    # Each rank says its own: engines of several trainers may be on a host.
+    for variable in OF_EACH_RANK:
+        result.pop(variable, None)
     # A file named like a standard module in the engine's working directory is not ours to import.
     if Path(__file__).resolve().parents[2] != Path.cwd():
         result["PYTHONSAFEPATH"] = "1"

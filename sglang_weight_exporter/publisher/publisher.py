@@ -346,6 +346,8 @@ class Publisher:
             engine=self._engine(snapshot.engine),
             events_dropped=store.events_dropped + self._dropped,
             metadata_dir=str(self._settings.metadata_dir or ""),
+            reference_dir=str(self._settings.reference_dir or ""),
+            manifest_dir=str(self._settings.manifest_dir or ""),
             roles=tuple(
                 msgspec.structs.replace(role, table=None) if role.name in without else role
                 for role in snapshot.roles

@@ -160,8 +160,11 @@ class Snapshot(Record, frozen=True, kw_only=True):
     number: Count = 0
     #: Operations that have begun and not ended, and since when.
     running: dict[str, Seconds] = {}
-    #: Where the exporter process is to keep ``weights_metadata`` files; empty: nowhere.
+    #: Where the exporter process is to keep ``weights_metadata`` files, and where what loads and
+    #: updates are compared with is; empty: nowhere. Absolute paths.
     metadata_dir: str = ""
+    reference_dir: str = ""
+    manifest_dir: str = ""
 
     @property
     def order(self) -> tuple[str, tuple[int, int, int], float]:

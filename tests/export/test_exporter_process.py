@@ -445,6 +445,17 @@ def test_an_exporter_goes_on_when_the_rank_that_reads_its_log_is_stopped(
     impatience.cancel()
 
 
+def test_what_engines_may_differ_in_does_not_reach_the_exporter(
+    runtime_dir: RuntimeDir, start_rank: Callable[..., Rank], tmp_path: Path
+) -> None:
+    """It goes by what each rank says: files of two engines in one directory have the same names,
+    and two trainers count versions alike."""
+    names = [f"SGLANG_WEIGHT_EXPORTER_{name}_DIR" for name in ("METADATA", "REFERENCE", "MANIFEST")]
+    start_rank("rank", **{name: str(tmp_path) for name in names})
+    environ = Path(f"/proc/{serving(runtime_dir).pid}/environ").read_text().split("\0")
+    assert not [entry for entry in environ if entry.partition("=")[0] in names]
+
+
 def test_sglangs_environment_does_not_reach_the_exporter(
     runtime_dir: RuntimeDir, start_rank: Callable[..., Rank], tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import itertools
 import os
 import signal
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +86,28 @@ def sent_of(array: Any) -> SentTensor:
 class Fleet:
     """The tensor-parallel ranks of an engine, and a trainer's directory."""
 
-    def __init__(self, path: Path, size: int = 2) -> None:
-        self.run, self.sent = path / "run", path / "sent"
-        self.sent.mkdir()
+    def __init__(self, path: Path, size: int = 2, run: Path | None = None) -> None:
+        self.run, self.sent = run or path / "run", path / "sent"
+        self.sent.mkdir(parents=True)
         self.ranks = []
         for tp in range(size):
             rank = PublishedRank(self.run, ranks=Ranks(tp=tp), device="cpu")
             rank.engine = msgspec.structs.replace(
-                rank.engine, tp_size=size, expected_ranks=size, sglang_version="0.5.23"
+                rank.engine,
+                instance=f"{zlib.crc32(bytes(self.sent)):016x}",
+                tp_size=size,
+                expected_ranks=size,
+                sglang_version="0.5.23",
             )
             self.ranks.append(rank)
         self.update(a_state(), "")
         self.follower = self.new_follower()
 
+    def snapshots(self) -> SnapshotReader:
+        return SnapshotReader(RuntimeDir.open(self.run, os.environ))
+
     def new_follower(self) -> ManifestFollower:
-        snapshots = SnapshotReader(RuntimeDir.open(self.run, os.environ))
-        return ManifestFollower(snapshots, self.sent, Guard())
+        return ManifestFollower(self.snapshots(), self.sent, Guard())
 
     def manifest(self, state: State, version: str, **more: Any) -> None:
         sent = {name: sent_of(array) for name, array in state.items()}
@@ -116,7 +123,7 @@ class Fleet:
 
     def matches(self) -> list[bool | None]:
         self.follower.follow()
-        found = SnapshotReader(RuntimeDir.open(self.run, os.environ)).read()
+        found = self.snapshots().read()
         return [
             self.follower.annotated(each).roles[0].manifest_match
             for _, each in sorted(found, key=lambda one: one[1].ranks.tp)
@@ -196,6 +203,40 @@ def test_a_tensor_that_is_older_is_named(fleet: Fleet, name: str) -> None:
     assert f"different  {name}" in text
     _, text = command("status", "--runtime-dir", fleet.run, "--manifest-dir", fleet.sent)
     assert f"{name} is not what the trainer sent as version 1" in text
+
+
+def test_engines_of_two_trainers_have_a_directory_each(tmp_path: Path) -> None:
+    """Of a policy and its critic on one host, whose versions are counted alike."""
+    fleets = [Fleet(tmp_path / name, run=tmp_path / "run") for name in ("policy", "critic")]
+    for fleet in fleets:
+        state = a_state()
+        fleet.manifest(state, "1")
+        for rank in fleet.ranks:
+            rank.directories = {"manifest_dir": str(fleet.sent)}
+        fleet.update(state, "1")
+    snapshots = SnapshotReader(RuntimeDir.open(tmp_path / "run", os.environ))
+    follower = ManifestFollower(snapshots, None, Guard())
+    follower.follow()
+    annotated = [follower.annotated(each) for _, each in snapshots.read()]
+    assert [each.roles[0].manifest_match for each in annotated] == [True] * 4
+    _, text = command("status", "--runtime-dir", tmp_path / "run")
+    assert text.count(" 0 different") == 4, text
+    fleets[1].manifest(a_state(), "2")
+    fleets[1].update(a_state(), "2")
+    follower.follow()
+    annotated = [follower.annotated(each) for _, each in snapshots.read()]
+    found = {each.manifest_dir: each.roles[0].manifest_match for each in annotated}
+    assert found == {str(fleets[0].sent): True, str(fleets[1].sent): False}
+
+
+def test_a_rank_that_is_compared_with_nothing_has_its_spans_at_once(fleet: Fleet) -> None:
+    fleet.update(a_state(), "1")
+    follower = ManifestFollower(fleet.snapshots(), None, Guard())
+    assert follower.of_event(fleet.ranks[0].last_event()) == Finding()
+    for rank in fleet.ranks:
+        rank.directories = {"manifest_dir": str(fleet.sent)}
+    fleet.update(a_state(), "1")
+    assert follower.of_event(fleet.ranks[0].last_event()) is None
 
 
 def verify(fleet: Fleet) -> tuple[int, str]:
@@ -489,13 +530,16 @@ def test_a_span_waits_for_its_finding_and_has_the_names(fleet: Fleet) -> None:
     assert fleet.follower.of_event(msgspec.structs.replace(event, update=missed)) == Finding()
 
 
-def test_the_exporter_process_serves_what_it_finds(fleet: Fleet) -> None:
+@pytest.mark.parametrize("said_by", ["exporter", "ranks"])
+def test_the_exporter_process_serves_what_it_finds(fleet: Fleet, said_by: str) -> None:
+    of_exporter, of_rank = "SGLANG_WEIGHT_EXPORTER_MANIFEST_DIR", "manifest_dir"
+    environ = {of_exporter: str(fleet.sent)} if said_by == "exporter" else {}
+    for rank in fleet.ranks if said_by == "ranks" else ():
+        rank.directories = {of_rank: str(fleet.sent)}
     state = a_state()
     fleet.manifest(state, "1")
     fleet.update({**state, UP: a_state()[UP]}, "1")
-    exporter = ExporterProcess(
-        fleet.run, SGLANG_WEIGHT_EXPORTER_MANIFEST_DIR=str(fleet.sent)
-    ).start()
+    exporter = ExporterProcess(fleet.run, **environ).start()
     try:
 
         def found() -> bool:

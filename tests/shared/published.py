@@ -57,6 +57,8 @@ class PublishedRank:
         self.ranks = ranks
         self.role = Role(name=role, device=device)
         self.devices: tuple[Device, ...] = ()
+        #: What its snapshot says of directories: ``manifest_dir`` and the like.
+        self.directories: dict[str, Any] = {}
         self.sequence = 0
 
     def publish(
@@ -152,6 +154,7 @@ class PublishedRank:
                 roles=(self.role,),
                 weight_version=weight_version,
                 running=running or {},
+                **self.directories,
             )
         )
 
