@@ -124,10 +124,11 @@ def room_after_resume(selection: Selection) -> str:
 
 
 def least_room(selection: Selection) -> dict[str, str]:
-    """The GPUs with the least, and how much more it is in an hour at the pace of the range."""
+    """The GPUs with the least, and how much more it is in an hour at the pace of the range. The
+    pace is of as many points as a graph has: all samples of a week are too many for a store."""
     least = f"bottomk({TOP}, {room(selection)})"
     used = selection.of_targets("sglang_gpu_memory_used_max_bytes")
-    pace = f"(-3600 * deriv({used}[$__range]) and on ({GPU}) {least})"
+    pace = f"(-3600 * deriv({used}[$__range:$__interval]) and on ({GPU}) {least})"
     return {"Room": index_named(least), "In an hour": index_named(pace)}
 
 
