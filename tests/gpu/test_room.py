@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -131,6 +132,7 @@ def prometheus(running: Engine, directory: Path) -> Iterator[Monitoring | None]:
     """With the shipped rules and the one that switches the alert on; None on a machine without a
     Prometheus, where the alert is not asked for."""
     if shutil.which("prometheus") is None:
+        warnings.warn("The alert is not asked for: that needs `prometheus` in PATH.", stacklevel=2)
         yield None
         return
     own = {
