@@ -107,11 +107,19 @@ class TableReader:
     def read(self, timeout: float = 0.0) -> Table:
         """A consistent table, waiting up to ``timeout`` seconds for one.
 
-        Raises :class:`UpdateInProgressError`, :class:`RankGoneError`, or :class:`TableError` when
-        the table could not be captured.
+        No update waits for it. Raises :class:`UpdateInProgressError`, :class:`RankGoneError`, or
+        :class:`TableError` when the table could not be captured.
         """
-        with self.hold(timeout) as table:
-            return table
+        waiting = _Waiting(timeout)
+        while True:
+            with self._shared_lock() as shared:
+                pass  # A call that begins after this says so in the snapshot before it writes.
+            table, obstacle = self._attempt() if shared else (None, self._busy())
+            self._check_alive()
+            if table is not None:
+                return table
+            if not waiting.pause():
+                raise obstacle
 
     @contextlib.contextmanager
     def hold(self, timeout: float = 0.0) -> Iterator[Table]:
@@ -125,11 +133,7 @@ class TableReader:
         while True:
             with self._shared_lock() as shared:
                 table, obstacle = self._attempt() if shared else (None, self._busy())
-                if not self.directory.is_alive():
-                    raise RankGoneError(
-                        f"The engine process of rank {self.directory.rank_id} has ended, so its "
-                        f"addresses mean nothing any more. Look for the tables that there are now."
-                    )
+                self._check_alive()
                 if table is not None:
                     yield table
                     return
@@ -169,6 +173,13 @@ class TableReader:
             self._last_snapshot = last = (content, decode_snapshot(content, path))
         return self._progress.apply(last[1])
 
+    def _check_alive(self) -> None:
+        if not self.directory.is_alive():
+            raise RankGoneError(
+                f"The engine process of rank {self.directory.rank_id} has ended, so its "
+                f"addresses mean nothing any more. Look for the tables that there are now."
+            )
+
     def _attempt(self) -> tuple[Table | None, TableError]:
         """A table if it is the same before and after reading, or else why there is none."""
         try:
@@ -180,7 +191,7 @@ class TableReader:
                     f"(process {snapshot.pid}): the model is not loaded yet, or it could not be "
                     f"read. `sglang-weight-exporter status` says more."
                 )
-            # With the table lock in hand no call of an update is running.
+            # The table lock was free: no call of an update was running.
             for progress in role.going_on:
                 if not progress.is_over(time.time()):
                     return None, self._busy()

@@ -30,7 +30,8 @@ from sglang_weight_exporter import (
 )
 from sglang_weight_exporter.records.engine import Ranks
 from sglang_weight_exporter.store.locks import FileLock
-from sglang_weight_exporter.weight_table import table_of_rows
+from sglang_weight_exporter.store.reader import RankDirectory
+from sglang_weight_exporter.weight_table import WeightTable, table_of_rows
 
 MOVED = tuple(row._replace(data_ptr=row.data_ptr + 2**20) for row in ROWS)
 
@@ -176,6 +177,24 @@ def test_an_update_waits_for_readers_as_long_as_it_is_told_and_no_longer(
     rank.store.lock_table(wait_seconds=30)
     assert rank.store.table_is_locked
     thread.join()
+
+
+def test_an_update_waits_for_nobody_who_reads_the_table_alone(
+    rank: PublishedRank, reader: TableReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes: the exporter may be stopped in the middle of it."""
+    table_of = RankDirectory.table
+    locked = []
+
+    def slow(directory: RankDirectory, file: str) -> WeightTable:
+        rank.store.lock_table()
+        locked.append(rank.store.table_is_locked)
+        rank.store.unlock_table()
+        return table_of(directory, file)
+
+    monkeypatch.setattr(RankDirectory, "table", slow)
+    assert tuple(reader.read().rows()) == ROWS
+    assert locked == [True]
 
 
 def test_an_update_of_many_calls_that_nobody_ended_counts_as_ended_once_it_is_idle(
