@@ -698,6 +698,8 @@ def test_an_update_that_nobody_ends_has_ended_with_its_last_call() -> None:
     role = ledger.describe("target", Role(name="target", device="cpu")).settled(clock.now)
     assert role.updates["tensor"].phases == {"load": 4.0, "wait": 1.0}
     assert role.updates["tensor"].duration.sum == 5.0
+    assert role.updates["tensor"].seconds == 5.0
+    assert role.updates["tensor"].updated_at == role.updated_at == clock.now - IDLE_SECONDS - 1
     assert role.update_started_at == clock.now - IDLE_SECONDS - 1 - 5.0
     ledger.updates.begin("target", "tensor", ends_with="later")
     update = clock.last()

@@ -103,14 +103,17 @@ class Role(Record, frozen=True, kw_only=True):
         if progress.source is None:
             return msgspec.structs.replace(self, in_progress=self.rebalance, rebalance=None)
         counts = self.updates.get(progress.source, UpdateCounts())
+        # The clock may have been set back.
+        seconds = max(0.0, progress.last_call_at - progress.started_at)
+        if not progress.failed:  # Of its span nothing is known yet.
+            counts = msgspec.structs.replace(
+                counts, trace_id="", updated_at=progress.last_call_at, seconds=seconds
+            )
         ended = msgspec.structs.replace(
             counts,
             updates=counts.updates + (not progress.failed),
             failures=counts.failures + progress.failed,
-            duration=counts.duration.observe(
-                # The clock may have been set back.
-                max(0.0, progress.last_call_at - progress.started_at)
-            ),
+            duration=counts.duration.observe(seconds),
             phases=add_phases(counts.phases, progress.phases),
             nbytes=add_bytes(counts.nbytes, progress.nbytes),
         )
