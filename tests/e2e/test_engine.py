@@ -151,6 +151,8 @@ def test_an_update_from_disk_counts_once_on_each_rank(
             loaded = after.one("sglang_weight_loaded_timestamp_seconds", dp_rank=rank)
             name = "sglang_weight_last_update_start_timestamp_seconds"
             assert loaded < started <= after.one(name, dp_rank=rank) <= changed <= ended
+            took = after.one("sglang_weight_last_update_duration_seconds", dp_rank=rank)
+            assert changed - after.one(name, dp_rank=rank) <= took <= ended - started
             assert after.one("sglang_weight_update_in_progress", dp_rank=rank) == 0
 
 
@@ -164,8 +166,9 @@ def test_a_reload_that_fails_counts_a_failure_and_no_update(served: Served, tmp_
     once = {(rank, "disk"): 1.0 for rank in served.ranks}
     assert moves(before, after, "sglang_weight_update_failures_total") == once
     assert moves(before, after, "sglang_weight_updates_total") == {}
-    for rank, moment in itertools.product(served.ranks, ("update", "update_start")):
-        name = f"sglang_weight_last_{moment}_timestamp_seconds"
+    kept = ("update_timestamp", "update_start_timestamp", "update_duration")
+    for rank, which in itertools.product(served.ranks, kept):
+        name = f"sglang_weight_last_{which}_seconds"
         assert after.one(name, dp_rank=rank) == before.one(name, dp_rank=rank)
     status_now = served.engine.exporter_cli("status")
     assert status_now.returncode == 1

@@ -28,8 +28,7 @@ def _histograms(view: RoleView) -> Iterator[Sample]:
 
 
 def _last_duration(view: RoleView) -> Iterator[Sample]:
-    """A first load is no update, and one that failed may have changed weights, but took no time
-    that another will take."""
+    """Of the source that came last; a load is of none, and counts have that of no failure."""
     changed = [counts for counts in view.role.updates.values() if counts.updated_at is not None]
     if changed:
         yield from one(max(changed, key=lambda counts: counts.updated_at or 0.0).seconds)
