@@ -129,7 +129,7 @@ class Settings:
         None, _path, "keep weights_metadata files current in this directory"
     )
     reader_wait_seconds: float = _setting(
-        0.0, _seconds, "how long an update waits for readers of the table"
+        0.0, _seconds, "how long an update waits for readers that hold the table"
     )
     fingerprint: bool = _setting(
         False, _switch, "fingerprint all weights after a load and after each update"

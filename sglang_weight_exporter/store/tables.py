@@ -105,21 +105,13 @@ class TableReader:
         self._last_columns: tuple[TableRef, WeightTable] | None = None
 
     def read(self, timeout: float = 0.0) -> Table:
-        """A consistent table, waiting up to ``timeout`` seconds for one.
+        """A consistent table, waiting up to ``timeout`` seconds for one. No update waits for it.
 
-        No update waits for it. Raises :class:`UpdateInProgressError`, :class:`RankGoneError`, or
-        :class:`TableError` when the table could not be captured.
+        Raises :class:`UpdateInProgressError`, :class:`RankGoneError`, or :class:`TableError` when
+        the table could not be captured.
         """
-        waiting = _Waiting(timeout)
-        while True:
-            with self._shared_lock() as shared:
-                pass  # A call that begins after this says so in the snapshot before it writes.
-            table, obstacle = self._attempt() if shared else (None, self._busy())
-            self._check_alive()
-            if table is not None:
-                return table
-            if not waiting.pause():
-                raise obstacle
+        with self._consistent(timeout, hold=False) as table:
+            return table
 
     @contextlib.contextmanager
     def hold(self, timeout: float = 0.0) -> Iterator[Table]:
@@ -129,11 +121,23 @@ class TableReader:
         ``SGLANG_WEIGHT_EXPORTER_READER_WAIT_SECONDS``, by default not at all: whoever reads
         memory at these addresses asks :meth:`is_current` before using what it read.
         """
+        with self._consistent(timeout, hold=True) as table:
+            yield table
+
+    @contextlib.contextmanager
+    def _consistent(self, timeout: float, *, hold: bool) -> Iterator[Table]:
         waiting = _Waiting(timeout)
         while True:
-            with self._shared_lock() as shared:
+            with contextlib.ExitStack() as lock:
+                shared = lock.enter_context(self._shared_lock())
+                if not hold:
+                    lock.close()  # A call that begins now says so in the snapshot first.
                 table, obstacle = self._attempt() if shared else (None, self._busy())
-                self._check_alive()
+                if not self.directory.is_alive():
+                    raise RankGoneError(
+                        f"The engine process of rank {self.directory.rank_id} has ended, so its "
+                        f"addresses mean nothing any more. Look for the tables that there are now."
+                    )
                 if table is not None:
                     yield table
                     return
@@ -172,13 +176,6 @@ class TableReader:
         if last is None or last[0] != content:
             self._last_snapshot = last = (content, decode_snapshot(content, path))
         return self._progress.apply(last[1])
-
-    def _check_alive(self) -> None:
-        if not self.directory.is_alive():
-            raise RankGoneError(
-                f"The engine process of rank {self.directory.rank_id} has ended, so its "
-                f"addresses mean nothing any more. Look for the tables that there are now."
-            )
 
     def _attempt(self) -> tuple[Table | None, TableError]:
         """A table if it is the same before and after reading, or else why there is none."""
