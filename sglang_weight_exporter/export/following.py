@@ -92,7 +92,8 @@ class TableFollower(ABC):
 
     def _run(self) -> None:
         while True:
-            self.follow()
+            with self._guard.step(f"A pass for {self.attribute}"):
+                self.follow()
             time.sleep(_POLL_SECONDS)
 
     def follow(self) -> None:

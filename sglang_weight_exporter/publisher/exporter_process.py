@@ -30,7 +30,7 @@ _HEALTHY_SECONDS = 10.0
 _LONGEST_PAUSE_SECONDS = 60.0
 
 #: Settings that a rank's snapshot says, because engines of a host may differ in them.
-OF_EACH_RANK = tuple(f"{PREFIX}{name}_DIR" for name in ("METADATA", "REFERENCE", "MANIFEST"))
+_OF_EACH_RANK = tuple(f"{PREFIX}{name}_DIR" for name in ("METADATA", "REFERENCE", "MANIFEST"))
 
 
 class Supervisor:
@@ -158,7 +158,7 @@ def exporter_environ(environ: Mapping[str, str], runtime_dir: RuntimeDir) -> dic
         result["LD_PRELOAD"] = ":".join(preload)
     result[VARIABLE] = str(runtime_dir.path)
     # Each rank says its own: engines of several trainers may be on a host.
-    for variable in OF_EACH_RANK:
+    for variable in _OF_EACH_RANK:
         result.pop(variable, None)
     # A file named like a standard module in the engine's working directory is not ours to import.
     if Path(__file__).resolve().parents[2] != Path.cwd():

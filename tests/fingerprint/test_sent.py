@@ -11,7 +11,6 @@ import itertools
 import os
 import signal
 import time
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +88,12 @@ class Fleet:
     def __init__(self, path: Path, size: int = 2, run: Path | None = None) -> None:
         self.run, self.sent = run or path / "run", path / "sent"
         self.sent.mkdir(parents=True)
-        self.ranks = []
+        self.ranks, instance = [], os.urandom(8).hex()
         for tp in range(size):
             rank = PublishedRank(self.run, ranks=Ranks(tp=tp), device="cpu")
             rank.engine = msgspec.structs.replace(
                 rank.engine,
-                instance=f"{zlib.crc32(bytes(self.sent)):016x}",
+                instance=instance,
                 tp_size=size,
                 expected_ranks=size,
                 sglang_version="0.5.23",
@@ -530,12 +529,11 @@ def test_a_span_waits_for_its_finding_and_has_the_names(fleet: Fleet) -> None:
     assert fleet.follower.of_event(msgspec.structs.replace(event, update=missed)) == Finding()
 
 
-@pytest.mark.parametrize("said_by", ["exporter", "ranks"])
-def test_the_exporter_process_serves_what_it_finds(fleet: Fleet, said_by: str) -> None:
-    of_exporter, of_rank = "SGLANG_WEIGHT_EXPORTER_MANIFEST_DIR", "manifest_dir"
-    environ = {of_exporter: str(fleet.sent)} if said_by == "exporter" else {}
-    for rank in fleet.ranks if said_by == "ranks" else ():
-        rank.directories = {of_rank: str(fleet.sent)}
+@pytest.mark.parametrize("by_ranks", [False, True], ids=["of the exporter", "of its ranks"])
+def test_the_exporter_process_serves_what_it_finds(fleet: Fleet, by_ranks: bool) -> None:
+    environ = {} if by_ranks else {"SGLANG_WEIGHT_EXPORTER_MANIFEST_DIR": str(fleet.sent)}
+    for rank in fleet.ranks:
+        rank.directories = {"manifest_dir": str(fleet.sent)} if by_ranks else {}
     state = a_state()
     fleet.manifest(state, "1")
     fleet.update({**state, UP: a_state()[UP]}, "1")
