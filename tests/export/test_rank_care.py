@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
@@ -56,6 +56,21 @@ def loaded(runtime_dir: RuntimeDir, *, tp: int, metadata_dir: str) -> Rank:
 
 def scrape(exporter: Exporter) -> Scrape:
     return Scrape.of(f"http://127.0.0.1:{exporter.port}/metrics")
+
+
+def care_for(runtime_dir: RuntimeDir, **more: Any) -> rank_care.RankCare:
+    """With no more around it than ``more``."""
+    around: dict[str, Any] = {
+        "lock": None,
+        "ends_with_ranks": False,
+        "pipeline": None,
+        "metadata": SimpleNamespace(follow=lambda: None),
+        "read": lambda: None,
+        "guard": Guard(),
+        "died_in_update": Counter(),
+        "is_ours": lambda endpoint: True,
+    }
+    return rank_care.RankCare(runtime_dir, **{**around, **more})
 
 
 @pytest.mark.parametrize("directory", ["/tmp/a\0b", "/tmp/" + "x" * 5000, "/proc/1"])
@@ -140,17 +155,7 @@ def test_a_sidecar_that_sees_no_rank_says_so_once(
             raise asyncio.CancelledError
 
     lock = Lock()
-    care = rank_care.RankCare(
-        runtime_dir,
-        cast(Any, lock),
-        ends_with_ranks=ends_with_ranks,
-        pipeline=cast(Any, None),
-        metadata=cast(Any, SimpleNamespace(follow=lambda: None)),
-        read=read,
-        guard=Guard(),
-        died_in_update=Counter(),
-        is_ours=lambda endpoint: True,
-    )
+    care = care_for(runtime_dir, lock=lock, ends_with_ranks=ends_with_ranks, read=read)
     with contextlib.suppress(asyncio.CancelledError):
         asyncio.run(care.run())
     assert passes == 5
@@ -199,17 +204,7 @@ def test_a_rank_whose_files_cannot_be_removed_is_counted_once(
     rank.store.close()
     died: Counter[tuple[str, str]] = Counter()
     pipeline = SimpleNamespace(discard=lambda directory: None, is_done_with=lambda directory: True)
-    care = rank_care.RankCare(
-        runtime_dir,
-        cast(Any, None),
-        ends_with_ranks=False,
-        pipeline=cast(Any, pipeline),
-        metadata=cast(Any, SimpleNamespace(follow=lambda: None)),
-        read=lambda: None,
-        guard=Guard(),
-        died_in_update=died,
-        is_ours=lambda endpoint: True,
-    )
+    care = care_for(runtime_dir, pipeline=pipeline, died_in_update=died)
     for _ in range(3):
         asyncio.run(care._pass())
     assert list(died.values()) == [1]
