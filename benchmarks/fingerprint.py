@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from sglang_weight_exporter.fingerprint import kernel
-from sglang_weight_exporter.fingerprint.tensors import Fingerprinter, _AddressTable
+from sglang_weight_exporter.fingerprint.address_table import AddressTable
+from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
 
 Shapes = list[tuple[tuple[int, ...], torch.dtype]]
 BF16, FP8, FP32 = torch.bfloat16, torch.float8_e4m3fn, torch.float32
@@ -100,7 +101,7 @@ def measure(name: str, layer: Shapes, nbytes: int) -> None:
         "nbytes": np.array([tensor.nbytes for tensor in tensors], dtype=np.int64),
     }
     started = time.perf_counter()
-    table = _AddressTable(torch.device("cuda", 0), columns["data_ptr"], columns["nbytes"])
+    table = AddressTable(torch.device("cuda", 0), columns["data_ptr"], columns["nbytes"])
     torch.cuda.synchronize()
     report(
         "table",

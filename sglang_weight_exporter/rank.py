@@ -11,7 +11,6 @@ several threads follow one another; none of them is held up while SGLang's own c
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -19,11 +18,11 @@ from typing import Any, Literal, TypeVar
 
 from sglang_weight_exporter.black_box import BlackBoxRecorder
 from sglang_weight_exporter.capture.allocations import Segments
-from sglang_weight_exporter.capture.arrival import Arrival
 from sglang_weight_exporter.capture.weights import WeightCapture
 from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
 from sglang_weight_exporter.ledger import FinishedUpdate, Ledger
 from sglang_weight_exporter.publisher.publisher import Publisher
+from sglang_weight_exporter.rank_arrivals import Arrivals
 from sglang_weight_exporter.rank_records import CUDA_GRAPH, KV_CACHE, WEIGHTS, RankRecords, trace_id
 from sglang_weight_exporter.records.engine import HookState
 from sglang_weight_exporter.records.event import Event
@@ -76,10 +75,14 @@ class Rank:
         self.report = report
         self._clock = clock
         self._lock = threading.RLock()
-        #: Of the last call that received weights, as long as its device is not known to have them.
-        self._arrival: Arrival | None = None
-        #: What has ended for SGLang while its device still receives.
-        self._arriving: list[FinishedUpdate] = []
+        self.arrivals = Arrivals(
+            roles=roles,
+            ledger=ledger,
+            inspector=inspector,
+            report=report,
+            lock=self._lock,
+            step=lambda: self.step(lambda ledger: None, then=""),
+        )
 
     @contextlib.contextmanager
     def _reported(self, where: str) -> Iterator[None]:
@@ -114,10 +117,10 @@ class Rank:
         have, which is a hundredth of the work; or do nothing.
         """
         with self._lock:
-            arrived_at = self._arrived_at()
+            arrived_at = self.arrivals.arrived_at()
             result = notify(self.ledger)
-            finished = self._that_arrived(self.ledger.take_finished(), arrived_at)
-            if self._arriving:
+            finished = self.arrivals.over(self.ledger.take_finished(), arrived_at)
+            if self.arrivals.awaited:
                 return result
             written = {each.role for each in finished if each.wrote}
             events = {}
@@ -126,6 +129,8 @@ class Rank:
                     event = self._complete(each, written)
                     if event is not None:
                         events[index] = event
+            if finished:
+                self.arrivals.end()
             if finished or then == "publish" or (then == "note" and not self._note()):
                 self._publish(events)
             elif then == "note":
@@ -139,52 +144,6 @@ class Rank:
             return self._publisher.note(self._records.progress())
         return False
 
-    @contextlib.contextmanager
-    def receiving(self) -> Iterator[None]:
-        """Around a call that receives weights, which its device does on its own time."""
-        arrival = None
-        with self._reported("arrival"):
-            arrival = self.inspector.begin_arrival()
-        yield
-        if arrival is not None:
-            with self._lock, self._reported("arrival"):
-                arrival.end()
-                self._arrival = arrival
-
-    def _arrived_at(self) -> float | None:
-        """When the device had what was received last, the first time that this is known."""
-        at = None
-        with self._reported("arrival"):
-            at = None if self._arrival is None else self._arrival.at()
-        if at is not None:
-            self._arrival = None
-            self.ledger.updates.receive_until(at)
-        return at
-
-    def _that_arrived(
-        self, finished: list[FinishedUpdate], arrived_at: float | None
-    ) -> list[FinishedUpdate]:
-        """What has ended on the device too. The rest does so later, and nobody waits for it but a
-        thread of its own: until then readers see an update in progress."""
-        waiting, self._arriving = self._arriving, []
-        if self._arrival is None or not (waiting or any(each.received for each in finished)):
-            late = [dataclasses.replace(each, arrived_at=arrived_at) for each in waiting]
-            return late + finished
-        if not waiting:
-            threading.Thread(
-                target=self._step_when_arrived,
-                args=(self._arrival,),
-                name="sglang-weight-exporter-arrival",
-                daemon=True,
-            ).start()
-        self._arriving = waiting + finished
-        return []
-
-    def _step_when_arrived(self, arrival: Arrival) -> None:
-        with self._reported("arrival"):
-            arrival.wait()
-            self.step(lambda ledger: None, then="")
-
     def _complete(
         self, finished: FinishedUpdate, written: set[str]
     ) -> tuple[Event, WeightTable | None] | None:
@@ -193,7 +152,7 @@ class Rank:
         role = self.roles.named(finished.role)
         if role is None:
             return None
-        before = self.inspector.of(role).weights
+        before = self.arrivals.before(role.name, self.inspector.of(role).weights)
         changes, contents = TableChanges(), None
         if finished.wrote:
             with self._reported("capture"):
@@ -244,6 +203,7 @@ class Rank:
         a draft holds tensors of the target's. When the capture began; ``None`` where there was
         none.
         """
+        self.arrivals.finish_reading()
         with self._lock, self._reported("capture"):
             there = self.inspector.memory_is_there and not self._weights_are_released
             known = [
@@ -254,7 +214,7 @@ class Rank:
             ]
             if self.ledger.updates.in_progress:
                 return None
-            if self._arriving:  # Nobody will know what was there when this one began.
+            if self.arrivals.awaited:  # Nobody will know what was there when this one began.
                 for role in self.roles:
                     self.inspector.start_over(role, known=False)
                 return None
@@ -273,7 +233,8 @@ class Rank:
         message = self._black_box.record_crash(error)
         if message is not None and self._lock.acquire(timeout=CRASH_SECONDS):
             try:
-                self._arrival, self.inspector.memory_is_there = None, False
+                self.arrivals.give_up()
+                self.inspector.memory_is_there = False
                 self.step(lambda ledger: ledger.updates.abort(message))
             finally:
                 self._lock.release()
@@ -304,8 +265,9 @@ class Rank:
     def read_again(self, role: RunnerRole, part: int = 0, parts: int = 1) -> bool:
         """Somebody asks whether the weights are what they were; not inside an update. Of ``parts``
         one follows another, with batches between. Whether this was the last."""
+        self.arrivals.finish_reading()
         with self._lock, self._reported("capture"):
-            known = not (self.ledger.updates.in_progress or self._arriving)
+            known = not (self.ledger.updates.in_progress or self.arrivals.awaited)
             if known and parts > 1:
                 known = self.inspector.read_part(role, part, parts, self._fingerprint_seconds())
             if known:
@@ -347,7 +309,8 @@ class Rank:
         return WEIGHTS in self.ledger.counters.released
 
     def begin_release(self) -> None:
-        """Memory is about to go. Where a thread reads it, that ends first."""
+        """Memory is about to go. Where it is read, that ends first."""
+        self.arrivals.finish_reading()
         with self._lock:
             self.inspector.memory_is_there = False
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sglang_weight_exporter.fingerprint.address_table import wait_for_ours
 from sglang_weight_exporter.fingerprint.definition import LANES, STEPS
-from sglang_weight_exporter.fingerprint.tensors import wait_for_ours
 
 _CHUNK = LANES * STEPS
 

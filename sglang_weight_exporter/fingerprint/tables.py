@@ -9,7 +9,7 @@ table is the same: which rows are read by their addresses alone, and how a rank'
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -53,6 +53,16 @@ class TableFingerprints:
         values = np.zeros((table.rows, 2), dtype=np.uint64)
         self._read(rows, values, tensors, limit_seconds, table.role, after)
         return _with(table, names, values, time.perf_counter() - started)
+
+    def begin(
+        self, table: WeightTable, *, skip: frozenset[str], after: torch.cuda.Stream | None = None
+    ) -> Iterator[torch.cuda.Event]:
+        """Have devices begin to read what :meth:`take` of the same table takes next, one after
+        another; when each has ended. Raises FingerprintError."""
+        for device, addressed in self._prepared(table, skip)[1].by_address.items():
+            yield self._fingerprinter.begin(
+                device, addressed.data_ptr, addressed.nbytes, owner=table.role, after=after
+            )
 
     def take_part(
         self,

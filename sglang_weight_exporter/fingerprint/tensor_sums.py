@@ -14,11 +14,8 @@ import torch
 from numpy.typing import NDArray
 
 from sglang_weight_exporter.fingerprint import sums
-from sglang_weight_exporter.fingerprint.tensors import (
-    FingerprintTimeoutError,
-    integers,
-    wait_for_ours,
-)
+from sglang_weight_exporter.fingerprint.address_table import wait_for_ours
+from sglang_weight_exporter.fingerprint.tensors import FingerprintTimeoutError, integers
 
 #: Words that torch's operations take together: 1 MiB in a core's cache, 32 MiB on a device. Some
 #: ten arrays of that size are there at a time.

@@ -10,7 +10,6 @@ arithmetic in blocks. Only the 16 bytes of each tensor come to the host.
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from sglang_weight_exporter.fingerprint import definition
+from sglang_weight_exporter.fingerprint.address_table import AddressTable, kernels, wait_for_ours
 from sglang_weight_exporter.fingerprint.definition import CHUNK_BYTES, LANES, STEPS, Chunks
 
 #: Chunks that torch's operations take together: 2 MiB in a core's cache, 64 MiB on a device.
@@ -47,12 +47,12 @@ class Fingerprinter:
 
     To be called from one thread at a time, in the stream that the tensors were written in, when
     no memory among them is released: reading an unmapped page ends the process. Nothing is left
-    on a device that still reads when a call has ended, however it ended.
+    on a device that still reads when a call has ended, however it ended, but for :meth:`begin`.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._tables: dict[tuple[torch.device, str], _AddressTable] = {}
+        self._tables: dict[tuple[torch.device, str], AddressTable] = {}
 
     def __call__(
         self,
@@ -77,7 +77,7 @@ class Fingerprinter:
         devices = list(map(attrgetter("device"), tensors))
         lying = _lie_as_they_read(tensors)
         gpus = {device for device in set(devices) if device.type == "cuda"}
-        with_kernels = gpus if gpus and _kernels() else frozenset()
+        with_kernels = gpus if gpus and kernels() else frozenset()
         for row, (device, lies) in enumerate(zip(devices, lying, strict=True)):
             (by_table if lies and device in with_kernels else by_torch)[device].append(row)
         for device in gpus:
@@ -98,7 +98,7 @@ class Fingerprinter:
 
     def has_kernels(self, device: torch.device) -> bool:
         """Whether tensors of a device can be read by their addresses alone."""
-        return device.type == "cuda" and _kernels() is not None
+        return device.type == "cuda" and kernels() is not None
 
     def of_addresses(
         self,
@@ -113,20 +113,34 @@ class Fingerprinter:
         """The same of runs of bytes on a device that has kernels: no tensor is touched."""
         deadline = self._clock() + limit_seconds
         with torch.cuda.device(device):
+            table = self._tables.get((device, owner))
+            if table is not None and table.reads(data_ptr, nbytes):
+                return table.taken()
             self._wait_for_the_device(device, after, deadline)
             return self._with_table(device, owner, data_ptr, nbytes)
+
+    def begin(
+        self,
+        device: torch.device,
+        data_ptr: NDArray[np.int64],
+        nbytes: NDArray[np.int64],
+        *,
+        owner: str = "",
+        after: torch.cuda.Stream | None = None,
+    ) -> torch.cuda.Event:
+        """Have a device that has kernels read these once it has done what it was asked before, and
+        return; the next :meth:`of_addresses` of the same gives what was read. No memory among them
+        may be released or written before the event."""
+        with torch.cuda.device(device):
+            _enter_stream(device, after)
+            return self._table(device, owner, data_ptr, nbytes).begin()
 
     def _wait_for_the_device(
         self, device: torch.device, after: torch.cuda.Stream | None, deadline: float
     ) -> None:
         """Until what was asked of it before has ended: then reading takes as long as it takes, and
         nothing of ours waits there for a time when the memory is gone."""
-        if torch.cuda.is_current_stream_capturing():
-            raise FingerprintError(
-                "A CUDA graph is being captured: the kernel would become part of it."
-            )
-        if after is not None and after.device == device:
-            torch.cuda.current_stream().wait_stream(after)
+        _enter_stream(device, after)
         before = torch.cuda.Event()
         before.record()
         while not before.query():
@@ -144,16 +158,29 @@ class Fingerprinter:
         data_ptr: NDArray[np.int64],
         nbytes: NDArray[np.int64],
     ) -> NDArray[np.uint64]:
+        table = self._table(device, owner, data_ptr, nbytes)
+        table.begin()
+        return table.taken()
+
+    def _table(
+        self,
+        device: torch.device,
+        owner: str,
+        data_ptr: NDArray[np.int64],
+        nbytes: NDArray[np.int64],
+    ) -> AddressTable:
+        """An owner's, of these addresses, which nothing reads."""
         table = self._tables.get((device, owner))
+        if table is not None:
+            table.wait()
         if table is None or not table.has_sizes(nbytes):
             # Let go of the old one first: both together would be twice the memory.
             self._tables.pop((device, owner), None)
             del table
-            table = self._tables[device, owner] = _AddressTable(device, data_ptr, nbytes)
+            table = self._tables[device, owner] = AddressTable(device, data_ptr, nbytes)
         else:
             table.point_to(data_ptr)
-        table.launch()
-        return table.taken()
+        return table
 
     def _with_torch(
         self, device: torch.device, tensors: list[torch.Tensor], deadline: float
@@ -263,22 +290,13 @@ def _refuse(tensors: Sequence[torch.Tensor]) -> NoReturn:
     )
 
 
-def wait_for_ours() -> None:
-    """For what was just put into the current stream; other threads run meanwhile."""
-    done = torch.cuda.Event(blocking=True)
-    done.record()
-    done.synchronize()
-
-
-@functools.cache
-def _kernels() -> Any:
-    """The module of kernels, or None where Triton is not, or is broken: asked once, because a
-    failed import is made anew each time."""
-    try:
-        from sglang_weight_exporter.fingerprint import kernel
-    except Exception:
-        return None
-    return kernel
+def _enter_stream(device: torch.device, after: torch.cuda.Stream | None) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise FingerprintError(
+            "A CUDA graph is being captured: the kernel would become part of it."
+        )
+    if after is not None and after.device == device:
+        torch.cuda.current_stream().wait_stream(after)
 
 
 @dataclass(frozen=True)
@@ -334,89 +352,3 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def _as_bytes(flat: torch.Tensor) -> torch.Tensor:
     return flat.view(torch.uint8)
-
-
-class _AddressTable:
-    """What the kernels read, on one device: 16 bytes a tensor in, 20 a chunk, 16 a tensor out."""
-
-    def __init__(
-        self, device: torch.device, data_ptr: NDArray[np.int64], nbytes: NDArray[np.int64]
-    ) -> None:
-        chunks = Chunks.of(nbytes.tolist())
-        count = chunks.after - chunks.first
-        self._host = data_ptr, nbytes
-        self._chunks = int(count.sum())
-        self._tensors = len(nbytes)
-        tensor = np.repeat(np.arange(len(nbytes), dtype=np.int32), count)
-
-        def on_device(array: NDArray[Any]) -> torch.Tensor:
-            return torch.from_numpy(array).to(device)
-
-        self._data_ptr, self._nbytes = on_device(data_ptr), on_device(nbytes)
-        self._first = on_device(chunks.first.astype(np.int32))
-        self._after = on_device(chunks.after.astype(np.int32))
-        self._tensor = on_device(tensor)
-        self._sums = torch.empty((2, self._chunks), dtype=torch.int64, device=device)
-        self.fingerprints = torch.empty((self._tensors, 2), dtype=torch.int64, device=device)
-        #: Where they come to on the host, in memory that a device writes without anybody's help.
-        self._on_host = torch.empty(
-            (self._tensors, 2), dtype=torch.int64, pin_memory=device.type == "cuda"
-        )
-
-    def has_sizes(self, nbytes: NDArray[np.int64]) -> bool:
-        return np.array_equal(self._host[1], nbytes)
-
-    def point_to(self, data_ptr: NDArray[np.int64]) -> None:
-        """Tensors of the same sizes, maybe elsewhere."""
-        if not np.array_equal(self._host[0], data_ptr):
-            self._host = data_ptr, self._host[1]
-            self._data_ptr.copy_(torch.from_numpy(data_ptr))
-
-    def taken(self) -> NDArray[np.uint64]:
-        """What was launched, as soon as it is there; other threads run meanwhile."""
-        self._on_host.copy_(self.fingerprints, non_blocking=True)
-        wait_for_ours()
-        halves: NDArray[np.uint64] = self._on_host.numpy().view(np.uint64).copy()
-        return halves
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that it takes on its device."""
-        return sum(
-            tensor.nbytes
-            for tensor in (
-                self._data_ptr,
-                self._nbytes,
-                self._first,
-                self._after,
-                self._tensor,
-                self._sums,
-                self.fingerprints,
-            )
-        )
-
-    def launch(self, *, only_read: bool = False) -> None:
-        """Put the work into the current stream. ``only_read`` is what it is measured against."""
-        kernels = _kernels()
-        if self._chunks:
-            kernels.chunk_kernel[(self._chunks,)](
-                self._data_ptr,
-                self._nbytes,
-                self._first,
-                self._tensor,
-                self._sums,
-                self._chunks,
-                HASH=not only_read,
-                num_warps=kernels.CHUNK_WARPS,
-            )
-        if not only_read:
-            kernels.tensor_kernel[(self._tensors, 2)](
-                self._sums,
-                self._nbytes,
-                self._first,
-                self._after,
-                self.fingerprints,
-                self._chunks,
-                BLOCK=kernels.TENSOR_BLOCK,
-                num_warps=kernels.TENSOR_WARPS,
-            )

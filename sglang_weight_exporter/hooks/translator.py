@@ -9,7 +9,6 @@ reads no tensor: it notifies the rank. Exceptions are caught by the caller.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Generator
 
@@ -142,6 +141,7 @@ class Translator:
     def move_experts(self, call: Call) -> Around:
         """Some layers' experts move, from peers or again from disk."""
         role = self._rank.roles.named("target")
+        self._rank.arrivals.finish_reading()
         if role is not None:
             yield from self._account(
                 "eplb", lambda ledger: ledger.updates.begin_move(role.name), announced=True
@@ -181,7 +181,7 @@ class Translator:
         self._rank.lock_tables()
         if token is not None and nbytes is not None:
             self._rank.ledger.updates.add_bytes(nbytes)
-        with self._rank.receiving() if source == "distributed" else contextlib.nullcontext():
+        with self._rank.arrivals.receiving(source):
             outcome = yield
         if token is not None:
             succeeded, message = verdict_on(outcome)
@@ -205,7 +205,7 @@ class Translator:
         self._rank.step(
             lambda ledger: ledger.updates.begin_receiving(role.name, source), then="note"
         )
-        with self._rank.receiving():
+        with self._rank.arrivals.receiving(source):
             outcome = yield
         message = outcome.raised
         if outcome.error is None:

@@ -42,6 +42,7 @@ class RoleFingerprints:
         report: Callable[[str, BaseException], None],
         shares: RoleShares | None = None,
     ) -> None:
+        self._fingerprinter = fingerprinter
         self._tables = TableFingerprints(fingerprinter)
         self._shares = shares
         self._report = report
@@ -73,6 +74,27 @@ class RoleFingerprints:
             elif not role.has_placeholders:
                 self._take(role, held, limit_seconds, after)
         self._compare(held, written=written)
+
+    def has_kernels(self, role: RunnerRole) -> bool:
+        """Whether the role's device can read its weights by their addresses."""
+        return self._fingerprinter.has_kernels(torch.device(role.device))
+
+    def begin(
+        self, role: RunnerRole, held: RoleCapture, after: torch.cuda.Stream | None
+    ) -> list[torch.cuda.Event]:
+        """Have devices begin to read what :meth:`take` takes next, and return: when each has ended.
+        None where that has to be done at once."""
+        begun: list[torch.cuda.Event] = []
+        if held.weights is None or role.has_placeholders:
+            return begun
+        try:
+            skip = _no_weights(held)
+            begun.extend(self._tables.begin(held.weights.table, skip=skip, after=after))
+        except FingerprintError:
+            pass  # As it is said when they are taken.
+        except Exception as error:
+            self._report("fingerprint", error)
+        return begun
 
     def _take(
         self,

@@ -33,6 +33,7 @@ from sglang_weight_exporter.runners.memory_owners import (
 )
 from sglang_weight_exporter.runners.out_of_memory import describe_out_of_memory
 from sglang_weight_exporter.runners.prefix_cache import cached_tokens
+from sglang_weight_exporter.runners.reading import Reading
 from sglang_weight_exporter.runners.requests import (
     count_version_events,
     has_live_requests,
@@ -209,7 +210,9 @@ class ModelRunnerInspector:
                     written=written,
                     after=self._forward_stream(),
                 )
-                self._captures.known(role).passes = self._passes()
+                held = self._captures.known(role)
+                began, held.passes_when_begun = held.passes_when_begun, None
+                held.passes = self._passes() if began is None else began
             if pools:
                 self._captures.capture_pools(role, segments)
                 self._capture_adapters(role)
@@ -218,6 +221,22 @@ class ModelRunnerInspector:
         self._captures.drop_collected()
         self.read_memory(on_gpu, thorough=loaded or pools)
         self.seconds = time.perf_counter() - started
+
+    def begin_reading(self, *roles: RunnerRole) -> Reading | None:
+        """Have devices begin to read the weights that an update has left, for the :meth:`capture`
+        that comes next; ``None`` where they are on none."""
+        if self._fingerprints is None or not self.memory_is_there:
+            return None
+        if not all(self._fingerprints.has_kernels(role) for role in roles):
+            return None
+        on_gpu, after, passes = _Once(Segments.of_cuda), self._forward_stream(), self._passes()
+        reading = Reading({role.name: self.of(role).weights for role in roles})
+        for role in roles:
+            self._captures.capture_weights(role, self._segments(role.device, on_gpu))
+            held = self._captures.known(role)
+            reading.events.extend(self._fingerprints.begin(role, held, after))
+            held.passes_when_begun = passes
+        return reading
 
     def _keep_contents(self, role: RunnerRole) -> None:
         """What the first update of a role is compared with."""

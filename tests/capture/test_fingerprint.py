@@ -25,12 +25,12 @@ from hypothesis import strategies as st  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from sglang_weight_exporter import fingerprint  # noqa: E402
+from sglang_weight_exporter.fingerprint.address_table import kernels  # noqa: E402
 from sglang_weight_exporter.fingerprint.tensors import (  # noqa: E402
     Fingerprinter,
     FingerprintError,
     FingerprintTimeoutError,
     _Bytes,
-    _kernels,
     has_memory,
     in_memory_order,
 )
@@ -186,13 +186,13 @@ def in_a_process(code: str, **variables: str) -> None:
 INTERPRETED = """
 import numpy as np, torch
 from sglang_weight_exporter import fingerprint
-from sglang_weight_exporter.fingerprint.tensors import _AddressTable
+from sglang_weight_exporter.fingerprint.address_table import AddressTable
 
 generator = torch.Generator().manual_seed(1)
 memory = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8, generator=generator)
 sizes = [0, 1, 7, 8, 9, 4096, 8192, 8193, 65535, 65536, 65537, 200003, 3 * 65536 + 8]
 tensors = [memory[offset : offset + size] for size in sizes for offset in (0, 3, 8, 16)]
-table = _AddressTable(
+table = AddressTable(
     torch.device("cpu"),
     np.array([tensor.data_ptr() for tensor in tensors]),
     np.array([tensor.nbytes for tensor in tensors]),
@@ -293,12 +293,12 @@ def test_a_triton_that_cannot_be_imported_is_tried_once(monkeypatch: pytest.Monk
     monkeypatch.delattr(fingerprint, "kernel", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     fingerprinter = Fingerprinter()
-    _kernels.cache_clear()
+    kernels.cache_clear()
     try:
         for _ in range(3):
             assert not fingerprinter.has_kernels(torch.device("cuda"))
     finally:
-        _kernels.cache_clear()
+        kernels.cache_clear()
     assert tried == ["triton"]
 
 

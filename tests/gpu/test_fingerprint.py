@@ -14,7 +14,7 @@ BEGIN = """
 import numpy as np, torch
 from sglang_weight_exporter import fingerprint
 from sglang_weight_exporter.fingerprint.tensors import (
-    Fingerprinter, FingerprintError, FingerprintTimeoutError, _kernels, in_memory_order,
+    Fingerprinter, FingerprintError, FingerprintTimeoutError, kernels, in_memory_order,
 )
 
 take = Fingerprinter()
@@ -30,7 +30,7 @@ def of_cpu(*tensors):
 
 CASES = {
     "sizes and offsets": """
-assert _kernels() is not None
+assert kernels() is not None
 memory = noise(1 << 22).cuda()
 sizes = [0, 1, 7, 8, 9, 255, 4096, 8191, 8192, 8193, 65535, 65536, 65537, 200003, 3 * 65536 + 8]
 tensors = [memory[at : at + size] for size in sizes for at in (0, 1, 3, 4, 8, 16, 4096 + 8)]
@@ -101,8 +101,8 @@ assert (take([tensor], after=forward_passes) == want).all() and ended.query()
 from sglang_weight_exporter.fingerprint import tensors as module
 models = {"target": [noise(1 << 16).cuda()], "draft": [noise(1 << 16).cuda() for _ in range(3)]}
 made = []
-original = module._AddressTable
-module._AddressTable = lambda *columns: made.append(1) or original(*columns)
+original = module.AddressTable
+module.AddressTable = lambda *columns: made.append(1) or original(*columns)
 for _ in range(5):
     for owner, tensors in models.items():
         assert (take(tensors, owner=owner) == of_cpu(*tensors)).all()
@@ -112,7 +112,7 @@ assert len(made) == 2
 from sglang_weight_exporter.fingerprint import tensors as module
 tensors = [noise(size).cuda() for size in (5, 70_000, 9_000_000)]
 with_triton = take(tensors)
-module._kernels = lambda: None
+module.kernels = lambda: None
 assert (Fingerprinter()(tensors) == with_triton).all()
 """,
     "more than two gigabytes": """

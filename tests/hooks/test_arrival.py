@@ -5,18 +5,20 @@ for its peer is waited for by nobody. The events of the stream are made up."""
 
 from __future__ import annotations
 
+import ctypes
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
+torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 
-from standins import Rank, Request, session
-from waiting import eventually
+from standins import Rank, Request, rebalanced, session  # noqa: E402
+from waiting import eventually  # noqa: E402
 
-from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
+from sglang_weight_exporter.fingerprint.tensors import Fingerprinter  # noqa: E402
 
 BATCH: dict[str, Any] = {"names": ["w"], "dtypes": ["float32"], "shapes": [[250]]}
 
@@ -132,3 +134,110 @@ def test_the_next_update_does_not_wait_for_the_one_before(rank: Rank, peer: Peer
     assert eventually(lambda: updates(rank) == 1)
     assert rank.role().updates["tensor"].updates == 1
     assert rank.role().in_progress is None
+
+
+# --- weights that the device reads on its own time ------------------------------------------------
+
+
+class End:
+    """Of a reading: comes when a test says so, or when SGLang's thread waits for it."""
+
+    def __init__(self) -> None:
+        self.come = threading.Event()
+        self.engine_waited = False
+
+    def query(self) -> bool:
+        return self.come.is_set()
+
+    def synchronize(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self.engine_waited = not self.come.is_set()
+            self.come.set()
+        self.come.wait()
+
+
+class Device(Fingerprinter):
+    """Reads this process's memory by its addresses, as kernels do; there is no GPU here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun: list[tuple[bytes, End]] = []
+        #: Readings that SGLang's thread has waited for from their beginning.
+        self.at_once = 0
+
+    def has_kernels(self, device: Any) -> bool:
+        return True
+
+    def begin(self, device: Any, data_ptr: Any, nbytes: Any, **more: Any) -> Any:
+        self.begun.append((data_ptr.tobytes(), End()))
+        return self.begun[-1][1]
+
+    def of_addresses(self, device: Any, data_ptr: Any, nbytes: Any, **more: Any) -> Any:
+        if self.begun and self.begun[-1][0] == data_ptr.tobytes():
+            assert self.begun.pop()[1].query()
+        else:
+            self.at_once += 1
+        places = zip(data_ptr.tolist(), nbytes.tolist(), strict=True)
+        return self(
+            [torch.frombuffer(bytearray(ctypes.string_at(*at)), dtype=torch.uint8) for at in places]
+        )
+
+
+@pytest.fixture
+def device() -> Device:
+    return Device()
+
+
+@pytest.fixture
+def reading(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rank:
+    """A rank whose tensors have arrived as soon as the call returns."""
+    rank = Rank(tmp_path / "runtime", fingerprinter=device)
+    made = Peer(rank)
+    made.send()
+    monkeypatch.setattr("sglang_weight_exporter.runners.inspector.arrival", lambda clock: made)
+    return rank
+
+
+def fingerprint(rank: Rank) -> str:
+    table = rank.role().table
+    return "" if table is None else table.fingerprint
+
+
+def test_sglang_answers_before_the_weights_are_read(reading: Rank, device: Device) -> None:
+    runner = reading.runner()
+    before, loaded = fingerprint(reading), device.at_once
+    with torch.no_grad():
+        runner.model.proj.weight += 1
+    Scheduler(reading, runner).update()
+    ((_, end),) = device.begun
+    assert not end.query()
+    assert reading.role().in_progress is not None
+    end.come.set()
+    assert eventually(lambda: updates(reading) == 1)
+    assert fingerprint(reading) not in {"", before}
+    assert reading.last_update().phases["capture"] > 0
+    assert device.at_once == loaded + 1  # Before the update, which is not there to be told apart.
+
+
+def at_rest(reading: Rank, runner: Any) -> None:
+    session(runner, loads=1)
+
+
+def released(reading: Rank, runner: Any) -> None:
+    reading.scheduler(runner).release_memory_occupation(Request(tags=None))
+
+
+def moved(reading: Rank, runner: Any) -> None:
+    rebalanced(reading, lambda: None, chunks=1)
+
+
+@pytest.mark.parametrize("then", [at_rest, released, moved])
+def test_what_writes_or_releases_weights_comes_after_their_reading(
+    then: Callable[[Rank, Any], None], reading: Rank, device: Device
+) -> None:
+    runner = reading.runner()
+    Scheduler(reading, runner).update()
+    ((_, end),) = device.begun
+    then(reading, runner)
+    assert end.engine_waited
+    assert updates(reading) == 1

@@ -1,0 +1,29 @@
+# SPDX-FileCopyrightText: The sglang_weight_exporter authors
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that devices read on their own time, for fingerprints that nobody waits for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from sglang_weight_exporter.capture.weights import WeightCapture
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Has begun. Until it is over the weights may not be written, nor their memory released."""
+
+    #: What was known of each role before, by name.
+    before: dict[str, WeightCapture | None]
+    events: list[torch.cuda.Event] = field(default_factory=list)
+
+    @property
+    def is_over(self) -> bool:
+        return all(event.query() for event in self.events)
+
+    def wait(self) -> None:
+        """Other threads run meanwhile."""
+        for event in self.events:
+            event.synchronize()
