@@ -30,6 +30,7 @@ from sglang_weight_exporter.records.fingerprints import During
 from sglang_weight_exporter.records.weights import TableChanges
 from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
 from sglang_weight_exporter.runners.memory import Memory
+from sglang_weight_exporter.runners.reading import Reading
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
 from sglang_weight_exporter.settings import Settings
 from sglang_weight_exporter.weight_table import WeightTable, compare_tables
@@ -82,6 +83,7 @@ class Rank:
             report=report,
             lock=self._lock,
             step=lambda: self.step(lambda ledger: None, then=""),
+            compare=self._compare_before,
         )
 
     @contextlib.contextmanager
@@ -197,13 +199,14 @@ class Rank:
 
     # Before an update.
 
-    def capture_before_update(self) -> float | None:
+    def capture_before_update(self, *, in_stream: bool) -> float | None:
         """An update is about to begin; after it nobody could tell that something else wrote, nor
         what it has added to torch's memory. Of all roles, and before the first of them is written:
         a draft holds tensors of the target's. When the capture began; ``None`` where there was
-        none.
+        none. ``in_stream``: it writes in this thread's stream alone, where reading comes before it
+        and nobody has to wait.
         """
-        self.arrivals.finish_reading()
+        self.arrivals.finish_reading(before=not self.ledger.updates.in_progress)
         with self._lock, self._reported("capture"):
             there = self.inspector.memory_is_there and not self._weights_are_released
             known = [
@@ -222,9 +225,14 @@ class Rank:
             if not known or not there:
                 return None
             began_at = self._clock()
-            self._find_unexpected_writes(*known, during="serving")
+            if not (in_stream and self.arrivals.begin_reading_before(*known)):
+                self._find_unexpected_writes(*known, during="serving")
             return began_at
         return None
+
+    def _compare_before(self, reading: Reading) -> None:
+        known = self.inspector.finish_reading(reading, self._fingerprint_seconds())
+        self._find_unexpected_writes(*known, during="serving", read=False)
 
     def crash(self, error: BaseException | None) -> None:
         """SGLang's scheduler is about to end by an exception; by none, or by one that asks it to,
@@ -257,6 +265,7 @@ class Rank:
     ) -> None:
         """Capture roles before the next step: something else than an update has changed them.
         ``loaded``: a load, just now; ``complete``: all is loaded that will be."""
+        self.arrivals.finish_reading()
         with self._lock, self._reported("capture"):
             self._black_box.watch()
             seconds = self._fingerprint_seconds(load=True) if complete else None

@@ -18,11 +18,12 @@ from sglang_weight_exporter.rank_records import WEIGHTS
 from sglang_weight_exporter.records.updates import Source
 from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
 from sglang_weight_exporter.runners.reading import Reading
-from sglang_weight_exporter.runners.roles import Roles
+from sglang_weight_exporter.runners.roles import Roles, RunnerRole
 
 
 class Arrivals:
-    """Of one rank. ``step``: completes what is over."""
+    """Of one rank. ``step``: completes what is over; ``compare``: what was there when an update
+    began with what the last one had left."""
 
     def __init__(
         self,
@@ -33,6 +34,7 @@ class Arrivals:
         report: Callable[[str, BaseException], None],
         lock: threading.RLock,
         step: Callable[[], None],
+        compare: Callable[[Reading], None],
     ) -> None:
         self._roles = roles
         self._ledger = ledger
@@ -40,9 +42,12 @@ class Arrivals:
         self._report = report
         self._lock = lock
         self._step = step
+        self._compare = compare
         #: Of the last call that received weights, as long as its device is not known to have them.
         self._arrival: Arrival | None = None
         self._reading: Reading | None = None
+        #: Of what was there when the update in progress began.
+        self._before: Reading | None = None
         self._waiting: list[FinishedUpdate] = []
 
     @property
@@ -86,6 +91,8 @@ class Arrivals:
     ) -> list[FinishedUpdate]:
         """What has ended on the device too."""
         waiting, self._waiting = self._waiting, []
+        if self._arrival is None and (finished or waiting):
+            self._compare_before()
         received = any(each.received for each in finished)
         awaited: Arrival | Reading | None = self._arrival
         if awaited is None and received and not waiting:
@@ -115,12 +122,29 @@ class Arrivals:
 
     def give_up(self) -> None:
         """The device may never answer again."""
-        self._arrival = self._reading = None
+        self._arrival = self._reading = self._before = None
 
-    def finish_reading(self) -> None:
+    def begin_reading_before(self, *roles: RunnerRole) -> bool:
+        """An update is about to begin that writes in this thread's stream and nowhere else, so what
+        is there before it may be read meanwhile; whether it is."""
+        self._before = self._inspector.begin_reading(*roles, written=False)
+        return self._before is not None
+
+    def _compare_before(self) -> None:
+        """Has no time to lose where the update is over: the device has read before it wrote."""
+        before, self._before = self._before, None
+        if before is not None:
+            with self._reported("capture"):
+                before.wait()
+                self._compare(before)
+
+    def finish_reading(self, *, before: bool = True) -> None:
         """Weights are about to be written, or their memory to go. What a device reads is over
-        first, and the update that it is of."""
+        first, and the update that it is of; ``before``: also what it reads of the time before
+        one."""
         with self._lock, self._reported("capture"):
+            if before:
+                self._compare_before()
             if self._reading is not None:
                 self._reading.wait()
                 self._step()

@@ -64,6 +64,10 @@ class TableFingerprints:
                 device, addressed.data_ptr, addressed.nbytes, owner=table.role, after=after
             )
 
+    def reads_addresses(self, table: WeightTable, *, skip: frozenset[str]) -> bool:
+        """Whether devices can read all of a table by themselves, with no tensor of it touched."""
+        return not len(self._prepared(table, skip)[1].by_tensor)
+
     def take_part(
         self,
         table: WeightTable,

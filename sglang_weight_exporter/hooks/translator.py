@@ -141,7 +141,6 @@ class Translator:
     def move_experts(self, call: Call) -> Around:
         """Some layers' experts move, from peers or again from disk."""
         role = self._rank.roles.named("target")
-        self._rank.arrivals.finish_reading()
         if role is not None:
             yield from self._account(
                 "eplb", lambda ledger: ledger.updates.begin_move(role.name), announced=True
@@ -153,7 +152,7 @@ class Translator:
         role = self._rank.role(call.owner)
         if role is None or source is None:
             return (yield)
-        since = self._rank.capture_before_update()
+        since = self._rank.capture_before_update(in_stream=source == "distributed")
         self._holds.begin(since=since)
         nbytes = update_bytes.of_call(call.argument)
         return (
@@ -177,6 +176,8 @@ class Translator:
     ) -> Generator[None, Outcome, Outcome]:
         """Around one call that writes weights; all of them come through here. ``announced``: not
         SGLang's, whose failures are known by what they say."""
+        if source != "distributed":  # It may write from anywhere.
+            self._rank.arrivals.finish_reading()
         token = self._rank.step(begin, then="note")
         self._rank.lock_tables()
         if token is not None and nbytes is not None:
@@ -238,7 +239,7 @@ class Translator:
         """An update with a beginning and an end, and any number of calls between."""
         role = self._rank.role(call.owner)
         if role is not None:
-            since = self._rank.capture_before_update()
+            since = self._rank.capture_before_update(in_stream=True)
             self._holds.begin(since=since)
             self._rank.step(
                 lambda ledger: ledger.updates.begin_session(role.name, since=since), then="note"

@@ -79,22 +79,31 @@ class RoleFingerprints:
         """Whether the role's device can read its weights by their addresses."""
         return self._fingerprinter.has_kernels(torch.device(role.device))
 
-    def begin(
-        self, role: RunnerRole, held: RoleCapture, after: torch.cuda.Stream | None
-    ) -> list[torch.cuda.Event]:
-        """Have devices begin to read what :meth:`take` takes next, and return: when each has ended.
-        None where that has to be done at once."""
-        begun: list[torch.cuda.Event] = []
-        if held.weights is None or role.has_placeholders:
-            return begun
+    def can_begin_all(self, role: RunnerRole, held: RoleCapture) -> bool:
+        """Whether nothing is left for :meth:`take` to read once devices have begun."""
+        if held.weights is None or role.has_placeholders or self._shares is not None:
+            return False
         try:
-            skip = _no_weights(held)
-            begun.extend(self._tables.begin(held.weights.table, skip=skip, after=after))
-        except FingerprintError:
-            pass  # As it is said when they are taken.
+            return self._tables.reads_addresses(held.weights.table, skip=_no_weights(held))
         except Exception as error:
             self._report("fingerprint", error)
-        return begun
+            return False
+
+    def begin(
+        self, role: RunnerRole, held: RoleCapture, after: torch.cuda.Stream | None
+    ) -> list[torch.cuda.Event] | None:
+        """Have devices begin to read what :meth:`take` takes next, and return: when each has ended.
+        ``None`` where that has to be done at once."""
+        if held.weights is None or role.has_placeholders:
+            return None
+        try:
+            skip = _no_weights(held)
+            return list(self._tables.begin(held.weights.table, skip=skip, after=after))
+        except FingerprintError:
+            return None  # As it is said when they are taken.
+        except Exception as error:
+            self._report("fingerprint", error)
+            return None
 
     def _take(
         self,

@@ -222,21 +222,49 @@ class ModelRunnerInspector:
         self.read_memory(on_gpu, thorough=loaded or pools)
         self.seconds = time.perf_counter() - started
 
-    def begin_reading(self, *roles: RunnerRole) -> Reading | None:
-        """Have devices begin to read the weights that an update has left, for the :meth:`capture`
-        that comes next; ``None`` where they are on none."""
-        if self._fingerprints is None or not self.memory_is_there:
+    def begin_reading(self, *roles: RunnerRole, written: bool = True) -> Reading | None:
+        """Have devices begin to read weights as they are now; ``None`` where that has to be done at
+        once.
+
+        ``written``: by an update, and the :meth:`capture` that comes next takes what was read.
+        Otherwise :meth:`finish_reading` does, and until then what is put into this stream may write
+        them, and nothing else.
+        """
+        fingerprints = self._fingerprints
+        if fingerprints is None or not self.memory_is_there:
             return None
-        if not all(self._fingerprints.has_kernels(role) for role in roles):
+        if not all(map(fingerprints.has_kernels, roles)):
             return None
         on_gpu, after, passes = _Once(Segments.of_cuda), self._forward_stream(), self._passes()
         reading = Reading({role.name: self.of(role).weights for role in roles})
         for role in roles:
             self._captures.capture_weights(role, self._segments(role.device, on_gpu))
+            reading.captures[role] = self.of(role).weights
+        if not (written or all(fingerprints.can_begin_all(role, self.of(role)) for role in roles)):
+            return None
+        for role in roles:
             held = self._captures.known(role)
-            reading.events.extend(self._fingerprints.begin(role, held, after))
+            begun = fingerprints.begin(role, held, after)
+            if begun is None and not written:
+                return None
+            reading.events.extend(begun or ())
             held.passes_when_begun = passes
         return reading
+
+    def finish_reading(self, reading: Reading, fingerprint_seconds: float) -> list[RunnerRole]:
+        """Compare what was read before an update with what the last one left; the roles of which
+        that is known."""
+        known = []
+        for role, weights in reading.captures.items():
+            held = self.of(role)
+            held.passes, held.passes_when_begun = held.passes_when_begun, None
+            # Captured again, it would be read again, and now it holds what the update has written.
+            if self._fingerprints is not None and weights is held.weights is not None:
+                self._fingerprints.take(
+                    role, held, fingerprint_seconds, written=False, after=self._forward_stream()
+                )
+                known.append(role)
+        return known
 
     def _keep_contents(self, role: RunnerRole) -> None:
         """What the first update of a role is compared with."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sglang_weight_exporter.capture.weights import WeightCapture
+from sglang_weight_exporter.runners.roles import RunnerRole
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Reading:
 
     #: What was known of each role before, by name.
     before: dict[str, WeightCapture | None]
+    #: What is read of each role.
+    captures: dict[RunnerRole, WeightCapture | None] = field(default_factory=dict)
     events: list[torch.cuda.Event] = field(default_factory=list)
 
     @property

@@ -136,6 +136,7 @@ class Probe:
     def delay(self, receive: int = 0, read: int = 0) -> None:
         """Let the GPU wait for so many cycles."""
         import torch
+
         from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
 
         if "begin" not in vars(self):

@@ -15,10 +15,13 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 
-from standins import Rank, Request, rebalanced, session  # noqa: E402
+from standins import Rank, Request, model, rebalanced, session  # noqa: E402
 from waiting import eventually  # noqa: E402
 
-from sglang_weight_exporter.fingerprint.tensors import Fingerprinter  # noqa: E402
+from sglang_weight_exporter.fingerprint.tensors import (  # noqa: E402
+    Fingerprinter,
+    FingerprintError,
+)
 
 BATCH: dict[str, Any] = {"names": ["w"], "dtypes": ["float32"], "shapes": [[250]]}
 
@@ -140,7 +143,7 @@ def test_the_next_update_does_not_wait_for_the_one_before(rank: Rank, peer: Peer
 
 
 class End:
-    """Of a reading: comes when a test says so, or when SGLang's thread waits for it."""
+    """Of a reading: comes in its turn, or when SGLang's thread waits for it."""
 
     def __init__(self) -> None:
         self.come = threading.Event()
@@ -150,33 +153,47 @@ class End:
         return self.come.is_set()
 
     def synchronize(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            self.engine_waited = not self.come.is_set()
+        if threading.current_thread() is threading.main_thread() and not self.query():
+            self.engine_waited = True
             self.come.set()
         self.come.wait()
 
 
 class Device(Fingerprinter):
-    """Reads this process's memory by its addresses, as kernels do; there is no GPU here."""
+    """Reads this process's memory by its addresses, as kernels do; there is no GPU here. What it
+    has begun holds what was there before anything that it is asked for later."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.begun: list[tuple[bytes, End]] = []
+        self.begun: list[End] = []
+        self.read: dict[bytes, Any] = {}
         #: Readings that SGLang's thread has waited for from their beginning.
         self.at_once = 0
+        self.error: FingerprintError | None = None
 
     def has_kernels(self, device: Any) -> bool:
         return True
 
+    def catch_up(self) -> None:
+        for end in self.begun:
+            end.come.set()
+
     def begin(self, device: Any, data_ptr: Any, nbytes: Any, **more: Any) -> Any:
-        self.begun.append((data_ptr.tobytes(), End()))
-        return self.begun[-1][1]
+        if self.error is not None:
+            raise self.error
+        self.read[data_ptr.tobytes()] = self._read(data_ptr, nbytes)
+        self.begun.append(End())
+        return self.begun[-1]
 
     def of_addresses(self, device: Any, data_ptr: Any, nbytes: Any, **more: Any) -> Any:
-        if self.begun and self.begun[-1][0] == data_ptr.tobytes():
-            assert self.begun.pop()[1].query()
-        else:
-            self.at_once += 1
+        begun = self.read.pop(data_ptr.tobytes(), None)
+        if begun is not None:
+            assert self.begun[-1].query()
+            return begun
+        self.at_once += 1
+        return self._read(data_ptr, nbytes)
+
+    def _read(self, data_ptr: Any, nbytes: Any) -> Any:
         places = zip(data_ptr.tolist(), nbytes.tolist(), strict=True)
         return self(
             [torch.frombuffer(bytearray(ctypes.string_at(*at)), dtype=torch.uint8) for at in places]
@@ -191,11 +208,17 @@ def device() -> Device:
 @pytest.fixture
 def reading(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rank:
     """A rank whose tensors have arrived as soon as the call returns."""
-    rank = Rank(tmp_path / "runtime", fingerprinter=device)
-    made = Peer(rank)
-    made.send()
-    monkeypatch.setattr("sglang_weight_exporter.runners.inspector.arrival", lambda clock: made)
-    return rank
+
+    class Prompt(Peer):
+        def end(self) -> None:
+            device.catch_up()
+            self.send()
+
+    made = Rank(tmp_path / "runtime", fingerprinter=device)
+    monkeypatch.setattr(
+        "sglang_weight_exporter.runners.inspector.arrival", lambda clock: Prompt(made)
+    )
+    return made
 
 
 def fingerprint(rank: Rank) -> str:
@@ -203,20 +226,129 @@ def fingerprint(rank: Rank) -> str:
     return "" if table is None else table.fingerprint
 
 
-def test_sglang_answers_before_the_weights_are_read(reading: Rank, device: Device) -> None:
-    runner = reading.runner()
-    before, loaded = fingerprint(reading), device.at_once
+def modified(rank: Rank) -> dict[Any, Any]:
+    """While it served: kind of the tensor → how many."""
+    found = rank.role().fingerprints
+    assert found is not None
+    return found.modified.get("serving", {})
+
+
+def add_one(runner: Any) -> None:
     with torch.no_grad():
         runner.model.proj.weight += 1
+
+
+def sends(runner: Any, device: Device) -> None:
+    """What comes is written before the device has said that it has read what was there."""
+
+    def write() -> tuple[bool, str]:
+        assert not device.begun[-1].query()
+        add_one(runner)
+        return True, "Success"
+
+    runner.answers["distributed"] = write
+
+
+def test_sglang_answers_before_the_weights_are_read(reading: Rank, device: Device) -> None:
+    runner = reading.runner(answers={})
+    before, loaded = fingerprint(reading), device.at_once
+    sends(runner, device)
     Scheduler(reading, runner).update()
-    ((_, end),) = device.begun
-    assert not end.query()
+    there, left = device.begun
+    assert not left.query()
     assert reading.role().in_progress is not None
-    end.come.set()
+    left.come.set()
     assert eventually(lambda: updates(reading) == 1)
     assert fingerprint(reading) not in {"", before}
+    assert modified(reading) == {}
     assert reading.last_update().phases["capture"] > 0
-    assert device.at_once == loaded + 1  # Before the update, which is not there to be told apart.
+    assert device.at_once == loaded
+    assert not there.engine_waited
+
+
+def test_what_wrote_before_an_update_is_known_after_it(reading: Rank, device: Device) -> None:
+    runner = reading.runner(answers={})
+    add_one(runner)
+    sends(runner, device)
+    for number in range(1, 3):
+        Scheduler(reading, runner).update()
+        device.catch_up()
+        assert eventually(lambda n=number: updates(reading) == n)  # type: ignore[misc]
+        assert modified(reading) == {"parameter": 1}
+    table = reading.role().table
+    assert table is not None
+    assert table.modified == 0  # The update has written it.
+
+
+def test_what_passes_write_is_scratch_after_an_update(reading: Rank, device: Device) -> None:
+    made = model()
+    made.history = torch.zeros(6)
+    runner = reading.runner(model=made, answers={})
+    rows = reading.role().table
+    made.history += 1
+    sends(runner, device)
+    Scheduler(reading, runner).update()
+    device.catch_up()
+    assert eventually(lambda: updates(reading) == 1)
+    table = reading.role().table
+    assert rows is not None
+    assert table is not None
+    assert table.rows == rows.rows - 1
+    assert reading.snapshot().hook_errors == {}
+
+
+def fails(device: Device, runner: Any) -> None:
+    device.error = FingerprintError("A CUDA graph is being captured.")
+
+
+def has_gaps(device: Device, runner: Any) -> None:
+    """No kernel reads it, so it would be read when it is written."""
+    runner.model.proj.weight.data = torch.ones(25, 20)[:, ::2]
+    session(runner, loads=1)
+
+
+@pytest.mark.parametrize("hinders", [fails, has_gaps])
+def test_what_cannot_be_read_meanwhile_is_read_at_once(
+    hinders: Callable[[Device, Any], None], reading: Rank, device: Device
+) -> None:
+    runner = reading.runner(answers={})
+    hinders(device, runner)
+    begun, at_once = len(device.begun), device.at_once
+    known = modified(reading).get("parameter", 0)
+    add_one(runner)
+
+    def write() -> tuple[bool, str]:
+        assert len(device.begun) == begun
+        assert device.at_once == at_once + 1
+        add_one(runner)
+        return True, "Success"
+
+    runner.answers["distributed"] = write
+    Scheduler(reading, runner).update()
+    device.catch_up()
+    assert eventually(lambda: updates(reading) == 1)
+    assert modified(reading) == {"parameter": known + 1}
+
+
+def test_a_capture_in_the_middle_of_an_update_comes_after_the_reading(
+    reading: Rank, device: Device
+) -> None:
+    """As when an adapter is loaded: it would be taken for what was there before."""
+    runner = reading.runner(answers={})
+    add_one(runner)
+
+    def write() -> tuple[bool, str]:
+        runner.alloc_memory_pool()
+        assert device.begun[-1].engine_waited
+        add_one(runner)
+        return True, "Success"
+
+    runner.answers["distributed"] = write
+    Scheduler(reading, runner).update()
+    device.catch_up()
+    assert eventually(lambda: updates(reading) == 1)
+    assert modified(reading) == {"parameter": 1}
+    assert reading.snapshot().hook_errors == {}
 
 
 def at_rest(reading: Rank, runner: Any) -> None:
@@ -237,7 +369,28 @@ def test_what_writes_or_releases_weights_comes_after_their_reading(
 ) -> None:
     runner = reading.runner()
     Scheduler(reading, runner).update()
-    ((_, end),) = device.begun
+    assert not device.begun[-1].query()
+    left = device.begun[-1]
     then(reading, runner)
-    assert end.engine_waited
+    assert left.engine_waited
     assert updates(reading) == 1
+
+
+def of_tensors(reading: Rank, runner: Any) -> None:
+    runner.weight_updater.update_weights_from_tensor([])
+    runner.weight_updater.end_weight_update(run_post_load=False)
+
+
+@pytest.mark.parametrize("then", [of_tensors, released, moved])
+def test_what_writes_or_releases_weights_comes_after_the_reading_of_what_was_there(
+    then: Callable[[Rank, Any], None], reading: Rank, device: Device
+) -> None:
+    """In a session of which nobody knows yet how its weights will come."""
+    runner = reading.runner()
+    add_one(runner)
+    runner.weight_updater.begin_weight_update()
+    (there,) = device.begun
+    assert not there.query()
+    then(reading, runner)
+    assert there.engine_waited
+    assert modified(reading) == {"parameter": 1}
