@@ -84,6 +84,7 @@ class Rank:
             lock=self._lock,
             step=lambda: self.step(lambda ledger: None, then=""),
             compare=self._compare_before,
+            clock=clock,
         )
 
     @contextlib.contextmanager

@@ -35,6 +35,7 @@ class Arrivals:
         lock: threading.RLock,
         step: Callable[[], None],
         compare: Callable[[Reading], None],
+        clock: Callable[[], float],
     ) -> None:
         self._roles = roles
         self._ledger = ledger
@@ -43,6 +44,7 @@ class Arrivals:
         self._lock = lock
         self._step = step
         self._compare = compare
+        self._clock = clock
         #: Of the last call that received weights, as long as its device is not known to have them.
         self._arrival: Arrival | None = None
         self._reading: Reading | None = None
@@ -109,7 +111,8 @@ class Arrivals:
                 name="sglang-weight-exporter-arrival",
                 daemon=True,
             ).start()
-        self._waiting = waiting + finished
+        now = self._clock()
+        self._waiting = waiting + [dataclasses.replace(each, went_on_at=now) for each in finished]
         return []
 
     def before(self, role: str, known: WeightCapture | None) -> WeightCapture | None:

@@ -92,7 +92,7 @@ class Ledger:
         changes: TableChanges,
         contents: ChangedRows | None = None,
     ) -> Update | None:
-        """Complete what has ended by what the capture after it found, which is part of it.
+        """Complete what has ended by what the capture after it found.
         ``contents``: which tensors hold other bytes, as fingerprints say."""
         with self._lock:
             return self._roles.complete(

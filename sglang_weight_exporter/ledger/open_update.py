@@ -53,6 +53,8 @@ class FinishedUpdate:
     at: float | None = None
     #: When the device had all of it, where that was later.
     arrived_at: float | None = None
+    #: When SGLang went on before all was captured: what that takes then is no part of the update.
+    went_on_at: float | None = None
 
     @property
     def received(self) -> bool:

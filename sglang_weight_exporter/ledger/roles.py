@@ -206,7 +206,8 @@ class RoleAccounts:
         changes: TableChanges,
         contents: ChangedRows | None,
     ) -> Update | None:
-        """Add what the capture after an update found. The capture is part of the update."""
+        """Add what the capture after an update found. The capture is part of the update as long as
+        SGLang waits for it."""
         update = finished.update
         role = self[finished.role]
         if update is None or update.source is None:
@@ -223,10 +224,10 @@ class RoleAccounts:
             at, phases = finished.arrived_at, add_phases(complete.phases, late)
             complete = msgspec.structs.replace(complete, ended_at=at, phases=phases)
         if at is not None:
-            now = self.clock()
+            now = self.clock() if finished.went_on_at is None else finished.went_on_at
             capture: dict[Phase, float] = {"capture": elapsed(at, now)}
             phases = add_phases(complete.phases, capture)
-            complete = msgspec.structs.replace(complete, ended_at=now, phases=phases)
+            complete = msgspec.structs.replace(complete, ended_at=max(at, now), phases=phases)
         _count_time(role, update.source, complete)
         if role.last_update is update:
             role.last_update = complete

@@ -257,11 +257,16 @@ def test_sglang_answers_before_the_weights_are_read(reading: Rank, device: Devic
     there, left = device.begun
     assert not left.query()
     assert reading.role().in_progress is not None
+    answered_at = reading.clock()
+    reading.clock.now += 100
     left.come.set()
     assert eventually(lambda: updates(reading) == 1)
     assert fingerprint(reading) not in {"", before}
     assert modified(reading) == {}
-    assert reading.last_update().phases["capture"] > 0
+    update = reading.last_update()
+    assert 0 < update.phases["capture"] < 1
+    assert sum(update.phases.values()) == pytest.approx(update.ended_at - update.started_at)
+    assert update.ended_at <= answered_at  # It was there, and SGLang went on.
     assert device.at_once == loaded
     assert not there.engine_waited
 
