@@ -207,7 +207,10 @@ class Rank:
         none. ``in_stream``: it writes in this thread's stream alone, where reading comes before it
         and nobody has to wait.
         """
-        self.arrivals.finish_reading(before=not self.ledger.updates.in_progress)
+        in_progress = self.ledger.updates.in_progress
+        self.arrivals.finish_reading(before=not in_progress)
+        if in_progress:
+            return None
         with self._lock, self._reported("capture"):
             there = self.inspector.memory_is_there and not self._weights_are_released
             known = [
@@ -216,8 +219,6 @@ class Rank:
                 if self.inspector.of(role).left is not None
                 and not self.inspector.nothing_ran_since(role)
             ]
-            if self.ledger.updates.in_progress:
-                return None
             if self.arrivals.awaited:  # Nobody will know what was there when this one began.
                 for role in self.roles:
                     self.inspector.start_over(role, known=False)

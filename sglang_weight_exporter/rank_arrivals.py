@@ -80,9 +80,11 @@ class Arrivals:
 
     def arrived_at(self) -> float | None:
         """When the device had what was received last, the first time that this is known."""
+        if self._arrival is None:
+            return None
         at = None
         with self._reported("arrival"):
-            at = None if self._arrival is None else self._arrival.at()
+            at = self._arrival.at()
         if at is not None:
             self._arrival = None
             self._ledger.updates.receive_until(at)
@@ -93,7 +95,9 @@ class Arrivals:
     ) -> list[FinishedUpdate]:
         """What has ended on the device too."""
         waiting, self._waiting = self._waiting, []
-        if self._arrival is None and (finished or waiting):
+        if not (finished or waiting):
+            return finished
+        if self._arrival is None:
             self._compare_before()
         received = any(each.received for each in finished)
         awaited: Arrival | Reading | None = self._arrival
@@ -145,6 +149,8 @@ class Arrivals:
         """Weights are about to be written, or their memory to go. What a device reads is over
         first, and the update that it is of; ``before``: also what it reads of the time before
         one."""
+        if self._reading is self._before is None:
+            return
         with self._lock, self._reported("capture"):
             if before:
                 self._compare_before()
