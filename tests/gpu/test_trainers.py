@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Update functions of slime and verl, as they are, against an engine on a GPU: slime's trainer sends
-over NCCL from another GPU and from the engine's own, verl's shares its tensors by CUDA IPC."""
+"""Update functions of slime and verl, as they are, against an engine on a GPU: slime's trainer
+sends over NCCL from the engine's GPU and from another, verl's shares its tensors by CUDA IPC."""
 
 from __future__ import annotations
 
