@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import sys
 import types
@@ -138,8 +139,9 @@ def slime(url: str) -> Callable[[Named, str, bool], None]:
     threads = ThreadPoolExecutor(4)
     remote = _Remote(engine, threads)
     tp_size = json.load(urllib.request.urlopen(f"{url}/get_server_info"))["tp_size"]
+    name = f"slime-pp_{os.getpid()}"  # The engine keeps those of trainers that have ended.
     group = own["connect_rollout_engines_from_distributed"](
-        types.SimpleNamespace(rollout_num_gpus_per_engine=tp_size), "slime-pp_0", [remote]
+        types.SimpleNamespace(rollout_num_gpus_per_engine=tp_size), name, [remote]
     )
     lock = types.SimpleNamespace(acquire=lambda: True, release=lambda: None)
 
@@ -154,7 +156,7 @@ def slime(url: str) -> Callable[[Named, str, bool], None]:
 
     updater = Updater()
     updater.rollout_engines, updater.rollout_engine_lock = [remote], _Remote(lock, threads)
-    updater._group_name, updater._model_update_groups = "slime-pp_0", group
+    updater._group_name, updater._model_update_groups = name, group
 
     def buckets_of(named: Named, *, expert: bool) -> Iterator[Named]:
         """Its two passes."""
