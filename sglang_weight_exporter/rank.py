@@ -27,6 +27,7 @@ from sglang_weight_exporter.rank_records import CUDA_GRAPH, KV_CACHE, WEIGHTS, R
 from sglang_weight_exporter.records.engine import HookState
 from sglang_weight_exporter.records.event import Event
 from sglang_weight_exporter.records.fingerprints import During
+from sglang_weight_exporter.records.updates import Source
 from sglang_weight_exporter.records.weights import TableChanges
 from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
 from sglang_weight_exporter.runners.memory import Memory
@@ -120,9 +121,9 @@ class Rank:
         have, which is a hundredth of the work; or do nothing.
         """
         with self._lock:
-            arrived_at = self.arrivals.arrived_at()
+            self.arrivals.note_arrival()
             result = notify(self.ledger)
-            finished = self.arrivals.over(self.ledger.take_finished(), arrived_at)
+            finished = self.arrivals.over(self.ledger.take_finished())
             if self.arrivals.awaited:
                 return result
             written = {each.role for each in finished if each.wrote}
@@ -177,7 +178,8 @@ class Rank:
         # Another may have begun while this one arrived, and writes what would be read.
         begun = self.ledger.updates.is_in_progress(role.name)
         seconds = None if begun else self._fingerprint_seconds()
-        self._capture(role, *others, fingerprint_seconds=seconds)
+        reading = self.arrivals.reading
+        self._capture(role, *others, fingerprint_seconds=seconds, reading=reading)
         self.inspector.memory.end_update()
 
     def _publish(self, events: dict[int, tuple[Event, WeightTable | None]]) -> None:
@@ -200,13 +202,16 @@ class Rank:
 
     # Before an update.
 
-    def capture_before_update(self, *, in_stream: bool) -> float | None:
+    def capture_before_update(self, source: Source | None) -> float | None:
         """An update is about to begin; after it nobody could tell that something else wrote, nor
         what it has added to torch's memory. Of all roles, and before the first of them is written:
         a draft holds tensors of the target's. When the capture began; ``None`` where there was
-        none. ``in_stream``: it writes in this thread's stream alone, where reading comes before it
-        and nobody has to wait.
+        none. ``source``: ``None`` for a session, of which nobody knows yet.
         """
+        # From a group weights come in this thread's stream, where reading is before it and nobody
+        # has to wait. Without a group they may come by RDMA, in no stream.
+        groups = self.ledger.counters.update_groups
+        in_stream = source == "distributed" or (source is None and groups > 0)
         in_progress = self.ledger.updates.in_progress
         self.arrivals.finish_reading(before=not in_progress)
         if in_progress:
@@ -232,9 +237,14 @@ class Rank:
             return began_at
         return None
 
-    def _compare_before(self, reading: Reading) -> None:
+    def _compare_before(self, reading: Reading) -> dict[str, WeightCapture]:
         known = self.inspector.finish_reading(reading, self._fingerprint_seconds())
+        self._count_skipped(*reading.captures)
         self._find_unexpected_writes(*known, during="serving", read=False)
+        return {
+            role.name: self.inspector.without_scratch(role, weights)
+            for role, weights in known.items()
+        }
 
     def crash(self, error: BaseException | None) -> None:
         """SGLang's scheduler is about to end by an exception; by none, or by one that asks it to,
@@ -286,9 +296,21 @@ class Rank:
             return known
         return False
 
-    def _capture(self, *roles: RunnerRole, fingerprint_seconds: float | None, **how: bool) -> None:
-        self.inspector.capture(*roles, fingerprint_seconds=fingerprint_seconds, **how)
-        for role in roles if fingerprint_seconds is not None else ():
+    def _capture(
+        self,
+        *roles: RunnerRole,
+        fingerprint_seconds: float | None,
+        reading: Reading | None = None,
+        **how: bool,
+    ) -> None:
+        self.inspector.capture(
+            *roles, fingerprint_seconds=fingerprint_seconds, reading=reading, **how
+        )
+        if fingerprint_seconds is not None:
+            self._count_skipped(*roles)
+
+    def _count_skipped(self, *roles: RunnerRole) -> None:
+        for role in roles:
             skipped = self.inspector.of(role).skipped
             if skipped is not None:
                 self.ledger.counters.count_skipped(role.name, skipped)

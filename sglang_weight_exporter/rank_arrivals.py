@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from sglang_weight_exporter.capture.arrival import Arrival
 from sglang_weight_exporter.capture.weights import WeightCapture
@@ -21,9 +22,22 @@ from sglang_weight_exporter.runners.reading import Reading
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """An update that has ended for SGLang. ``arrival``: of its bytes, where that was not known."""
+
+    finished: FinishedUpdate
+    arrival: Arrival | None
+
+    def arrived(self) -> FinishedUpdate:
+        """Of which it is known now when a device had all of it."""
+        at = None if self.arrival is None else self.arrival.at()
+        return dataclasses.replace(self.finished, arrived_at=at)
+
+
 class Arrivals:
     """Of one rank. ``step``: completes what is over; ``compare``: what was there when an update
-    began with what the last one had left."""
+    began with what the last one had left, and says what was there, by role."""
 
     def __init__(
         self,
@@ -34,7 +48,7 @@ class Arrivals:
         report: Callable[[str, BaseException], None],
         lock: threading.RLock,
         step: Callable[[], None],
-        compare: Callable[[Reading], None],
+        compare: Callable[[Reading], dict[str, WeightCapture]],
         clock: Callable[[], float],
     ) -> None:
         self._roles = roles
@@ -47,10 +61,16 @@ class Arrivals:
         self._clock = clock
         #: Of the last call that received weights, as long as its device is not known to have them.
         self._arrival: Arrival | None = None
-        self._reading: Reading | None = None
-        #: Of what was there when the update in progress began.
+        #: Of what an update has left.
+        self.reading: Reading | None = None
+        #: Of what was there when the update in progress began, and what that was, once it is known.
         self._before: Reading | None = None
-        self._waiting: list[FinishedUpdate] = []
+        self._was: dict[str, WeightCapture] = {}
+        self._waiting: list[_Waiting] = []
+        #: Until devices have done what they were asked for when SGLang went on: what another
+        #: thread asks of them is not behind that.
+        self._asked: list[Callable[[], None]] = []
+        self._thread: threading.Thread | None = None
 
     @property
     def awaited(self) -> bool:
@@ -78,58 +98,97 @@ class Arrivals:
                 arrival.end()
                 self._arrival = arrival
 
-    def arrived_at(self) -> float | None:
-        """When the device had what was received last, the first time that this is known."""
+    def note_arrival(self) -> None:
+        """Whether the device has by now what was received last, and since when."""
         if self._arrival is None:
-            return None
+            return
         at = None
         with self._reported("arrival"):
             at = self._arrival.at()
         if at is not None:
             self._arrival = None
             self._ledger.updates.receive_until(at)
-        return at
 
-    def over(
-        self, finished: list[FinishedUpdate], arrived_at: float | None
-    ) -> list[FinishedUpdate]:
-        """What has ended on the device too."""
-        waiting, self._waiting = self._waiting, []
-        if not (finished or waiting):
+    def over(self, finished: list[FinishedUpdate]) -> list[FinishedUpdate]:
+        """What has ended on the device too, of this and of what has ended before."""
+        if not (finished or self._waiting):
             return finished
-        if self._arrival is None:
-            self._compare_before()
-        received = any(each.received for each in finished)
+        if any(each.update is not None and each.update.source == "p2p" for each in finished):
+            self._before = None  # It writes in no stream, so maybe while that was read.
+        received = any(each.received and each.wrote for each in finished)
         awaited: Arrival | Reading | None = self._arrival
-        if awaited is None and received and not waiting:
-            awaited = self._begin_reading()
-        elif awaited is None and self._reading is not None and not self._reading.is_over:
-            awaited = self._reading
-        if awaited is None or not (waiting or received):
-            late = [dataclasses.replace(each, arrived_at=arrived_at) for each in waiting]
-            return late + finished
-        if not waiting:
-            threading.Thread(
-                target=self._step_when_over,
-                args=(awaited,),
-                name="sglang-weight-exporter-arrival",
-                daemon=True,
-            ).start()
+        if awaited is None:
+            self._compare_before()
+            if received and not self._waiting:
+                self._begin_reading()
+            if self.reading is not None and not self.reading.is_over:
+                awaited = self.reading
+        if awaited is not None and (received or self._waiting):
+            if finished:
+                self._wait_for(finished)
+            return []
+        self._compare_before()
+        waiting, self._waiting = self._waiting, []
+        return [*(each.arrived() for each in waiting), *finished]
+
+    def _wait_for(self, finished: list[FinishedUpdate]) -> None:
+        """SGLang goes on."""
         now = self._clock()
-        self._waiting = waiting + [dataclasses.replace(each, went_on_at=now) for each in finished]
-        return []
+        self._waiting += [
+            _Waiting(dataclasses.replace(each, went_on_at=now), self._arrival) for each in finished
+        ]
+        asked = self._inspector.asked_so_far()
+        if asked is not None:
+            self._asked.append(asked.synchronize)
+        self._inspector.end_update()
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._follow, name="sglang-weight-exporter-arrival", daemon=True
+            )
+            self._thread.start()
+
+    def _awaited(self) -> tuple[Callable[[], None], ...]:
+        """What to wait for before what waits can be over."""
+        if not self._waiting:
+            return ()
+        ours = (self._arrival, self.reading)
+        return (*(each.wait for each in ours if each is not None), *self._asked)
+
+    def _follow(self) -> None:
+        """Completes what waits as soon as devices have done with it."""
+        over: tuple[Callable[[], None], ...] = ()
+        while True:
+            awaited: tuple[Callable[[], None], ...] = ()
+            with self._lock:
+                with self._reported("arrival"):
+                    if over and over == self._awaited():
+                        self._step()
+                    awaited = self._awaited()
+                if not awaited or awaited == over:  # Whoever steps next may get further.
+                    self._thread = None
+                    return
+            over = awaited
+            with self._reported("arrival"):
+                for wait in awaited:
+                    wait()
 
     def before(self, role: str, known: WeightCapture | None) -> WeightCapture | None:
         """What was known of a role before the update, where its weights were captured since."""
-        return known if self._reading is None else self._reading.before.get(role, known)
+        if role in self._was:
+            return self._was[role]
+        return known if self.reading is None else self.reading.before.get(role, known)
 
     def end(self) -> None:
         """What was over is complete."""
-        self._reading = None
+        self.reading = None
+        self._was, self._asked = {}, []
 
     def give_up(self) -> None:
         """The device may never answer again."""
-        self._arrival = self._reading = self._before = None
+        self._arrival = self.reading = self._before = None
+        self._asked = []
+
+    # Weights that are read before and after an update.
 
     def begin_reading_before(self, *roles: RunnerRole) -> bool:
         """An update is about to begin that writes in this thread's stream and nowhere else, so what
@@ -143,31 +202,25 @@ class Arrivals:
         if before is not None:
             with self._reported("capture"):
                 before.wait()
-                self._compare(before)
+                self._was = self._compare(before)
 
     def finish_reading(self, *, before: bool = True) -> None:
         """Weights are about to be written, or their memory to go. What a device reads is over
         first, and the update that it is of; ``before``: also what it reads of the time before
-        one."""
-        if self._reading is self._before is None:
+        one. Both begin in the thread that asks here."""
+        if self.reading is self._before is None:
             return
         with self._lock, self._reported("capture"):
             if before:
                 self._compare_before()
-            if self._reading is not None:
-                self._reading.wait()
+            if self.reading is not None:
+                self.reading.wait()
                 self._step()
 
-    def _begin_reading(self) -> Reading | None:
-        """Of what an update has just left; ``None``: there is nothing to wait for."""
+    def _begin_reading(self) -> None:
+        """Of what an update has just left."""
         with self._reported("capture"):
             if WEIGHTS not in self._ledger.counters.released:
                 in_progress = self._ledger.updates.is_in_progress
                 roles = [role for role in self._roles if not in_progress(role.name)]
-                self._reading = self._inspector.begin_reading(*roles)
-        return self._reading if self._reading and self._reading.events else None
-
-    def _step_when_over(self, awaited: Arrival | Reading) -> None:
-        with self._reported("arrival"):
-            awaited.wait()
-            self._step()
+                self.reading = self._inspector.begin_reading(*roles)

@@ -47,3 +47,12 @@ def arrival(clock: Callable[[], float]) -> Arrival | None:
     if not torch.cuda.is_initialized() or torch.cuda.is_current_stream_capturing():
         return None
     return Arrival(clock)
+
+
+def asked_so_far() -> torch.cuda.Event | None:
+    """The end of all that the current stream was asked for until now; ``None`` as above."""
+    if not torch.cuda.is_initialized() or torch.cuda.is_current_stream_capturing():
+        return None
+    end = torch.cuda.Event(blocking=True)
+    end.record()
+    return end

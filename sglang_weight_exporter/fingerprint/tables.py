@@ -41,24 +41,26 @@ class TableFingerprints:
         skip: frozenset[str],
         limit_seconds: float,
         after: torch.cuda.Stream | None = None,
+        begun: bool = False,
     ) -> WeightTable:
         """The table with its tensors' fingerprints, in the order in which they lie in memory.
 
         ``tensors``: gives those of its rows, where addresses are not enough; ``skip``: names of
-        rows that are no weights and get none; ``after``: the stream of forward passes. Raises
-        FingerprintError, and what ``tensors`` raises.
+        rows that are no weights and get none; ``after``: the stream of forward passes; ``begun``:
+        of what devices read by addresses since :meth:`begin`. Raises FingerprintError, and what
+        ``tensors`` raises.
         """
         started = time.perf_counter()
         names, rows = self._prepared(table, skip)
         values = np.zeros((table.rows, 2), dtype=np.uint64)
-        self._read(rows, values, tensors, limit_seconds, table.role, after)
+        self._read(rows, values, tensors, limit_seconds, table.role, after, begun=begun)
         return _with(table, names, values, time.perf_counter() - started)
 
     def begin(
         self, table: WeightTable, *, skip: frozenset[str], after: torch.cuda.Stream | None = None
     ) -> Iterator[torch.cuda.Event]:
-        """Have devices begin to read what :meth:`take` of the same table takes next, one after
-        another; when each has ended. Raises FingerprintError."""
+        """Have devices begin to read by their addresses what :meth:`take` of the same table takes,
+        one after another; when each has ended. Raises FingerprintError."""
         for device, addressed in self._prepared(table, skip)[1].by_address.items():
             yield self._fingerprinter.begin(
                 device, addressed.data_ptr, addressed.nbytes, owner=table.role, after=after
@@ -109,6 +111,8 @@ class TableFingerprints:
         limit_seconds: float,
         owner: str,
         after: torch.cuda.Stream | None,
+        *,
+        begun: bool = False,
     ) -> None:
         started = time.perf_counter()
         for device, addressed in rows.by_address.items():
@@ -119,6 +123,7 @@ class TableFingerprints:
                 limit_seconds=limit_seconds,
                 owner=owner,
                 after=after,
+                begun=begun,
             )
         if len(rows.by_tensor):
             found = tensors()
@@ -164,7 +169,8 @@ def without_rows(before: WeightTable, after: WeightTable, skip: frozenset[str]) 
     )
     skipped = {name.encode() for name in skip}
     content = b"".join(
-        bytes(_BYTES) if name in skipped else digits[name] for name in after.names.split(b"\n")
+        bytes(_BYTES) if name in skipped else digits.get(name, bytes(_BYTES))
+        for name in after.names.split(b"\n")
     )
     values = np.frombuffer(content, dtype=">u8").reshape(-1, 2)
     rows = _Rows.of(after, skip, has_kernels=lambda device: False)

@@ -109,12 +109,19 @@ class Fingerprinter:
         limit_seconds: float = float("inf"),
         owner: str = "",
         after: torch.cuda.Stream | None = None,
+        begun: bool = False,
     ) -> NDArray[np.uint64]:
-        """The same of runs of bytes on a device that has kernels: no tensor is touched."""
+        """The same of runs of bytes on a device that has kernels: no tensor is touched.
+
+        ``begun``: what was read since :meth:`begin`, and nothing else; raises FingerprintError
+        where other addresses were read.
+        """
         deadline = self._clock() + limit_seconds
         with torch.cuda.device(device):
-            table = self._tables.get((device, owner))
-            if table is not None and table.reads(data_ptr, nbytes):
+            if begun:
+                table = self._tables.get((device, owner))
+                if table is None or not table.reads(data_ptr, nbytes):
+                    raise FingerprintError(f"{device} has not begun to read these addresses.")
                 return table.taken()
             self._wait_for_the_device(device, after, deadline)
             return self._with_table(device, owner, data_ptr, nbytes)
@@ -129,8 +136,8 @@ class Fingerprinter:
         after: torch.cuda.Stream | None = None,
     ) -> torch.cuda.Event:
         """Have a device that has kernels read these once it has done what it was asked before, and
-        return; the next :meth:`of_addresses` of the same gives what was read. No memory among them
-        may be released or written before the event."""
+        return; :meth:`of_addresses` gives what was read. No memory among them may be released or
+        written before the event, but by what the same stream is asked for later."""
         with torch.cuda.device(device):
             _enter_stream(device, after)
             return self._table(device, owner, data_ptr, nbytes).begin()

@@ -152,7 +152,7 @@ class Translator:
         role = self._rank.role(call.owner)
         if role is None or source is None:
             return (yield)
-        since = self._rank.capture_before_update(in_stream=source == "distributed")
+        since = self._rank.capture_before_update("external" if announced else source)
         self._holds.begin(since=since)
         nbytes = update_bytes.of_call(call.argument)
         return (
@@ -174,9 +174,8 @@ class Translator:
         announced: bool,
         nbytes: int | None = None,
     ) -> Generator[None, Outcome, Outcome]:
-        """Around one call that writes weights; all of them come through here. ``announced``: not
-        SGLang's, whose failures are known by what they say."""
-        if source != "distributed":  # It may write from anywhere.
+        """Around any call that writes weights; ``announced`` ones fail by what they say alone."""
+        if announced or source != "distributed":  # It may write from anywhere.
             self._rank.arrivals.finish_reading()
         token = self._rank.step(begin, then="note")
         self._rank.lock_tables()
@@ -239,7 +238,7 @@ class Translator:
         """An update with a beginning and an end, and any number of calls between."""
         role = self._rank.role(call.owner)
         if role is not None:
-            since = self._rank.capture_before_update(in_stream=True)
+            since = self._rank.capture_before_update(None)
             self._holds.begin(since=since)
             self._rank.step(
                 lambda ledger: ledger.updates.begin_session(role.name, since=since), then="note"
@@ -318,6 +317,7 @@ class Translator:
 
     def flush(self, call: Call) -> Around:
         """``Scheduler.flush_cache``, which refuses while requests run or wait."""
+        self._rank.arrivals.finish_reading()  # torch may give memory back.
         tokens = self._rank.inspector.begin_flush()
         self._rank.step(Ledger.begin_flush, then="")
         outcome = yield

@@ -54,8 +54,6 @@ class RoleCapture:
     left: WeightTable | None = None
     #: Forward passes that the scheduler had begun when fingerprints were taken last.
     passes: int | None = None
-    #: The same where devices have begun to read what the next ones are taken of.
-    passes_when_begun: int | None = None
     #: The same of the first part, where they are taken in parts.
     passes_of_parts: int | None = None
     #: Name → kind of tensors that hold other bytes than that.

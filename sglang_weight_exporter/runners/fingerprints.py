@@ -57,12 +57,13 @@ class RoleFingerprints:
         *,
         written: bool,
         after: torch.cuda.Stream | None,
+        begun: bool = False,
     ) -> None:
         """Anew or not at all: what was true before the update is true no more.
 
         ``limit_seconds``: 0 where the memory may not be read. ``written``: by a load or an update;
         otherwise the weights should be as the last one left them. ``after``: the stream of forward
-        passes.
+        passes. ``begun``: devices have, by :meth:`begin` with the same capture.
         """
         held.skipped = None
         self._tables.begin_anew(role.name)
@@ -72,7 +73,7 @@ class RoleFingerprints:
             if not limit_seconds:
                 held.skipped = "released"
             elif not role.has_placeholders:
-                self._take(role, held, limit_seconds, after)
+                self._take(role, held, limit_seconds, after, begun=begun)
         self._compare(held, written=written)
 
     def has_kernels(self, role: RunnerRole) -> bool:
@@ -92,7 +93,7 @@ class RoleFingerprints:
     def begin(
         self, role: RunnerRole, held: RoleCapture, after: torch.cuda.Stream | None
     ) -> list[torch.cuda.Event] | None:
-        """Have devices begin to read what :meth:`take` takes next, and return: when each has ended.
+        """Have devices begin to read what :meth:`take` takes then, and return: when each has ended.
         ``None`` where that has to be done at once."""
         if held.weights is None or role.has_placeholders:
             return None
@@ -111,6 +112,8 @@ class RoleFingerprints:
         held: RoleCapture,
         limit_seconds: float,
         after: torch.cuda.Stream | None,
+        *,
+        begun: bool,
     ) -> None:
         weights = held.weights
         assert weights is not None
@@ -122,6 +125,7 @@ class RoleFingerprints:
                 skip=_no_weights(held),
                 limit_seconds=limit_seconds,
                 after=after,
+                begun=begun,
             )
             held.weights = replace(weights, table=table)
         except FingerprintError as error:

@@ -7,12 +7,13 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
 
 from sglang_weight_exporter.capture.allocations import Segments
-from sglang_weight_exporter.capture.arrival import Arrival, arrival
+from sglang_weight_exporter.capture.arrival import Arrival, arrival, asked_so_far
 from sglang_weight_exporter.capture.references import Registrations
 from sglang_weight_exporter.capture.weights import WeightCapture
 from sglang_weight_exporter.fingerprint.tensors import Fingerprinter
@@ -41,6 +42,7 @@ from sglang_weight_exporter.runners.requests import (
 )
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
 from sglang_weight_exporter.runners.shares import RoleShares
+from sglang_weight_exporter.weight_table import with_names
 
 _Made = TypeVar("_Made")
 
@@ -186,6 +188,7 @@ class ModelRunnerInspector:
         pools: bool = False,
         fingerprint_seconds: float | None = None,
         written: bool = True,
+        reading: Reading | None = None,
     ) -> None:
         """Read pointers and bytes of weights again. What cannot be read becomes absent.
 
@@ -193,15 +196,17 @@ class ModelRunnerInspector:
         pools, adapter slots and names of modules may have changed as well.
         ``fingerprint_seconds``: weights may have changed, and their fingerprints may take so long;
         0 where they may not be read. ``written``: by a load or an update; otherwise they should be
-        as the last one left them.
+        as the last one left them. ``reading``: has begun; what it is of is as it was then.
         """
         started = time.perf_counter()
         on_gpu = _Once(Segments.of_cuda)
         for role in roles:
             segments = self._segments(role.device, on_gpu)
-            if not written:
-                self._captures.drop_rebound(role, segments)
-            self._captures.capture_weights(role, segments, loaded=loaded, renamed=pools)
+            begun = reading if reading and reading.is_of(role, self.of(role).weights) else None
+            if begun is None:
+                if not written:
+                    self._captures.drop_rebound(role, segments)
+                self._captures.capture_weights(role, segments, loaded=loaded, renamed=pools)
             if self._fingerprints is not None and fingerprint_seconds is not None:
                 self._fingerprints.take(
                     role,
@@ -209,10 +214,9 @@ class ModelRunnerInspector:
                     fingerprint_seconds if self.memory_is_there else 0.0,
                     written=written,
                     after=self._forward_stream(),
+                    begun=begun is not None,
                 )
-                held = self._captures.known(role)
-                began, held.passes_when_begun = held.passes_when_begun, None
-                held.passes = self._passes() if began is None else began
+                self._captures.known(role).passes = begun.passes if begun else self._passes()
             if pools:
                 self._captures.capture_pools(role, segments)
                 self._capture_adapters(role)
@@ -226,45 +230,55 @@ class ModelRunnerInspector:
         """Have devices begin to read weights as they are now; ``None`` where that has to be done at
         once.
 
-        ``written``: by an update, and the :meth:`capture` that comes next takes what was read.
-        Otherwise :meth:`finish_reading` does, and until then what is put into this stream may write
-        them, and nothing else.
+        ``written``: by an update, and a :meth:`capture` takes what was read. Otherwise
+        :meth:`finish_reading` does, and until then nothing may write them but what is put into this
+        thread's stream.
         """
         fingerprints = self._fingerprints
         if fingerprints is None or not self.memory_is_there:
             return None
         if not all(map(fingerprints.has_kernels, roles)):
             return None
-        on_gpu, after, passes = _Once(Segments.of_cuda), self._forward_stream(), self._passes()
-        reading = Reading({role.name: self.of(role).weights for role in roles})
+        on_gpu, after = _Once(Segments.of_cuda), self._forward_stream()
+        reading = Reading({role.name: self.of(role).weights for role in roles}, self._passes())
         for role in roles:
             self._captures.capture_weights(role, self._segments(role.device, on_gpu))
-            reading.captures[role] = self.of(role).weights
         if not (written or all(fingerprints.can_begin_all(role, self.of(role)) for role in roles)):
             return None
         for role in roles:
             held = self._captures.known(role)
             begun = fingerprints.begin(role, held, after)
-            if begun is None and not written:
+            if begun is not None and held.weights is not None:
+                reading.captures[role] = held.weights
+                reading.events.extend(begun)
+            elif not written:
                 return None
-            reading.events.extend(begun or ())
-            held.passes_when_begun = passes
         return reading
 
-    def finish_reading(self, reading: Reading, fingerprint_seconds: float) -> list[RunnerRole]:
-        """Compare what was read before an update with what the last one left; the roles of which
-        that is known."""
-        known = []
+    def finish_reading(
+        self, reading: Reading, fingerprint_seconds: float
+    ) -> dict[RunnerRole, WeightCapture]:
+        """Compare what was read before an update with what the last one left; what was there, of
+        roles of which that is known."""
+        known = {}
         for role, weights in reading.captures.items():
             held = self.of(role)
-            held.passes, held.passes_when_begun = held.passes_when_begun, None
-            # Captured again, it would be read again, and now it holds what the update has written.
-            if self._fingerprints is not None and weights is held.weights is not None:
+            if self._fingerprints is not None and reading.is_of(role, held.weights):
                 self._fingerprints.take(
-                    role, held, fingerprint_seconds, written=False, after=self._forward_stream()
+                    role, held, fingerprint_seconds, written=False, after=None, begun=True
                 )
-                known.append(role)
+                held.passes = reading.passes
+                known[role] = held.weights or weights
         return known
+
+    def without_scratch(self, role: RunnerRole, before: WeightCapture) -> WeightCapture:
+        """A capture from before an update without what has turned out to be no weights after it."""
+        now = self.of(role).weights
+        if now is None or now.table.names == before.table.names:
+            return before
+        scratch = {*self.of(role).scratch}.difference(now.table.names.decode().split("\n"))
+        table = with_names(before.table, lambda name: name not in scratch)
+        return replace(before, table=table)
 
     def _keep_contents(self, role: RunnerRole) -> None:
         """What the first update of a role is compared with."""
@@ -339,6 +353,14 @@ class ModelRunnerInspector:
             self._report("arrival", error)
             return None
 
+    def asked_so_far(self) -> torch.cuda.Event | None:
+        """The end of what a device was asked for in this thread's stream; ``None``: of nothing."""
+        try:
+            return asked_so_far()
+        except Exception as error:
+            self._report("arrival", error)
+            return None
+
     def begin_update(self, *roles: RunnerRole) -> None:
         """Weights are about to be written. What was bound anew since the last capture is scratch,
         and not moved by the update."""
@@ -348,6 +370,11 @@ class ModelRunnerInspector:
             self.memory.begin_update()
         except Exception as error:
             self._report("memory", error)
+
+    def end_update(self) -> None:
+        """SGLang goes on, and what it needs from now on is no part of the update."""
+        self.read_memory(thorough=False)
+        self.memory.end_update()
 
     def begin_flush(self) -> int | None:
         """The prefix cache is about to be flushed, and with it what torch has cached, maybe in the

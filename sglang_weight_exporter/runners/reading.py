@@ -12,15 +12,21 @@ from sglang_weight_exporter.capture.weights import WeightCapture
 from sglang_weight_exporter.runners.roles import RunnerRole
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reading:
     """Has begun. Until it is over the weights may not be written, nor their memory released."""
 
     #: What was known of each role before, by name.
     before: dict[str, WeightCapture | None]
+    #: Forward passes that the scheduler had begun.
+    passes: int | None
     #: What is read of each role.
-    captures: dict[RunnerRole, WeightCapture | None] = field(default_factory=dict)
+    captures: dict[RunnerRole, WeightCapture] = field(default_factory=dict)
     events: list[torch.cuda.Event] = field(default_factory=list)
+
+    def is_of(self, role: RunnerRole, weights: WeightCapture | None) -> bool:
+        """Whether it is what this capture says: another one may be of something written since."""
+        return weights is not None and self.captures.get(role) is weights
 
     @property
     def is_over(self) -> bool:

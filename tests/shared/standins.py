@@ -277,6 +277,11 @@ class WeightUpdater:
     def update_weights_from_ipc(self, recv_req: Any) -> Any:
         return self._answer("ipc")
 
+    def init_weights_update_group(
+        self, master_address: str, master_port: int, group_name: str
+    ) -> tuple[bool, str]:
+        return True, "Success"
+
     def update_weights_from_distributed(self, names: Any, *more: Any) -> Any:
         return self._answer("distributed")
 
@@ -332,6 +337,11 @@ class SchedulerWeightUpdaterManager:
 
     def update_weights_from_ipc(self, recv_req: Any) -> Any:
         return self._fan_out(recv_req, lambda updater: updater.update_weights_from_ipc(recv_req))
+
+    def update_weights_from_distributed(self, recv_req: Any) -> Any:
+        return self._fan_out(
+            recv_req, lambda updater: updater.update_weights_from_distributed([], [], [], "group")
+        )
 
     def begin_weight_update(self, recv_req: Any) -> Any:
         for runner in self.runners:
