@@ -36,8 +36,8 @@ MOMENTS: list[tuple[str, int, int | None]] = []
 LEAK: dict[str, Any] = {"bytes": 0, "tensors": []}
 
 
-#: Cycles that a GPU waits after it has received over a process group, and before it reads weights.
-DELAY: dict[str, int] = {"receive": 0, "read": 0}
+#: Cycles that a GPU waits before it reads weights.
+DELAY: dict[str, int] = {"read": 0}
 
 #: What `Probe.fill` has taken.
 FILLED: list[Any] = []
@@ -76,16 +76,6 @@ def leaking(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     result = original(*args, **kwargs)
     if LEAK["bytes"]:
         LEAK["tensors"].append(torch.empty(LEAK["bytes"], dtype=torch.uint8, device="cuda"))
-    return result
-
-
-def late(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """As a sender that is late: its bytes come after the call has returned."""
-    import torch
-
-    result = original(*args, **kwargs)
-    if DELAY["receive"]:
-        torch.cuda._sleep(DELAY["receive"])
     return result
 
 
@@ -133,7 +123,7 @@ class Probe:
     def leak(self, size: int) -> None:
         LEAK["bytes"] = size
 
-    def delay(self, receive: int = 0, read: int = 0) -> None:
+    def delay(self, read: int = 0) -> None:
         """Let the GPU wait for so many cycles."""
         import torch
 
@@ -147,7 +137,7 @@ class Probe:
                 return begin(*args, **kwargs)
 
             Fingerprinter.begin = slow  # type: ignore[method-assign]
-        DELAY.update(receive=receive, read=read)
+        DELAY.update(read=read)
 
     def memory(self) -> dict[str, Any]:
         """What torch and NVML say of this process's memory, and which pool graphs are in."""
@@ -402,7 +392,6 @@ def plugin() -> None:
     for method in ("load_model", "init_lora_manager", "alloc_memory_pool"):
         HookRegistry.register(f"{RUNNER}.{method}", around(method), HookType.AROUND)
     HookRegistry.register(f"{UPDATER}.update_weights_from_disk", leaking, HookType.AROUND)
-    HookRegistry.register(f"{UPDATER}.update_weights_from_distributed", late, HookType.AROUND)
     path = Path(os.environ["GPU_PROBE_DIRECTORY"]) / f"{os.getpid()}.socket"
     listener = Listener(str(path), family="AF_UNIX")
     threading.Thread(target=answer, args=(listener,), daemon=True).start()

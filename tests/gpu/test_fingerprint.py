@@ -29,6 +29,23 @@ def of_cpu(*tensors):
 """
 
 CASES = {
+    "what has begun": """
+memory = noise(1 << 22).cuda()
+where = memory.device, np.array([memory.data_ptr()]), np.array([memory.nbytes])
+first = take.of_addresses(*where)
+torch.cuda._sleep(200_000_000)
+end = take.begin(*where)
+memory += 1
+assert not end.query()
+assert (take.of_addresses(*where, begun=True) == first).all()
+assert (take.of_addresses(*where) == of_cpu(memory)).all() and (of_cpu(memory) != first).any()
+try:
+    take.of_addresses(*where, begun=True)
+except FingerprintError:
+    pass
+else:
+    raise AssertionError("what was taken is not there twice")
+""",
     "sizes and offsets": """
 assert kernels() is not None
 memory = noise(1 << 22).cuda()

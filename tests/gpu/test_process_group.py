@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: The sglang_weight_exporter authors
 # SPDX-License-Identifier: Apache-2.0
-"""Updates over NCCL, whose weights a GPU receives and reads after SGLang has answered. The group is
-the engine's rank alone: with one GPU there is no second one that NCCL takes."""
+"""Updates over NCCL, whose weights a GPU reads while SGLang goes on. The group is the engine's rank
+alone: with one GPU there is no second one that NCCL takes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def group(fingerprint_engine: GpuEngine) -> str:
     return "alone"
 
 
-@pytest.mark.parametrize("delay", [{}, {"receive": CYCLES}, {"read": CYCLES}], ids=str)
+@pytest.mark.parametrize("delay", [{}, {"read": CYCLES}], ids=str)
 def test_memory_that_is_released_directly_after_an_update(
     fingerprint_engine: GpuEngine, gpu_engines: GpuEngines, group: str, delay: dict[str, int]
 ) -> None:

@@ -33,7 +33,7 @@ class End:
     """Of a reading: comes in its turn, or when SGLang's thread waits for it."""
 
     def __init__(self) -> None:
-        self.come = threading.Event()
+        self.come, self.awaited = threading.Event(), threading.Event()
         self.engine_waited = False
 
     def query(self) -> bool:
@@ -43,6 +43,7 @@ class End:
         if threading.current_thread() is threading.main_thread() and not self.query():
             self.engine_waited = True
             self.come.set()
+        self.awaited.set()
         self.come.wait()
 
 
@@ -401,7 +402,7 @@ def test_a_draft_that_is_packed_after_the_target_was_read_is_read_after_that(
     draft.weight_updater.end_weight_update(run_post_load=False)
     at_once = device.at_once
     device.begun[-1].come.set()
-    assert not packed.query()
+    assert eventually(packed.awaited.is_set)
     assert rank.role("draft").in_progress is not None
     assert device.at_once == at_once
     packed.come.set()
