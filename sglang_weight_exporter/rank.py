@@ -161,6 +161,8 @@ class Rank:
         if finished.wrote:
             with self._reported("capture"):
                 self._capture_after_update(role, written)
+                if finished.went_on_at is None:
+                    self.inspector.memory.end_update()
                 changes = compare_tables(_table(before), _table(self.inspector.of(role).weights))
                 if not self.ledger.updates.is_in_progress(role.name):
                     contents = self.inspector.changed_contents(role, before)
@@ -180,7 +182,6 @@ class Rank:
         seconds = None if begun else self._fingerprint_seconds()
         reading = self.arrivals.reading
         self._capture(role, *others, fingerprint_seconds=seconds, reading=reading)
-        self.inspector.memory.end_update()
 
     def _publish(self, events: dict[int, tuple[Event, WeightTable | None]]) -> None:
         if not self.roles.engine.instance:
@@ -227,6 +228,7 @@ class Rank:
             if self.arrivals.awaited:  # Nobody will know what was there when this one began.
                 for role in self.roles:
                     self.inspector.start_over(role, known=False)
+                self.inspector.memory.begin_update()
                 return None
             self.inspector.begin_update(*self.roles)
             if not known or not there:
@@ -239,10 +241,10 @@ class Rank:
 
     def _compare_before(self, reading: Reading) -> dict[str, WeightCapture]:
         known = self.inspector.finish_reading(reading, self._fingerprint_seconds())
-        self._count_skipped(*reading.captures)
+        self._count_skipped(*known)
         self._find_unexpected_writes(*known, during="serving", read=False)
         return {
-            role.name: self.inspector.without_scratch(role, weights)
+            role.name: self.inspector.without_scratch(role, weights, reading.scratch[role])
             for role, weights in known.items()
         }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ from sglang_weight_exporter.runners.inspector import ModelRunnerInspector
 from sglang_weight_exporter.runners.reading import Reading
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
 
+#: How often the host asks whether the device is ready. A sleep lets other threads run.
+_POLL_SECONDS = 5e-5
+
 
 @dataclass(frozen=True)
 class _Waiting:
@@ -28,11 +32,6 @@ class _Waiting:
 
     finished: FinishedUpdate
     arrival: Arrival | None
-
-    def arrived(self) -> FinishedUpdate:
-        """Of which it is known now when a device had all of it."""
-        at = None if self.arrival is None else self.arrival.at()
-        return dataclasses.replace(self.finished, arrived_at=at)
 
 
 class Arrivals:
@@ -114,7 +113,7 @@ class Arrivals:
         if not (finished or self._waiting):
             return finished
         if any(each.update is not None and each.update.source == "p2p" for each in finished):
-            self._before = None  # It writes in no stream, so maybe while that was read.
+            self._forget_before()  # It writes in no stream, so maybe while that was read.
         received = any(each.received and each.wrote for each in finished)
         awaited: Arrival | Reading | None = self._arrival
         if awaited is None:
@@ -128,8 +127,16 @@ class Arrivals:
                 self._wait_for(finished)
             return []
         self._compare_before()
-        waiting, self._waiting = self._waiting, []
-        return [*(each.arrived() for each in waiting), *finished]
+        over = [*map(self._arrived, self._waiting), *finished]
+        self._waiting = []
+        return over
+
+    def _arrived(self, waiting: _Waiting) -> FinishedUpdate:
+        """It is known now when a device had all of it."""
+        at = None
+        with self._reported("arrival"):
+            at = None if waiting.arrival is None else waiting.arrival.at()
+        return dataclasses.replace(waiting.finished, arrived_at=at)
 
     def _wait_for(self, finished: list[FinishedUpdate]) -> None:
         """SGLang goes on."""
@@ -140,12 +147,15 @@ class Arrivals:
         asked = self._inspector.asked_so_far()
         if asked is not None:
             self._asked.append(asked.synchronize)
-        self._inspector.end_update()
+        if not self._ledger.updates.in_progress:
+            self._inspector.end_update()
         if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._follow, name="sglang-weight-exporter-arrival", daemon=True
-            )
-            self._thread.start()
+            with self._reported("arrival"):  # Without it, whoever steps next completes what waits.
+                thread = threading.Thread(
+                    target=self._follow, name="sglang-weight-exporter-arrival", daemon=True
+                )
+                thread.start()
+                self._thread = thread
 
     def _awaited(self) -> tuple[Callable[[], None], ...]:
         """What to wait for before what waits can be over."""
@@ -173,10 +183,12 @@ class Arrivals:
                     wait()
 
     def before(self, role: str, known: WeightCapture | None) -> WeightCapture | None:
-        """What was known of a role before the update, where its weights were captured since."""
-        if role in self._was:
-            return self._was[role]
-        return known if self.reading is None else self.reading.before.get(role, known)
+        """What was known of a role before the update, where its weights were captured since. One
+        that is completed after it is compared with what it has left."""
+        was = self._was.pop(role, None)
+        if self.reading is not None:
+            known = self.reading.before.pop(role, known)
+        return known if was is None else was
 
     def end(self) -> None:
         """What was over is complete."""
@@ -186,6 +198,7 @@ class Arrivals:
     def give_up(self) -> None:
         """The device may never answer again."""
         self._arrival = self.reading = self._before = None
+        self._waiting = [dataclasses.replace(each, arrival=None) for each in self._waiting]
         self._asked = []
 
     # Weights that are read before and after an update.
@@ -203,6 +216,18 @@ class Arrivals:
             with self._reported("capture"):
                 before.wait()
                 self._was = self._compare(before)
+
+    def _forget_before(self) -> None:
+        if self._before is not None:
+            self._before.wait()  # Its memory may go next.
+            self._before = None
+
+    def let_reading_end(self, seconds: float) -> None:
+        """torch may give memory back. What a device reads is over first, if it is in time."""
+        until = time.monotonic() + seconds
+        for each in (self._before, self.reading):
+            while each is not None and not each.is_over and time.monotonic() < until:
+                time.sleep(_POLL_SECONDS)
 
     def finish_reading(self, *, before: bool = True) -> None:
         """Weights are about to be written, or their memory to go. What a device reads is over

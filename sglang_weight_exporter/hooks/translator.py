@@ -17,7 +17,7 @@ from sglang_weight_exporter.hooks.holds import Holds
 from sglang_weight_exporter.hooks.unlogged import unlogged
 from sglang_weight_exporter.hooks.wrapped_call import Around, Call, Outcome, effect_of, verdict_on
 from sglang_weight_exporter.ledger import CallToken, EndsWith, Ledger, Verdict
-from sglang_weight_exporter.rank import Rank
+from sglang_weight_exporter.rank import UPDATE_FINGERPRINT_SECONDS, Rank
 from sglang_weight_exporter.records.fingerprints import PART, PARTS
 from sglang_weight_exporter.records.pools import PAUSES
 from sglang_weight_exporter.records.updates import Source
@@ -317,7 +317,7 @@ class Translator:
 
     def flush(self, call: Call) -> Around:
         """``Scheduler.flush_cache``, which refuses while requests run or wait."""
-        self._rank.arrivals.finish_reading()  # torch may give memory back.
+        self._rank.arrivals.let_reading_end(UPDATE_FINGERPRINT_SECONDS)
         tokens = self._rank.inspector.begin_flush()
         self._rank.step(Ledger.begin_flush, then="")
         outcome = yield

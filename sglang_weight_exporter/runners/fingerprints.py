@@ -26,6 +26,7 @@ from sglang_weight_exporter.runners.shares import RoleShares
 from sglang_weight_exporter.weight_table import (
     modified_tensors,
     table_rows,
+    with_names,
     without_fingerprints,
 )
 
@@ -97,14 +98,17 @@ class RoleFingerprints:
         ``None`` where that has to be done at once."""
         if held.weights is None or role.has_placeholders:
             return None
+        begun: list[torch.cuda.Event] = []
         try:
             skip = _no_weights(held)
-            return list(self._tables.begin(held.weights.table, skip=skip, after=after))
-        except FingerprintError:
-            return None  # As it is said when they are taken.
+            begun.extend(self._tables.begin(held.weights.table, skip=skip, after=after))
         except Exception as error:
-            self._report("fingerprint", error)
+            for end in begun:
+                end.synchronize()  # Nobody would know of it.
+            if not isinstance(error, FingerprintError):  # It is said when they are taken.
+                self._report("fingerprint", error)
             return None
+        return begun
 
     def _take(
         self,
@@ -217,6 +221,14 @@ class RoleFingerprints:
         held.weights = replace(held.weights, table=table)
         if not held.modified:
             held.left = table
+
+    def without_scratch(self, held: RoleCapture, before: WeightCapture) -> WeightCapture:
+        """A capture in which scratch was not known as such, without it."""
+        now = held.weights
+        there = set() if now is None else {*now.table.names.decode().split("\n")}
+        gone = {*held.scratch}.difference(there)
+        kept = with_names(before.table, lambda name: name not in gone)
+        return replace(before, table=without_rows(before.table, kept, _no_weights(held)))
 
     def _log(self, reason: Skip, error: FingerprintError) -> None:
         """Once: it is counted each time, and nothing went wrong."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -42,7 +41,6 @@ from sglang_weight_exporter.runners.requests import (
 )
 from sglang_weight_exporter.runners.roles import Roles, RunnerRole
 from sglang_weight_exporter.runners.shares import RoleShares
-from sglang_weight_exporter.weight_table import with_names
 
 _Made = TypeVar("_Made")
 
@@ -249,9 +247,10 @@ class ModelRunnerInspector:
             held = self._captures.known(role)
             begun = fingerprints.begin(role, held, after)
             if begun is not None and held.weights is not None:
-                reading.captures[role] = held.weights
+                reading.captures[role], reading.scratch[role] = held.weights, held.scratch
                 reading.events.extend(begun)
             elif not written:
+                reading.wait()  # Nobody would know of it.
                 return None
         return reading
 
@@ -271,14 +270,15 @@ class ModelRunnerInspector:
                 known[role] = held.weights or weights
         return known
 
-    def without_scratch(self, role: RunnerRole, before: WeightCapture) -> WeightCapture:
-        """A capture from before an update without what has turned out to be no weights after it."""
-        now = self.of(role).weights
-        if now is None or now.table.names == before.table.names:
+    def without_scratch(
+        self, role: RunnerRole, before: WeightCapture, scratch: tuple[str, ...]
+    ) -> WeightCapture:
+        """A capture from before an update without what has turned out to be no weights since;
+        ``scratch``: what was known of that then."""
+        held = self.of(role)
+        if self._fingerprints is None or held.scratch == scratch:
             return before
-        scratch = {*self.of(role).scratch}.difference(now.table.names.decode().split("\n"))
-        table = with_names(before.table, lambda name: name not in scratch)
-        return replace(before, table=table)
+        return self._fingerprints.without_scratch(held, before)
 
     def _keep_contents(self, role: RunnerRole) -> None:
         """What the first update of a role is compared with."""

@@ -22,6 +22,8 @@ class Reading:
     passes: int | None
     #: What is read of each role.
     captures: dict[RunnerRole, WeightCapture] = field(default_factory=dict)
+    #: Names of tensors that were no weights then.
+    scratch: dict[RunnerRole, tuple[str, ...]] = field(default_factory=dict)
     events: list[torch.cuda.Event] = field(default_factory=list)
 
     def is_of(self, role: RunnerRole, weights: WeightCapture | None) -> bool:
