@@ -5,6 +5,7 @@ for its peer is waited for by nobody. The events of the stream are made up."""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,12 +15,17 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLang")
 
+from hooks.test_black_box import crash  # noqa: E402
+from hooks.test_memory import memory  # noqa: E402
+from made_up_gpu import Gpu  # noqa: E402
 from standins import Rank, Request, session  # noqa: E402
 from waiting import eventually  # noqa: E402
 
 from sglang_weight_exporter.fingerprint.tensors import (  # noqa: E402
     Fingerprinter,
 )
+from sglang_weight_exporter.store.reader import SnapshotReader  # noqa: E402
+from sglang_weight_exporter.store.runtime_dir import RuntimeDir  # noqa: E402
 
 BATCH: dict[str, Any] = {"names": ["w"], "dtypes": ["float32"], "shapes": [[250]]}
 
@@ -160,3 +166,61 @@ def test_the_next_update_does_not_wait_for_the_one_before(rank: Rank, peer: Peer
     assert eventually(lambda: updates(rank) == 1)
     assert rank.role().updates["tensor"].updates == 1
     assert rank.role().in_progress is None
+
+
+def test_a_device_that_died_costs_no_update_that_it_still_had(
+    rank: Rank, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is asked of it once the scheduler ends."""
+    runner = rank.runner()
+    Scheduler(rank, runner).update()
+
+    def illegal_access() -> float:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(peer, "at", illegal_access)
+    crash(rank, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert updates(rank) == 1
+    assert rank.role().in_progress is None
+
+
+def test_a_process_that_gets_no_thread_completes_with_sglangs_next_call(
+    rank: Rank, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = rank.runner()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        Scheduler(rank, runner).update()
+    peer.send()
+    session(runner, loads=1)
+    ((_, snapshot),) = SnapshotReader(RuntimeDir.open(rank.directory, os.environ)).read()
+    assert snapshot.roles[0].updates["distributed"].updates == 1
+    assert snapshot.hook_errors == {"arrival": 1}
+
+
+def test_what_an_update_needs_is_seen_while_another_one_arrives(
+    rank: Rank, peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu(monkeypatch)
+    runner = rank.runner(answers={})
+    Scheduler(rank, runner).update()
+    before = gpu.reserved
+    gpu.cached += 300  # By a pass.
+
+    def load() -> tuple[bool, str]:
+        gpu.cached += 500
+        return True, "Success"
+
+    runner.answers["tensor"] = load
+    runner.weight_updater.begin_weight_update()
+    runner.weight_updater.update_weights_from_tensor([])
+    peer.send()
+    assert eventually(lambda: updates(rank) == 1)
+    runner.weight_updater.update_weights_from_tensor([])
+    runner.weight_updater.end_weight_update(run_post_load=False)
+    found = memory(rank)
+    assert (found.before_update, found.after_update) == (before + 300, before + 1300)

@@ -202,6 +202,19 @@ def test_what_passes_write_is_scratch_after_an_update_that_moves_weights(
     assert (changes.moved, changes.added, changes.removed) == (1, 0, 0)
 
 
+def test_what_passes_write_is_no_change_of_an_update(rank: Rank, device: Device) -> None:
+    made = model()
+    made.register_buffer("seen", torch.zeros(4))
+    made.history = torch.zeros(6)
+    runner = rank.runner(model=made, answers={})
+    made.seen += 1
+    made.history += 1
+    Scheduler(rank, runner).update()
+    device.catch_up()
+    wait_for(rank, 1)
+    assert rank.role().updates["distributed"].without_change == 1
+
+
 def fails(device: Device, runner: Any) -> None:
     device.error = FingerprintError("A CUDA graph is being captured.")
 

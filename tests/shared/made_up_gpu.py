@@ -29,6 +29,10 @@ class Gpu:
             "sglang_weight_exporter.runners.memory.graph_pools", lambda: frozenset({GRAPHS})
         )
 
+    @property
+    def reserved(self) -> int:
+        return self.cached + 500
+
     def segments(self) -> Segments:
         return Segments.of_snapshot(
             {
@@ -45,7 +49,7 @@ class Gpu:
         if self.fails:
             raise RuntimeError("the driver is gone")
         counters = dict.fromkeys(("allocated", "active", "requested", "inactive_split"), 0)
-        counters["reserved"] = self.cached + 500
+        counters["reserved"] = self.reserved
         return {
             0: {
                 f"{name}_bytes": {"all": {"current": value, "peak": value}}
