@@ -15,16 +15,44 @@ def delivered(monitoring: Monitoring, engine: Engine, name: str, status: str) ->
     return len(monitoring.webhook.alerts(name, status, engine=str(engine.port)))
 
 
+RELOADED, FAILED = "SGLangWeightsReloaded", "SGLangWeightReloadFailed"
+
+
 def wait_until_quiet(monitoring: Monitoring, engine: Engine) -> None:
-    """Other tests share the engine and may have updated it a moment ago."""
-    mine = f'ALERTS{{engine="{engine.port}",alertname=~"SGLangWeightsReloaded|.*ReloadFailed"}}'
+    """Other tests share the engine and may have updated it a moment ago: that has raised its alert,
+    which has resolved, and both were delivered."""
+    scrape, its = engine.scrape(), f'engine="{engine.port}"'
+    updated, loaded = (
+        max(sample.value for sample in scrape.series(f"sglang_weight_{what}_timestamp_seconds"))
+        for what in ("last_update", "loaded")
+    )
+    # Where the rule looks for reloads that are none any more.
+    known = f"engine:sglang_weight_reload_timestamp_seconds:max{{{its}}}[30s] offset 15s"
+
+    def is_known() -> bool:
+        found = monitoring.query(f"max(max_over_time({known}))")
+        return bool(found) and float(found[0]["value"][1]) >= updated
+
+    if updated > loaded:
+        eventually(is_known, what="the reload before is known")
+    mine = f'ALERTS{{{its},alertname=~"{RELOADED}|{FAILED}"}}'
     eventually(lambda: not monitoring.query(mine), what="no alert")
+
+    def all_resolved() -> bool:
+        last: dict[str, str] = {}
+        for notification in list(monitoring.webhook.notifications):
+            for alert in notification["alerts"]:
+                if alert["labels"].get("engine") == str(engine.port):
+                    last[alert["labels"]["alertname"]] = alert["status"]
+        return all(last.get(name) != "firing" for name in (RELOADED, FAILED))
+
+    eventually(all_resolved, what="the end of each alert is delivered")
 
 
 def test_a_reload_raises_one_alert_for_the_engine_and_resolves(
     engine: Engine, monitoring: Monitoring, checkpoints: tuple[Path, Path]
 ) -> None:
-    name, labels = "SGLangWeightsReloaded", {"engine": str(engine.port)}
+    name, labels = RELOADED, {"engine": str(engine.port)}
     wait_until_quiet(monitoring, engine)
     fired_before = delivered(monitoring, engine, name, "firing")
     resolved_before = delivered(monitoring, engine, name, "resolved")
@@ -56,11 +84,11 @@ def test_a_reload_raises_one_alert_for_the_engine_and_resolves(
 def test_a_failing_reload_raises_its_own_alert_and_resolves(
     engine: Engine, monitoring: Monitoring
 ) -> None:
-    name, labels = "SGLangWeightReloadFailed", {"engine": str(engine.port)}
+    name, labels = FAILED, {"engine": str(engine.port)}
     wait_until_quiet(monitoring, engine)
     fired_before = delivered(monitoring, engine, name, "firing")
     resolved_before = delivered(monitoring, engine, name, "resolved")
-    reloads = delivered(monitoring, engine, "SGLangWeightsReloaded", "firing")
+    reloads = delivered(monitoring, engine, RELOADED, "firing")
 
     _, answer = engine.update_weights_from_disk(Path("/nowhere/at/all"))
     assert not answer["success"], answer
@@ -76,11 +104,11 @@ def test_a_failing_reload_raises_its_own_alert_and_resolves(
         what=f"{name} resolves",
     )
     # The weights did not change, so no reload is reported, nor the one before it again.
-    assert delivered(monitoring, engine, "SGLangWeightsReloaded", "firing") == reloads
+    assert delivered(monitoring, engine, RELOADED, "firing") == reloads
 
 
 def test_no_other_alert_was_raised(engine: Engine, monitoring: Monitoring) -> None:
-    expected = {"SGLangWeightsReloaded", "SGLangWeightReloadFailed"}
+    expected = {RELOADED, FAILED}
     # Its first update, by another test, was of the checkpoint that it had.
     expected.add("SGLangWeightUpdateChangedNothing")
     raised = {
