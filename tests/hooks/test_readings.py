@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch", reason="needs torch, which comes with SGLan
 
 from hooks.test_arrival import Peer, Scheduler, updates  # noqa: E402
 from standins import Rank, Request, model, rebalanced, session  # noqa: E402
+from standins import Scheduler as SglangScheduler  # noqa: E402
 from waiting import eventually  # noqa: E402
 
 from sglang_weight_exporter import updating  # noqa: E402
@@ -27,6 +28,7 @@ from sglang_weight_exporter.fingerprint.tensors import (  # noqa: E402
     Fingerprinter,
     FingerprintError,
 )
+from sglang_weight_exporter.hooks.targets import SCHEDULER  # noqa: E402
 
 
 class End:
@@ -294,6 +296,18 @@ def moved(rank: Rank, runner: Any, then: Callable[[], Any]) -> None:
 Then = Callable[[Rank, Any, Callable[[], Any]], None]
 
 
+def is_over_when(writes: Then, rank: Rank, runner: Any, end: End) -> bool:
+    """Whether the device has read once SGLang's own code runs."""
+    over: list[bool] = []
+
+    def then() -> tuple[bool, str]:
+        over.append(end.query())
+        return True, "Success"
+
+    writes(rank, runner, then)
+    return over == [True]
+
+
 @pytest.mark.parametrize("writes", [of_a_group, of_a_session, released, moved])
 def test_what_an_update_left_is_read_before_anything_else_may_write_it(
     writes: Then, rank: Rank, device: Device
@@ -302,14 +316,7 @@ def test_what_an_update_left_is_read_before_anything_else_may_write_it(
     Scheduler(rank, runner).update()
     left = device.begun[-1]
     assert not left.query()
-    called: list[bool] = []
-
-    def then() -> tuple[bool, str]:
-        called.append(left.query())
-        return True, "Success"
-
-    writes(rank, runner, then)
-    assert called == [True]
+    assert is_over_when(writes, rank, runner, left)
     assert left.engine_waited
     assert updates(rank) >= 1
 
@@ -335,15 +342,34 @@ def test_what_was_there_before_a_session_is_read_before_anything_else_may_write_
     runner.weight_updater.begin_weight_update()
     (there,) = device.begun
     assert not there.query()
-    called: list[bool] = []
-
-    def then() -> tuple[bool, str]:
-        called.append(there.query())
-        return True, "Success"
-
-    writes(rank, runner, then)
-    assert called == [True]
+    assert is_over_when(writes, rank, runner, there)
     assert modified(rank) == {"parameter": 1}
+
+
+def test_torch_gives_no_memory_back_that_is_read(
+    rank: Rank, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flush may empty torch's cache, also in the middle of an update."""
+    asked: list[None] = []
+    when_flushed: list[bool] = []
+
+    def is_slow() -> bool:
+        asked.append(None)
+        return len(asked) > 3
+
+    class Scheduler(SglangScheduler):
+        def flush_cache(self, empty_cache: bool = True) -> bool:
+            when_flushed.append(is_slow())
+            return True
+
+    runner = rank.runner()
+    join(runner)
+    scheduler = rank.hook(SCHEDULER, Scheduler)(lambda: None)
+    runner.weight_updater.begin_weight_update()
+    (there,) = device.begun
+    monkeypatch.setattr(there, "query", is_slow)
+    scheduler.flush_cache()
+    assert when_flushed == [True]
 
 
 @pytest.mark.parametrize(("group", "known"), [(False, {"parameter": 1}), (True, {})])
