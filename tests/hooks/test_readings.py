@@ -365,6 +365,7 @@ def test_torch_gives_no_memory_back_that_is_read(
     runner = rank.runner()
     join(runner)
     scheduler = rank.hook(SCHEDULER, Scheduler)(lambda: None)
+    scheduler.forward_ct += 1  # A pass, which could have written.
     runner.weight_updater.begin_weight_update()
     (there,) = device.begun
     monkeypatch.setattr(there, "query", is_slow)
